@@ -1,0 +1,242 @@
+"""The bundle: the folder that passes from the exporter to the service, and everything that is known about it.
+
+    manifest.json          what this is: see `Manifest`
+    labels.json            {label: index}, avex's flat format
+    model.onnx             the graph for onnxruntime
+    model.torchscript.pt   the same graph for torch
+    verification.json      errors of each format against the eager module
+    README.md              the model card
+
+Reading checks that the bundle is whole: every listed file is there with its sha256, the labels are as many as
+the output is wide, and the schema version is known. Writing goes to a temporary name beside the target
+and is renamed at the end, so a bundle is there whole or not at all.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from avex_serve.errors import BundleError
+
+SCHEMA_VERSION: Final = 1
+MANIFEST = "manifest.json"
+LABELS = "labels.json"
+ONNX = "model.onnx"
+TORCHSCRIPT = "model.torchscript.pt"
+VERIFICATION = "verification.json"
+CARD = "README.md"
+
+# Names stand in URLs (/v2/models/{name}) and in metric labels.
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+# A file of the bundle lies in the folder itself: a manifest can't point outside it.
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Activation = Literal["sigmoid", "softmax", "none"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(_Strict):
+    """Name, type and shape of an input or output; -1 marks a dynamic dimension."""
+
+    name: str
+    dtype: Literal["float32"] = "float32"
+    shape: tuple[int, ...]
+
+
+class AudioSpec(_Strict):
+    """What the graph expects of audio."""
+
+    sample_rate: int = Field(gt=0, description="Hz")
+    window_samples: int = Field(gt=0, description="samples of one window at that rate")
+    resampler: Literal["soxr_hq"] = Field("soxr_hq", description="the embeddings depend on it")
+
+
+class ProbeInfo(_Strict):
+    """One trained head of the bundle."""
+
+    name: Name
+    config: dict[str, Any] = Field(description="the ProbeConfig fields that were set")
+    trained: bool = Field(description="False: random weights, for trying the software")
+
+
+class Manifest(_Strict):
+    """What a bundle is; the content of ``manifest.json``."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: Name
+    version: Name = "1"
+    kind: Literal["audio", "embedding"] = Field(description="what the input is: waveforms or embeddings")
+    model: str = Field(description="the backbone that makes the embedding")
+    probes: tuple[ProbeInfo, ...] = Field(min_length=1)
+    audio: AudioSpec | None = Field(None, description="for kind audio")
+    inputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=1)
+    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    activation: Activation = Field(description="turns logits into scores")
+    labels: int = Field(gt=0, description="how many labels, the width of the logits")
+    licence: str = Field(description="licence of the weights")
+    embedding_fingerprint: Sha256 | None = Field(
+        None, description="digest of what makes the embedding: backbone, weights, layers; None: unknown"
+    )
+    tools: dict[str, str] = Field(description="versions that made it")
+    files: dict[FileName, Sha256] = Field(description="every file of the bundle but the manifest")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.audio is None) != (self.kind == "embedding"):
+            raise ValueError(f"kind {self.kind!r} and audio {self.audio!r} don't go together")
+        width = self.output("logits").shape[-1]
+        if width != self.labels:
+            raise ValueError(f"{self.labels} labels for logits of width {width}")
+        return self
+
+    @property
+    def trained(self) -> bool:
+        """Whether every head of the bundle was trained."""
+        return all(probe.trained for probe in self.probes)
+
+    def output(self, name: str) -> TensorSpec:
+        """The output of that name; ValueError if there is none."""
+        for spec in self.outputs:
+            if spec.name == name:
+                return spec
+        raise ValueError(f"no output {name!r} among {[spec.name for spec in self.outputs]}")
+
+
+class Bundle(BaseModel):
+    """A checked bundle on disk."""
+
+    model_config = ConfigDict(frozen=True)
+
+    directory: Path
+    manifest: Manifest
+    labels: tuple[str, ...]
+    digest: Sha256 = Field(description="sha256 of the manifest, which holds the digests of all files")
+
+    def path(self, name: str) -> Path | None:
+        """Path of a file of the bundle, or None if the bundle has no such file."""
+        return self.directory / name if name in self.manifest.files else None
+
+
+def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
+    """Read a bundle and check that it is whole.
+
+    Raises:
+        BundleError: no bundle there, unknown schema version, a file missing or changed, labels that don't fit.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise BundleError(f"{root} is not a folder; expected a bundle made by avex-export")
+    try:
+        text = (root / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{root} holds no {MANIFEST}; make a bundle with avex-export") from None
+    try:
+        raw = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{root / MANIFEST} is not JSON: {error}") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{root / MANIFEST} has schema version {version!r}, this avex-serve reads {SCHEMA_VERSION}; "
+            "export again, or install the avex-serve that made it"
+        )
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        raise BundleError(f"{root / MANIFEST} is not a valid manifest: {error}") from None
+    for name, expected in manifest.files.items():
+        path = root / name
+        if not path.is_file():
+            raise BundleError(f"{root} lacks {name}, which its manifest lists; copy the bundle again")
+        if sha256_of(path) != expected:
+            raise BundleError(f"{path} was changed after the export (its sha256 differs); copy the bundle again")
+    if LABELS not in manifest.files:
+        raise BundleError(f"{root / MANIFEST} does not list {LABELS}; export again")
+    labels = parse_labels((root / LABELS).read_text("utf-8"), source=str(root / LABELS))
+    if len(labels) != manifest.labels:
+        raise BundleError(f"{root / LABELS} has {len(labels)} labels, the model answers {manifest.labels}")
+    return Bundle(directory=root, manifest=manifest, labels=labels, digest=hashlib.sha256(text).hexdigest())
+
+
+def parse_labels(text: str, *, source: str) -> tuple[str, ...]:
+    """Labels in the order of their indices, from avex's ``{label: index}`` JSON.
+
+    Raises:
+        BundleError: not such an object, or indices that are not 0 … n-1, each once.
+    """
+    try:
+        mapping = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{source} is not JSON: {error}") from None
+    if not isinstance(mapping, dict) or not all(type(index) is int for index in mapping.values()):
+        raise BundleError(f"{source} must be one JSON object {{label: index}}")
+    if sorted(mapping.values()) != list(range(len(mapping))) or not mapping:
+        raise BundleError(f"{source}: indices must be 0 to {len(mapping) - 1}, each once")
+    return tuple(sorted(mapping, key=mapping.__getitem__))
+
+
+def dump_labels(labels: tuple[str, ...]) -> str:
+    """The text of ``labels.json``; duplicates raise BundleError."""
+    if len(set(labels)) != len(labels):
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        raise BundleError(f"labels must differ from one another; more than once: {twice[:5]}")
+    return json.dumps({label: index for index, label in enumerate(labels)}, indent=1, ensure_ascii=False) + "\n"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path, *, marker: str) -> Iterator[Path]:
+    """A new folder to fill; on leaving without an error it takes the target's place, otherwise it is gone.
+
+    An existing target is replaced only if it is empty or holds the file `marker`, so that a slip of the
+    keyboard never deletes somebody's folder.
+
+    Raises:
+        FileExistsError: the target is something else.
+    """
+    if target.exists() and not (target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))):
+        raise FileExistsError(f"{target} exists and holds no {marker}: not replaced; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        fresh = Path(scratch) / "new"
+        fresh.mkdir()
+        yield fresh
+        if target.exists():
+            target.rename(Path(scratch) / "old")
+        fresh.rename(target)
+
+
+def seal_bundle(folder: Path, labels: tuple[str, ...], fields: Mapping[str, Any]) -> Manifest:
+    """Finish the bundle in `folder`: write the labels and the manifest with the digest of every file.
+
+    Args:
+        folder: holds the graphs and the evidence.
+        labels: in the order of the logits.
+        fields: the fields of `Manifest` but ``files`` and ``labels``.
+
+    Raises:
+        BundleError: fields that don't fit together.
+    """
+    (folder / LABELS).write_text(dump_labels(labels), "utf-8")
+    files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    try:
+        manifest = Manifest(**fields, labels=len(labels), files=files)
+    except ValidationError as error:
+        raise BundleError(f"these fields make no manifest: {error}") from None
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True) + "\n", "utf-8")
+    return manifest

@@ -1,0 +1,95 @@
+"""From bytes to a mono waveform at the model's rate: decode (libsndfile), downmix by mean, resample (soxr)."""
+
+import io
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import soxr
+
+from avex_serve.errors import AudioError, NotFoundError
+
+Wave = np.ndarray[tuple[int], np.dtype[np.float32]]
+
+
+class Recording(NamedTuple):
+    """A mono recording."""
+
+    wave: Wave  # (S,) float32 in [-1, 1]
+    sample_rate: int  # Hz
+
+
+def decode(source: bytes | str | os.PathLike[str]) -> Recording:
+    """Decode an encoded recording (WAV, FLAC, OGG, MP3: what libsndfile reads) and mix it down to mono.
+
+    Args:
+        source: the encoded bytes, or the path of a file.
+
+    Returns:
+        wave (S,) float32 and its sample rate in Hz.
+
+    Raises:
+        NotFoundError: no such file.
+        AudioError: empty, not audio, truncated within the header, no samples, or samples that are not finite.
+    """
+    if isinstance(source, bytes):
+        name, size = "the audio", len(source)
+        file: io.BytesIO | str = io.BytesIO(source)
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise NotFoundError(f"{path}: no such file")
+        name, size = str(path), path.stat().st_size
+        file = str(path)
+    if size == 0:
+        raise AudioError(f"{name} is empty (0 bytes); expected an encoded recording such as WAV or FLAC")
+    try:
+        samples, sample_rate = soundfile.read(file, dtype="float32", always_2d=True)  # (S, channels)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise AudioError(
+            f"{name} can't be decoded ({error}); expected WAV, FLAC, OGG (Vorbis, Opus) or MP3"
+        ) from None
+    return Recording(check_wave(downmix(samples), name), int(sample_rate))
+
+
+def downmix(samples: np.ndarray) -> Wave:
+    """Mean over channels: (S, channels) → (S,) float32."""
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def check_wave(wave: np.ndarray, name: str = "the waveform") -> Wave:
+    """The waveform as (S,) float32.
+
+    Raises:
+        AudioError: not one-dimensional, no samples, not real numbers, or values that are not finite.
+    """
+    wave = np.asarray(wave)
+    if wave.ndim != 1:
+        raise AudioError(f"{name} has shape {wave.shape}; expected mono samples of shape (S,)")
+    if wave.dtype.kind != "f":
+        raise AudioError(f"{name} has type {wave.dtype}; expected floating-point samples in [-1, 1]")
+    if wave.size == 0:
+        raise AudioError(f"{name} has no samples; expected at least one")
+    wave = np.ascontiguousarray(wave, dtype=np.float32)
+    if not np.isfinite(wave).all():
+        raise AudioError(f"{name} holds NaN or infinite samples; expected finite ones in [-1, 1]")
+    return wave
+
+
+def resample(wave: Wave, source_rate: int, target_rate: int) -> Wave:
+    """Resample (S,) to the target rate with soxr's HQ recipe, which the manifest names.
+
+    Raises:
+        AudioError: a source rate that is no positive number.
+    """
+    if source_rate == target_rate:
+        return wave
+    if not source_rate > 0:
+        raise AudioError(f"sample rate {source_rate!r}; expected a positive number in Hz")
+    resampled: np.ndarray = soxr.resample(wave, source_rate, target_rate, quality="HQ")
+    if resampled.size == 0:  # fewer input samples than half an output sample
+        raise AudioError(f"{wave.size} samples at {source_rate} Hz are nothing at {target_rate} Hz; send more audio")
+    return np.ascontiguousarray(resampled, dtype=np.float32)

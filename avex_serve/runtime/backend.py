@@ -1,0 +1,76 @@
+"""Backends run a bundle's graph: numpy in, numpy out. Which one is decided here."""
+
+import importlib.util
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from avex_serve.bundle import ONNX, TORCHSCRIPT, Bundle
+from avex_serve.errors import BundleError, DependencyError, InputError
+
+
+class Backend(Protocol):
+    """Runs one graph. Calls from several threads at once are allowed."""
+
+    device: str  # "cpu" or "cuda"
+    format: str  # "onnx" or "torchscript"
+    max_batch: int  # rows a call takes best
+
+    def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs by name for one input batch (B, …) float32; every output has B rows."""
+        ...
+
+
+def open_backend(bundle: Bundle, device: str = "auto") -> Backend:
+    """The backend for a device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript), ``auto`` (cuda where it works).
+
+    A bundle exported without ONNX is run by TorchScript on the CPU too, if torch is installed.
+
+    Raises:
+        InputError: an unknown device.
+        DependencyError: torch or CUDA is needed and missing.
+        BundleError: the bundle holds no graph for that device.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device {device!r}; expected auto, cpu or cuda")
+    onnx, torchscript = bundle.path(ONNX), bundle.path(TORCHSCRIPT)
+    if device == "auto":
+        device = "cuda" if torchscript is not None and _cuda_works() else "cpu"
+    names = [output.name for output in bundle.manifest.outputs]
+    if device == "cpu" and onnx is not None:
+        from avex_serve.runtime.onnx_backend import OnnxBackend
+
+        return OnnxBackend(onnx, bundle.manifest.inputs[0].name, names)
+    if torchscript is None:
+        raise BundleError(
+            f"{bundle.directory} holds no graph for {device}; export it again with "
+            f"--format {'torchscript' if device == 'cuda' else 'onnx'}"
+        )
+    return _open_torch(torchscript, names, device)
+
+
+def _open_torch(path: Path, names: list[str], device: str) -> Backend:
+    if not _torch_installed():
+        raise DependencyError(
+            f"{path.name} on {device} needs torch, which is not installed; pip install 'avex-serve[cuda]'"
+        )
+    from avex_serve.runtime.torch_backend import TorchBackend
+
+    return TorchBackend(path, names, device)
+
+
+def _torch_installed() -> bool:
+    try:
+        return importlib.util.find_spec("torch") is not None
+    except (ImportError, ValueError):  # blocked, or half loaded
+        return False
+
+
+def _cuda_works() -> bool:
+    # Importing torch takes seconds and hundreds of megabytes: only where the driver shows a device.
+    if not Path("/dev/nvidiactl").exists() or not _torch_installed():
+        return False
+    from avex_serve.runtime.torch_backend import cuda_is_available
+
+    return cuda_is_available()

@@ -1,0 +1,263 @@
+"""The engine: a bundle ready to answer. HTTP, gRPC and the command line all call this one object."""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self, TypedDict
+
+import numpy as np
+
+from avex_serve.bundle import AudioSpec, Bundle, Manifest, ProbeInfo, read_bundle
+from avex_serve.errors import NotFoundError, TensorError, UnsupportedError
+from avex_serve.runtime import audio, results
+from avex_serve.runtime.audio import Recording
+from avex_serve.runtime.backend import Backend, open_backend
+from avex_serve.runtime.windows import WindowPlan, plan_windows
+
+
+class WindowScores(NamedTuple):
+    """Scores of a recording, window by window."""
+
+    spans: np.ndarray  # (N, 2) float64, seconds
+    scores: np.ndarray  # (N, C) float32, after the activation that the manifest declares
+
+
+class WindowEmbeddings(NamedTuple):
+    """Embeddings of a recording, window by window."""
+
+    spans: np.ndarray  # (N, 2) float64, seconds
+    embeddings: np.ndarray  # (N, D) float32
+
+
+class Engine:
+    """A bundle, its backend and the way from a recording to detections.
+
+    Use it as a context manager, or call `close`. Calls from several threads at once are allowed.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        # One call of the backend uses one core: this is where a recording's windows spread over the cores.
+        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="avex-infer")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for running calls and free the threads."""
+        self._pool.shutdown()
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle is."""
+        return self.bundle.manifest
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels in the order of the logits."""
+        return self.bundle.labels
+
+    def predict(
+        self,
+        wave: np.ndarray,
+        sample_rate: int,
+        *,
+        threshold: float | None = None,
+        top_k: int | None = None,
+        overlap: float = 0.0,
+        probe: str | None = None,
+    ) -> results.Prediction:
+        """Name the sounds in a recording.
+
+        Args:
+            wave: (S,) floating point, mono, in [-1, 1].
+            sample_rate: of the wave, in Hz; resampled to the model's.
+            threshold: lowest score to report.
+            top_k: report at most this many labels a window; see `results.Selection` for the defaults.
+            overlap: of neighbouring windows, in seconds.
+            probe: name of the head to ask; the bundle's first one by default.
+
+        Raises:
+            InputError: audio, threshold, top_k or overlap that can't be used.
+            NotFoundError: no such probe.
+            UnsupportedError: the bundle takes embeddings, not audio.
+        """
+        head = self.probe(probe)
+        scale = results.score_scale(self.manifest.activation)
+        selection = results.Selection.of(scale, threshold, top_k)
+        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
+        logits = self._stack("logits", batches)
+        scores = results.activate(logits, self.manifest.activation)
+        detections = [
+            results.Detection(start=start, end=end, label=self.labels[i], score=float(row[i]))
+            for (start, end), row in zip(plan.spans.tolist(), scores, strict=True)
+            for i in selection.best(row)
+        ]
+        return results.Prediction(
+            **self._answer(head), **_timing(plan, overlap), score_scale=scale, detections=detections
+        )
+
+    def score(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> WindowScores:
+        """All scores of a recording as arrays; arguments and errors as in `predict`."""
+        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
+        logits = self._stack("logits", batches)
+        return WindowScores(plan.spans, results.activate(logits, self.manifest.activation))
+
+    def embed(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> WindowEmbeddings:
+        """The pooled embeddings of a recording; arguments and errors as in `predict`."""
+        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
+        return WindowEmbeddings(plan.spans, self._stack("embedding", batches))
+
+    def embedding_document(self, wave: np.ndarray, sample_rate: int, *, overlap: float) -> results.Embedding:
+        """`embed` as a document for JSON."""
+        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
+        embeddings = self._stack("embedding", batches)
+        return results.Embedding(
+            **self._answer(self.probe(None)),
+            **_timing(plan, overlap),
+            spans=[(start, end) for start, end in plan.spans.tolist()],
+            embeddings=embeddings.tolist(),
+        )
+
+    def classify(
+        self,
+        embeddings: np.ndarray,
+        *,
+        threshold: float | None = None,
+        top_k: int | None = None,
+        probe: str | None = None,
+    ) -> results.Classification:
+        """Ask the head about embeddings that the client brings, (B, D) or (B, T, D) as the manifest says.
+
+        Raises:
+            InputError: embeddings, threshold or top_k that can't be used.
+            NotFoundError: no such probe.
+            UnsupportedError: the bundle takes audio, not embeddings.
+        """
+        if self.manifest.kind != "embedding":
+            raise UnsupportedError(
+                f"bundle {self.manifest.name} takes audio, not embeddings; use predict, or export with --offline"
+            )
+        head = self.probe(probe)
+        scale = results.score_scale(self.manifest.activation)
+        selection = results.Selection.of(scale, threshold, top_k)
+        scores = results.activate(self.infer(embeddings)["logits"], self.manifest.activation)
+        rows = [
+            [results.LabelScore(label=self.labels[i], score=float(row[i])) for i in selection.best(row)]
+            for row in scores
+        ]
+        return results.Classification(**self._answer(head), score_scale=scale, results=rows)
+
+    def infer(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """The graph's raw outputs for an input of the manifest's shape, (B, …) float32.
+
+        Raises:
+            TensorError: another shape or type, no rows, or values that are not finite.
+        """
+        self.check_input(batch)
+        outputs = list(self._pool.map(self.backend.run, _chunks(batch, self.backend.max_batch)))
+        return {
+            spec.name: np.concatenate([output[spec.name] for output in outputs]) for spec in self.manifest.outputs
+        }
+
+    def check_input(self, batch: np.ndarray) -> None:
+        """Raise TensorError unless the batch is what the graph takes."""
+        spec = self.manifest.inputs[0]
+        fits = batch.ndim == len(spec.shape) and all(
+            want in (-1, got) for want, got in zip(spec.shape, batch.shape, strict=True)
+        )
+        if not fits:
+            raise TensorError(f"input {spec.name!r} has shape {list(batch.shape)}; expected {list(spec.shape)}")
+        if batch.dtype != np.float32:
+            raise TensorError(f"input {spec.name!r} has type {batch.dtype}; expected float32")
+        if batch.size == 0:
+            raise TensorError(f"input {spec.name!r} of shape {list(batch.shape)} is empty; send at least one row")
+        if not np.isfinite(batch).all():
+            raise TensorError(f"input {spec.name!r} holds NaN or infinite values; expected finite ones")
+
+    def probe(self, name: str | None) -> ProbeInfo:
+        """The head of that name, the first one for None; NotFoundError if there is none."""
+        heads = self.manifest.probes
+        for head in heads:
+            if name is None or head.name == name:
+                return head
+        raise NotFoundError(
+            f"no probe {name!r} in bundle {self.manifest.name}; it has {', '.join(h.name for h in heads)}"
+        )
+
+    def _windows(self, recording: Recording, overlap: float) -> tuple[WindowPlan, Iterator[np.ndarray]]:
+        spec = self._audio_spec()
+        wave = audio.check_wave(recording.wave)
+        wave = audio.resample(wave, recording.sample_rate, spec.sample_rate)
+        plan = plan_windows(wave.size, spec.window_samples, spec.sample_rate, overlap)
+        return plan, _batches(plan.cut(wave), self.backend.max_batch)
+
+    def _audio_spec(self) -> AudioSpec:
+        if self.manifest.audio is None:
+            raise UnsupportedError(
+                f"bundle {self.manifest.name} takes embeddings, not audio; use classify, or serve an audio bundle"
+            )
+        return self.manifest.audio
+
+    def _stack(self, output: str, batches: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate([run[output] for run in self._pool.map(self.backend.run, batches)])
+
+    def _answer(self, head: ProbeInfo) -> "_AnswerFields":
+        return {
+            "bundle": self.manifest.name,
+            "version": self.manifest.version,
+            "probe": head.name,
+            "trained": head.trained,
+        }
+
+
+class _AnswerFields(TypedDict):
+    bundle: str
+    version: str
+    probe: str
+    trained: bool
+
+
+class _TimingFields(TypedDict):
+    duration: float
+    window: float
+    overlap: float
+
+
+def _timing(plan: WindowPlan, overlap: float) -> _TimingFields:
+    rate = plan.sample_rate
+    return {"duration": plan.total / rate, "window": plan.length / rate, "overlap": overlap}
+
+
+def _batches(windows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    while group := list(islice(windows, size)):
+        yield np.stack(group)
+
+
+def _chunks(batch: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (batch[start : start + size] for start in range(0, len(batch), size))
+
+
+def open_bundle(directory: str | os.PathLike[str], device: str = "auto") -> Engine:
+    """Open a bundle: check that it is whole and load its graph.
+
+    Args:
+        directory: made by ``avex-export``.
+        device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript) or ``auto`` (cuda where it works).
+
+    Raises:
+        BundleError: not a whole bundle, or no graph in it for that device.
+        DependencyError: torch or CUDA is needed and missing.
+        InputError: an unknown device.
+    """
+    bundle = read_bundle(Path(directory))
+    return Engine(bundle, open_backend(bundle, device))

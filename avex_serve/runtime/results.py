@@ -1,0 +1,114 @@
+"""What the engine answers, as documents that turn into JSON, and how scores become detections."""
+
+import math
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from avex_serve.bundle import Activation
+from avex_serve.errors import InputError
+
+ScoreScale = Literal["sigmoid", "softmax", "logits"]
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LabelScore(_Document):
+    """A label and its score."""
+
+    label: str
+    score: float
+
+
+class Detection(LabelScore):
+    """A scored label over a span of time."""
+
+    start: float = Field(description="seconds from the beginning of the recording")
+    end: float = Field(description="seconds; never after the recording's end")
+
+
+class _Answer(_Document):
+    bundle: str = Field(description="name of the bundle that answered")
+    version: str
+    probe: str
+    trained: bool = Field(description="False: the head has random weights")
+
+
+class Prediction(_Answer):
+    """What was heard in a recording."""
+
+    duration: float = Field(description="of the recording, in seconds")
+    window: float = Field(description="seconds heard at once")
+    overlap: float = Field(description="seconds that neighbouring windows share")
+    score_scale: ScoreScale = Field(description="what the scores are: sigmoid, softmax or raw logits")
+    detections: list[Detection]
+
+
+class Classification(_Answer):
+    """What the head says of embeddings, one list an embedding."""
+
+    score_scale: ScoreScale
+    results: list[list[LabelScore]]
+
+
+class Embedding(_Answer):
+    """Pooled embeddings of a recording, one a window."""
+
+    duration: float
+    window: float
+    overlap: float
+    spans: list[tuple[float, float]] = Field(description="start and end of each window in seconds")
+    embeddings: list[list[float]]
+
+
+def score_scale(activation: Activation) -> ScoreScale:
+    """The name of the scale that an activation yields."""
+    return "logits" if activation == "none" else activation
+
+
+def activate(logits: np.ndarray, activation: Activation) -> np.ndarray:
+    """Scores from logits (…, C), in float32."""
+    scores: np.ndarray
+    if activation == "sigmoid":
+        # Two branches, since exp overflows for large arguments of the wrong sign.
+        small = np.exp(-np.abs(logits))
+        scores = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+        return scores.astype(np.float32)
+    if activation == "softmax":
+        shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        scores = shifted / shifted.sum(axis=-1, keepdims=True)
+        return scores.astype(np.float32)
+    return logits
+
+
+class Selection(BaseModel):
+    """Which scores are worth reporting: those of at least `threshold`, the best `top_k` of each window, or both.
+
+    Threshold and top-k are independent of each other. If neither is given, the threshold is 0.5 (for raw
+    logits 0, which is the same point).
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    threshold: float
+    top_k: int | None
+
+    @classmethod
+    def of(cls, scale: ScoreScale, threshold: float | None, top_k: int | None) -> "Selection":
+        """The selection for what a user gave; InputError for values that make no sense."""
+        if threshold is not None and not math.isfinite(threshold):
+            raise InputError(f"threshold is {threshold}; expected a finite number")
+        if top_k is not None and top_k < 1:
+            raise InputError(f"top_k is {top_k}; expected at least 1")
+        if threshold is None:
+            default = 0.0 if scale == "logits" else 0.5
+            threshold = default if top_k is None else -math.inf
+        return cls(threshold=threshold, top_k=top_k)
+
+    def best(self, scores: np.ndarray) -> list[int]:
+        """Indices into scores (C,) that pass, the highest first and equals in the order of the labels."""
+        order = np.argsort(-scores, kind="stable")[: self.top_k]
+        return [int(index) for index in order if scores[index] >= self.threshold]

@@ -1,0 +1,37 @@
+"""TorchScript, on CUDA or on the CPU: the one module of the serving side that imports torch."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from avex_serve.errors import BundleError, DependencyError
+
+
+def cuda_is_available() -> bool:
+    """Whether torch sees a CUDA device."""
+    return torch.cuda.is_available()
+
+
+class TorchBackend:
+    """A traced module on one device."""
+
+    format = "torchscript"
+
+    def __init__(self, path: Path, output_names: list[str], device: str) -> None:
+        """Load the module; DependencyError without CUDA where it is asked for, BundleError for a bad file."""
+        if device == "cuda" and not cuda_is_available():
+            raise DependencyError("device cuda was asked for, but torch sees no CUDA device; use cpu or auto")
+        try:
+            self._module = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise BundleError(f"torch can't load {path}: {error}") from error
+        self.device = device
+        self.max_batch = 16 if device == "cuda" else 1
+        self._output_names = output_names
+
+    @torch.inference_mode()
+    def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """See `Backend.run`."""
+        outputs = self._module(torch.from_numpy(np.ascontiguousarray(batch)).to(self.device))
+        return {name: tensor.cpu().numpy() for name, tensor in zip(self._output_names, outputs, strict=True)}
