@@ -1,0 +1,58 @@
+"""Aggregation: how an embedding loses its time axis. Pure functions of batch-first tensors.
+
+The rank tells where time is: axis 1 of a sequence (B, T, D), the last axis of a feature map (B, C, H, W).
+A vector (B, D) has none and passes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from avex_serve.configs import Aggregation
+
+
+def aggregate(embedding: Tensor, how: Aggregation, padding: Tensor | None = None) -> Tensor:
+    """Reduce the time axis.
+
+    Args:
+        embedding: (B, D), (B, T, D) or (B, C, H, W) with W the time.
+        how: ``mean``, ``max``, ``cls_token`` (first token; of a feature map the first channel) or ``none``.
+        padding: (B, T) bool, True where padded, to leave out of mean and max; for sequences only.
+
+    Returns:
+        (B, D), or (B, C * H) of a feature map; for ``none`` the embedding itself.
+
+    Raises:
+        ValueError: another rank or aggregation.
+    """
+    if how == "none" or embedding.ndim == 2:
+        return embedding
+    if embedding.ndim not in (3, 4):
+        raise ValueError(f"embedding of shape {tuple(embedding.shape)}; expected 2, 3 or 4 dimensions")
+    if padding is not None and embedding.ndim == 3 and how in ("mean", "max"):
+        return _aggregate_valid(embedding, how, padding)
+    time = 1 if embedding.ndim == 3 else 3
+    if how == "mean":
+        return embedding.mean(dim=time).flatten(1)
+    if how == "max":
+        return embedding.max(dim=time).values.flatten(1)
+    if how == "cls_token":
+        return embedding[:, 0].flatten(1)
+    raise ValueError(f"aggregation {how!r}; expected mean, max, cls_token or none")
+
+
+def concatenate(embeddings: Sequence[Tensor], how: Aggregation) -> Tensor | list[Tensor]:
+    """Aggregated layers side by side, (B, sum of D); for ``none`` a list, or the one tensor."""
+    reduced = [aggregate(embedding, how) for embedding in embeddings]
+    if len(reduced) == 1:
+        return reduced[0]
+    return reduced if how == "none" else torch.cat(reduced, dim=1)
+
+
+def _aggregate_valid(embedding: Tensor, how: Aggregation, padding: Tensor) -> Tensor:
+    padded = padding[..., None]  # (B, T, 1)
+    if how == "max":
+        return embedding.masked_fill(padded, -torch.inf).max(dim=1).values
+    valid = (~padded).sum(dim=1).clamp(min=1)
+    return embedding.masked_fill(padded, 0).sum(dim=1) / valid

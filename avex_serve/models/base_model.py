@@ -1,0 +1,172 @@
+"""What every backbone can do, whatever its architecture: give embeddings by layer name."""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from avex_serve.configs import Aggregation, AudioConfig
+from avex_serve.models.aggregation import concatenate
+from avex_serve.models.layers import last_layer, resolve_layers
+
+
+class ModelBase(nn.Module, ABC):
+    """A backbone: waveforms in, embeddings by layer name out.
+
+    A subclass says which layers it has and computes them (`taps`). Everything else follows: the surface that
+    avex's models have (`get_model_layers`, `register_hooks_for_layers`, `extract_embeddings`) needs no hook.
+
+    Attributes:
+        audio_config: what audio it expects, or None if that is not known.
+        label_mapping: ``{"label_to_index": …, "index_to_label": …}`` of a loaded classifier, else None.
+    """
+
+    def __init__(self, device: str = "cpu", audio_config: AudioConfig | None = None) -> None:
+        super().__init__()
+        self.device = device
+        self.audio_config = audio_config
+        self.label_mapping: dict[str, dict[Any, Any]] | None = None
+        self._selected_layers: list[str] = []
+
+    @abstractmethod
+    def get_model_layers(self) -> list[str]:
+        """The discoverable layers in order; indices in ``target_layers`` count along this list."""
+
+    @abstractmethod
+    def tappable_layers(self) -> list[str]:
+        """Every name that `taps` knows: the discoverable layers and those that must be named."""
+
+    @abstractmethod
+    def taps(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Outputs of layers by name, batch first.
+
+        Args:
+            wave: (B, S) or (S,) in [-1, 1] at the model's sample rate.
+            layers: names among `tappable_layers`.
+            padding_mask: (B, S) bool, True where a sample is padding.
+
+        Returns:
+            (B, T, D) of a sequence, (B, C, H, W) of a feature map.
+        """
+
+    def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
+        """The padding mask (B, S) brought to the time steps of an embedding, (B, tokens).
+
+        Raises:
+            NotImplementedError: the architecture doesn't honour masks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no padding mask at the level of tokens")
+
+    @property
+    def clip_samples(self) -> int:
+        """Samples of a clip as the audio configuration says.
+
+        Raises:
+            ValueError: it doesn't say.
+        """
+        if self.audio_config is None or self.audio_config.target_length_seconds is None:
+            raise ValueError(
+                "target_length is not given, and the model's audio_config has no target_length_seconds; "
+                "give target_length in samples"
+            )
+        return self.audio_config.target_length_seconds * self.audio_config.sample_rate
+
+    @property
+    def last_layer(self) -> str:
+        """The layer that ``last_layer`` means."""
+        return last_layer(self.get_model_layers())
+
+    def resolve_layers(self, target_layers: Sequence[str | int]) -> list[str]:
+        """Concrete names for ``target_layers``; see `avex_serve.models.layers.resolve_layers`."""
+        return resolve_layers(target_layers, self.get_model_layers(), self.tappable_layers())
+
+    def process_audio(self, x: Tensor) -> Tensor:
+        """The waveform (B, S) on the model's device; (S,) becomes (1, S).
+
+        Raises:
+            ValueError: no tensor, an empty one, or one of another rank.
+        """
+        if x is None:
+            raise ValueError("Input tensor cannot be None; give a waveform of shape (batch, samples)")
+        if x.ndim not in (1, 2):
+            raise ValueError(f"waveform of shape {tuple(x.shape)}; expected (batch, samples) or (samples,)")
+        if x.numel() == 0:
+            raise ValueError(f"Audio tensor cannot be empty, got shape {tuple(x.shape)}")
+        return x.reshape(-1, x.shape[-1]).to(next(self.parameters()).device)
+
+    # -- avex's way to embeddings: choose the layers first, then extract -------------------------------------
+
+    def get_model_layer_map(self) -> dict[int, str]:
+        """The discoverable layers by index."""
+        return dict(enumerate(self.get_model_layers()))
+
+    def register_hooks_for_layers(self, target_layers: Sequence[str | int]) -> list[str]:
+        """Choose the layers for `extract_embeddings` and return their names; no hook is involved.
+
+        Raises:
+            TypeError: a bool among the layers.
+            ValueError: no layer, an index out of range, or a name that is not there.
+        """
+        self._selected_layers = self.resolve_layers(target_layers)
+        return list(self._selected_layers)
+
+    def deregister_all_hooks(self) -> None:
+        """Forget the layers chosen for `extract_embeddings`."""
+        self._selected_layers = []
+
+    def extract_embeddings(
+        self,
+        x: Tensor | Mapping[str, Tensor],
+        *,
+        padding_mask: Tensor | None = None,
+        aggregation: Aggregation = "none",
+        freeze_backbone: bool = True,
+    ) -> Tensor | list[Tensor]:
+        """Embeddings of the layers chosen with `register_hooks_for_layers`.
+
+        Args:
+            x: (B, S), or ``{"raw_wav": (B, S), "padding_mask": (B, S)}``.
+            padding_mask: (B, S) bool, True where padded.
+            aggregation: see `avex_serve.models.aggregation.aggregate`; padding is never left out of it.
+            freeze_backbone: compute in eval mode and without gradients.
+
+        Returns:
+            Aggregated: (B, D), several layers side by side. ``none``: a list, or the tensor of one layer.
+
+        Raises:
+            ValueError: no layers chosen, or no audio.
+        """
+        wave, mask = unpack_audio(x, padding_mask)
+        if not self._selected_layers:
+            raise ValueError("No layers are chosen. Call register_hooks_for_layers() first.")
+        with frozen(self) if freeze_backbone else contextlib.nullcontext():
+            found = self.taps(wave, self._selected_layers, mask)
+        return concatenate([found[name] for name in self._selected_layers], aggregation)
+
+
+def unpack_audio(x: Tensor | Mapping[str, Tensor], padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Waveform and mask of a tensor or of ``{"raw_wav": …, "padding_mask": …}``.
+
+    Raises:
+        ValueError: no audio there.
+    """
+    if isinstance(x, Mapping):
+        if "raw_wav" not in x:
+            raise ValueError(f"the input has keys {sorted(x)}; expected 'raw_wav' with the waveform")
+        return x["raw_wav"], x.get("padding_mask", padding_mask)
+    return x, padding_mask
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Run a module in eval mode and without gradients; its mode is restored."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)

@@ -1,0 +1,518 @@
+"""BEATs: a transformer over 16 x 16 patches of a log-mel spectrogram.
+
+Architecture: Chen et al., "BEATs: Audio Pre-Training with Acoustic Tokenizers" (arXiv 2212.09058). DeepNorm:
+Wang et al. (arXiv 2203.00555). Gated relative position bias: Chi et al., "XLM-E" (arXiv 2106.16138), section 3.
+Names and shapes of the parameters are those of avex 1.4, so its checkpoints load strictly.
+
+Everything is batch first: tensors are (B, T, D) with T tokens, eight of them a time step of 160 ms.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from avex_serve.configs import AudioConfig
+from avex_serve.models.base_model import ModelBase
+from avex_serve.models.frontends import KaldiFbank
+from avex_serve.models.layers import BACKBONE, Taps
+
+# The waveform is scaled to the range of 16-bit integers, as Kaldi expects it.
+_INT16_SCALE = 2**15
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+    "linear": lambda x: x,
+}
+
+
+class BEATsConfig(BaseModel):
+    """Geometry and flags of BEATs; defaults are those of iter3+ AS2M, self-supervised."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input_patch_size: int = Field(16, description="frames and mel bins of a patch")
+    embed_dim: int = Field(512, description="width of the patch embedding")
+    conv_bias: bool = Field(False, description="bias in the patch embedding")
+
+    encoder_layers: int = Field(12, description="transformer blocks")
+    encoder_embed_dim: int = Field(768, description="width of the encoder")
+    encoder_ffn_embed_dim: int = Field(3072, description="width of the feed-forward layers")
+    encoder_attention_heads: int = Field(12, description="attention heads")
+    activation_fn: Literal["relu", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear", "glu"] = Field(
+        "gelu", description="activation of the feed-forward layers"
+    )
+
+    layer_wise_gradient_decay_ratio: float = Field(1.0, description="gradients shrink by it from block to block")
+    layer_norm_first: bool = Field(False, description="normalise before each sublayer instead of after it")
+    deep_norm: bool = Field(True, description="scale residuals up by (2 * layers) ** 0.25")
+
+    dropout: float = Field(0.1, description="of embeddings, attention output and feed-forward output")
+    attention_dropout: float = Field(0.1, description="of attention weights")
+    activation_dropout: float = Field(0.0, description="after the feed-forward activation")
+    encoder_layerdrop: float = Field(0.05, description="probability to skip a block in training")
+    dropout_input: float = Field(0.0, description="of the projected patches")
+
+    conv_pos: int = Field(128, description="kernel of the convolutional position embedding")
+    conv_pos_groups: int = Field(16, description="groups of it")
+
+    relative_position_embedding: bool = Field(True, description="bias the attention by relative position")
+    num_buckets: int = Field(320, description="buckets of relative positions")
+    max_distance: int = Field(800, description="distance in tokens from which all share a bucket")
+    gru_rel_pos: bool = Field(True, description="gate that bias by the query")
+
+    sample_frequency: float = Field(16000.0, description="Hz that the filter bank is laid out for")
+    num_mel_bins: int = Field(128, description="mel bins")
+    frame_length: float = Field(25.0, description="ms")
+    frame_shift: float = Field(10.0, description="ms")
+    fbank_mean: float = Field(15.41663, description="subtracted from the log-mel features")
+    fbank_std: float = Field(6.55582, description="they are divided by twice this")
+
+    finetuned_model: bool = Field(False, description="carry the AudioSet predictor of a fine-tuned checkpoint")
+    predictor_dropout: float = Field(0.0, description="of that predictor, which embeddings don't use")
+    predictor_class: int = Field(527, description="classes of that predictor")
+
+
+class GatedLinear(nn.Module):
+    """Gated linear unit with a swish gate: (…, in) → (…, out)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, 2 * out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        value, gate = self.linear(x).chunk(2, dim=-1)
+        return value * F.silu(gate)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with a gated relative position bias."""
+
+    def __init__(self, cfg: BEATsConfig, table: nn.Embedding | None) -> None:
+        super().__init__()
+        width, self.heads = cfg.encoder_embed_dim, cfg.encoder_attention_heads
+        if width % self.heads:
+            raise ValueError(f"encoder_embed_dim {width} is not divisible by encoder_attention_heads {self.heads}")
+        self.head_dim = width // self.heads
+        self.attention_dropout = cfg.attention_dropout
+        # One table for all blocks, listed under each of them, as checkpoints have it.
+        self.relative_attention_bias = table
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.gated = cfg.gru_rel_pos
+        if self.gated:
+            self.grep_linear = nn.Linear(self.head_dim, 8)
+            self.grep_a = nn.Parameter(torch.ones(1, self.heads, 1, 1))
+
+    def forward(self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, T, D).
+            position_bias: (1, heads, T, T), before the gate.
+            padding: (B, T) bool, True for tokens that must not be attended to.
+
+        Returns:
+            (B, T, D).
+        """
+        query, key, value = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        bias = None if position_bias is None else self._gate(query) * position_bias  # (B, heads, T, T)
+        if padding is not None:
+            hidden = torch.zeros(padding.shape, dtype=x.dtype, device=x.device).masked_fill(padding, -torch.inf)
+            hidden = hidden[:, None, None, :]  # (B, 1, 1, T)
+            bias = hidden if bias is None else bias + hidden
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, dropout_p=self.attention_dropout if self.training else 0.0
+        )  # (B, heads, T, head_dim)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.reshape(*x.shape[:2], self.heads, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
+
+    def _gate(self, query: Tensor) -> Tensor | float:
+        # Two gates a query, each the sum of four of the eight outputs; XLM-E, equations 6 to 8.
+        if not self.gated:
+            return 1.0
+        gates = self.grep_linear(query).reshape(*query.shape[:3], 2, 4).sum(dim=-1).sigmoid()  # (B, heads, T, 2)
+        update, reset = gates.chunk(2, dim=-1)  # (B, heads, T, 1)
+        return update * (reset * self.grep_a - 1.0) + 2.0
+
+
+class Block(nn.Module):
+    """A transformer block: attention and feed-forward, each with its residual and its norm."""
+
+    def __init__(self, cfg: BEATsConfig, table: nn.Embedding | None) -> None:
+        super().__init__()
+        width, hidden = cfg.encoder_embed_dim, cfg.encoder_ffn_embed_dim
+        self.norm_first = cfg.layer_norm_first
+        self.residual_scale = (2 * cfg.encoder_layers) ** 0.25 if cfg.deep_norm else 1.0
+        self.self_attn = SelfAttention(cfg, table)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        gated = cfg.activation_fn == "glu"
+        self.activation = _ACTIVATIONS["linear" if gated else cfg.activation_fn]
+        self.fc1: nn.Module = GatedLinear(width, hidden) if gated else nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.final_layer_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.activation_dropout = nn.Dropout(cfg.activation_dropout)
+
+    def forward(
+        self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None, taps: Taps, name: str
+    ) -> Tensor:
+        """(B, T, D) → (B, T, D), offering its layers to `taps` under `name`."""
+        if self.norm_first:
+            x = x + self._attend(self.self_attn_layer_norm(x), position_bias, padding, taps, name)
+            x = x + self._feed_forward(self.final_layer_norm(x), taps, name)
+        else:
+            attended = self._attend(x, position_bias, padding, taps, name)
+            x = self.self_attn_layer_norm(x * self.residual_scale + attended)
+            fed = self._feed_forward(x, taps, name)
+            if taps.complete:  # nothing after this is asked for
+                return x
+            x = self.final_layer_norm(x * self.residual_scale + fed)
+        taps(name, x)
+        return x
+
+    def _attend(
+        self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None, taps: Taps, name: str
+    ) -> Tensor:
+        attended = self.self_attn(x, position_bias, padding)
+        taps(f"{name}.self_attn", attended)
+        return self.dropout(attended)
+
+    def _feed_forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
+        hidden = self.fc1(x)
+        taps(f"{name}.fc1", hidden)
+        fed = self.fc2(self.activation_dropout(self.activation(hidden)))
+        taps(f"{name}.fc2", fed)  # before residual and norm: where avex's hook sits
+        return self.dropout(fed)
+
+
+class SamePad(nn.Module):
+    """Drop the last step of an even kernel's output, so that it is as long as the input."""
+
+    def __init__(self, kernel_size: int) -> None:
+        super().__init__()
+        self.surplus = 1 - kernel_size % 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, T + surplus) → (B, D, T)."""
+        return x[..., : x.shape[-1] - self.surplus]
+
+
+class Encoder(nn.Module):
+    """Convolutional position embedding and the transformer blocks."""
+
+    def __init__(self, cfg: BEATsConfig) -> None:
+        super().__init__()
+        width = cfg.encoder_embed_dim
+        self.cfg = cfg
+        convolution = nn.Conv1d(
+            width, width, kernel_size=cfg.conv_pos, padding=cfg.conv_pos // 2, groups=cfg.conv_pos_groups
+        )
+        nn.init.normal_(convolution.weight, std=math.sqrt(4 / (cfg.conv_pos * width)))
+        nn.init.zeros_(_bias(convolution))
+        self.pos_conv = nn.Sequential(
+            parametrizations.weight_norm(convolution, dim=2), SamePad(cfg.conv_pos), nn.GELU()
+        )
+        table = (
+            nn.Embedding(cfg.num_buckets, cfg.encoder_attention_heads) if cfg.relative_position_embedding else None
+        )
+        self.layers = nn.ModuleList([Block(cfg, table) for _ in range(cfg.encoder_layers)])
+        self._initialise(table)
+        self.layer_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, padding: Tensor | None, taps: Taps, name: str) -> Tensor:
+        """(B, T, D) → (B, T, D); stops early once `taps` has everything."""
+        x = x + self.pos_conv(x.transpose(1, 2)).transpose(1, 2)
+        if not self.cfg.layer_norm_first:
+            x = self.layer_norm(x)
+        x = self.dropout(x)
+        bias = self._position_bias(x.shape[1])
+        for i, block in enumerate(self.layers):
+            layer = f"{name}.layers.{i}"
+            x = _shrink_gradient(x, self.cfg.layer_wise_gradient_decay_ratio)
+            if not self._dropped(taps, layer):
+                x = block(x, bias, padding, taps, layer)
+            if taps.complete:
+                return x
+        if self.cfg.layer_norm_first:
+            x = self.layer_norm(x)
+        taps(name, x)
+        return x
+
+    def _dropped(self, taps: Taps, layer: str) -> bool:
+        # LayerDrop, in training only. A block that is tapped always runs: without it there is no embedding.
+        return (
+            self.training
+            and not taps.wants(layer, f"{layer}.fc1", f"{layer}.fc2", f"{layer}.self_attn")
+            and float(torch.rand(())) < self.cfg.encoder_layerdrop
+        )
+
+    def _position_bias(self, tokens: int) -> Tensor | None:
+        block = self.layers[0]
+        assert isinstance(block, Block)
+        table = block.self_attn.relative_attention_bias
+        if table is None:
+            return None
+        position = torch.arange(tokens, device=table.weight.device)
+        buckets = relative_buckets(
+            position[None, :] - position[:, None], self.cfg.num_buckets, self.cfg.max_distance
+        )
+        return table(buckets).permute(2, 0, 1)[None]  # (1, heads, T, T)
+
+    def _initialise(self, table: nn.Embedding | None) -> None:
+        # BERT's initialisation, and DeepNorm's gains on top (DeepNet, figure 2).
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        if table is not None:
+            nn.init.normal_(table.weight, std=0.02)
+        if not self.cfg.deep_norm:
+            return
+        beta = (8 * self.cfg.encoder_layers) ** -0.25
+        for name, parameter in self.layers.named_parameters():
+            if name.endswith((".q_proj.weight", ".k_proj.weight")):
+                nn.init.xavier_normal_(parameter)
+            elif name.endswith((".v_proj.weight", ".out_proj.weight")) or (".fc" in name and parameter.ndim == 2):
+                nn.init.xavier_normal_(parameter, gain=beta)
+
+
+def relative_buckets(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
+    """Bucket of each relative position, as in T5 (Raffel et al., arXiv 1910.10683), bidirectional.
+
+    Half of the buckets are for positions ahead. Of each half, the first half holds one distance a bucket, the
+    rest grow logarithmically up to `max_distance`.
+    """
+    half = buckets // 2
+    exact = half // 2
+    far = distance.abs()
+    ratio = torch.log(far.clamp(min=exact).float() / exact) / math.log(max_distance / exact)
+    logarithmic = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(far < exact, far, logarithmic) + (distance > 0).long() * half
+
+
+class BEATs(nn.Module):
+    """The backbone: front end, patch embedding and encoder."""
+
+    def __init__(self, cfg: BEATsConfig) -> None:
+        super().__init__()
+        if cfg.deep_norm and cfg.layer_norm_first:
+            raise ValueError("deep_norm and layer_norm_first exclude each other; set one of them to False")
+        self.cfg = cfg
+        width = cfg.encoder_embed_dim
+        self.post_extract_proj = nn.Linear(cfg.embed_dim, width) if cfg.embed_dim != width else None
+        self.fbank = KaldiFbank(
+            num_mel_bins=cfg.num_mel_bins,
+            sample_frequency=cfg.sample_frequency,
+            frame_length=cfg.frame_length,
+            frame_shift=cfg.frame_shift,
+        )
+        patch = cfg.input_patch_size
+        self.patch_embedding = nn.Conv2d(1, cfg.embed_dim, kernel_size=patch, stride=patch, bias=cfg.conv_bias)
+        self.dropout_input = nn.Dropout(cfg.dropout_input)
+        self.encoder = Encoder(cfg)
+        self.layer_norm = nn.LayerNorm(cfg.embed_dim)
+        # Fine-tuned checkpoints carry it. Embeddings don't pass through it.
+        self.predictor = nn.Linear(width, cfg.predictor_class) if cfg.finetuned_model else None
+
+    @property
+    def shortest_samples(self) -> int:
+        """Samples that make one patch: the least the backbone can hear."""
+        return self.fbank.win_length + (self.cfg.input_patch_size - 1) * self.fbank.hop_length
+
+    def preprocess(self, wave: Tensor) -> Tensor:
+        """Normalised log-mel features (B, frames, mel bins) of a waveform (B, S) in [-1, 1], in float32."""
+        with _full_precision(wave):
+            features = self.fbank(wave.float() * _INT16_SCALE)
+        return (features - self.cfg.fbank_mean) / (2 * self.cfg.fbank_std)
+
+    def forward(
+        self, wave: Tensor, padding_mask: Tensor | None = None, taps: Taps | None = None, name: str = BACKBONE
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token features.
+
+        Args:
+            wave: (B, S) in [-1, 1].
+            padding_mask: (B, S) bool, True where padded.
+            taps: collects layers; the pass stops once it has them all.
+            name: under which the layers are offered.
+
+        Returns:
+            (B, T, D) and the mask (B, T), or None without one.
+
+        Raises:
+            RuntimeError: fewer samples than one patch.
+            ValueError: a mask of another length than the waveform.
+        """
+        if wave.shape[-1] < self.shortest_samples:
+            raise RuntimeError(
+                f"{wave.shape[-1]} samples are too few: one patch takes {self.shortest_samples}; pad the clip"
+            )
+        taps = Taps([name]) if taps is None else taps
+        patches = self.patch_embedding(self.preprocess(wave)[:, None])  # (B, E, time, frequency)
+        x = self.layer_norm(patches.flatten(2).transpose(1, 2))  # (B, T, E): all frequencies of a time step
+        taps(f"{name}.layer_norm", x)
+        padding = None if padding_mask is None else self.token_mask(padding_mask, wave.shape[-1])
+        if self.post_extract_proj is not None:
+            x = self.post_extract_proj(x)
+        x = self.dropout_input(x)
+        if padding is not None:
+            x = x.masked_fill(padding[..., None], 0)
+        # Offered with its padded tokens zeroed: so does avex, whose hook holds the tensor that is zeroed in place.
+        taps(f"{name}.post_extract_proj", x)
+        if not taps.complete:
+            x = self.encoder(x, padding, taps, f"{name}.encoder")
+        taps(name, x)
+        return x, padding
+
+    def token_mask(self, padding_mask: Tensor, samples: int) -> Tensor:
+        """The mask (B, S) brought to tokens (B, T): a token is padded if everything it hears is.
+
+        First to frames (S // frames samples each), then to tokens (frames // tokens each), remainders cut off.
+
+        Raises:
+            ValueError: a mask of another length than the waveform.
+        """
+        if padding_mask.ndim != 2 or padding_mask.shape[1] != samples:
+            raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}; expected (batch, {samples})")
+        patch = self.cfg.input_patch_size
+        frames = self.fbank.frames(samples)
+        tokens = (frames // patch) * (self.cfg.num_mel_bins // patch)
+        return _all_of_groups(_all_of_groups(padding_mask.bool(), frames), tokens)
+
+
+class BEATsModel(ModelBase):
+    """BEATs as a model: waveform to token features, or to logits if it has a classifier.
+
+    Layers: ``backbone.post_extract_proj`` and ``backbone.encoder.layers.{i}.fc2`` are discoverable. By name also
+    ``backbone`` and ``backbone.encoder`` (the output), ``backbone.layer_norm``, and of each block
+    ``backbone.encoder.layers.{i}`` (its output), ``….self_attn`` and ``….fc1``.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int | None = None,
+        device: str = "cpu",
+        audio_config: AudioConfig | None = None,
+        return_features_only: bool = False,
+        use_naturelm: bool = False,
+        fine_tuned: bool = False,
+        init_config: dict[str, Any] | None = None,
+    ) -> None:
+        """Build it with random weights.
+
+        Args:
+            num_classes: of the classifier; None: no classifier.
+            device: where to put it.
+            audio_config: must have the raw representation.
+            return_features_only: leave the classifier out.
+            use_naturelm: clamp the waveform to [-1, 1] first.
+            fine_tuned: without `init_config`, the geometry of the fine-tuned checkpoint (with a predictor).
+            init_config: fields of `BEATsConfig`.
+
+        Raises:
+            ValueError: an audio_config or init_config that BEATs can't take.
+        """
+        super().__init__(device=device, audio_config=audio_config)
+        if audio_config is not None and audio_config.representation != "raw":
+            raise ValueError(
+                f"audio_config.representation is {audio_config.representation!r}, but BEATs has its own front end; "
+                "set 'raw'"
+            )
+        if init_config is None:
+            init_config = {"finetuned_model": fine_tuned or use_naturelm}
+        cfg = BEATsConfig(**init_config)
+        self.use_naturelm = use_naturelm
+        self.backbone = BEATs(cfg)
+        features_only = return_features_only or num_classes is None
+        self.classifier = None if features_only else nn.Linear(cfg.encoder_embed_dim, num_classes or 0)
+        self.to(device)
+
+    def get_model_layers(self) -> list[str]:
+        """See `ModelBase.get_model_layers`."""
+        first = [] if self.backbone.post_extract_proj is None else ["backbone.post_extract_proj"]
+        return first + [f"{block}.fc2" for block in self._blocks()]
+
+    def tappable_layers(self) -> list[str]:
+        """See `ModelBase.tappable_layers`."""
+        parts = [f"{block}{part}" for block in self._blocks() for part in ("", ".self_attn", ".fc1")]
+        return [*self.get_model_layers(), "backbone", "backbone.layer_norm", "backbone.encoder", *parts]
+
+    def taps(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """See `ModelBase.taps`."""
+        taps = Taps(layers)
+        self.backbone(self.process_audio(wave), padding_mask, taps)
+        return taps.found
+
+    def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
+        """See `ModelBase.token_mask`."""
+        return self.backbone.token_mask(padding_mask, padding_mask.shape[1])
+
+    def process_audio(self, x: Tensor) -> Tensor:
+        """See `ModelBase.process_audio`; NatureLM's waveforms are clamped to [-1, 1]."""
+        wave = super().process_audio(x)
+        return wave.clamp(-1.0, 1.0) if self.use_naturelm else wave
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Token features (B, T, D), or logits (B, classes) from their mean over the tokens that are not padded.
+
+        Args:
+            x: (B, S) in [-1, 1] at the model's sample rate.
+            padding_mask: (B, S) bool, True where padded.
+
+        Raises:
+            ValueError, RuntimeError: see `BEATs.forward`.
+        """
+        features, padding = self.backbone(self.process_audio(x), padding_mask)
+        if self.classifier is None:
+            return features
+        if padding is None:
+            return self.classifier(features.mean(dim=1))
+        valid = (~padding).sum(dim=1, keepdim=True).clamp(min=1)
+        return self.classifier(features.masked_fill(padding[..., None], 0).sum(dim=1) / valid)
+
+    def _blocks(self) -> list[str]:
+        return [f"backbone.encoder.layers.{i}" for i in range(len(self.backbone.encoder.layers))]
+
+
+def _all_of_groups(mask: Tensor, groups: int) -> Tensor:
+    size = mask.shape[1] // groups
+    return mask[:, : groups * size].reshape(len(mask), groups, size).all(dim=-1)
+
+
+def _shrink_gradient(x: Tensor, ratio: float) -> Tensor:
+    # The value stays exactly x; only its gradient is multiplied.
+    if ratio == 1.0 or not x.requires_grad:
+        return x
+    held = x.detach()
+    return held + ratio * (x - held)
+
+
+def _full_precision(wave: Tensor) -> contextlib.AbstractContextManager[object]:
+    # Under autocast the features would drift; outside of it no context is needed in the graph.
+    kind = wave.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _bias(convolution: nn.Conv1d) -> Tensor:
+    assert convolution.bias is not None
+    return convolution.bias

@@ -1,0 +1,295 @@
+"""What all probes share: embeddings in, tapped layers combined, a head's verdict out.
+
+A probe is *combine* (aggregate and merge the tapped layers) and *head*. The five heads say what they build and how
+they classify; the rest is here. Parameters have avex's names: ``layer_weights``, ``embedding_projectors.{i}``, the
+head's own, and ``base_model.…`` of a probe that is attached to a backbone.
+"""
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from avex_serve.configs import Aggregation, InputProcessing, ProbeConfig
+from avex_serve.models.aggregation import aggregate, concatenate
+from avex_serve.models.base_model import ModelBase, frozen, unpack_audio
+
+Shape = tuple[int, ...]  # of one clip's embedding, without the batch: (D,), (T, D) or (C, H, W)
+InputDim = int | tuple[int, ...] | list[tuple[int, ...]]
+ProbeInput = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+# Keys of a batch of stored embeddings that are no embeddings.
+_NOT_EMBEDDINGS = ("label", "padding_mask")
+
+
+class Probe(nn.Module, ABC):
+    """A head on the embeddings of a backbone (online) or on stored embeddings (offline).
+
+    Attributes:
+        base_model: the backbone, or None offline.
+        layers: names of the tapped layers.
+        config: the ProbeConfig it was built from; None if its class was called directly.
+        input_dim: shapes that it was built for, one a layer.
+        labels: names of the classes, if known.
+    """
+
+    options: ClassVar[Mapping[str, Any]]  # the head's own arguments with their defaults
+    without_effect: ClassVar[frozenset[str]] = frozenset()  # those accepted as in avex, but unused
+    takes_sequence: ClassVar[bool]  # whether the head reads (B, T, D) rather than (B, D)
+
+    def __init__(
+        self,
+        base_model: ModelBase | None,
+        layers: Sequence[str],
+        num_classes: int,
+        device: str = "cpu",
+        feature_mode: bool = False,
+        input_dim: InputDim | None = None,
+        aggregation: Aggregation = "mean",
+        target_length: int | None = None,
+        freeze_backbone: bool = True,
+        input_processing: InputProcessing | None = None,
+        exclude_padding: bool = False,
+        **options: Any,
+    ) -> None:
+        """Build the probe with random weights.
+
+        Args:
+            base_model: the backbone; None offline.
+            layers: names of its layers to tap.
+            num_classes: width of the logits.
+            device: where to put the probe.
+            feature_mode: whether the input is embeddings instead of audio.
+            input_dim: offline, the shape of a clip's embedding: its width, a shape, or a list of shapes, one a
+                layer.
+            aggregation: how the time axis of each layer is reduced.
+            target_length: samples of a clip, of which the shapes follow online; None: the backbone's own.
+            freeze_backbone: whether the backbone is left alone.
+            input_processing: see `ProbeConfig`; None: as avex does.
+            exclude_padding: keep padded steps out of the head and of means over time.
+            **options: of the head.
+
+        Raises:
+            TypeError: an option that the head doesn't have.
+            ValueError: shapes or processing that don't go together.
+        """
+        super().__init__()
+        unknown = options.keys() - self.options.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {sorted(unknown)}; it has {sorted(self.options)}")
+        self.device = device
+        self.base_model = base_model
+        self.layers = list(layers)
+        self.num_classes = num_classes
+        self.feature_mode = feature_mode
+        self.aggregation: Aggregation = aggregation
+        self.target_length = target_length
+        self.freeze_backbone = freeze_backbone
+        self.input_processing = input_processing
+        self.exclude_padding = exclude_padding
+        self.config: ProbeConfig | None = None
+        self.labels: tuple[str, ...] | None = None
+        for name, default in self.options.items():
+            setattr(self, name, options.get(name, default))
+        if base_model is not None and not feature_mode:
+            base_model.requires_grad_(not freeze_backbone)
+            base_model.train(not freeze_backbone)
+        self.input_dim = self._clip_shapes(input_dim)
+        self.input_width = self._build_combination()
+        self.build_head(self.input_width)
+        self.to(device)
+
+    @abstractmethod
+    def build_head(self, width: int) -> None:
+        """Build the head for features of that width."""
+
+    @abstractmethod
+    def classify(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Logits (B, classes) of combined features.
+
+        Args:
+            features: (B, width), or (B, T, width) if the head takes a sequence.
+            padding: (B, T) bool, True where padded.
+        """
+
+    def forward(self, x: ProbeInput, padding_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, classes).
+
+        Args:
+            x: online (B, S) or ``{"raw_wav": (B, S), "padding_mask": (B, S)}``; offline an embedding, a list of
+                them, one a layer, or a mapping with one a key (and ``padding_mask``).
+            padding_mask: bool, True where padded: (B, S) online, (B, T) offline.
+
+        Raises:
+            RuntimeError: embeddings of another shape than the probe was built for.
+            ValueError: no audio or no embeddings.
+        """
+        return self.classify(*self.combine(x, padding_mask))
+
+    def combine(self, x: ProbeInput, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """What the head sees: features (B, width) or (B, T, width), and the padding (B, T) of the latter.
+
+        Arguments and errors as in `forward`.
+        """
+        embeddings, padding = self._embeddings(x, padding_mask)
+        features = self._merge([self._shape(self._process(e, padding)) for e in embeddings])
+        if features.shape[-1] != self.input_width:
+            raise RuntimeError(
+                f"embeddings of shape {[tuple(e.shape) for e in embeddings]} make features of width {features.shape[-1]}, "
+                f"but the probe was built for {self.input_width}; build it for this shape, or aggregate"
+            )
+        # avex drops a mask whose length is not the sequence's, and so do we.
+        if padding is not None and (features.ndim != 3 or padding.shape[1] != features.shape[1]):
+            padding = None
+        return features, padding
+
+    def pool(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
+        """Mean over time of a sequence (B, T, D) → (B, D), without padded steps if the probe excludes them."""
+        return aggregate(features, "mean", padding if self.exclude_padding else None)
+
+    def train(self, mode: bool = True) -> "Probe":
+        """Set the training mode; a frozen backbone stays in eval mode, statistics and dropout included."""
+        super().train(mode)
+        if self.base_model is not None and self.freeze_backbone:
+            self.base_model.eval()
+        return self
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The state dict without the backbone's."""
+        return {name: t for name, t in self.state_dict().items() if not name.startswith("base_model.")}
+
+    # -- from the input to embeddings ------------------------------------------------------------------------
+
+    def _embeddings(self, x: ProbeInput, padding_mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        if self.base_model is None or self.feature_mode:
+            return _stored_embeddings(x, padding_mask)
+        if not isinstance(x, Tensor | Mapping):
+            raise ValueError(f"the input is a {type(x).__name__}; expected a waveform (batch, samples)")
+        wave, mask = unpack_audio(x, padding_mask)
+        found = self._tap(wave, mask)
+        if mask is None or not self.exclude_padding:  # avex gives the mask to the backbone alone
+            return self._aggregated(found, None), None
+        tokens = self.base_model.token_mask(mask, found[0].shape[1])
+        return self._aggregated(found, tokens), tokens
+
+    def _tap(self, wave: Tensor, mask: Tensor | None) -> list[Tensor]:
+        assert self.base_model is not None
+        with torch.no_grad() if self.freeze_backbone else contextlib.nullcontext():
+            found = self.base_model.taps(wave, self.layers, mask)
+        return [found[name] for name in self.layers]
+
+    def _aggregated(self, found: list[Tensor], padding: Tensor | None) -> list[Tensor]:
+        if padding is not None:
+            found = [aggregate(e, self.aggregation, padding) for e in found]
+        merged = concatenate(found, self.aggregation)
+        return merged if isinstance(merged, list) else [merged]
+
+    # -- from embeddings to features -------------------------------------------------------------------------
+
+    def _process(self, embedding: Tensor, padding: Tensor | None) -> Tensor:
+        """What `input_processing` does, if it was set."""
+        if self.input_processing == "pooled":
+            return aggregate(embedding, "mean", padding if self.exclude_padding else None)
+        if self.input_processing == "flatten":
+            return embedding.flatten(1)
+        return embedding
+
+    def _shape(self, embedding: Tensor) -> Tensor:
+        """Bring an embedding to the head's rank, as avex does."""
+        if not self.takes_sequence:
+            return embedding.flatten(1)
+        if embedding.ndim == 2:
+            return embedding[..., None]  # (B, D, 1)
+        if embedding.ndim == 4:
+            return embedding.transpose(1, 3).flatten(2)  # (B, C, H, W) → (B, W, H * C)
+        return embedding
+
+    def _merge(self, embeddings: list[Tensor]) -> Tensor:
+        if len(embeddings) == 1:
+            return embeddings[0]
+        if len(embeddings) != len(self.input_dim):
+            raise RuntimeError(
+                f"{len(embeddings)} embeddings for a probe built for {len(self.input_dim)}; give each"
+            )
+        projected = [
+            embedding if projector is None else projector(embedding)
+            for embedding, projector in zip(embeddings, self.embedding_projectors, strict=True)
+        ]
+        if self.takes_sequence:
+            shortest = min(p.shape[1] for p in projected)
+            projected = [_resize(p, shortest) for p in projected]
+        weights = self.layer_weights.softmax(dim=0)
+        merged = weights[0] * projected[0]
+        for weight, part in zip(weights[1:], projected[1:], strict=True):
+            merged = merged + weight * part
+        return merged
+
+    # -- building ----------------------------------------------------------------------------------------------
+
+    def _clip_shapes(self, input_dim: InputDim | None) -> list[Shape]:
+        if self.base_model is None or self.feature_mode:
+            if input_dim is None:
+                raise ValueError("input_dim must be given when there is no base_model; give the embedding's width")
+            if isinstance(input_dim, int):
+                return [(1, input_dim) if self.takes_sequence else (input_dim,)]
+            return [tuple(shape) for shape in input_dim] if isinstance(input_dim, list) else [tuple(input_dim)]
+        samples = self.base_model.clip_samples if self.target_length is None else self.target_length
+        with frozen(self.base_model):
+            found = self._tap(torch.zeros(1, samples), None)
+        return [tuple(embedding.shape[1:]) for embedding in self._aggregated(found, None)]
+
+    def _build_combination(self) -> int:
+        """Create what merging several layers needs, and return the width of the features."""
+        meta = [torch.empty(1, *shape, device="meta") for shape in self.input_dim]
+        self._check_processing()
+        shapes = [self._shape(self._process(embedding, None)).shape[1:] for embedding in meta]
+        if len(shapes) == 1:
+            return shapes[0][-1]
+        target = tuple(_vote([shape[axis] for shape in shapes]) for axis in range(len(shapes[0])))
+        # avex projects a layer whose length differs too, even if its width is right.
+        projectors = [None if shape == target else nn.Linear(shape[-1], target[-1]) for shape in shapes]
+        self.embedding_projectors = nn.ModuleList(projectors)  # type: ignore[arg-type]
+        self.layer_weights = nn.Parameter(torch.zeros(len(shapes)))
+        return target[-1]
+
+    def _check_processing(self) -> None:
+        if self.input_processing not in ("none", "sequence"):
+            return
+        for shape in self.input_dim:
+            wanted = (2, 3) if self.input_processing == "sequence" else (2,) if self.takes_sequence else (1,)
+            if len(shape) not in wanted:
+                raise ValueError(
+                    f"input_processing is {self.input_processing!r}, but a clip's embedding has shape {shape}, and "
+                    f"{type(self).__name__} reads {'sequences (T, D)' if self.takes_sequence else 'vectors (D,)'}; "
+                    "change aggregation or input_processing"
+                )
+
+
+def _stored_embeddings(x: ProbeInput, padding_mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    if isinstance(x, Mapping):
+        padding_mask = x.get("padding_mask", padding_mask)
+        if "raw_wav" in x:  # avex's loaders put a single stored embedding there
+            return [x["raw_wav"]], padding_mask
+        x = [value for key, value in x.items() if key not in _NOT_EMBEDDINGS]
+    embeddings = [x] if isinstance(x, Tensor) else list(x)
+    if not embeddings:
+        raise ValueError("the input holds no embeddings; give a tensor, or one a layer")
+    return embeddings, padding_mask
+
+
+def _vote(values: Sequence[int]) -> int:
+    """The value of the absolute majority, or the largest."""
+    value, count = Counter(values).most_common(1)[0]
+    return value if 2 * count > len(values) else max(values)
+
+
+def _resize(sequence: Tensor, steps: int) -> Tensor:
+    """(B, T, D) → (B, steps, D) by linear interpolation."""
+    if sequence.shape[1] == steps:
+        return sequence
+    resized = nn.functional.interpolate(sequence.transpose(1, 2), size=steps, mode="linear", align_corners=False)
+    return resized.transpose(1, 2)

@@ -1,0 +1,225 @@
+"""A probe as a folder: ``probe.yml``, ``model.safetensors``, ``labels.json``.
+
+The head alone if the backbone was frozen, everything if it was fine-tuned. The fingerprint of the backbone is
+recorded, and checked when the head meets a backbone again.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import save_file
+
+from avex_serve.bundle import LABELS, atomic_directory, dump_labels, parse_labels
+from avex_serve.configs import ModelSpec, ProbeConfig
+from avex_serve.models.base_model import ModelBase
+from avex_serve.models.checkpoints import StateDict, fingerprint, load_strictly, read_state_dict
+from avex_serve.models.probes.base import Probe, Shape
+from avex_serve.models.probes.utils.factory import build_probe_from_config
+from avex_serve.models.utils.factory import build_model_from_spec
+from avex_serve.models.utils.load import find_entry, load_model
+from avex_serve.models.utils.registry import get_entry
+
+logger = logging.getLogger(__name__)
+
+PROBE = "probe.yml"
+WEIGHTS = "model.safetensors"
+# A backbone's own classifier is no part of a probe.
+_UNUSED = "base_model.classifier."
+
+
+class ModelSource(BaseModel):
+    """A backbone that is no registered one: how to build it, and where its weights are."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model_spec: ModelSpec
+    checkpoint_path: str | None = None
+
+
+class SavedProbe(BaseModel):
+    """The content of ``probe.yml``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    probe_config: ProbeConfig
+    num_classes: int
+    model: str | ModelSource | None = None  # a registered name, or how to build it; None: not said
+    backbone_fingerprint: str | None = None  # None: trained offline
+    input_dim: list[Shape] | None = None  # offline only
+    target_length: int | None = None  # online only, in samples
+
+
+def save_probe(
+    probe: Probe,
+    directory: str | os.PathLike[str],
+    labels: Sequence[str] | Mapping[str, int] | None = None,
+    model: str | Path | ModelSpec | None = None,
+) -> None:
+    """Write a probe to a folder, whole or not at all; a probe that is there is replaced.
+
+    Args:
+        probe: made by `build_probe_from_config`.
+        directory: where to.
+        labels: names of the classes in the order of the logits, or ``{label: index}``; None: the probe's own.
+        model: what its backbone was loaded from, so that `load_probe` and the exporter find it again.
+
+    Raises:
+        ValueError: a probe without its configuration, or labels that are not as many as the classes.
+        FileExistsError: the folder holds something else.
+    """
+    if probe.config is None:
+        raise ValueError("this probe has no configuration; build it with build_probe_from_config()")
+    names = probe.labels if labels is None else _in_order(labels)
+    if names is not None and len(names) != probe.num_classes:
+        raise ValueError(f"{len(names)} labels for a probe with {probe.num_classes} classes; give one a class")
+    online = probe.base_model is not None
+    saved = SavedProbe(
+        probe_config=probe.config,
+        num_classes=probe.num_classes,
+        model=_source(model),
+        backbone_fingerprint=fingerprint(probe.base_model) if probe.base_model is not None else None,
+        input_dim=None if online else probe.input_dim,
+        target_length=probe.target_length if online else None,
+    )
+    state = probe.head_state() if probe.freeze_backbone else probe.state_dict()
+    # Cloned, since safetensors refuses tensors that share memory, as BEATs' position tables do.
+    tensors = {n: t.detach().cpu().clone() for n, t in state.items() if not n.startswith(_UNUSED)}
+    with atomic_directory(Path(directory), marker=PROBE) as folder:
+        document = saved.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        (folder / PROBE).write_text(yaml.safe_dump(document, sort_keys=False), "utf-8")
+        save_file(tensors, folder / WEIGHTS)
+        if names is not None:
+            (folder / LABELS).write_text(dump_labels(names), "utf-8")
+
+
+def load_probe(
+    directory: str | os.PathLike[str],
+    base_model: ModelBase | None = None,
+    device: str = "cpu",
+    checkpoint_path: str | None = None,
+) -> Probe:
+    """Read a probe from a folder, in eval mode, with its ``labels`` if it has them.
+
+    Args:
+        directory: written by `save_probe`.
+        base_model: the backbone; None: loaded as the folder says.
+        device: where to put the probe and the backbone.
+        checkpoint_path: where the backbone's weights are, if not where its model says.
+
+    Raises:
+        FileNotFoundError: no probe there, or the backbone's weights are not there.
+        ValueError: a damaged folder, weights that don't fit, or another backbone than the head was trained on.
+    """
+    folder = Path(directory)
+    saved = read_saved(folder)
+    state = read_state_dict(folder / WEIGHTS)
+    if saved.input_dim is not None:
+        probe = build_probe_from_config(
+            saved.probe_config, saved.num_classes, device, input_dim=list(saved.input_dim)
+        )
+    else:
+        frozen = saved.probe_config.freeze_backbone
+        if base_model is None:
+            base_model = _load_backbone(saved, folder, device, checkpoint_path, trained_too=not frozen)
+        if frozen:
+            check_backbone(saved, base_model, folder)
+        probe = build_probe_from_config(
+            saved.probe_config, saved.num_classes, device, base_model=base_model, target_length=saved.target_length
+        )
+    load_head(probe, state, str(folder / WEIGHTS))
+    probe.labels = read_labels(folder, saved.num_classes)
+    return probe.eval()
+
+
+def read_saved(folder: Path) -> SavedProbe:
+    """What ``probe.yml`` says.
+
+    Raises:
+        FileNotFoundError: no probe there.
+        ValueError: it says something else.
+    """
+    if not (folder / PROBE).is_file() or not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder} holds no probe ({PROBE} and {WEIGHTS}); make one with save_probe()")
+    try:
+        return SavedProbe.model_validate(yaml.safe_load((folder / PROBE).read_text("utf-8")))
+    except (yaml.YAMLError, ValidationError) as error:
+        raise ValueError(f"{folder / PROBE} is damaged: {error}") from None
+
+
+def read_labels(folder: Path, num_classes: int) -> tuple[str, ...] | None:
+    """The labels of a saved probe, or None if it has none; ValueError if they don't fit."""
+    path = folder / LABELS
+    if not path.is_file():
+        return None
+    labels = parse_labels(path.read_text("utf-8"), source=str(path))
+    if len(labels) != num_classes:
+        raise ValueError(f"{path} has {len(labels)} labels for {num_classes} classes")
+    return labels
+
+
+def load_head(probe: Probe, state: StateDict, source: str) -> None:
+    """Load weights into a probe, strictly: of the head alone if its backbone is frozen, else of everything.
+
+    A state dict saved by avex holds the backbone too (``base_model.…``): it is left out for a frozen backbone.
+
+    Raises:
+        ValueError: names or shapes that don't fit.
+    """
+    if not probe.freeze_backbone:
+        state = {**{n: t for n, t in probe.state_dict().items() if n.startswith(_UNUSED)}, **state}
+    elif probe.base_model is not None:
+        own = {n: t for n, t in probe.state_dict().items() if n.startswith("base_model.")}
+        state = {**{n: t for n, t in state.items() if not n.startswith("base_model.")}, **own}
+    load_strictly(probe, state, source)
+
+
+def check_backbone(saved: SavedProbe, base_model: ModelBase, folder: Path) -> None:
+    """Raise ValueError if a head was trained on another backbone than this."""
+    if saved.backbone_fingerprint is None:
+        return
+    found = fingerprint(base_model)
+    if found != saved.backbone_fingerprint:
+        raise ValueError(
+            f"{folder} was trained on a backbone with fingerprint {saved.backbone_fingerprint[:12]}…, this one has "
+            f"{found[:12]}…: its logits would mean nothing; load the backbone with the weights of the training"
+        )
+
+
+def _load_backbone(
+    saved: SavedProbe, folder: Path, device: str, checkpoint_path: str | None, *, trained_too: bool
+) -> ModelBase:
+    if saved.model is None:
+        raise ValueError(f"{folder / PROBE} doesn't say which backbone it belongs to; give base_model")
+    if isinstance(saved.model, str):
+        entry = find_entry(saved.model)
+        spec, checkpoint = entry.spec, entry.checkpoint_path
+    else:
+        spec, checkpoint = saved.model.model_spec, saved.model.checkpoint_path
+    if trained_too:  # its weights are in the probe's own file
+        return build_model_from_spec(spec, device, return_features_only=True)
+    return load_model(spec, device, checkpoint_path or checkpoint, return_features_only=True)
+
+
+def _source(model: str | Path | ModelSpec | None) -> str | ModelSource | None:
+    if model is None:
+        return None
+    if isinstance(model, str) and get_entry(model) is not None:
+        return model
+    entry = find_entry(model)
+    return ModelSource(model_spec=entry.spec, checkpoint_path=entry.checkpoint_path)
+
+
+def _in_order(labels: Sequence[str] | Mapping[str, int]) -> tuple[str, ...]:
+    if isinstance(labels, Mapping):
+        if sorted(labels.values()) != list(range(len(labels))):
+            raise ValueError(
+                f"label indices must be 0 to {len(labels) - 1}, each once; got {sorted(labels.values())}"
+            )
+        return tuple(sorted(labels, key=labels.__getitem__))
+    return tuple(labels)

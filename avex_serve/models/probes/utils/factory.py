@@ -1,0 +1,118 @@
+"""From a configuration to a probe."""
+
+import difflib
+import logging
+from typing import Any
+
+from avex_serve.configs import ProbeConfig
+from avex_serve.models.base_model import ModelBase
+from avex_serve.models.probes.base import InputDim, Probe
+from avex_serve.models.probes.utils.registry import get_probe_class, list_probe_classes
+
+logger = logging.getLogger(__name__)
+
+# Fields of ProbeConfig that belong to heads, each to some of them.
+_HEAD_FIELDS = (
+    "hidden_dims",
+    "dropout_rate",
+    "activation",
+    "lstm_hidden_size",
+    "num_layers",
+    "bidirectional",
+    "num_heads",
+    "attention_dim",
+    "max_sequence_length",
+    "use_positional_encoding",
+)
+_EXTRA_FIELDS = ("exclude_padding",)
+
+
+def build_probe_from_config(
+    probe_config: ProbeConfig,
+    num_classes: int,
+    device: str,
+    base_model: ModelBase | None = None,
+    input_dim: InputDim | None = None,
+    target_length: int | None = None,
+    **kwargs: Any,
+) -> Probe:
+    """Build a probe with a random head: online on a backbone, or offline on stored embeddings.
+
+    Args:
+        probe_config: what to build.
+        num_classes: width of the logits.
+        device: where to put it, such as ``cpu`` or ``cuda``.
+        base_model: the backbone, for online mode. It is frozen or not as the configuration says.
+        input_dim: for offline mode, the shape of a clip's embedding: its width, a shape, or a list of shapes, one
+            a layer.
+        target_length: samples of a clip; before the configuration's and the backbone's own.
+        **kwargs: options of the head that the configuration doesn't set.
+
+    Raises:
+        ValueError: both or neither of `base_model` and `input_dim`, layers that are not there, shapes or
+            processing that don't go together.
+        TypeError: an unknown keyword.
+        RuntimeError: a clip too short for the backbone.
+    """
+    if base_model is not None and input_dim is not None:
+        raise ValueError(
+            "Cannot specify both 'base_model' and 'input_dim'. "
+            "Use 'base_model' for online mode or 'input_dim' for offline mode."
+        )
+    if base_model is None and input_dim is None:
+        raise ValueError("Must specify either 'base_model' (for online mode) or 'input_dim' (for offline mode).")
+    kind = probe_config.probe_type
+    cls = get_probe_class(kind)
+    if cls is None:
+        raise ValueError(f"Probe class '{kind}' is not registered. Available classes: {list_probe_classes()}")
+    _refuse_unknown(kwargs, kind, cls)
+    _warn_of_unused(probe_config, kwargs, cls, online=base_model is not None)
+    selectors = probe_config.target_layers
+    probe = cls(
+        base_model=base_model,
+        layers=[str(s) for s in selectors] if base_model is None else base_model.resolve_layers(selectors),
+        num_classes=num_classes,
+        device=device,
+        feature_mode=base_model is None,
+        input_dim=input_dim,
+        aggregation=probe_config.aggregation,
+        target_length=probe_config.target_length if target_length is None else target_length,
+        freeze_backbone=probe_config.freeze_backbone or base_model is None,
+        input_processing=probe_config.input_processing if _is_set(probe_config, "input_processing") else None,
+        exclude_padding=bool((probe_config.extra_config or {}).get("exclude_padding", False)),
+        **_head_options(probe_config, kwargs, cls),
+    )
+    probe.config = probe_config
+    return probe
+
+
+def _head_options(config: ProbeConfig, kwargs: dict[str, Any], cls: type[Probe]) -> dict[str, Any]:
+    configured = {name: getattr(config, name) for name in cls.options if name in ProbeConfig.model_fields}
+    given = {name: value for name, value in kwargs.items() if not _is_set(config, name)}
+    return {name: value for name, value in {**configured, **given}.items() if value is not None}
+
+
+def _refuse_unknown(kwargs: dict[str, Any], kind: str, cls: type[Probe]) -> None:
+    for name in kwargs.keys() - cls.options.keys():
+        close = difflib.get_close_matches(name, [*cls.options, *ProbeConfig.model_fields], n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"it takes {sorted(cls.options) or 'no options'}"
+        raise TypeError(f"build_probe_from_config() got an unexpected keyword '{name}' for a {kind} probe; {hint}")
+
+
+def _warn_of_unused(config: ProbeConfig, kwargs: dict[str, Any], cls: type[Probe], *, online: bool) -> None:
+    used = cls.options.keys() - cls.without_effect
+    for name in _HEAD_FIELDS:
+        if _is_set(config, name) and getattr(config, name) is not None and name not in used:
+            value = getattr(config, name)
+            logger.warning("%s=%r has no effect on probe_type=%r", name, value, config.probe_type)
+    for name in sorted(kwargs.keys() & config.model_fields_set):
+        logger.warning("keyword %s=%r loses to the configuration's %r", name, kwargs[name], getattr(config, name))
+    for name in (config.extra_config or {}).keys() - set(_EXTRA_FIELDS):
+        logger.warning("extra_config[%r] has no effect; known: %s", name, ", ".join(_EXTRA_FIELDS))
+    if config.online_training is not None and config.online_training != online:
+        mode = "online, on a base_model" if online else "offline, on embeddings"
+        logger.warning("online_training=%s, but the probe is built %s", config.online_training, mode)
+
+
+def _is_set(config: ProbeConfig, field: str) -> bool:
+    return field in config.model_fields_set

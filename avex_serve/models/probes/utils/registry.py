@@ -1,0 +1,57 @@
+"""Heads by name, and probe configurations from YAML."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from avex_serve.configs import ProbeConfig
+from avex_serve.models.probes.base import Probe
+from avex_serve.models.probes.heads import AttentionProbe, LinearProbe, LSTMProbe, MLPProbe, TransformerProbe
+
+_PROBE_CLASSES: dict[str, type[Probe]] = {
+    "linear": LinearProbe,
+    "mlp": MLPProbe,
+    "lstm": LSTMProbe,
+    "attention": AttentionProbe,
+    "transformer": TransformerProbe,
+}
+
+
+def get_probe_class(name: str) -> type[Probe] | None:
+    """The probe class of that name (case doesn't matter), or None."""
+    return _PROBE_CLASSES.get(name.lower())
+
+
+def list_probe_classes() -> list[str]:
+    """Names of the probe classes."""
+    return list(_PROBE_CLASSES)
+
+
+def register_probe_class(name: str, cls: type[Probe]) -> None:
+    """Let ``probe_type=name`` build a class of your own; `name` must be a probe type of `ProbeConfig`.
+
+    Raises:
+        TypeError: not a subclass of `Probe`.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Probe)):
+        raise TypeError(f"{cls!r} is no probe class; derive it from avex_serve.models.probes.Probe")
+    _PROBE_CLASSES[name.lower()] = cls
+
+
+def load_probe_config(yaml_path: str | Path) -> ProbeConfig:
+    """A probe configuration from YAML: its fields at the top, or under ``probe_config:``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no such mapping, or fields that make no ProbeConfig.
+    """
+    path = Path(yaml_path)
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    fields = content.get("probe_config", content) if isinstance(content, Mapping) else None
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{path} must hold a mapping with the fields of a probe, or probe_config: with them")
+    return ProbeConfig(**fields)

@@ -1,0 +1,1 @@
+"""The exporter: from a trained probe to a bundle."""
