@@ -87,7 +87,7 @@ class Engine:
             probe: name of the head to ask; the bundle's first one by default.
 
         Raises:
-            InputError: audio, threshold, top_k or overlap that can't be used.
+            InputError: audio, threshold, top_k or overlap that can't be used, or a result that is not finite.
             NotFoundError: no such probe.
             UnsupportedError: the bundle takes embeddings, not audio.
         """
@@ -161,13 +161,15 @@ class Engine:
         """The graph's raw outputs for an input of the manifest's shape, (B, …) float32.
 
         Raises:
-            TensorError: another shape or type, no rows, or values that are not finite.
+            TensorError: another shape or type, no rows, or values or results that are not finite.
         """
         self.check_input(batch)
-        outputs = list(self._pool.map(self.backend.run, _chunks(batch, self.backend.max_batch)))
-        return {
-            spec.name: np.concatenate([output[spec.name] for output in outputs]) for spec in self.manifest.outputs
-        }
+        return self._outputs(self._names(), _chunks(batch, self.backend.max_batch))
+
+    def infer_recording(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> dict[str, np.ndarray]:
+        """The graph's raw outputs for a recording, (N, …) with one row a window; see `predict` for the rest."""
+        _, batches = self._windows(Recording(wave, sample_rate), overlap)
+        return self._outputs(self._names(), batches)
 
     def check_input(self, batch: np.ndarray) -> None:
         """Raise TensorError unless the batch is what the graph takes."""
@@ -209,7 +211,22 @@ class Engine:
         return self.manifest.audio
 
     def _stack(self, output: str, batches: Iterable[np.ndarray]) -> np.ndarray:
-        return np.concatenate([run[output] for run in self._pool.map(self.backend.run, batches)])
+        return self._outputs([output], batches)[output]
+
+    def _names(self) -> list[str]:
+        return [spec.name for spec in self.manifest.outputs]
+
+    def _outputs(self, names: list[str], batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        for run in self._pool.map(self.backend.run, batches):
+            for name in names:
+                rows[name].append(run[name])
+        outputs = {name: np.concatenate(arrays) for name, arrays in rows.items()}
+        for name, output in outputs.items():
+            # Finite samples of 1e38 overflow in any model, and JSON has no word for what comes out.
+            if not np.isfinite(output).all():
+                raise TensorError(f"output {name!r} is not finite for this input; audio samples lie in [-1, 1]")
+        return outputs
 
     def _answer(self, head: ProbeInfo) -> "_AnswerFields":
         return {

@@ -1,0 +1,229 @@
+"""The Open Inference Protocol and the standard health service over gRPC, on the event loop of a BentoML worker."""
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any, Final
+
+import grpc
+import numpy as np
+from anyio import to_thread
+from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health, health_pb2
+
+from avex_serve.errors import AvexServeError, InputError, TensorError, UnsupportedError
+from avex_serve.runtime.engine import Engine
+from avex_serve.service import oip
+from avex_serve.service.grpc_messages import SERVICE, message_class
+from avex_serve.service.options import validated
+from avex_serve.service.settings import Settings
+
+logger = logging.getLogger("bentoml.avex_serve")
+
+# gRPC's own default of 4 MiB holds 22 s of 16-bit stereo at 48 kHz; this holds 11 minutes.
+MAX_REQUEST_BYTES: Final = 128 * 2**20
+# A status travels in a header, and clients take 8 KiB of headers: a longer one would arrive as another error.
+MAX_DETAILS: Final = 1000
+GRACE_SECONDS: Final = 10.0  # that running calls get at shutdown
+
+Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+
+
+class GrpcServer:
+    """A running server; `start` makes one."""
+
+    def __init__(self, server: grpc.aio.Server, servicer: health.aio.HealthServicer) -> None:
+        self._server = server
+        self._health = servicer
+
+    @classmethod
+    async def start(cls, engine: Engine, settings: Settings) -> "GrpcServer":
+        """Serve the engine.
+
+        Raises:
+            InputError: the address can't be listened on.
+        """
+        server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 1),  # workers share the port
+                ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+                ("grpc.max_send_message_length", -1),
+            ]
+        )
+        servicer = health.aio.HealthServicer()
+        server.add_generic_rpc_handlers((_inference(oip.Model(engine)), _health(servicer)))
+        try:
+            server.add_insecure_port(settings.grpc_address)
+        except RuntimeError as error:
+            raise InputError(f"gRPC can't listen on {settings.grpc_address}: {error}") from None
+        await server.start()
+        for service in ("", SERVICE):
+            await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+        return cls(server, servicer)
+
+    async def stop(self) -> None:
+        """Say NOT_SERVING, let running calls end, and stop."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(GRACE_SECONDS)
+
+
+def check_port_is_free(settings: Settings) -> None:
+    """Raise InputError if somebody listens there already.
+
+    Workers share the gRPC port by SO_REUSEPORT, by which a forgotten server would silently take a part of the
+    requests. A socket without that option can't be bound beside it.
+    """
+    family = socket.AF_INET6 if settings.grpc_host.version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections in TIME_WAIT are no server
+        try:
+            probe.bind((str(settings.grpc_host), settings.grpc_port))
+        except OSError as error:
+            raise InputError(
+                f"gRPC can't listen on {settings.grpc_address}: {error.strerror}; "
+                "stop what listens there, or set AVEX_GRPC_PORT or AVEX_GRPC_HOST"
+            ) from None
+
+
+class _Servicer:
+    """The methods of the protocol."""
+
+    def __init__(self, model: oip.Model) -> None:
+        self._model = model
+
+    async def server_live(self, _: Any) -> Message:
+        return message_class("ServerLiveResponse")(live=True)
+
+    async def server_ready(self, _: Any) -> Message:
+        return message_class("ServerReadyResponse")(ready=True)
+
+    async def server_metadata(self, _: Any) -> Message:
+        return message_class("ServerMetadataResponse")(**oip.server_metadata())
+
+    async def model_ready(self, request: Any) -> Message:
+        self._model.check_name(request.name, request.version)
+        return message_class("ModelReadyResponse")(ready=True)
+
+    async def model_metadata(self, request: Any) -> Message:
+        self._model.check_name(request.name, request.version)
+        return message_class("ModelMetadataResponse")(**asdict(self._model.metadata()))
+
+    async def model_infer(self, request: Any) -> Message:
+        response: Message = await to_thread.run_sync(self._infer, request)
+        return response
+
+    def _infer(self, request: Any) -> Any:
+        self._model.check_name(request.model_name, request.model_version)
+        answer = self._model.infer(_parse(request))
+        response: Any = message_class("ModelInferResponse")(
+            model_name=self._model.name, model_version=self._model.version, id=request.id
+        )
+        for key, text in answer.parameters.items():
+            response.parameters[key].string_param = text
+        for name, array in answer.outputs.items():
+            response.outputs.add(name=name, datatype=oip.FP32, shape=array.shape)
+            response.raw_output_contents.append(oip.to_raw(array))
+        return response
+
+
+def _parse(request: Any) -> oip.InferRequest:
+    for tensor in (*request.inputs, *request.outputs):
+        if "shared_memory_region" in tensor.parameters:
+            raise UnsupportedError(f"{tensor.name!r}: shared memory is not offered; send the tensor itself")
+    raw = list(request.raw_input_contents)
+    if raw and len(raw) != len(request.inputs):
+        raise TensorError(f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs; send one for each")
+    inputs = []
+    for index, tensor in enumerate(request.inputs):
+        if raw and tensor.HasField("contents"):
+            raise TensorError(f"input {tensor.name!r} has both contents and raw_input_contents; send one of them")
+        data = oip.from_raw(tensor.name, tensor.datatype, raw[index]) if raw else _typed_contents(tensor)
+        inputs.append(oip.InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
+    return oip.InferRequest(
+        inputs=inputs,
+        outputs=[output.name for output in request.outputs],
+        parameters=validated(oip.InferParameters, _parameters(request)),
+    )
+
+
+def _typed_contents(tensor: Any) -> np.ndarray | list[bytes]:
+    oip.check_datatype(tensor.name, tensor.datatype)
+    if tensor.datatype == oip.BYTES:
+        return list(tensor.contents.bytes_contents)
+    return np.array(tensor.contents.fp32_contents, dtype=np.float32)
+
+
+def _parameters(request: Any) -> dict[str, Any]:
+    values = {}
+    for key, parameter in request.parameters.items():
+        if choice := parameter.WhichOneof("parameter_choice"):
+            values[key] = getattr(parameter, choice)
+    return values
+
+
+def _inference(model: oip.Model) -> grpc.GenericRpcHandler:
+    servicer = _Servicer(model)
+    methods: dict[str, Callable[[Any], Awaitable[Message]]] = {
+        "ServerLive": servicer.server_live,
+        "ServerReady": servicer.server_ready,
+        "ServerMetadata": servicer.server_metadata,
+        "ModelReady": servicer.model_ready,
+        "ModelMetadata": servicer.model_metadata,
+        "ModelInfer": servicer.model_infer,
+    }
+    return grpc.method_handlers_generic_handler(
+        SERVICE,
+        {
+            name: grpc.unary_unary_rpc_method_handler(
+                _decoded(message_class(f"{name}Request"), _guarded(name, method)),
+                response_serializer=message_class(f"{name}Response").SerializeToString,
+            )
+            for name, method in methods.items()
+        },
+    )
+
+
+def _health(servicer: health.aio.HealthServicer) -> grpc.GenericRpcHandler:
+    request_class = health_pb2.HealthCheckRequest
+    serializer = health_pb2.HealthCheckResponse.SerializeToString
+    check, watch = _decoded(request_class, servicer.Check), _decoded(request_class, servicer.Watch)
+    return grpc.method_handlers_generic_handler(
+        health.SERVICE_NAME,
+        {
+            "Check": grpc.unary_unary_rpc_method_handler(check, response_serializer=serializer),
+            "Watch": grpc.unary_stream_rpc_method_handler(watch, response_serializer=serializer),
+        },
+    )
+
+
+def _guarded(name: str, method: Callable[[Any], Awaitable[Message]]) -> Method:
+    """The method with every error as a status."""
+
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> Message:
+        try:
+            return await method(request)
+        except AvexServeError as error:
+            status, details = grpc.StatusCode[error.grpc_status], str(error)[:MAX_DETAILS]
+        except Exception as error:
+            logger.error("unexpected error in %s", name, exc_info=error)
+            status, details = grpc.StatusCode.INTERNAL, "unexpected error; the server's log has the details"
+        await context.abort(status, details)
+        raise AssertionError("abort raises")
+
+    return call
+
+
+def _decoded(request_class: type[Message], method: Method) -> Method:
+    """The method for undecoded requests: gRPC itself logs a traceback where one is no message."""
+
+    async def call(data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            request = request_class.FromString(data)
+        except DecodeError:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"the request is no {request_class.DESCRIPTOR.name}"
+            )
+        return await method(request, context)
+
+    return call

@@ -1,0 +1,204 @@
+"""The HTTP routes that answer clients, in front of BentoML's own.
+
+BentoML's handlers of the same paths are never reached over the network: see docs/decisions/serving-own-routes.md.
+
+    POST /predict, /embed           the audio as the body, or as the file ``audio`` of a multipart form
+    POST /classify                  JSON, for embedding bundles
+    /v2…                            the Open Inference Protocol
+
+Every error is ``{"error": "<what was wrong>"}``.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Final, TypeVar
+
+from anyio import to_thread
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.middleware.exceptions import ExceptionMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from avex_serve.errors import AvexServeError, InputError, NotFoundError
+from avex_serve.runtime.audio import decode
+from avex_serve.runtime.engine import Engine
+from avex_serve.runtime.results import Classification, Embedding, Prediction
+from avex_serve.service import oip, oip_json
+from avex_serve.service.options import ClassifyRequest, EmbedOptions, PredictOptions, validated
+
+logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the information of loggers that are not its own
+
+Options = TypeVar("Options", bound=EmbedOptions)
+
+AUDIO_FIELD: Final = "audio"
+MODEL: Final = "/v2/models/{name}"
+VERSION: Final = "/v2/models/{name}/versions/{version}"
+
+
+class OwnRoutes:
+    """ASGI middleware: answers its routes and passes everything else on.
+
+    It matches with Starlette's own router, as BentoML does behind it, so that no spelling of a path slips through
+    to the handlers that it covers.
+    """
+
+    def __init__(self, app: ASGIApp, engine: Callable[[], Engine]) -> None:
+        """`engine` is called with each request, for the engine is opened after the application is built."""
+        self._app = app
+        self._engine = engine
+        self._router = ExceptionMiddleware(
+            Router(self._routes(), default=self._pass_on, redirect_slashes=False),
+            {HTTPException: _answer_fault, Exception: _answer_fault},
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        app = self._router if scope["type"] == "http" else self._app
+        await app(scope, receive, send)
+
+    def _routes(self) -> list[Route]:
+        routes = [
+            Route("/predict", self._predict, methods=["POST"]),
+            Route("/embed", self._embed, methods=["POST"]),
+            Route("/classify", self._classify, methods=["POST"]),
+            Route("/v2", self._server_metadata),
+            Route("/v2/health/live", self._live),
+            Route("/v2/health/ready", self._ready),
+        ]
+        for path in (MODEL, VERSION):
+            routes += [
+                Route(path, self._model_metadata),
+                Route(f"{path}/ready", self._model_ready),
+                Route(f"{path}/infer", self._infer, methods=["POST"]),
+            ]
+        return routes
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith("/v2/"):
+            raise NotFoundError(f"no {scope['path']} in the Open Inference Protocol as served here")
+        await self._app(scope, receive, send)
+
+    async def _predict(self, request: Request) -> Response:
+        audio, options = await _read_audio(request, PredictOptions)
+
+        def predict() -> Prediction:
+            return self._engine().predict(*decode(audio), **options.model_dump())
+
+        return _document(await to_thread.run_sync(predict))
+
+    async def _embed(self, request: Request) -> Response:
+        audio, options = await _read_audio(request, EmbedOptions)
+
+        def embed() -> Embedding:
+            return self._engine().embedding_document(*decode(audio), **options.model_dump())
+
+        return _document(await to_thread.run_sync(embed))
+
+    async def _classify(self, request: Request) -> Response:
+        body = await _read_body(request)
+
+        def classify() -> Classification:
+            asked = validated(ClassifyRequest, body)
+            embeddings = oip.from_numbers("embeddings", asked.embeddings)
+            return self._engine().classify(embeddings, **asked.model_dump(exclude={"embeddings"}))
+
+        return _document(await to_thread.run_sync(classify))
+
+    async def _server_metadata(self, _: Request) -> Response:
+        return JSONResponse(oip.server_metadata())
+
+    async def _live(self, _: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def _ready(self, _: Request) -> Response:
+        # HTTP is answered only after the engine was opened.
+        return JSONResponse({"ready": True})
+
+    async def _model_metadata(self, request: Request) -> Response:
+        return JSONResponse(oip_json.dump_metadata(self._model(request).metadata()))
+
+    async def _model_ready(self, request: Request) -> Response:
+        return JSONResponse({"name": self._model(request).name, "ready": True})
+
+    async def _infer(self, request: Request) -> Response:
+        model = self._model(request)
+        body = await _read_body(request)
+        answer = await to_thread.run_sync(partial(_infer, model, body, request.headers.get(oip_json.JSON_LENGTH)))
+        if answer.json_length is None:
+            return Response(answer.content, media_type="application/json")
+        headers = {oip_json.JSON_LENGTH: str(answer.json_length)}
+        return Response(answer.content, media_type="application/octet-stream", headers=headers)
+
+    def _model(self, request: Request) -> oip.Model:
+        model = oip.Model(self._engine())
+        model.check_name(request.path_params["name"], request.path_params.get("version"))
+        return model
+
+
+def _infer(model: oip.Model, body: bytes, json_length: str | None) -> oip_json.Body:
+    request = oip_json.parse_request(body, json_length)
+    return oip_json.dump_answer(model, request, model.infer(request.infer))
+
+
+async def _read_audio(request: Request, options: type[Options]) -> tuple[bytes, Options]:
+    """The encoded recording and the options, which may stand in the query and in form fields."""
+    pairs = request.query_params.multi_items()
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        return await _read_body(request), options.from_text(pairs)
+    audio: bytes | None = None
+    _refuse_encoding(request)
+    try:
+        async with request.form() as form:
+            for name, value in form.multi_items():
+                if name != AUDIO_FIELD and isinstance(value, str):
+                    pairs.append((name, value))
+                elif name == AUDIO_FIELD and isinstance(value, UploadFile) and audio is None:
+                    audio = await value.read()
+                else:
+                    raise InputError(f"form field {name!r}: expected one file {AUDIO_FIELD!r} and options as text")
+    except (MultiPartException, ValueError) as error:
+        raise InputError(f"malformed multipart body: {error}") from None
+    if audio is None:
+        raise InputError(
+            f"the multipart body holds no whole file {AUDIO_FIELD!r}; send it as -F {AUDIO_FIELD}=@FILE"
+        )
+    return audio, options.from_text(pairs)
+
+
+async def _read_body(request: Request) -> bytes:
+    _refuse_encoding(request)
+    return await request.body()
+
+
+def _refuse_encoding(request: Request) -> None:
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise HTTPException(415, "compressed requests are not taken; send the body without Content-Encoding")
+
+
+def _document(document: BaseModel) -> Response:
+    return Response(document.model_dump_json(), media_type="application/json")
+
+
+def _error(message: str, status: int, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"error": message}, status_code=status, headers=headers)
+
+
+async def _answer_fault(request: Request, error: Exception) -> Response:
+    match error:
+        case AvexServeError():
+            if error.http_status >= 500:
+                logger.error("%s: %s", request.url.path, error)
+            return _error(str(error), error.http_status)
+        case HTTPException():
+            return _error(error.detail, error.status_code, dict(error.headers or {}))
+        case ClientDisconnect():
+            return _error("the client closed the connection before its request was complete", 400)
+        case _:
+            logger.error("unexpected error in %s", request.url.path, exc_info=error)
+            return _error("unexpected error; the server's log has the details", 500)

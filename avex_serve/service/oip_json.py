@@ -1,0 +1,161 @@
+"""The Open Inference Protocol's messages over HTTP: JSON, with tensors inside it or in binary after it."""
+
+import base64
+import binascii
+import json
+from dataclasses import asdict
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel
+
+from avex_serve.errors import InputError, TensorError, UnsupportedError
+from avex_serve.service import oip
+from avex_serve.service.options import validated
+
+# Of the binary tensor extension: how much of the body is JSON.
+JSON_LENGTH: Final = "Inference-Header-Content-Length"
+
+
+class _Input(BaseModel):
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: dict[str, Any] = {}
+    data: Any = None
+
+
+class _Output(BaseModel):
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class _Request(BaseModel):
+    id: str = ""
+    parameters: dict[str, Any] = {}
+    inputs: list[_Input]
+    outputs: list[_Output] = []
+
+
+class JsonRequest(NamedTuple):
+    """A request and how its answer is wanted."""
+
+    infer: oip.InferRequest
+    id: str
+    binary: frozenset[str] | None  # outputs wanted in binary; None: all
+
+
+class Body(NamedTuple):
+    """The body of a response."""
+
+    content: bytes
+    json_length: int | None  # bytes of JSON before the binary tensors; None: it is all JSON
+
+
+def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
+    """The request in a body.
+
+    Args:
+        body: JSON, then the binary tensors.
+        json_length: value of the header `JSON_LENGTH`, None without it.
+
+    Raises:
+        InputError: a body that is not such a request.
+    """
+    split = _split(body, json_length)
+    request = validated(_Request, body[:split])
+    inputs, rest = [], body[split:]
+    for tensor in request.inputs:
+        _refuse_shared_memory(tensor.name, tensor.parameters)
+        if (size := tensor.parameters.get("binary_data_size")) is None:
+            data = _from_json(tensor)
+        else:
+            if type(size) is not int or not 0 <= size <= len(rest):
+                raise TensorError(
+                    f"input {tensor.name!r}: binary_data_size is {size!r}; {len(rest)} bytes follow the JSON"
+                )
+            data, rest = oip.from_raw(tensor.name, tensor.datatype, rest[:size]), rest[size:]
+        inputs.append(oip.InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
+    if rest:
+        raise TensorError(f"{len(rest)} bytes follow the JSON that no input lays claim to by binary_data_size")
+    for output in request.outputs:
+        _refuse_shared_memory(output.name, output.parameters)
+        if output.parameters.get("classification"):
+            raise UnsupportedError(f"output {output.name!r}: no classification here; /predict names labels")
+    return JsonRequest(
+        oip.InferRequest(
+            inputs=inputs,
+            outputs=[output.name for output in request.outputs],
+            parameters=validated(oip.InferParameters, request.parameters),
+        ),
+        request.id,
+        _wanted_in_binary(request),
+    )
+
+
+def dump_answer(model: oip.Model, request: JsonRequest, answer: oip.InferAnswer) -> Body:
+    """The body of the response."""
+    outputs, tensors = [], []
+    for name, array in answer.outputs.items():
+        output: dict[str, Any] = {"name": name, "datatype": oip.FP32, "shape": list(array.shape)}
+        if request.binary is None or name in request.binary:
+            tensors.append(oip.to_raw(array))
+            output["parameters"] = {"binary_data_size": len(tensors[-1])}
+        else:
+            output["data"] = array.ravel().tolist()
+        outputs.append(output)
+    document: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
+    if request.id:
+        document["id"] = request.id
+    if answer.parameters:
+        document["parameters"] = answer.parameters
+    head = json.dumps({**document, "outputs": outputs}, allow_nan=False).encode()
+    return Body(b"".join([head, *tensors]), len(head) if tensors else None)
+
+
+def dump_metadata(metadata: oip.ModelMetadata) -> dict[str, Any]:
+    """The metadata as a JSON document."""
+    return asdict(metadata)
+
+
+def _split(body: bytes, json_length: str | None) -> int:
+    if json_length is None:
+        return len(body)
+    try:
+        split = int(json_length)
+    except ValueError:
+        split = -1
+    if not 0 <= split <= len(body):
+        raise InputError(f"{JSON_LENGTH} is {json_length[:20]!r}; expected a number up to the body's {len(body)}")
+    return split
+
+
+def _from_json(tensor: _Input) -> np.ndarray | list[bytes]:
+    oip.check_datatype(tensor.name, tensor.datatype)
+    if tensor.data is None:
+        raise TensorError(f"input {tensor.name!r} has no data")
+    if tensor.datatype == oip.FP32:
+        return oip.from_numbers(f"input {tensor.name!r}", tensor.data).ravel()
+    if not isinstance(tensor.data, list) or not all(isinstance(text, str) for text in tensor.data):
+        raise TensorError(f"input {tensor.name!r} of type BYTES: expected a list of strings")
+    try:
+        # JSON can't hold arbitrary bytes.
+        return [base64.b64decode(text, validate=True) for text in tensor.data]
+    except (binascii.Error, ValueError):
+        raise TensorError(
+            f"input {tensor.name!r} of type BYTES: expected each recording as base64, or as a binary tensor"
+        ) from None
+
+
+def _wanted_in_binary(request: _Request) -> frozenset[str] | None:
+    if request.parameters.get("binary_data_output") is True and not request.outputs:
+        return None
+    default = request.parameters.get("binary_data_output", False)
+    return frozenset(
+        output.name for output in request.outputs if output.parameters.get("binary_data", default) is True
+    )
+
+
+def _refuse_shared_memory(name: str, parameters: dict[str, Any]) -> None:
+    if "shared_memory_region" in parameters:
+        raise UnsupportedError(f"{name!r}: shared memory is not offered; send the tensor itself")

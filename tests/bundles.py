@@ -1,0 +1,69 @@
+"""Tiny bundles for tests: one or two matrix products, written with onnx alone."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from avex_serve.bundle import MANIFEST, ONNX, atomic_directory, seal_bundle
+
+SAMPLE_RATE = 16000
+WINDOW = 1600  # samples
+DIM = 4
+LABELS = ("chiffchaff", "robin", "Zaunkönig")
+
+
+def make_audio_bundle(target: Path, name: str = "tiny", activation: str = "sigmoid", trained: bool = True) -> Path:
+    """(-1, WINDOW) waveforms → embedding (-1, DIM) → logits (-1, labels)."""
+    steps = [("waveform", "embedding", (WINDOW, DIM)), ("embedding", "logits", (DIM, len(LABELS)))]
+    return _make(
+        target,
+        steps,
+        name=name,
+        kind="audio",
+        audio={"sample_rate": SAMPLE_RATE, "window_samples": WINDOW},
+        activation=activation,
+        probes=[{"name": "linear", "config": {}, "trained": trained}],
+    )
+
+
+def make_embedding_bundle(target: Path, name: str = "tiny-offline") -> Path:
+    """Embeddings (-1, DIM) → logits (-1, labels)."""
+    return _make(
+        target,
+        [("embedding", "logits", (DIM, len(LABELS)))],
+        name=name,
+        kind="embedding",
+        activation="softmax",
+        probes=[{"name": "linear", "config": {}, "trained": True}],
+    )
+
+
+def _make(target: Path, steps: list[tuple[str, str, tuple[int, int]]], **fields) -> Path:
+    random = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array((random.normal(size=shape) / shape[0] ** 0.5).astype(np.float32), f"to_{output}")
+        for _, output, shape in steps
+    ]
+    inputs = [{"name": steps[0][0], "shape": (-1, steps[0][2][0])}]
+    outputs = [{"name": output, "shape": (-1, shape[1])} for _, output, shape in reversed(steps)]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", [source, f"to_{output}"], [output]) for source, output, _ in steps],
+        "tiny",
+        *([_value_info(**spec) for spec in specs] for specs in (inputs, outputs)),
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    with atomic_directory(target, marker=MANIFEST) as folder:
+        onnx.save(model, str(folder / ONNX))
+        seal_bundle(
+            folder,
+            LABELS,
+            {**fields, "model": "tiny", "inputs": inputs, "outputs": outputs, "licence": "MIT", "tools": {}},
+        )
+    return target
+
+
+def _value_info(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape[1:]])

@@ -1,0 +1,17 @@
+"""Fixtures that every part uses."""
+
+import pytest
+
+from tests.bundles import make_audio_bundle, make_embedding_bundle
+
+
+@pytest.fixture(scope="session")
+def audio_bundle(tmp_path_factory):
+    """Folder of a tiny bundle that takes audio."""
+    return make_audio_bundle(tmp_path_factory.mktemp("bundles") / "audio")
+
+
+@pytest.fixture(scope="session")
+def embedding_bundle(tmp_path_factory):
+    """Folder of a tiny bundle that takes embeddings."""
+    return make_embedding_bundle(tmp_path_factory.mktemp("bundles") / "embedding")

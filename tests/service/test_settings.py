@@ -1,0 +1,40 @@
+import pytest
+
+from avex_serve.errors import InputError
+from avex_serve.service.settings import DEMO_BUNDLE, Settings
+
+
+def test_defaults():
+    settings = Settings.from_environment({"AVEX_BUNDLE": "", "AVEX_PORT_3000_TCP": "tcp://10.0.0.1:3000"})
+    assert settings.bundle == DEMO_BUNDLE
+    assert settings.device == "auto"
+    assert settings.grpc_address == "0.0.0.0:3001"
+
+
+def test_every_setting(tmp_path):
+    settings = Settings.from_environment(
+        {
+            "AVEX_BUNDLE": str(tmp_path),
+            "AVEX_DEVICE": "cpu",
+            "AVEX_GRPC_HOST": "::1",
+            "AVEX_GRPC_PORT": "4001",
+        }
+    )
+    assert settings.bundle == tmp_path
+    assert settings.device == "cpu"
+    assert settings.grpc_address == "[::1]:4001"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AVEX_DEVICE", "tpu"),
+        ("AVEX_GRPC_HOST", "localhost"),
+        ("AVEX_GRPC_PORT", "tcp://10.0.0.1:3001"),
+        ("AVEX_GRPC_PORT", "0"),
+        ("AVEX_GRPC_PORT", "65536"),
+    ],
+)
+def test_bad_value_is_named(name, value):
+    with pytest.raises(InputError, match=f"^{name} is '{value}': "):
+        Settings.from_environment({name: value})
