@@ -5,8 +5,9 @@ serving process never pays for what it doesn't need.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from avex_serve.version import __version__
 
 if TYPE_CHECKING:
     from avex_serve.models.utils.factory import build_model_from_spec
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
         register_model,
     )
     from avex_serve.runtime.engine import Engine, open_bundle
-
-__version__ = version("avex-serve")
 
 _HOME = {
     "Engine": "avex_serve.runtime.engine",
@@ -36,6 +35,7 @@ _HOME = {
 
 __all__ = [
     "Engine",
+    "__version__",
     "build_model_from_spec",
     "get_checkpoint_path",
     "get_model_spec",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from avex_serve.configs import Aggregation, AudioConfig
 from avex_serve.models.aggregation import concatenate
 from avex_serve.models.layers import last_layer, resolve_layers
+from avex_serve.models.tracing import is_tracing
 
 
 class ModelBase(nn.Module, ABC):
@@ -60,6 +61,14 @@ class ModelBase(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no padding mask at the level of tokens")
 
+    @abstractmethod
+    def specialise(self, samples: int, layers: Sequence[str]) -> None:
+        """Make this copy fit for an exported graph, in place: clips of so many samples, and only these layers.
+
+        Parts that the layers don't need are dropped. The numbers change by rounding only. The copy can't be
+        trained or saved any more.
+        """
+
     @property
     def clip_samples(self) -> int:
         """Samples of a clip as the audio configuration says.
@@ -93,9 +102,11 @@ class ModelBase(nn.Module, ABC):
             raise ValueError("Input tensor cannot be None; give a waveform of shape (batch, samples)")
         if x.ndim not in (1, 2):
             raise ValueError(f"waveform of shape {tuple(x.shape)}; expected (batch, samples) or (samples,)")
-        if x.numel() == 0:
+        if not is_tracing() and x.numel() == 0:  # sizes are no numbers while a graph is traced
             raise ValueError(f"Audio tensor cannot be empty, got shape {tuple(x.shape)}")
-        return x.reshape(-1, x.shape[-1]).to(next(self.parameters()).device)
+        device = next(self.parameters()).device
+        wave = x if x.ndim == 2 else x[None]
+        return wave if wave.device == device else wave.to(device)  # a traced move would name the device
 
     # -- avex's way to embeddings: choose the layers first, then extract -------------------------------------
 

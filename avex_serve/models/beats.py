@@ -22,6 +22,7 @@ from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.frontends import KaldiFbank
 from avex_serve.models.layers import BACKBONE, Taps
+from avex_serve.models.tracing import is_tracing
 
 # The waveform is scaled to the range of 16-bit integers, as Kaldi expects it.
 _INT16_SCALE = 2**15
@@ -232,6 +233,7 @@ class Encoder(nn.Module):
             nn.Embedding(cfg.num_buckets, cfg.encoder_attention_heads) if cfg.relative_position_embedding else None
         )
         self.layers = nn.ModuleList([Block(cfg, table) for _ in range(cfg.encoder_layers)])
+        self.fixed_position_bias: Tensor | None = None
         self._initialise(table)
         self.layer_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(cfg.dropout)
@@ -242,7 +244,7 @@ class Encoder(nn.Module):
         if not self.cfg.layer_norm_first:
             x = self.layer_norm(x)
         x = self.dropout(x)
-        bias = self._position_bias(x.shape[1])
+        bias = self.fixed_position_bias if self.fixed_position_bias is not None else self._position_bias(x.shape[1])
         for i, block in enumerate(self.layers):
             layer = f"{name}.layers.{i}"
             x = _shrink_gradient(x, self.cfg.layer_wise_gradient_decay_ratio)
@@ -254,6 +256,18 @@ class Encoder(nn.Module):
             x = self.layer_norm(x)
         taps(name, x)
         return x
+
+    def specialise(self, tokens: int, blocks: int) -> None:
+        """Fix the number of tokens and keep so many blocks only; see `ModelBase.specialise`."""
+        # Not by remove_parametrizations, which breaks the modules that this one was copied from.
+        self.pos_conv[0] = _plain_convolution(self.pos_conv[0])
+        bias = self._position_bias(tokens)
+        del self.fixed_position_bias
+        self.register_buffer("fixed_position_bias", bias, persistent=False)
+        self.layers = self.layers[:blocks]
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.self_attn.relative_attention_bias = None
 
     def _dropped(self, taps: Taps, layer: str) -> bool:
         # LayerDrop, in training only. A block that is tapped always runs: without it there is no embedding.
@@ -360,7 +374,7 @@ class BEATs(nn.Module):
             RuntimeError: fewer samples than one patch.
             ValueError: a mask of another length than the waveform.
         """
-        if wave.shape[-1] < self.shortest_samples:
+        if not is_tracing() and wave.shape[-1] < self.shortest_samples:
             raise RuntimeError(
                 f"{wave.shape[-1]} samples are too few: one patch takes {self.shortest_samples}; pad the clip"
             )
@@ -391,10 +405,13 @@ class BEATs(nn.Module):
         """
         if padding_mask.ndim != 2 or padding_mask.shape[1] != samples:
             raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}; expected (batch, {samples})")
+        frames = _all_of_groups(padding_mask.bool(), self.fbank.frames(samples))
+        return _all_of_groups(frames, self.tokens(samples))
+
+    def tokens(self, samples: int) -> int:
+        """How many tokens a waveform of that many samples has."""
         patch = self.cfg.input_patch_size
-        frames = self.fbank.frames(samples)
-        tokens = (frames // patch) * (self.cfg.num_mel_bins // patch)
-        return _all_of_groups(_all_of_groups(padding_mask.bool(), frames), tokens)
+        return (self.fbank.frames(samples) // patch) * (self.cfg.num_mel_bins // patch)
 
 
 class BEATsModel(ModelBase):
@@ -465,6 +482,19 @@ class BEATsModel(ModelBase):
         """See `ModelBase.token_mask`."""
         return self.backbone.token_mask(padding_mask, padding_mask.shape[1])
 
+    def specialise(self, samples: int, layers: Sequence[str]) -> None:
+        """See `ModelBase.specialise`."""
+        self.classifier = self.backbone.predictor = None
+        self.backbone.fbank.spectrum = "matmul"
+        self.backbone.fbank.fixed_samples = samples
+        blocks = self._blocks()
+        if not {"backbone", "backbone.encoder"} & set(layers):  # else the output is asked for: all of them
+            tapped = [
+                i for i, block in enumerate(blocks) if any(f"{name}.".startswith(f"{block}.") for name in layers)
+            ]
+            blocks = blocks[: max(tapped, default=-1) + 1]
+        self.backbone.encoder.specialise(self.backbone.tokens(samples), len(blocks))
+
     def process_audio(self, x: Tensor) -> Tensor:
         """See `ModelBase.process_audio`; NatureLM's waveforms are clamped to [-1, 1]."""
         wave = super().process_audio(x)
@@ -511,6 +541,14 @@ def _full_precision(wave: Tensor) -> contextlib.AbstractContextManager[object]:
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
+
+
+def _plain_convolution(normed: nn.Module) -> nn.Conv1d:
+    assert isinstance(normed, nn.Conv1d)
+    (kernel,) = normed.kernel_size
+    plain = nn.Conv1d(normed.in_channels, normed.out_channels, kernel, padding=kernel // 2, groups=normed.groups)
+    plain.load_state_dict({"weight": normed.weight, "bias": _bias(normed)})
+    return plain
 
 
 def _bias(convolution: nn.Conv1d) -> Tensor:

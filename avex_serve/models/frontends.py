@@ -55,6 +55,7 @@ class KaldiFbank(nn.Module):
         self.n_fft = 1 << (self.win_length - 1).bit_length()
         self.preemphasis = preemphasis
         self.spectrum: Literal["fft", "matmul"] = "fft"
+        self.fixed_samples: int | None = None  # of a graph for clips of one length
         mel = kaldi_mel_filters(self.n_fft, num_mel_bins, sample_frequency, low_frequency)
         # These two stand in avex's checkpoints, under these names.
         self.register_buffer("window", povey_window(self.win_length))
@@ -77,9 +78,10 @@ class KaldiFbank(nn.Module):
     def _frame(self, wave: Tensor) -> Tensor:
         # A frame is a few hops side by side: reshape and concatenate instead of `unfold`, which exports as a
         # gather over every sample.
-        count, hop = self.frames(wave.shape[-1]), self.hop_length
+        samples = wave.shape[-1] if self.fixed_samples is None else self.fixed_samples
+        count, hop = self.frames(samples), self.hop_length
         hops = -(-self.win_length // hop)
-        wave = nn.functional.pad(wave, (0, max(0, (count + hops - 1) * hop - wave.shape[-1])))
+        wave = nn.functional.pad(wave, (0, max(0, (count + hops - 1) * hop - samples)))
         pieces = [wave[:, i * hop : (i + count) * hop].reshape(-1, count, hop) for i in range(hops)]
         return torch.cat(pieces, dim=-1)[..., : self.win_length]
 

@@ -1,8 +1,9 @@
 """The engine: a bundle ready to answer. HTTP, gRPC and the command line all call this one object."""
 
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +43,8 @@ class Engine:
         self.bundle = bundle
         self.backend = backend
         # One call of the backend uses one core: this is where a recording's windows spread over the cores.
-        self._pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="avex-infer")
+        self._threads = len(os.sched_getaffinity(0))
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="avex-infer")
 
     def __enter__(self) -> Self:
         return self
@@ -218,7 +220,7 @@ class Engine:
 
     def _outputs(self, names: list[str], batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
         rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        for run in self._pool.map(self.backend.run, batches):
+        for run in self._run(batches):
             for name in names:
                 rows[name].append(run[name])
         outputs = {name: np.concatenate(arrays) for name, arrays in rows.items()}
@@ -227,6 +229,17 @@ class Engine:
             if not np.isfinite(output).all():
                 raise TensorError(f"output {name!r} is not finite for this input; audio samples lie in [-1, 1]")
         return outputs
+
+    def _run(self, batches: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
+        ahead = 2 * self._threads
+        waiting: deque[Future[dict[str, np.ndarray]]] = deque()
+        for batch in batches:
+            waiting.append(self._pool.submit(self.backend.run, batch))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
     def _answer(self, head: ProbeInfo) -> "_AnswerFields":
         return {

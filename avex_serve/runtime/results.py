@@ -23,11 +23,13 @@ class LabelScore(_Document):
     score: float
 
 
-class Detection(LabelScore):
+class Detection(_Document):
     """A scored label over a span of time."""
 
     start: float = Field(description="seconds from the beginning of the recording")
     end: float = Field(description="seconds; never after the recording's end")
+    label: str
+    score: float
 
 
 class _Answer(_Document):

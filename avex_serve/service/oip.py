@@ -15,7 +15,6 @@ others are ignored, since clients add their own.
 import json
 import math
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Final
 
 import numpy as np
@@ -25,6 +24,7 @@ from avex_serve.errors import InputError, NotFoundError, TensorError, Unsupporte
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.results import activate
+from avex_serve.version import __version__
 
 SERVER: Final = "avex-serve"
 FP32: Final = "FP32"
@@ -176,7 +176,7 @@ class Model:
 
 def server_metadata() -> dict[str, Any]:
     """Name, version and extensions of the server."""
-    return {"name": SERVER, "version": version(SERVER), "extensions": ["binary_tensor_data"]}
+    return {"name": SERVER, "version": __version__, "extensions": ["binary_tensor_data"]}
 
 
 def check_datatype(name: str, datatype: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from avex_serve.configs import Aggregation, InputProcessing, ProbeConfig
 from avex_serve.models.aggregation import aggregate, concatenate
 from avex_serve.models.base_model import ModelBase, frozen, unpack_audio
+from avex_serve.models.tracing import is_tracing
 
 Shape = tuple[int, ...]  # of one clip's embedding, without the batch: (D,), (T, D) or (C, H, W)
 InputDim = int | tuple[int, ...] | list[tuple[int, ...]]
@@ -137,10 +138,11 @@ class Probe(nn.Module, ABC):
         """
         embeddings, padding = self._embeddings(x, padding_mask)
         features = self._merge([self._shape(self._process(e, padding)) for e in embeddings])
-        if features.shape[-1] != self.input_width:
+        if not is_tracing() and features.shape[-1] != self.input_width:
             raise RuntimeError(
-                f"embeddings of shape {[tuple(e.shape) for e in embeddings]} make features of width {features.shape[-1]}, "
-                f"but the probe was built for {self.input_width}; build it for this shape, or aggregate"
+                f"embeddings of shape {[tuple(e.shape) for e in embeddings]} make features of width "
+                f"{features.shape[-1]}, but the probe was built for {self.input_width}; build it for this shape, or "
+                "aggregate"
             )
         # avex drops a mask whose length is not the sequence's, and so do we.
         if padding is not None and (features.ndim != 3 or padding.shape[1] != features.shape[1]):
@@ -220,13 +222,12 @@ class Probe(nn.Module, ABC):
             for embedding, projector in zip(embeddings, self.embedding_projectors, strict=True)
         ]
         if self.takes_sequence:
-            shortest = min(p.shape[1] for p in projected)
-            projected = [_resize(p, shortest) for p in projected]
-        weights = self.layer_weights.softmax(dim=0)
-        merged = weights[0] * projected[0]
-        for weight, part in zip(weights[1:], projected[1:], strict=True):
-            merged = merged + weight * part
-        return merged
+            # Sizes are no numbers while a graph is traced; there they are those that the probe was built for.
+            steps = self.built_steps if is_tracing() else [p.shape[1] for p in projected]
+            shortest = min(steps)
+            projected = [p if n == shortest else _resize(p, shortest) for p, n in zip(projected, steps, strict=True)]
+        weights = self.layer_weights.softmax(dim=0).unbind()
+        return sum(weight * part for weight, part in zip(weights, projected, strict=True))
 
     # -- building ----------------------------------------------------------------------------------------------
 
@@ -254,6 +255,7 @@ class Probe(nn.Module, ABC):
         projectors = [None if shape == target else nn.Linear(shape[-1], target[-1]) for shape in shapes]
         self.embedding_projectors = nn.ModuleList(projectors)  # type: ignore[arg-type]
         self.layer_weights = nn.Parameter(torch.zeros(len(shapes)))
+        self.built_steps = [shape[0] for shape in shapes]
         return target[-1]
 
     def _check_processing(self) -> None:
@@ -289,7 +291,5 @@ def _vote(values: Sequence[int]) -> int:
 
 def _resize(sequence: Tensor, steps: int) -> Tensor:
     """(B, T, D) → (B, steps, D) by linear interpolation."""
-    if sequence.shape[1] == steps:
-        return sequence
     resized = nn.functional.interpolate(sequence.transpose(1, 2), size=steps, mode="linear", align_corners=False)
     return resized.transpose(1, 2)

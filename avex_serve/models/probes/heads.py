@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from avex_serve.models.probes.base import Probe
+from avex_serve.models.tracing import is_tracing
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -91,7 +92,7 @@ class SequenceProbe(Probe):
         """See `Probe.classify`."""
         if self.pos_encoding is not None:
             steps, longest = features.shape[1], self.pos_encoding.shape[1]
-            if steps > longest:
+            if not is_tracing() and steps > longest:
                 raise RuntimeError(
                     f"a sequence of {steps} steps is longer than the {longest} positions; raise max_sequence_length"
                 )
@@ -116,6 +117,7 @@ class LSTMProbe(SequenceProbe):
     lstm_hidden_size: int
     num_layers: int
     bidirectional: bool
+    zero_state: Tensor
 
     def build_encoder(self, width: int) -> int:
         """See `SequenceProbe.build_encoder`."""
@@ -128,12 +130,16 @@ class LSTMProbe(SequenceProbe):
             dropout=self.dropout_rate if self.num_layers > 1 else 0.0,
             batch_first=True,
         )
-        return hidden * (2 if self.bidirectional else 1)
+        # The zero state as a buffer: one that is made on the fly would tie a traced graph to its device.
+        directions = 2 if self.bidirectional else 1
+        self.register_buffer("zero_state", torch.zeros(self.num_layers * directions, 1, hidden), persistent=False)
+        return hidden * directions
 
     def encode(self, features: Tensor, padding: Tensor | None) -> Tensor:
         """See `SequenceProbe.encode`."""
         if padding is None or not self.exclude_padding:
-            return self.lstm(features.contiguous())[0]
+            zero = self.zero_state.expand(-1, features.shape[0], -1).contiguous()
+            return self.lstm(features.contiguous(), (zero, zero))[0]
         lengths = (~padding).sum(dim=1).clamp(min=1).cpu()
         packed = pack_padded_sequence(features, lengths, batch_first=True, enforce_sorted=False)
         return pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=features.shape[1])[0]

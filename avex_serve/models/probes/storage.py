@@ -51,6 +51,7 @@ class SavedProbe(BaseModel):
     num_classes: int
     model: str | ModelSource | None = None  # a registered name, or how to build it; None: not said
     backbone_fingerprint: str | None = None  # None: trained offline
+    layers: list[str] | None = None  # online: the names that target_layers meant
     input_dim: list[Shape] | None = None  # offline only
     target_length: int | None = None  # online only, in samples
 
@@ -84,6 +85,7 @@ def save_probe(
         num_classes=probe.num_classes,
         model=_source(model),
         backbone_fingerprint=fingerprint(probe.base_model) if probe.base_model is not None else None,
+        layers=probe.layers if online else None,
         input_dim=None if online else probe.input_dim,
         target_length=probe.target_length if online else None,
     )

@@ -36,7 +36,8 @@ def load_model(
     if uri is None:
         if entry.spec.pretrained:
             raise ValueError(
-                f"{entry.description} names no weights; give checkpoint_path, or set pretrained=False for random ones"
+                f"{entry.description} names no weights; give checkpoint_path, or set pretrained=False for random "
+                "ones"
             )
         return build_model_from_spec(entry.spec, device, return_features_only=True)
     state = read_state_dict(resolve_checkpoint(uri))

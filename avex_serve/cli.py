@@ -1,0 +1,74 @@
+"""``avex-serve``: answers from a bundle without a server, and the demo."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from avex_serve.errors import AvexServeError
+from avex_serve.runtime.audio import decode
+from avex_serve.runtime.engine import open_bundle
+from avex_serve.runtime.results import Prediction
+from avex_serve.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, or the error's own (see `avex_serve.errors`)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.command == "predict":
+            return _predict(arguments)
+        from avex_serve.demo.run import run_demo
+
+        run_demo()
+    except AvexServeError as error:
+        return _fail(error)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="avex-serve", description="Name the sounds in recordings with a bundle.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    predict = commands.add_parser("predict", help="name the sounds in recordings, without a server")
+    predict.add_argument("bundle", type=Path, help="made by avex-export")
+    predict.add_argument("files", type=Path, nargs="+", metavar="FILE", help="WAV, FLAC, OGG or MP3")
+    predict.add_argument("--threshold", type=float, help="lowest score to report (default: 0.5)")
+    predict.add_argument("--top-k", type=int, help="report at most so many labels a window")
+    predict.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
+    predict.add_argument("--probe", help="which head of the bundle to ask")
+    predict.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    predict.add_argument("--json", action="store_true", help="one JSON document a file and line, as the service's")
+    commands.add_parser("demo", help="export the demo probe, serve it and ask it over HTTP and gRPC")
+    return parser
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    """Answer for each file; one that can't be read doesn't keep the others from being answered."""
+    code = 0
+    with open_bundle(arguments.bundle, arguments.device) as engine:
+        for path in arguments.files:
+            try:
+                prediction = engine.predict(
+                    *decode(path),
+                    threshold=arguments.threshold,
+                    top_k=arguments.top_k,
+                    overlap=arguments.overlap,
+                    probe=arguments.probe,
+                )
+            except AvexServeError as error:
+                code = _fail(error)
+                continue
+            print(prediction.model_dump_json() if arguments.json else _table(path, prediction))
+    return code
+
+
+def _table(path: Path, prediction: Prediction) -> str:
+    lines = [f"{path}: {prediction.duration:.1f} s, {len(prediction.detections)} detections"]
+    lines += [f"  {d.start:8.2f} {d.end:8.2f}  {d.score:6.3f}  {d.label}" for d in prediction.detections]
+    return "\n".join(lines)
+
+
+def _fail(error: AvexServeError) -> int:
+    print(f"avex-serve: {error}", file=sys.stderr)
+    return error.exit_code

@@ -1,0 +1,159 @@
+"""The export itself: assemble, write each format, verify, seal the bundle."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from avex_export.assemble import Assembly, Request, assemble, eager_graph, export_graph
+from avex_export.card import model_card
+from avex_export.onnx_graph import write_onnx
+from avex_export.torchscript import write_torchscript
+from avex_export.verify import TOLERANCE, Verification, example_batch, verify
+from avex_serve.bundle import (
+    CARD,
+    MANIFEST,
+    ONNX,
+    TORCHSCRIPT,
+    VERIFICATION,
+    Activation,
+    Manifest,
+    atomic_directory,
+    seal_bundle,
+)
+from avex_serve.errors import ExportError
+from avex_serve.runtime.backend import Backend
+from avex_serve.runtime.onnx_backend import OnnxBackend
+from avex_serve.runtime.torch_backend import TorchBackend
+
+FORMATS = ("onnx", "torchscript")
+
+
+class Progress:
+    """Tells which step is running and how long each took."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._started = time.monotonic()
+
+    def __call__(self, step: str) -> None:
+        """Announce a step."""
+        self._say(f"[{time.monotonic() - self._started:5.1f} s] {step}")
+
+
+def export_bundle(
+    request: Request,
+    output: Path,
+    formats: Sequence[str] = FORMATS,
+    activation: Activation = "sigmoid",
+    recordings: Sequence[Path] = (),
+    say: Callable[[str], None] = print,
+) -> Manifest:
+    """Export a probe into a bundle: whole, verified, or not at all.
+
+    Args:
+        request: what to export.
+        output: the bundle's folder; a bundle that is there is replaced.
+        formats: among `FORMATS`.
+        activation: what turns the logits into scores.
+        recordings: real audio to verify on as well.
+        say: where progress goes.
+
+    Raises:
+        ExportError: it can't be assembled, or a format doesn't answer as the eager module does.
+        FileExistsError: the output folder holds something else.
+    """
+    progress = Progress(say)
+    with atomic_directory(output, marker=MANIFEST) as folder:
+        progress(f"assemble {request.recipe.name}")
+        assembly = assemble(request)
+        progress(f"{assembly.model}: {len(assembly.probe.layers)} layers tapped, {len(assembly.labels)} labels")
+        backends = _write_formats(assembly, folder, formats, progress)
+        progress("verify against the eager module")
+        torchscript = folder / TORCHSCRIPT if "torchscript" in formats else None
+        verification = verify(eager_graph(assembly), assembly, backends, torchscript, recordings)
+        say(verification.table())
+        if not verification.passed:
+            raise ExportError(
+                f"a format differs from the eager module by more than {TOLERANCE:g} (✗ above); nothing was written"
+            )
+        manifest = _seal(assembly, folder, verification, activation)
+    progress(f"wrote {output}")
+    return manifest
+
+
+def _write_formats(
+    assembly: Assembly, folder: Path, formats: Sequence[str], progress: Progress
+) -> dict[str, Backend]:
+    graph, example = export_graph(assembly), example_batch(assembly, 2)
+    names = list(graph.outputs)
+    backends: dict[str, Backend] = {}
+    if "onnx" in formats:
+        progress("write ONNX")
+        write_onnx(graph, example, folder / ONNX, _input_name(assembly), _onnx_metadata(assembly))
+        backends["onnx"] = OnnxBackend(folder / ONNX, _input_name(assembly), names)
+    if "torchscript" in formats:
+        progress("write TorchScript")
+        write_torchscript(graph, example, folder / TORCHSCRIPT)
+        backends["torchscript"] = TorchBackend(folder / TORCHSCRIPT, names, "cpu")
+    return backends
+
+
+def _seal(assembly: Assembly, folder: Path, verification: Verification, activation: Activation) -> Manifest:
+    (folder / VERIFICATION).write_text(json.dumps(verification.document(), indent=1) + "\n", "utf-8")
+    (folder / CARD).write_text(model_card(assembly, verification, activation), "utf-8")
+    config = assembly.probe.config
+    assert config is not None
+    probe = {
+        "name": assembly.name,
+        "config": config.model_dump(mode="json", exclude_unset=True),
+        "trained": assembly.trained,
+    }
+    audio = None
+    outputs = [{"name": "logits", "shape": (-1, len(assembly.labels))}]
+    if assembly.clip_samples is not None:
+        audio = {"sample_rate": assembly.sample_rate, "window_samples": assembly.clip_samples}
+        outputs.append({"name": "embedding", "shape": (-1, assembly.probe.input_width)})
+    fields = {
+        "name": assembly.name,
+        "kind": "embedding" if audio is None else "audio",
+        "model": assembly.model,
+        "probes": [probe],
+        "audio": audio,
+        "inputs": [{"name": _input_name(assembly), "shape": _input_shape(assembly)}],
+        "outputs": outputs,
+        "activation": activation,
+        "licence": assembly.licence,
+        "embedding_fingerprint": assembly.embedding_fingerprint,
+        "tools": {name: version(name) for name in ("avex-serve", "onnx", "onnxruntime", "torch")},
+    }
+    return seal_bundle(folder, assembly.labels, fields)
+
+
+def _input_name(assembly: Assembly) -> str:
+    return "embedding" if assembly.clip_samples is None else "waveform"
+
+
+def _input_shape(assembly: Assembly) -> tuple[int, ...]:
+    if assembly.clip_samples is not None:
+        return (-1, assembly.clip_samples)
+    (shape,) = assembly.probe.input_dim
+    return (-1, -1, shape[-1]) if assembly.probe.takes_sequence else (-1, *shape)
+
+
+def _onnx_metadata(assembly: Assembly) -> dict[str, str]:
+    """The keys that OpenSoundscape's ONNXModel reads, and ours under a prefix."""
+    metadata = {
+        "classes": json.dumps(list(assembly.labels), ensure_ascii=False),
+        "class_outputs_key": "logits",
+        "avex_serve.model": assembly.model,
+        "avex_serve.trained": json.dumps(assembly.trained),
+    }
+    if assembly.clip_samples is not None and assembly.sample_rate is not None:
+        metadata |= {
+            "sample_rate": str(assembly.sample_rate),
+            "sample_duration": str(assembly.clip_samples / assembly.sample_rate),
+            "embedding_outputs_key": "embedding",
+        }
+    return metadata

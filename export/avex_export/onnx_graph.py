@@ -1,0 +1,52 @@
+"""ONNX: by torch.export, with a dynamic batch, our names, and the metadata that other tools read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import onnx.compose
+import torch
+from torch import Tensor
+
+from avex_export.assemble import Graph
+from avex_export.tracing import quiet_tracing
+
+
+def write_onnx(graph: Graph, example: Tensor, path: Path, input_name: str, metadata: Mapping[str, str]) -> None:
+    """Export the graph on an example batch (B, …) and write it.
+
+    The batch is dynamic; of an example with three axes the second one, time, is dynamic as well if the head reads
+    sequences.
+    """
+    dynamic = {0: torch.export.Dim.DYNAMIC}
+    if example.ndim == 3 and graph.probe.takes_sequence:
+        dynamic[1] = torch.export.Dim.DYNAMIC
+    with quiet_tracing():
+        # No optimiser: onnxscript's deletes additions of small constants, which silence needs; onnxruntime
+        # optimises when it loads.
+        program = torch.onnx.export(
+            graph,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=(dynamic,),
+            input_names=[input_name],
+            optimize=False,
+            verbose=False,
+        )
+    assert program is not None
+    model = _rename_outputs(program.model_proto, graph.outputs)
+    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
+
+
+def _rename_outputs(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto:
+    # Inner values are called after torch's operators, "embedding" for one: a prefix keeps ours free.
+    model = onnx.compose.add_prefix(model, "g/", rename_inputs=False)
+    renamed = {output.name: name for output, name in zip(model.graph.output, names, strict=True)}
+    for output in model.graph.output:
+        output.name = renamed[output.name]
+    for node in model.graph.node:
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+    return model
