@@ -1,0 +1,40 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: they make .venv themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test format train-demo clean
+
+help:
+	@echo "make demo        export the demo probe, serve it and ask it over HTTP and gRPC"
+	@echo "make test        format, lint, types, import contracts and tests"
+	@echo "make format      rewrite the code in the project's format"
+	@echo "make train-demo  train the demo model and its probes anew (minutes)"
+	@echo "make clean       remove .venv and caches"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/avex-serve demo
+
+test: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+train-demo: $(INSTALLED)
+	$(BIN)/python scripts/train_demo.py
+	$(BIN)/avex-export --probe linear_last --format onnx --output avex_serve/demo/bundle
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

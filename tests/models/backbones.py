@@ -1,0 +1,40 @@
+"""Small backbones with random weights."""
+
+import torch
+
+from avex_serve.configs import AudioConfig, ModelSpec
+from avex_serve.models.utils.factory import build_model_from_spec
+
+RATE = 16000
+TINY = {
+    "embed_dim": 24,
+    "encoder_layers": 2,
+    "encoder_embed_dim": 32,
+    "encoder_ffn_embed_dim": 48,
+    "encoder_attention_heads": 4,
+    "conv_pos": 16,
+    "conv_pos_groups": 4,
+    "num_buckets": 32,
+    "max_distance": 64,
+}
+
+
+def tiny_spec(*, seconds=1, fields=None, **init):
+    audio = AudioConfig(sample_rate=RATE, representation="raw", target_length_seconds=seconds)
+    return ModelSpec(
+        name="beats", pretrained=False, audio_config=audio, init_config={**TINY, **init}, **(fields or {})
+    )
+
+
+def tiny_beats(seed=0, *, num_classes=None, **options):
+    torch.manual_seed(seed)
+    model = build_model_from_spec(tiny_spec(**options), "cpu", num_classes=num_classes)
+    with torch.no_grad():  # far from the small values of an initialisation, so that every part matters
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def noise(rows, seconds=1.0, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return 0.1 * torch.randn(rows, round(seconds * RATE), generator=generator)

@@ -1,0 +1,99 @@
+import kaldi_native_fbank as knf
+import numpy as np
+import pytest
+import torch
+
+from avex_serve.models.frontends import KaldiFbank
+
+
+BINS = 80  # Kaldi itself refuses the 128 bins of BEATs, some of which see no frequency at 16 kHz
+
+
+def fbank(spectrum="fft", **options):
+    settings = {"num_mel_bins": 128, "sample_frequency": 16000.0, "frame_length": 25.0, "frame_shift": 10.0}
+    module = KaldiFbank(**{**settings, **options})
+    module.spectrum = spectrum
+    return module
+
+
+def kaldi(wave, bins, rate):
+    """The same features by kaldi-native-fbank."""
+    options = knf.FbankOptions()
+    options.frame_opts.samp_freq = rate
+    options.frame_opts.dither = 0
+    options.mel_opts.num_bins = bins
+    computer = knf.OnlineFbank(options)
+    computer.accept_waveform(rate, wave.tolist())
+    return np.stack([computer.get_frame(i) for i in range(computer.num_frames_ready)])
+
+
+def exact(module, wave):
+    """The definition, in float64 and frame by frame."""
+    window, mel = module.window.double().numpy(), module.mel_fb.double().numpy()
+    rows = []
+    for start in range(0, len(wave) - module.win_length + 1, module.hop_length):
+        frame = wave[start : start + module.win_length].astype(np.float64)
+        frame = frame - frame.mean()
+        frame = frame - 0.97 * np.concatenate([frame[:1], frame[:-1]])
+        power = np.abs(np.fft.rfft(frame * window, module.n_fft)) ** 2
+        rows.append(np.log(np.maximum(power @ mel, np.finfo(np.float32).eps)))
+    return np.stack(rows)
+
+
+def wave(samples, seed=0):
+    return (3000 * np.random.default_rng(seed).standard_normal(samples)).astype(np.float32)
+
+
+@pytest.mark.parametrize("spectrum", ["fft", "matmul"])
+@pytest.mark.parametrize("samples", [400, 559, 560, 2800, 16000, 16001])
+def test_features_are_kaldis(spectrum, samples):
+    signal = wave(samples)
+    features = fbank(spectrum, num_mel_bins=BINS)(torch.from_numpy(signal)[None])[0].numpy()
+    expected = kaldi(signal, BINS, 16000)
+    assert features.shape == expected.shape
+    np.testing.assert_allclose(features, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize(("rate", "bins"), [(8000, 40), (32000, 64)])
+def test_other_rates_and_bins_are_kaldis(rate, bins):
+    signal = wave(rate)
+    module = fbank(sample_frequency=float(rate), num_mel_bins=bins)
+    np.testing.assert_allclose(
+        module(torch.from_numpy(signal)[None])[0].numpy(), kaldi(signal, bins, rate), atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("spectrum", ["fft", "matmul"])
+def test_features_are_the_definition(spectrum):
+    module, signal = fbank(spectrum), wave(8000)
+    features = module(torch.from_numpy(signal)[None])[0].numpy()
+    np.testing.assert_allclose(features, exact(module, signal), atol=5e-4)
+
+
+def test_the_matrix_product_is_the_more_exact_spectrum_where_a_band_is_nearly_empty():
+    time = np.arange(16000) / 16000
+    signal = (20000 * np.sin(2 * np.pi * (500 + 1000 * time) * time)).astype(np.float32)
+    errors = {
+        spectrum: np.abs(fbank(spectrum)(torch.from_numpy(signal)[None])[0].numpy() - exact(fbank(), signal)).max()
+        for spectrum in ("fft", "matmul")
+    }
+    assert errors["matmul"] < errors["fft"]
+
+
+@pytest.mark.parametrize("spectrum", ["fft", "matmul"])
+def test_silence_is_the_floor(spectrum):
+    features = fbank(spectrum)(torch.zeros(2, 1600))
+    assert features.unique().tolist() == pytest.approx([np.log(np.finfo(np.float32).eps)])
+
+
+def test_a_batch_is_its_rows():
+    module, batch = fbank(), torch.from_numpy(np.stack([wave(3200, seed) for seed in range(3)]))
+    rows = torch.cat([module(row[None]) for row in batch])
+    torch.testing.assert_close(module(batch), rows, rtol=0, atol=1e-5)
+
+
+def test_state_holds_what_avex_checkpoints_hold():
+    assert {name: tuple(t.shape) for name, t in fbank().state_dict().items()} == {
+        "window": (400,),
+        "mel_fb": (257, 128),
+    }
