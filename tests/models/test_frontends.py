@@ -5,7 +5,6 @@ import torch
 
 from avex_serve.models.frontends import KaldiFbank
 
-
 BINS = 80  # Kaldi itself refuses the 128 bins of BEATs, some of which see no frequency at 16 kHz
 
 

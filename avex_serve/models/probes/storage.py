@@ -46,7 +46,7 @@ class SavedProbe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[1]
     probe_config: ProbeConfig
     num_classes: int
     model: str | ModelSource | None = None  # a registered name, or how to build it; None: not said
@@ -81,6 +81,7 @@ def save_probe(
         raise ValueError(f"{len(names)} labels for a probe with {probe.num_classes} classes; give one a class")
     online = probe.base_model is not None
     saved = SavedProbe(
+        format=1,
         probe_config=probe.config,
         num_classes=probe.num_classes,
         model=_source(model),
