@@ -261,7 +261,8 @@ class Encoder(nn.Module):
         """Fix the number of tokens and keep so many blocks only; see `ModelBase.specialise`."""
         # Not by remove_parametrizations, which breaks the modules that this one was copied from.
         self.pos_conv[0] = _plain_convolution(self.pos_conv[0])
-        bias = self._position_bias(tokens)
+        with torch.no_grad():
+            bias = self._position_bias(tokens)
         del self.fixed_position_bias
         self.register_buffer("fixed_position_bias", bias, persistent=False)
         self.layers = self.layers[:blocks]

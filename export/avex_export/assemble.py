@@ -213,8 +213,9 @@ def _model(request: Request, saved: SavedProbe | None) -> tuple[str, ModelEntry]
         if isinstance(saved.model, str):
             return saved.model, find_entry(saved.model)
         if saved.model is not None:
-            spec = saved.model.model_spec
-            return spec.name, ModelEntry(spec, f"{spec.name} model", saved.model.checkpoint_path, licence="unknown")
+            source = saved.model
+            entry = ModelEntry(source.model_spec, source.name, source.checkpoint_path, source.licence)
+            return source.name, entry
         if not request.offline:
             raise ExportError(
                 "the saved probe doesn't say which backbone it belongs to; give --model, or --offline to serve "

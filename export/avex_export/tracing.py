@@ -20,6 +20,8 @@ def quiet_tracing() -> Iterator[None]:
     with warnings.catch_warnings(), torch.no_grad():
         # TorchScript is deprecated upstream; it is what loads on CUDA without compiling.
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
+        # torch's own layers check sizes, which hold for every input of the shape that is traced.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.nn\.")
         # An LSTM keeps its weights in a list that torch.export notices; torch's own modules do so.
         warnings.filterwarnings("ignore", r"The tensor attributes .*_flat_weights", UserWarning)
         warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)

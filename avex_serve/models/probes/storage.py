@@ -37,6 +37,8 @@ class ModelSource(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    name: str
+    licence: str
     model_spec: ModelSpec
     checkpoint_path: str | None = None
 
@@ -215,7 +217,10 @@ def _source(model: str | Path | ModelSpec | None) -> str | ModelSource | None:
     if isinstance(model, str) and get_entry(model) is not None:
         return model
     entry = find_entry(model)
-    return ModelSource(model_spec=entry.spec, checkpoint_path=entry.checkpoint_path)
+    name = model.name if isinstance(model, ModelSpec) else Path(model).stem
+    return ModelSource(
+        name=name, licence=entry.licence, model_spec=entry.spec, checkpoint_path=entry.checkpoint_path
+    )
 
 
 def _in_order(labels: Sequence[str] | Mapping[str, int]) -> tuple[str, ...]:

@@ -1,0 +1,387 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import soundfile
+import torch
+from avex_export.recipes import variants
+
+from avex_serve import open_bundle
+from avex_serve.bundle import read_bundle
+from avex_serve.configs import ProbeConfig
+from avex_serve.models.probes import build_probe_from_config, save_probe
+from tests.export.conftest import LABELS
+from tests.models.backbones import RATE, noise, tiny_beats
+
+VARIANTS = sorted(variants())
+
+
+@pytest.fixture
+def trained(tmp_path, model):
+    """Write a saved probe of a recipe's kind and return it with its folder."""
+
+    def save(name="linear_last", **changes):
+        from avex_export.recipes import find_recipe
+
+        fields = find_recipe(name).config.model_dump(exclude_unset=True)
+        torch.manual_seed(1)
+        probe = build_probe_from_config(
+            ProbeConfig(**{**fields, **changes}), 5, "cpu", base_model=tiny_beats(seed=5)
+        ).eval()
+        with torch.no_grad():
+            for parameter in probe.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.3)
+        save_probe(probe, tmp_path / name, labels=LABELS, model=model)
+        return probe, tmp_path / name
+
+    return save
+
+
+def same_as_eager(engine, probe, wave):
+    with torch.no_grad():
+        features, padding = probe.combine(wave)
+        expected = {"logits": probe.classify(features, padding), "embedding": probe.pool(features)}
+    found = engine.infer(wave.numpy())
+    for name, value in expected.items():
+        scale = max(1.0, float(value.abs().max()))
+        assert np.abs(found[name] - value.numpy()).max() <= 1e-4 * scale
+
+
+def test_there_are_ten_variants():
+    kinds = ("attention", "linear", "lstm", "mlp", "transformer")
+    assert [f"{kind}_{layers}" for kind in kinds for layers in ("all", "last")] == VARIANTS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_answers_as_the_eager_module_in_both_formats(tmp_path, export, trained, name):
+    probe, folder = trained(name)
+    output = tmp_path / "bundle"
+    code, out, err = export("--probe", folder, "--output", output)
+    assert (code, err) == (0, "")
+    assert "✗" not in out
+    assert out.count("✓") == 11  # five inputs and batches in two formats, and the meta device
+    for row in ("noise                       48", "digital silence", "chirp in noise", "shapes on device meta"):
+        assert row in out
+    for form in ("onnx", "torchscript"):
+        only_keep(output, form)
+        with open_bundle(output, "cpu") as engine:
+            assert engine.backend.format == form
+            for rows in (1, 2, 48):
+                same_as_eager(engine, probe, noise(rows, seed=rows))
+
+
+def only_keep(output, form):
+    """Take the other format out of the manifest, so that this one is served."""
+    path = output / "manifest.json"
+    backup = path.with_name(".manifest")
+    if not backup.exists():
+        backup.write_text(path.read_text())
+    manifest = json.loads(backup.read_text())
+    del manifest["files"]["model.torchscript.pt" if form == "onnx" else "model.onnx"]
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_bundle_holds_what_it_should(tmp_path, export, trained, model):
+    probe, folder = trained()
+    output = tmp_path / "out" / "bundle"
+    recording = tmp_path / "real.wav"
+    soundfile.write(recording, noise(1, seconds=2.5).numpy()[0], RATE)
+    code, out, _ = export(
+        "--probe", folder, "--output", output, "--verify-audio", recording, "--activation", "softmax"
+    )
+    assert code == 0
+    assert "real.wav" in out
+    bundle = read_bundle(output)
+    assert sorted(path.name for path in output.iterdir()) == [
+        "README.md",
+        "labels.json",
+        "manifest.json",
+        "model.onnx",
+        "model.torchscript.pt",
+        "verification.json",
+    ]
+    manifest = bundle.manifest
+    assert bundle.labels == LABELS
+    assert (manifest.name, manifest.kind, manifest.model) == ("linear_last", "audio", "tiny")
+    assert manifest.audio.sample_rate == RATE
+    assert manifest.audio.window_samples == RATE
+    assert [tuple(spec.shape) for spec in (*manifest.inputs, *manifest.outputs)] == [(-1, RATE), (-1, 5), (-1, 32)]
+    assert manifest.activation == "softmax"
+    assert manifest.licence == "CC0-1.0"
+    assert manifest.trained
+    assert ProbeConfig(**manifest.probes[0].config) == probe.config
+    verification = json.loads((output / "verification.json").read_text())
+    assert verification["passed"] is True
+    assert {check["format"] for check in verification["checks"]} == {"onnx", "torchscript"}
+    card = (output / "README.md").read_text()
+    for part in ("bat, bee, bird", "CC0-1.0", "digital silence", "not trained"):
+        assert (part in card) == (part != "not trained")
+    assert [path.name for path in output.parent.iterdir()] == ["bundle"]
+
+
+def test_the_onnx_file_says_what_other_tools_ask(tmp_path, export, trained):
+    _, folder = trained()
+    export("--probe", folder, "--output", tmp_path / "bundle", "--format", "onnx", "--format", "onnx")
+    path = tmp_path / "bundle" / "model.onnx"
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(path)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == list(LABELS)
+    assert (float(metadata["sample_rate"]), float(metadata["sample_duration"])) == (RATE, 1.0)
+    assert {metadata["class_outputs_key"], metadata["embedding_outputs_key"]} == {
+        output.name for output in session.get_outputs()
+    }
+    assert session.get_inputs()[0].shape[1:] == [RATE]
+    assert not (tmp_path / "bundle" / "model.torchscript.pt").exists()
+
+
+def test_only_tapped_layers_are_left(tmp_path, export, trained):
+    _, folder = trained(target_layers=[0])
+    export("--probe", folder, "--output", tmp_path / "bundle")
+    names = [i.name for i in onnx.load(tmp_path / "bundle" / "model.onnx").graph.initializer]
+    assert not any("encoder.layers" in name or "predictor" in name for name in names)
+    module = torch.jit.load(tmp_path / "bundle" / "model.torchscript.pt")
+    assert not any("encoder.layers" in name for name, _ in module.named_parameters())
+
+
+def test_the_traced_module_names_no_device(tmp_path, export, trained):
+    for name in ("lstm_all", "transformer_last"):
+        _, folder = trained(name)
+        export("--probe", folder, "--output", tmp_path / "bundle", "--format", "torchscript")
+        module = torch.jit.load(tmp_path / "bundle" / "model.torchscript.pt")
+        assert 'value="cpu"' not in str(module.inlined_graph)
+
+
+def test_clips_of_another_length(tmp_path, export, trained):
+    probe, folder = trained()
+    export("--probe", folder, "--output", tmp_path / "bundle", "--clip-seconds", "0.5", "--format", "onnx")
+    with open_bundle(tmp_path / "bundle") as engine:
+        assert engine.manifest.audio.window_samples == RATE // 2
+        same_as_eager(engine, probe, noise(3, seconds=0.5))
+
+
+def test_a_fine_tuned_probe_is_exported_with_its_own_backbone(tmp_path, export, model):
+    base = tiny_beats(seed=5)
+    probe = build_probe_from_config(
+        ProbeConfig(target_layers=["last_layer"], freeze_backbone=False), 5, "cpu", base_model=base
+    ).eval()
+    with torch.no_grad():
+        base.backbone.layer_norm.weight.mul_(1.7)
+    save_probe(probe, tmp_path / "tuned", labels=LABELS, model=model)
+    code, _, err = export("--probe", tmp_path / "tuned", "--output", tmp_path / "bundle", "--format", "onnx")
+    assert (code, err) == (0, "")
+    with open_bundle(tmp_path / "bundle") as engine:
+        same_as_eager(engine, probe, noise(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "dimension", "shape"),
+    [("linear_last", "32", (-1, 32)), ("mlp_last", "6,32", (-1, 6, 32)), ("lstm_last", "32", (-1, -1, 32))],
+)
+def test_heads_alone_take_embeddings(tmp_path, export, name, dimension, shape):
+    fields = {"mlp_last": {"aggregation": "none", "input_processing": "flatten"}}.get(name, {})
+    from avex_export.recipes import find_recipe
+
+    config = ProbeConfig(**{**find_recipe(name).config.model_dump(exclude_unset=True), **fields})
+    parts = tuple(int(part) for part in dimension.split(","))
+    probe = build_probe_from_config(config, 5, "cpu", input_dim=parts[0] if len(parts) == 1 else parts).eval()
+    save_probe(probe, tmp_path / "probe", labels=LABELS)
+    code, _, err = export(
+        "--probe", tmp_path / "probe", "--offline", "--input-dim", dimension, "--output", tmp_path / "b"
+    )
+    assert (code, err) == (0, "")
+    with open_bundle(tmp_path / "b") as engine:
+        assert engine.manifest.kind == "embedding"
+        assert engine.manifest.inputs[0].shape == shape
+        assert engine.manifest.embedding_fingerprint is None
+        for rows, steps in ((1, 6), (3, 6)):
+            batch = torch.randn(rows, *(steps if size == -1 else size for size in shape[1:]))
+            with torch.no_grad():
+                np.testing.assert_allclose(engine.infer(batch.numpy())["logits"], probe(batch), atol=1e-5)
+
+
+def test_audio_and_head_alone_agree_on_what_makes_the_embedding(tmp_path, export, trained):
+    _, folder = trained()
+    export("--probe", folder, "--output", tmp_path / "audio", "--format", "onnx")
+    export("--probe", folder, "--output", tmp_path / "head", "--format", "onnx", "--offline", "--input-dim", "32")
+    audio, head = read_bundle(tmp_path / "audio").manifest, read_bundle(tmp_path / "head").manifest
+    assert audio.embedding_fingerprint == head.embedding_fingerprint is not None
+    with open_bundle(tmp_path / "audio") as whole, open_bundle(tmp_path / "head") as rest:
+        outputs = whole.infer(noise(2).numpy())
+        np.testing.assert_allclose(rest.infer(outputs["embedding"])["logits"], outputs["logits"], atol=1e-5)
+
+
+def test_random_heads_are_marked(tmp_path, export, model, labels):
+    arguments = ["--probe", "linear_last", "--model", model, "--labels", labels, "--output", tmp_path / "bundle"]
+    code, _, err = export(*arguments)
+    assert code == 4
+    assert "no trained weights for linear_last" in err
+    for remedy in ("save_probe()", "--weights", "--allow-untrained"):
+        assert remedy in err
+    assert list(tmp_path.iterdir()) == []
+    code, _, _ = export(*arguments, "--allow-untrained", "--format", "onnx")
+    assert code == 0
+    assert not read_bundle(tmp_path / "bundle").manifest.trained
+    assert "not trained" in (tmp_path / "bundle" / "README.md").read_text()
+
+
+def test_a_state_dict_saved_by_avex_is_taken(tmp_path, export, trained, model, labels):
+    probe, _ = trained()
+    torch.save(probe.state_dict(), tmp_path / "avex.pt")  # with base_model.… in it
+    code, _, err = export(
+        *("--probe", "linear_last", "--model", model, "--weights", tmp_path / "avex.pt", "--labels", labels),
+        *("--output", tmp_path / "bundle", "--format", "onnx"),
+    )
+    assert (code, err) == (0, "")
+    with open_bundle(tmp_path / "bundle") as engine:
+        assert engine.manifest.trained
+        same_as_eager(engine, probe, noise(2))
+
+
+def test_a_yaml_file_is_a_probe(tmp_path, export, model, labels):
+    (tmp_path / "mine.yml").write_text('probe_config:\n  target_layers: ["backbone", 0]\n  aggregation: max\n')
+    code, _, err = export(
+        *("--probe", tmp_path / "mine.yml", "--model", model, "--labels", labels, "--allow-untrained"),
+        *("--output", tmp_path / "bundle"),
+    )
+    assert (code, err) == (0, "")
+    assert read_bundle(tmp_path / "bundle").manifest.output("embedding").shape == (-1, 64)
+
+
+def test_a_format_that_differs_leaves_nothing_behind(tmp_path, export, trained, monkeypatch):
+    import avex_export.export as module
+
+    _, folder = trained()
+    original = module.export_graph
+
+    def broken(assembly):
+        graph = original(assembly)
+        with torch.no_grad():
+            graph.probe.classifier.bias.add_(1e-2)
+        return graph
+
+    monkeypatch.setattr(module, "export_graph", broken)
+    output = tmp_path / "out" / "bundle"
+    code, out, err = export("--probe", folder, "--output", output)
+    assert code == 4
+    assert "✗" in out
+    assert "nothing was written" in err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_bundle_is_replaced_and_other_folders_are_not(tmp_path, export, trained):
+    _, folder = trained()
+    arguments = ["--probe", folder, "--output", tmp_path / "bundle", "--format", "onnx"]
+    export(*arguments)
+    before = read_bundle(tmp_path / "bundle").digest
+    assert export(*arguments, "--activation", "softmax")[0] == 0
+    assert read_bundle(tmp_path / "bundle").digest != before
+    (tmp_path / "bundle" / "manifest.json").unlink()
+    code, _, err = export(*arguments)
+    assert code == 2
+    assert "not replaced" in err
+    assert (tmp_path / "bundle" / "model.onnx").exists()
+
+
+def test_list_names_probes_and_models(export):
+    code, out, _ = export("--list")
+    assert code == 0
+    assert all(name in out for name in (*VARIANTS, "avex_demo", "esp_aves2_sl_beats_all"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--probe", "linear_lats"], 2, "did you mean linear_last?"),
+        (["--probe", "nothing.yml"], 2, "no probe 'nothing.yml'"),
+        ([], 2, "give --probe, or --list"),
+        (["--probe", "linear_last", "--model", "nothing"], 4, "no trained weights"),
+        (
+            ["--probe", "linear_last", "--model", "nothing", "--allow-untrained", "--labels", "L"],
+            2,
+            "--model nothing",
+        ),
+        (["--probe", "linear_last", "--allow-untrained", "--model", "M"], 4, "no labels: give --labels"),
+        (["--probe", "linear_last", "--allow-untrained", "--labels", "missing.txt"], 2, "--labels missing.txt"),
+        (["--probe", "linear_last", "--weights", "missing.pt"], 2, "--weights missing.pt: no such file"),
+        (["--probe", "linear_last", "--input-dim", "3"], 2, "--input-dim is for --offline"),
+        (["--probe", "lstm_last", "--offline", "--allow-untrained", "--labels", "L"], 4, "needs --input-dim"),
+        (
+            [
+                "--probe",
+                "linear_last",
+                "--model",
+                "M",
+                "--allow-untrained",
+                "--labels",
+                "L",
+                "--clip-seconds",
+                "0.1",
+            ],
+            4,
+            "one patch takes 2800",
+        ),
+        (
+            ["--probe", "attention_last", "--allow-untrained", "--offline", "--input-dim", "9", "--labels", "L"],
+            4,
+            "width 9, num_heads is 8",
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_without_a_traceback(tmp_path, export, model, labels, arguments, code, message):
+    names = {"M": model, "L": labels}
+    found, _, err = export(
+        *(names.get(a, a) for a in arguments), *(["--output", tmp_path / "b"] if arguments else [])
+    )
+    assert found == code
+    assert message in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_options_are_told(tmp_path):
+    program = Path(sys.executable).with_name("avex-export")
+    for option, message in (
+        (["--clip-seconds", "-1"], "-1 is not a positive number"),
+        (["--input-dim", "a,b"], "expected D or T,D"),
+        (["--format", "tflite"], "invalid choice"),
+    ):
+        result = subprocess.run(
+            [program, "--probe", "linear_last", *option], capture_output=True, text=True, check=False, cwd=tmp_path
+        )
+        assert result.returncode == 2
+        assert message in result.stderr
+
+
+def test_a_head_for_another_number_of_labels_is_refused(tmp_path, export, trained, model):
+    probe, _ = trained()
+    torch.save(probe.head_state(), tmp_path / "head.pt")
+    (tmp_path / "three.txt").write_text("a\nb\nc\n")
+    code, _, err = export(
+        *("--probe", "linear_last", "--model", model, "--weights", tmp_path / "head.pt"),
+        *("--labels", tmp_path / "three.txt", "--output", tmp_path / "bundle"),
+    )
+    assert code == 4
+    assert "classifier.weight is (5, 32), not (3, 32)" in err
+
+
+def test_the_probe_is_left_as_it_was(trained):
+    from avex_export.assemble import Assembly, eager_graph, export_graph
+
+    probe, _ = trained("lstm_all")
+    wave = noise(2)
+    with torch.no_grad():
+        before = probe(wave)
+        assembly = Assembly("x", probe, LABELS, True, "tiny", "CC0", None, RATE, RATE)
+        exported = export_graph(assembly)(wave)[0]
+        torch.testing.assert_close(eager_graph(assembly)(wave)[0], before, rtol=0, atol=0)
+    torch.testing.assert_close(exported, before, rtol=1e-4, atol=1e-4)
