@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 
 import torch
+from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -21,7 +22,7 @@ def quiet_tracing() -> Iterator[None]:
         # TorchScript is deprecated upstream; it is what loads on CUDA without compiling.
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
         # torch's own layers check sizes, which hold for every input of the shape that is traced.
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"torch\.nn\.")
+        warnings.filterwarnings("ignore", category=TracerWarning, module=r"torch\.nn\.")
         # An LSTM keeps its weights in a list that torch.export notices; torch's own modules do so.
         warnings.filterwarnings("ignore", r"The tensor attributes .*_flat_weights", UserWarning)
         warnings.filterwarnings("ignore", "_check_is_size will be removed", FutureWarning)
