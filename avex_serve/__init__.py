@@ -11,11 +11,10 @@ from avex_serve.version import __version__
 
 if TYPE_CHECKING:
     from avex_serve.models.utils.factory import build_model_from_spec
-    from avex_serve.models.utils.load import load_model
+    from avex_serve.models.utils.load import list_model_layers, load_model
     from avex_serve.models.utils.registry import (
         get_checkpoint_path,
         get_model_spec,
-        list_model_layers,
         list_models,
         register_model,
     )
@@ -28,7 +27,7 @@ _HOME = {
     "load_model": "avex_serve.models.utils.load",
     "get_checkpoint_path": "avex_serve.models.utils.registry",
     "get_model_spec": "avex_serve.models.utils.registry",
-    "list_model_layers": "avex_serve.models.utils.registry",
+    "list_model_layers": "avex_serve.models.utils.load",
     "list_models": "avex_serve.models.utils.registry",
     "register_model": "avex_serve.models.utils.registry",
 }

@@ -1,4 +1,4 @@
-"""From a name, a YAML file or a spec to a backbone with its weights."""
+"""From a name, a YAML file or a spec to a backbone: with its weights, or just its layers."""
 
 from pathlib import Path
 
@@ -6,7 +6,13 @@ from avex_serve.configs import ModelSpec
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import count_classes, load_backbone, read_state_dict, resolve_checkpoint
 from avex_serve.models.utils.factory import build_model_from_spec
-from avex_serve.models.utils.registry import ModelEntry, get_entry, list_models, read_model_yaml
+from avex_serve.models.utils.registry import (
+    ModelEntry,
+    get_entry,
+    get_model_spec,
+    list_models,
+    read_model_yaml,
+)
 
 
 def load_model(
@@ -47,6 +53,36 @@ def load_model(
     )
     load_backbone(loaded, state, f"checkpoint {uri}", keep_classifier=classes is not None)
     return loaded
+
+
+def list_model_layers(model: str | ModelBase, device: str = "cpu") -> dict[str, list[str] | str]:
+    """The layers that a probe can tap.
+
+    Args:
+        model: a registered name (its weights are not needed) or a model.
+        device: where to build it, for a name.
+
+    Returns:
+        ``layers`` and ``all``: the discoverable ones in order; ``last_layer``: what that selector means;
+        ``special_options``: the selectors.
+
+    Raises:
+        ValueError: no such model.
+    """
+    if isinstance(model, str):
+        spec = get_model_spec(model)
+        if spec is None:
+            raise ValueError(f"Model '{model}' not found in registry. Available models: {sorted(list_models())}")
+        model = build_model_from_spec(spec, device)
+    if not isinstance(model, ModelBase):
+        raise ValueError(f"Model must be an instance of ModelBase, got {type(model)}")
+    layers = model.get_model_layers()
+    return {
+        "layers": layers,
+        "last_layer": model.last_layer,
+        "all": layers,
+        "special_options": ["last_layer", "all"],
+    }
 
 
 def find_entry(model: str | Path | ModelSpec) -> ModelEntry:

@@ -86,38 +86,6 @@ def get_model_class(name: str) -> Callable[..., ModelBase]:
     return _MODEL_CLASSES[name]
 
 
-def list_model_layers(model: str | ModelBase, device: str = "cpu") -> dict[str, list[str] | str]:
-    """The layers that a probe can tap.
-
-    Args:
-        model: a registered name (its weights are not needed) or a model.
-        device: where to build it, for a name.
-
-    Returns:
-        ``layers`` and ``all``: the discoverable ones in order; ``last_layer``: what that selector means;
-        ``special_options``: the selectors.
-
-    Raises:
-        ValueError: no such model.
-    """
-    if isinstance(model, str):
-        from avex_serve.models.utils.factory import build_model_from_spec
-
-        spec = get_model_spec(model)
-        if spec is None:
-            raise ValueError(f"Model '{model}' not found in registry. Available models: {sorted(list_models())}")
-        model = build_model_from_spec(spec, device)
-    if not isinstance(model, ModelBase):
-        raise ValueError(f"Model must be an instance of ModelBase, got {type(model)}")
-    layers = model.get_model_layers()
-    return {
-        "layers": layers,
-        "last_layer": model.last_layer,
-        "all": layers,
-        "special_options": ["last_layer", "all"],
-    }
-
-
 def read_model_yaml(path: Path) -> ModelEntry:
     """A model from YAML: the fields of `ModelSpec` at the top, or under ``model_spec:`` beside ``checkpoint_path:``.
 
