@@ -50,7 +50,7 @@ class TensorSpec(_Strict):
 
     name: str
     dtype: Literal["float32"] = "float32"
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = Field(min_length=1)
 
 
 class AudioSpec(_Strict):
@@ -97,6 +97,10 @@ class Manifest(_Strict):
         width = self.output("logits").shape[-1]
         if width != self.labels:
             raise ValueError(f"{self.labels} labels for logits of width {width}")
+        if self.audio is not None and self.inputs[0].shape != (-1, self.audio.window_samples):
+            raise ValueError(
+                f"input of shape {self.inputs[0].shape} for windows of {self.audio.window_samples} samples"
+            )
         return self
 
     @property
@@ -133,7 +137,13 @@ def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
     Raises:
         BundleError: no bundle there, unknown schema version, a file missing or changed, labels that don't fit.
     """
-    root = Path(directory)
+    try:
+        return _read(Path(directory))
+    except OSError as error:
+        raise BundleError(f"{directory} can't be read as a bundle: {error}") from None
+
+
+def _read(root: Path) -> Bundle:
     if not root.is_dir():
         raise BundleError(f"{root} is not a folder; expected a bundle made by avex-export")
     try:
@@ -162,27 +172,34 @@ def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
             raise BundleError(f"{path} was changed after the export (its sha256 differs); copy the bundle again")
     if LABELS not in manifest.files:
         raise BundleError(f"{root / MANIFEST} does not list {LABELS}; export again")
-    labels = parse_labels((root / LABELS).read_text("utf-8"), source=str(root / LABELS))
+    labels = parse_labels((root / LABELS).read_bytes(), source=str(root / LABELS))
     if len(labels) != manifest.labels:
         raise BundleError(f"{root / LABELS} has {len(labels)} labels, the model answers {manifest.labels}")
     return Bundle(directory=root, manifest=manifest, labels=labels, digest=hashlib.sha256(text).hexdigest())
 
 
-def parse_labels(text: str, *, source: str) -> tuple[str, ...]:
+def parse_labels(text: str | bytes, *, source: str) -> tuple[str, ...]:
     """Labels in the order of their indices, from avex's ``{label: index}`` JSON.
 
     Raises:
-        BundleError: not such an object, or indices that are not 0 … n-1, each once.
+        BundleError: not such an object, a label given twice, or indices that are not 0 … n-1, each once.
     """
     try:
-        mapping = json.loads(text)
+        mapping = json.loads(text, object_pairs_hook=_unique)
     except ValueError as error:
-        raise BundleError(f"{source} is not JSON: {error}") from None
+        raise BundleError(f"{source} is not JSON of labels: {error}") from None
     if not isinstance(mapping, dict) or not all(type(index) is int for index in mapping.values()):
         raise BundleError(f"{source} must be one JSON object {{label: index}}")
     if sorted(mapping.values()) != list(range(len(mapping))) or not mapping:
         raise BundleError(f"{source}: indices must be 0 to {len(mapping) - 1}, each once")
     return tuple(sorted(mapping, key=mapping.__getitem__))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):  # json keeps the last one silently
+        raise ValueError("a label is given more than once")
+    return mapping
 
 
 def dump_labels(labels: tuple[str, ...]) -> str:
@@ -209,6 +226,7 @@ def atomic_directory(target: Path, *, marker: str) -> Iterator[Path]:
     Raises:
         FileExistsError: the target is something else.
     """
+    target = target.resolve()  # "." has no name to build a temporary one from, and a link stays a link
     if target.exists() and not (target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))):
         raise FileExistsError(f"{target} exists and holds no {marker}: not replaced; choose another folder")
     target.parent.mkdir(parents=True, exist_ok=True)

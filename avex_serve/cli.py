@@ -1,6 +1,8 @@
 """``avex-serve``: answers from a bundle without a server, and the demo."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +17,9 @@ from avex_serve.version import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or the error's own (see `avex_serve.errors`)."""
     arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names are bytes and labels are Unicode: what the terminal can't show is escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if arguments.command == "predict":
             return _predict(arguments)
@@ -23,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_demo()
     except AvexServeError as error:
         return _fail(error)
+    except BrokenPipeError:  # `avex-serve predict … | head`: nobody reads on, which is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
@@ -59,7 +67,7 @@ def _predict(arguments: argparse.Namespace) -> int:
             except AvexServeError as error:
                 code = _fail(error)
                 continue
-            print(prediction.model_dump_json() if arguments.json else _table(path, prediction))
+            print(prediction.model_dump_json() if arguments.json else _table(path, prediction), flush=True)
     return code
 
 

@@ -12,6 +12,9 @@ import soxr
 from avex_serve.errors import AudioError, NotFoundError
 
 BLOCK_FRAMES: Final = 2**20  # 22 s at 48 kHz
+# Recorders lie well within, from infrasound to sonar. A damaged header doesn't, and a rate of 1 Hz would make a
+# small upload grow 16,000-fold when it is resampled.
+RATES: Final = (100, 10_000_000)  # Hz
 Wave = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 
@@ -36,18 +39,23 @@ def decode(source: bytes | str | os.PathLike[str]) -> Recording:
         AudioError: empty, not audio, truncated within the header, no samples, or samples that are not finite.
     """
     if isinstance(source, bytes):
-        name, size = "the audio", len(source)
-        file: io.BytesIO | str = _Bytes(source)
-    else:
-        path = Path(source)
+        return _decode(_Bytes(source), "the audio", len(source))
+    path = Path(source)
+    try:
         if not path.is_file():
-            raise NotFoundError(f"{path}: no such file")
-        name, size = str(path), path.stat().st_size
-        file = str(path)
+            raise NotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"{path}: no such file")
+        # By descriptor, since libsndfile takes anything for audio whose name ends in .raw, .vox or .gsm.
+        with path.open("rb") as file:
+            return _decode(file.fileno(), str(path), path.stat().st_size)
+    except OSError as error:
+        raise AudioError(f"{path} can't be read: {error.strerror}") from None
+
+
+def _decode(file: io.BytesIO | int, name: str, size: int) -> Recording:
     if size == 0:
         raise AudioError(f"{name} is empty (0 bytes); expected an encoded recording such as WAV or FLAC")
     try:
-        with soundfile.SoundFile(file) as sound:
+        with soundfile.SoundFile(file, closefd=False) as sound:
             wave, sample_rate = _read_mono(sound), int(sound.samplerate)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         reason = getattr(error, "error_string", error)  # without the address of a BytesIO
@@ -79,7 +87,8 @@ class _Bytes(io.BytesIO):
 
 def downmix(samples: np.ndarray) -> Wave:
     """Mean over channels: (S, channels) → (S,) float32."""
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # `check_wave` refuses what comes of it
+        mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
@@ -96,7 +105,8 @@ def check_wave(wave: np.ndarray, name: str = "the waveform") -> Wave:
         raise AudioError(f"{name} has type {wave.dtype}; expected floating-point samples in [-1, 1]")
     if wave.size == 0:
         raise AudioError(f"{name} has no samples; expected at least one")
-    wave = np.ascontiguousarray(wave, dtype=np.float32)
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, which is refused here
+        wave = np.ascontiguousarray(wave, dtype=np.float32)
     if not np.isfinite(wave).all():
         raise AudioError(f"{name} holds NaN or infinite samples; expected finite ones in [-1, 1]")
     return wave
@@ -106,12 +116,13 @@ def resample(wave: Wave, source_rate: int, target_rate: int) -> Wave:
     """Resample (S,) to the target rate with soxr's HQ recipe, which the manifest names.
 
     Raises:
-        AudioError: a source rate that is no positive number.
+        AudioError: a source rate outside `RATES`, or too few samples for one at the target rate.
     """
     if source_rate == target_rate:
         return wave
-    if not source_rate > 0:
-        raise AudioError(f"sample rate {source_rate!r}; expected a positive number in Hz")
+    lowest, highest = RATES
+    if not lowest <= source_rate <= highest:
+        raise AudioError(f"sample rate {source_rate!r}; expected {lowest} to {highest} Hz")
     resampled: np.ndarray = soxr.resample(wave, source_rate, target_rate, quality="HQ")
     if resampled.size == 0:  # fewer input samples than half an output sample
         raise AudioError(f"{wave.size} samples at {source_rate} Hz are nothing at {target_rate} Hz; send more audio")

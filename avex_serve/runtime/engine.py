@@ -43,7 +43,8 @@ class Engine:
         self.bundle = bundle
         self.backend = backend
         # One call of the backend uses one core: this is where a recording's windows spread over the cores.
-        self._threads = len(os.sched_getaffinity(0))
+        # Linux alone knows how many of the machine's cores this process may use.
+        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="avex-infer")
 
     def __enter__(self) -> Self:

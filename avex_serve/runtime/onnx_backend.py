@@ -20,7 +20,7 @@ class OnnxBackend:
     max_batch = 1
 
     def __init__(self, path: Path, input_name: str, output_names: list[str]) -> None:
-        """Load the graph; BundleError if onnxruntime can't."""
+        """Load the graph; BundleError if onnxruntime can't, or if it is not the manifest's."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
@@ -31,6 +31,13 @@ class OnnxBackend:
             )
         except Exception as error:  # onnxruntime's own error classes derive from Exception alone
             raise BundleError(f"onnxruntime can't load {path}: {error}") from error
+        given = [node.name for node in self._session.get_inputs()]
+        answered = {node.name for node in self._session.get_outputs()}
+        if given != [input_name] or not answered.issuperset(output_names):
+            raise BundleError(
+                f"{path} takes {given} and answers {sorted(answered)}; "
+                f"its manifest says {[input_name]} and {sorted(output_names)}"
+            )
         self._input_name = input_name
         self._output_names = output_names
 

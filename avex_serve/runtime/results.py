@@ -80,7 +80,8 @@ def activate(logits: np.ndarray, activation: Activation) -> np.ndarray:
         scores = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
         return scores.astype(np.float32)
     if activation == "softmax":
-        shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        with np.errstate(over="ignore"):  # a difference beyond float32 is a score of 0 all the same
+            shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
         scores = shifted / shifted.sum(axis=-1, keepdims=True)
         return scores.astype(np.float32)
     return logits
@@ -113,4 +114,5 @@ class Selection(BaseModel):
     def best(self, scores: np.ndarray) -> list[int]:
         """Indices into scores (C,) that pass, the highest first and equals in the order of the labels."""
         order = np.argsort(-scores, kind="stable")[: self.top_k]
-        return [int(index) for index in order if scores[index] >= self.threshold]
+        # As float64, so that no reported score is below the threshold by a float32's rounding.
+        return [int(index) for index in order if float(scores[index]) >= self.threshold]

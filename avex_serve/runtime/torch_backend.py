@@ -33,5 +33,7 @@ class TorchBackend:
     @torch.inference_mode()
     def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
         """See `Backend.run`."""
-        outputs = self._module(torch.from_numpy(np.ascontiguousarray(batch)).to(self.device))
+        # torch warns of read-only arrays, which those made from received bytes are.
+        owned = np.require(batch, requirements=("C", "W"))
+        outputs = self._module(torch.from_numpy(owned).to(self.device))
         return {name: tensor.cpu().numpy() for name, tensor in zip(self._output_names, outputs, strict=True)}
