@@ -1,12 +1,14 @@
 """Tiny bundles for tests: one or two matrix products, written with onnx alone."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from avex_serve.bundle import MANIFEST, ONNX, atomic_directory, seal_bundle
+from avex_serve.bundle import MANIFEST, ONNX, atomic_directory, seal_bundle, sha256_of
 
 SAMPLE_RATE = 16000
 WINDOW = 1600  # samples
@@ -67,3 +69,33 @@ def _make(target: Path, steps: list[tuple[str, str, tuple[int, int]]], **fields)
 
 def _value_info(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape[1:]])
+
+
+def copy_bundle(source: Path, target: Path, **changes) -> Path:
+    """A copy whose manifest has other values in the given fields, unchecked."""
+    shutil.copytree(source, target)
+    return _change_manifest(target, changes)
+
+
+def replace_file(bundle: Path, name: str, content: bytes | None) -> Path:
+    """Give the bundle other content in a file (None: take it out), with a manifest that agrees."""
+    path = bundle / name
+    files = json.loads((bundle / MANIFEST).read_text("utf-8"))["files"]
+    if content is None:
+        path.unlink()
+        del files[name]
+    else:
+        path.write_bytes(content)
+        files[name] = sha256_of(path)
+    return _change_manifest(bundle, {"files": files})
+
+
+def weights(bundle: Path) -> list[np.ndarray]:
+    """The matrices of the graph, in the order in which the input passes them."""
+    return [numpy_helper.to_array(tensor) for tensor in onnx.load(str(bundle / ONNX)).graph.initializer]
+
+
+def _change_manifest(bundle: Path, changes: dict) -> Path:
+    path = bundle / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
+    return bundle

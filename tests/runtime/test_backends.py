@@ -1,0 +1,169 @@
+"""Which backend serves a bundle, and what is said where none can."""
+
+import io
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from avex_serve import open_bundle
+from avex_serve.bundle import ONNX, TORCHSCRIPT
+from avex_serve.errors import BundleError, DependencyError, InputError
+from avex_serve.runtime import backend as backends
+from tests.bundles import DIM, SAMPLE_RATE, WINDOW, copy_bundle, replace_file, weights
+
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+class Tiny(torch.nn.Module):
+    """The graph of the tiny audio bundle."""
+
+    def __init__(self, matrices):
+        super().__init__()
+        for name, matrix in zip(("to_embedding", "to_logits"), matrices, strict=True):
+            self.register_buffer(name, torch.from_numpy(matrix.copy()))
+
+    def forward(self, waveform):
+        embedding = waveform @ self.to_embedding
+        return embedding @ self.to_logits, embedding
+
+
+@pytest.fixture(scope="session")
+def torchscript(audio_bundle):
+    """The tiny graph as TorchScript."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
+        torch.jit.save(torch.jit.trace(Tiny(weights(audio_bundle)), torch.zeros(2, WINDOW)), file)
+    return file.getvalue()
+
+
+@pytest.fixture
+def bundle(tmp_path, audio_bundle):
+    """A bundle of this test alone, with ONNX."""
+    return copy_bundle(audio_bundle, tmp_path / "bundle")
+
+
+@pytest.fixture
+def torchscript_bundle(bundle, torchscript):
+    """With TorchScript alone."""
+    return replace_file(replace_file(bundle, TORCHSCRIPT, torchscript), ONNX, None)
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    """As if torch were not installed."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "avex_serve.runtime.torch_backend", raising=False)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:0", "CPU", ""])
+def test_refuses_an_unknown_device(audio_bundle, device):
+    with pytest.raises(InputError, match=f"device '{device}'; expected auto, cpu or cuda"):
+        open_bundle(audio_bundle, device)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_onnx_serves_on_the_cpu(audio_bundle, device):
+    with open_bundle(str(audio_bundle), device) as engine:
+        assert (engine.backend.device, engine.backend.format) == ("cpu", "onnx")
+
+
+@needs_no_cuda
+def test_onnx_is_preferred_on_the_cpu(bundle, torchscript):
+    with open_bundle(replace_file(bundle, TORCHSCRIPT, torchscript)) as engine:
+        assert engine.backend.format == "onnx"
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_torchscript_serves_where_there_is_no_onnx(torchscript_bundle, engine, wave, device):
+    if device == "auto" and torch.cuda.is_available():
+        pytest.skip("auto is CUDA here")
+    batch = np.random.default_rng(0).normal(size=(5, WINDOW)).astype(np.float32)
+    batch.flags.writeable = False  # as one that was made from received bytes
+    with open_bundle(torchscript_bundle, device) as served:
+        assert (served.backend.device, served.backend.format) == ("cpu", "torchscript")
+        for options in ({}, {"overlap": 0.05}):
+            ours, theirs = (each.score(wave, SAMPLE_RATE, **options) for each in (served, engine))
+            np.testing.assert_array_equal(ours.spans, theirs.spans)
+            np.testing.assert_allclose(ours.scores, theirs.scores, rtol=1e-5, atol=1e-6)
+        outputs, expected = served.infer(batch), engine.infer(batch)
+        assert list(outputs) == list(expected)
+        for name, output in outputs.items():
+            assert output.dtype == np.float32
+            np.testing.assert_allclose(output, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_torchscript_without_torch_says_what_to_install(torchscript_bundle, without_torch):
+    with pytest.raises(DependencyError, match=re.escape("pip install 'avex-serve[cuda]'")) as caught:
+        open_bundle(torchscript_bundle)
+    assert caught.value.exit_code == 3
+
+
+@needs_no_cuda
+def test_cuda_without_a_device(bundle, torchscript):
+    with pytest.raises(DependencyError, match="no CUDA device; use cpu or auto"):
+        open_bundle(replace_file(bundle, TORCHSCRIPT, torchscript), "cuda")
+
+
+def test_cuda_without_torch(bundle, torchscript, without_torch):
+    replace_file(bundle, TORCHSCRIPT, torchscript)
+    with pytest.raises(DependencyError, match=re.escape("on cuda needs torch")):
+        open_bundle(bundle, "cuda")
+    with open_bundle(bundle, "auto") as engine:
+        assert engine.backend.format == "onnx"
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cpu", "onnx"), ("auto", "onnx"), ("cuda", "torchscript")])
+def test_a_bundle_without_a_graph_for_the_device(bundle, device, wanted):
+    if wanted == "onnx":
+        replace_file(bundle, ONNX, None)
+    with pytest.raises(BundleError, match=rf"holds no graph for .*; export it again with --format {wanted}"):
+        open_bundle(bundle, device)
+
+
+def test_auto_takes_cuda_where_it_works(bundle, torchscript, monkeypatch):
+    opened = []
+    monkeypatch.setattr(backends, "_cuda_works", lambda: True)
+    monkeypatch.setattr(backends, "_open_torch", lambda *arguments: opened.append(arguments))
+    with open_bundle(bundle) as engine:
+        assert engine.backend.format == "onnx", "there is nothing to run on CUDA"
+    open_bundle(replace_file(bundle, TORCHSCRIPT, torchscript)).close()
+    assert opened == [(bundle / TORCHSCRIPT, ["logits", "embedding"], "cuda")]
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a CUDA driver")
+def test_auto_asks_torch_only_where_there_is_a_driver(bundle, torchscript, monkeypatch):
+    monkeypatch.setattr(backends, "_torch_installed", lambda: pytest.fail("torch was looked for"))
+    open_bundle(replace_file(bundle, TORCHSCRIPT, torchscript)).close()
+
+
+@pytest.mark.parametrize("content", [b"", b"no protobuf", bytes(1000)])
+def test_a_damaged_graph_with_the_right_digest(bundle, content):
+    replace_file(bundle, ONNX, content)
+    with pytest.raises(BundleError, match=r"onnxruntime can't load .*model\.onnx"):
+        open_bundle(bundle, "cpu")
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", bytes(1000)])
+def test_a_damaged_torchscript_with_the_right_digest(torchscript_bundle, torchscript, content):
+    for damaged in (content, torchscript[: len(torchscript) // 2]):
+        replace_file(torchscript_bundle, TORCHSCRIPT, damaged)
+        with pytest.raises(BundleError, match=r"torch can't load .*model\.torchscript\.pt"):
+            open_bundle(torchscript_bundle, "cpu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"inputs": [{"name": "audio", "shape": (-1, WINDOW)}]},
+        {"outputs": [{"name": "logits", "shape": (-1, 3)}, {"name": "features", "shape": (-1, DIM)}]},
+    ],
+)
+def test_a_graph_that_is_not_the_manifests(tmp_path, audio_bundle, changes):
+    with pytest.raises(BundleError, match="its manifest says"):
+        open_bundle(copy_bundle(audio_bundle, tmp_path / "other", **changes), "cpu")

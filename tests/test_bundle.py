@@ -1,0 +1,352 @@
+"""A bundle is whole or refused, and reading gives back what was written."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+from avex_serve.bundle import (
+    LABELS,
+    MANIFEST,
+    ONNX,
+    TORCHSCRIPT,
+    atomic_directory,
+    dump_labels,
+    parse_labels,
+    read_bundle,
+    seal_bundle,
+    sha256_of,
+)
+from avex_serve.errors import BundleError
+from tests.bundles import DIM, WINDOW, copy_bundle, replace_file
+from tests.bundles import LABELS as NAMES
+
+FIELDS = {
+    "name": "full",
+    "version": "2.1",
+    "kind": "audio",
+    "model": "beats",
+    "probes": [
+        {"name": "mlp", "config": {"hidden_dims": [8], "aggregation": None, "x": {"y": None}}, "trained": True}
+    ],
+    "audio": {"sample_rate": 32000, "window_samples": 160},
+    "inputs": [{"name": "waveform", "shape": (-1, 160)}],
+    "outputs": [{"name": "logits", "shape": (-1, 3)}, {"name": "embedding", "shape": (-1, 768)}],
+    "activation": "none",
+    "licence": "CC-BY-4.0",
+    "embedding_fingerprint": "0123456789abcdef" * 4,
+    "tools": {"torch": "2.8"},
+}
+UNICODE = ("Zaunkönig", "夜鶯", 'a "quoted"\n\\ 🐦')
+
+
+@pytest.fixture
+def bundle(tmp_path, audio_bundle):
+    """A bundle of this test alone."""
+    return copy_bundle(audio_bundle, tmp_path / "bundle")
+
+
+def manifest_of(folder):
+    return json.loads((folder / MANIFEST).read_text("utf-8"))
+
+
+def refuses(folder, *expected):
+    with pytest.raises(BundleError) as caught:
+        read_bundle(folder)
+    message = str(caught.value)
+    assert str(folder) in message
+    for part in expected:
+        assert part in message
+    assert caught.value.exit_code == 3
+
+
+def test_reads_what_was_written(tmp_path):
+    with atomic_directory(tmp_path / "full", marker=MANIFEST) as folder:
+        (folder / ONNX).write_bytes(b"graph")
+        (folder / "README.md").write_text("card")
+        sealed = seal_bundle(folder, UNICODE, FIELDS)
+    bundle = read_bundle(str(tmp_path / "full"))
+    assert bundle.manifest == sealed
+    assert bundle.labels == UNICODE
+    assert bundle.digest == hashlib.sha256((tmp_path / "full" / MANIFEST).read_bytes()).hexdigest()
+    assert bundle.manifest.files == {
+        name: hashlib.sha256((tmp_path / "full" / name).read_bytes()).hexdigest()
+        for name in (ONNX, LABELS, "README.md")
+    }
+    written = bundle.manifest.model_dump(exclude={"schema_version", "labels", "files"})
+    expected = json.loads(json.dumps(FIELDS | {"audio": FIELDS["audio"] | {"resampler": "soxr_hq"}}))
+    for spec in expected["inputs"] + expected["outputs"]:
+        spec["dtype"] = "float32"
+    assert json.loads(json.dumps(written)) == expected
+    assert bundle.path(ONNX) == tmp_path / "full" / ONNX
+    assert bundle.path(TORCHSCRIPT) is None
+
+
+def test_writing_what_was_read_gives_the_same_bytes(tmp_path, audio_bundle):
+    read = read_bundle(audio_bundle)
+    again = tmp_path / "again"
+    shutil.copytree(audio_bundle, again, ignore=shutil.ignore_patterns(MANIFEST, LABELS))
+    seal_bundle(again, read.labels, read.manifest.model_dump(exclude={"labels", "files"}))
+    for name in (MANIFEST, LABELS):
+        assert (again / name).read_bytes() == (audio_bundle / name).read_bytes()
+    assert read_bundle(again).digest == read.digest
+
+
+def test_trained_says_whether_every_head_is(tmp_path, audio_bundle):
+    heads = [{"name": name, "config": {}, "trained": trained} for name, trained in (("a", True), ("b", False))]
+    assert read_bundle(audio_bundle).manifest.trained
+    assert not read_bundle(copy_bundle(audio_bundle, tmp_path / "b", probes=heads)).manifest.trained
+
+
+@pytest.mark.parametrize("name", [ONNX, LABELS])
+def test_refuses_a_changed_byte(bundle, name):
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    refuses(bundle, name, "changed")
+
+
+@pytest.mark.parametrize("name", [ONNX, LABELS])
+def test_refuses_a_missing_file(bundle, name):
+    (bundle / name).unlink()
+    refuses(bundle, f"lacks {name}")
+
+
+def test_refuses_a_folder_in_place_of_a_file(bundle):
+    (bundle / ONNX).unlink()
+    (bundle / ONNX).mkdir()
+    refuses(bundle, f"lacks {ONNX}")
+
+
+def test_refuses_what_is_no_bundle(tmp_path, bundle):
+    refuses(tmp_path / "nowhere", "not a folder")
+    refuses(bundle / ONNX, "not a folder")
+    refuses(tmp_path / ("n" * 300), "can't be read")
+    (tmp_path / "empty").mkdir()
+    refuses(tmp_path / "empty", f"holds no {MANIFEST}")
+    (bundle / MANIFEST).unlink()
+    refuses(bundle, f"holds no {MANIFEST}")
+    (bundle / MANIFEST).mkdir()
+    refuses(bundle, "can't be read")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe\x00", b"[1"])
+def test_refuses_a_manifest_that_is_not_json(bundle, content):
+    (bundle / MANIFEST).write_bytes(content)
+    refuses(bundle, "is not JSON")
+
+
+@pytest.mark.parametrize("content", [b"[]", b'"text"', b"null", b"{}", b"1"])
+def test_refuses_a_manifest_without_schema_version(bundle, content):
+    (bundle / MANIFEST).write_bytes(content)
+    refuses(bundle, "schema version None")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+def test_refuses_an_unknown_schema_version(tmp_path, audio_bundle, version):
+    # Other fields of a later version must not be what is complained about.
+    folder = copy_bundle(audio_bundle, tmp_path / "b", schema_version=version, later="field")
+    refuses(folder, f"schema version {version!r}", "reads 1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"audio": {"sample_rate": 16000, "window_samples": WINDOW, "surprise": 1}}, "surprise"),
+        ({"name": "../up"}, "name"),
+        ({"name": "line\n"}, "name"),
+        ({"name": ""}, "name"),
+        ({"version": "a/b"}, "version"),
+        ({"kind": "video"}, "kind"),
+        ({"kind": "embedding"}, "don't go together"),
+        ({"audio": None}, "don't go together"),
+        ({"activation": "relu"}, "activation"),
+        ({"probes": []}, "probes"),
+        ({"labels": 4}, "4 labels for logits of width 3"),
+        ({"labels": 0}, "labels"),
+        ({"outputs": [{"name": "embedding", "shape": [-1, DIM]}]}, "no output 'logits'"),
+        ({"outputs": [{"name": "logits", "shape": []}]}, "outputs"),
+        ({"inputs": []}, "inputs"),
+        ({"inputs": [{"name": "waveform", "shape": [-1, 800]}]}, "windows of 1600"),
+        ({"inputs": [{"name": "waveform", "shape": [-1, WINDOW], "dtype": "int8"}]}, "dtype"),
+        ({"audio": {"sample_rate": 0, "window_samples": WINDOW}}, "sample_rate"),
+        ({"audio": {"sample_rate": 16000, "window_samples": WINDOW, "resampler": "linear"}}, "resampler"),
+        ({"embedding_fingerprint": "abc"}, "embedding_fingerprint"),
+        ({"files": {}}, "does not list labels.json"),
+        ({"files": {LABELS: "abc"}}, "files"),
+    ],
+    ids=str,
+)
+def test_refuses_a_bad_manifest(tmp_path, audio_bundle, changes, expected):
+    refuses(copy_bundle(audio_bundle, tmp_path / "b", **changes), MANIFEST, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/hostname", "a/b", "..", ".", ".hidden", "", "a\\b", "x\n", "x\0"]
+)
+def test_refuses_files_that_lie_elsewhere(tmp_path, audio_bundle, name):
+    (tmp_path / "outside").write_bytes(b"secret")
+    files = manifest_of(audio_bundle)["files"] | {name: hashlib.sha256(b"secret").hexdigest()}
+    refuses(copy_bundle(audio_bundle, tmp_path / "b", files=files), "not a valid manifest")
+
+
+def test_links_count_by_what_they_point_to(tmp_path, bundle):
+    # The cache of a model hub consists of links; the digest says whether the content is right.
+    shutil.move(bundle / ONNX, tmp_path / "blob")
+    (bundle / ONNX).symlink_to(tmp_path / "blob")
+    assert read_bundle(bundle).path(ONNX) == bundle / ONNX
+    (tmp_path / "blob").write_bytes(b"another")
+    refuses(bundle, ONNX, "changed")
+    (tmp_path / "blob").unlink()
+    refuses(bundle, f"lacks {ONNX}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": 0, "b": 1}', "2 labels, the model answers 3"),
+        ('{"a": 0, "b": 1, "c": 2, "d": 3}', "4 labels, the model answers 3"),
+        ('{"a": 0, "b": 1, "c": 3}', "indices must be 0 to 2"),
+        ('{"a": 1, "b": 2, "c": 3}', "indices must be 0 to 2"),
+        ('{"a": 0, "b": 1, "c": 1}', "indices must be 0 to 2"),
+        ('{"a": -1, "b": 0, "c": 1}', "indices must be 0 to 2"),
+        ('{"a": 0, "b": 1, "c": 2.0}', "{label: index}"),
+        ('{"a": 0, "b": 1, "c": "2"}', "{label: index}"),
+        ('{"a": false, "b": true, "c": 2}', "{label: index}"),
+        ('{"a": 0, "b": 1, "c": null}', "{label: index}"),
+        ('["a", "b", "c"]', "{label: index}"),
+        ("{}", "indices"),
+        ("", "not JSON"),
+        ('{"a": 2, "a": 0, "b": 1, "c": 2}', "more than once"),
+        ('{"ä": 0, "b": 1, "c": 2}'.encode("latin-1"), "not JSON"),
+    ],
+)
+def test_refuses_bad_labels(bundle, text, expected):
+    replace_file(bundle, LABELS, text if isinstance(text, bytes) else text.encode())
+    refuses(bundle, LABELS, expected)
+
+
+def test_labels_are_in_the_order_of_their_indices(bundle):
+    replace_file(bundle, LABELS, b'{"third": 2, "first": 0, "second": 1}')
+    assert read_bundle(bundle).labels == ("first", "second", "third")
+
+
+def test_dumped_labels_are_the_flat_map_that_avex_reads():
+    text = dump_labels(UNICODE)
+    assert json.loads(text) == {label: index for index, label in enumerate(UNICODE)}
+    assert "Zaunkönig" in text
+    assert parse_labels(text, source="labels.json") == UNICODE
+
+
+def test_writing_refuses_labels_twice(tmp_path):
+    with pytest.raises(BundleError, match=r"more than once: \['b'\]"):
+        seal_bundle(tmp_path, ("a", "b", "b"), FIELDS)
+    assert not (tmp_path / MANIFEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "changes"), [(("a", "b"), {}), ((), {}), (NAMES, {"kind": "embedding"}), (NAMES, {"surprise": 1})]
+)
+def test_writing_refuses_fields_that_make_no_manifest(tmp_path, labels, changes):
+    with pytest.raises(BundleError, match="make no manifest"):
+        seal_bundle(tmp_path, labels, FIELDS | changes)
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def test_writing_refuses_a_file_that_no_manifest_can_list(tmp_path):
+    (tmp_path / ".hidden").write_text("")
+    with pytest.raises(BundleError, match="hidden"):
+        seal_bundle(tmp_path, NAMES, FIELDS)
+
+
+def test_sha256_of_a_file(tmp_path):
+    content = bytes(range(256)) * 5000
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def fill(target, content="new"):
+    with atomic_directory(target, marker="mark") as folder:
+        assert folder.parent.parent == target.parent.resolve(), "renaming is atomic on one file system alone"
+        (folder / "mark").write_text(content)
+        (folder / "sub").mkdir()
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_atomic_directory_makes_the_folder_and_its_parents(tmp_path):
+    target = tmp_path / "a" / "b" / "target"
+    fill(target)
+    assert names_in(target) == ["mark", "sub"]
+    assert names_in(target.parent) == ["target"]
+    assert target.stat().st_mode & 0o777 == target.parent.stat().st_mode & 0o777, "others may read it as any folder"
+
+
+def test_atomic_directory_shows_nothing_before_the_end(tmp_path):
+    with atomic_directory(tmp_path / "target", marker="mark") as folder:
+        (folder / "mark").touch()
+        assert not (tmp_path / "target").exists()
+    assert (tmp_path / "target" / "mark").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_atomic_directory_leaves_nothing_after_an_exception(tmp_path, error):
+    def fail():
+        with atomic_directory(tmp_path / "target", marker="mark") as folder:
+            (folder / "half").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert names_in(tmp_path) == []
+    fill(tmp_path / "target", "old")
+    with pytest.raises(error):
+        fail()
+    assert names_in(tmp_path) == ["target"]
+    assert (tmp_path / "target" / "mark").read_text() == "old"
+
+
+def test_atomic_directory_replaces_its_like_and_empty_folders(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    fill(target, "first")
+    (target / "stale").touch()
+    fill(target, "second")
+    assert names_in(target) == ["mark", "sub"]
+    assert (target / "mark").read_text() == "second"
+    assert names_in(tmp_path) == ["target"]
+
+
+def test_atomic_directory_touches_nothing_else(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("text")
+    for name in ("folder", "file"):
+        with pytest.raises(FileExistsError, match=f"{name} exists and holds no mark"):
+            fill(tmp_path / name)
+    assert names_in(tmp_path) == ["file", "folder"]
+    assert (tmp_path / "folder" / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_atomic_directory_takes_a_relative_path_and_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for target in ("deep/er", "."):
+        with atomic_directory(type(tmp_path)(target), marker="mark") as folder:
+            (folder / "mark").touch()
+        shutil.rmtree(tmp_path / "here" / "deep", ignore_errors=True)
+    assert names_in(tmp_path / "here") == ["mark"]
+    assert names_in(tmp_path) == ["here"]
+
+
+def test_atomic_directory_follows_a_link(tmp_path):
+    fill(tmp_path / "version-1", "old")
+    (tmp_path / "current").symlink_to("version-1")
+    fill(tmp_path / "current", "new")
+    assert (tmp_path / "current").is_symlink()
+    assert (tmp_path / "version-1" / "mark").read_text() == "new"

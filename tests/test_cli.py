@@ -1,0 +1,178 @@
+"""The `avex-serve` command, run as users run it; the engine in this process is the oracle."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import avex_serve
+from avex_serve import open_bundle
+from avex_serve.cli import main
+from avex_serve.runtime.audio import decode
+from tests.bundles import LABELS
+
+AVEX_SERVE = Path(sys.executable).with_name("avex-serve")
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [AVEX_SERVE, *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
+    )
+
+
+def write(path, seconds, rate, channels):
+    samples = np.random.default_rng(rate).uniform(-1, 1, (int(seconds * rate), channels))
+    soundfile.write(path, samples, rate)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Recordings of two kinds."""
+    folder = tmp_path_factory.mktemp("audio")
+    return [write(folder / "dawn.wav", 0.42, 44100, 2), write(folder / "abends spät.flac", 0.31, 16000, 1)]
+
+
+@pytest.fixture(scope="module")
+def ask(audio_bundle):
+    """The oracle: path and options → the engine's document."""
+    with open_bundle(audio_bundle) as engine:
+        yield lambda path, **options: engine.predict(*decode(path), **options)
+
+
+def test_a_table_for_each_file(audio_bundle, files, ask):
+    result = run("predict", audio_bundle, *files)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = iter(result.stdout.splitlines())
+    for path, seconds in zip(files, ("0.4", "0.3"), strict=True):
+        detections = ask(path).detections
+        assert detections
+        assert next(lines) == f"{path}: {seconds} s, {len(detections)} detections"
+        for detection in detections:
+            start, end, score, label = next(lines).split()
+            assert (float(start), float(end)) == (round(detection.start, 2), round(detection.end, 2))
+            assert float(score) == pytest.approx(detection.score, abs=0.00051)
+            assert label == detection.label
+    assert not list(lines)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"threshold": 0.6},
+        {"threshold": -1.0, "top_k": 2},
+        {"top_k": 1, "overlap": 0.05},
+        {"probe": "linear", "threshold": 0.0},
+    ],
+    ids=str,
+)
+def test_json_is_the_engines_document(audio_bundle, files, ask, options):
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    result = run("predict", audio_bundle, *files, "--json", *given, "--device", "cpu")
+    assert (result.returncode, result.stderr) == (0, "")
+    documents = [json.loads(line) for line in result.stdout.splitlines()]
+    assert documents == [ask(path, **options).model_dump(mode="json") for path in files]
+
+
+def test_no_detections(audio_bundle, files):
+    result = run("predict", audio_bundle, files[0], "--threshold", "2")
+    assert (result.returncode, result.stdout) == (0, f"{files[0]}: 0.4 s, 0 detections\n")
+
+
+def test_a_bad_file_keeps_none_from_being_answered(tmp_path, audio_bundle, files, ask):
+    bad, missing = tmp_path / "bad.wav", tmp_path / "missing.wav"
+    bad.write_text("this is no audio")
+    result = run("predict", audio_bundle, files[0], bad, missing, tmp_path, files[1], "--json")
+    assert result.returncode == 2
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [
+        ask(path).model_dump(mode="json") for path in files
+    ]
+    messages = result.stderr.splitlines()
+    assert [message.startswith("avex-serve: ") for message in messages] == [True] * 3
+    for message, path in zip(messages, (bad, missing, tmp_path), strict=True):
+        assert str(path) in message
+
+
+def test_a_folder_that_is_no_bundle(tmp_path, files):
+    for folder in (tmp_path, tmp_path / "nowhere", files[0]):
+        result = run("predict", folder, files[0])
+        assert (result.returncode, result.stdout) == (3, "")
+        assert result.stderr.startswith(f"avex-serve: {folder} ")
+        assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--threshold", "high"], "--threshold"),
+        (["--threshold", "nan"], "threshold is nan"),
+        (["--top-k", "0"], "top_k is 0"),
+        (["--top-k", "1.5"], "--top-k"),
+        (["--overlap", "0.1"], "overlap is 0.1"),
+        (["--overlap", "-1"], "overlap is -1.0"),
+        (["--probe", "mlp"], "no probe 'mlp'"),
+        (["--device", "tpu"], "--device"),
+        (["--unknown"], "--unknown"),
+    ],
+)
+def test_bad_options(audio_bundle, files, capsys, arguments, expected):
+    try:
+        code = main(["predict", str(audio_bundle), str(files[0]), *arguments])
+    except SystemExit as exited:  # argparse
+        code = exited.code
+    output = capsys.readouterr()
+    assert (code, output.out) == (2, "")
+    assert expected in output.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["predict"], ["predict", "bundle"], ["hear", "a.wav"], ["predict", "b", "f", "--top-k=x"]]
+)
+def test_bad_usage(arguments):
+    result = run(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("usage: avex-serve")
+    assert "Traceback" not in result.stderr
+
+
+def test_an_embedding_bundle_names_no_sounds(embedding_bundle, files):
+    result = run("predict", embedding_bundle, files[0])
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "takes embeddings, not audio" in result.stderr
+
+
+def test_version_and_help():
+    assert run("--version").stdout == f"{avex_serve.__version__}\n"
+    for arguments in (["--help"], ["predict", "--help"]):
+        result = run(*arguments)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "predict" in result.stdout
+
+
+def test_names_and_labels_that_the_terminal_cannot_show(tmp_path, audio_bundle, files):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/z\xe4.flac")
+    os.rename(write(tmp_path / "z.flac", 0.1, 16000, 1), path)  # noqa: PTH104
+    missing = os.fsdecode(os.fsencode(tmp_path) + b"/\xe4.flac")
+    result = run("predict", audio_bundle, path, missing, "--top-k=3")
+    assert (result.returncode, result.stderr.count("no such file")) == (2, 1)
+    assert "z\\udce4.flac: 0.1 s, 3 detections" in result.stdout
+    assert LABELS[2] in result.stdout
+    result = run("predict", audio_bundle, path, "--top-k=3", PYTHONIOENCODING="ascii")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "Zaunk\\xf6nig" in result.stdout
+
+
+def test_a_reader_that_goes_away(audio_bundle, files):
+    process = subprocess.Popen(
+        [AVEX_SERVE, "predict", audio_bundle, *[files[0]] * 3], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    with process.stderr as errors:
+        assert errors.read() == b""
+    assert process.wait(30) == 1
