@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -46,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
     predict.add_argument("--probe", help="which head of the bundle to ask")
     predict.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    predict.add_argument("--json", action="store_true", help="one JSON document a file and line, as the service's")
+    predict.add_argument(
+        "--json", action="store_true", help="one line of JSON a file: the service's, with the file"
+    )
     commands.add_parser("demo", help="export the demo probe, serve it and ask it over HTTP and gRPC")
     return parser
 
@@ -67,8 +70,12 @@ def _predict(arguments: argparse.Namespace) -> int:
             except AvexServeError as error:
                 code = _fail(error)
                 continue
-            print(prediction.model_dump_json() if arguments.json else _table(path, prediction), flush=True)
+            print(_json(path, prediction) if arguments.json else _table(path, prediction), flush=True)
     return code
+
+
+def _json(path: Path, prediction: Prediction) -> str:
+    return json.dumps({"file": str(path), **prediction.model_dump(mode="json")})
 
 
 def _table(path: Path, prediction: Prediction) -> str:

@@ -1,8 +1,15 @@
 """Fixtures that every part uses."""
 
+import warnings
+
 import pytest
 
 from tests.bundles import make_audio_bundle, make_embedding_bundle
+
+with warnings.catch_warnings():
+    # BentoML itself uses what pydantic and pathspec call deprecated, when it is imported and a service is defined.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import avex_serve.service  # noqa: F401
 
 
 @pytest.fixture(scope="session")

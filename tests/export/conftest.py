@@ -2,9 +2,9 @@
 
 import pytest
 import yaml
-from avex_export.cli import main
 from safetensors.torch import save_file
 
+from avex_export.cli import main
 from tests.models.backbones import tiny_beats, tiny_spec
 
 LABELS = ("bat", "bee", "bird", "frog", "wind")

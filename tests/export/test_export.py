@@ -9,8 +9,8 @@ import onnxruntime
 import pytest
 import soundfile
 import torch
-from avex_export.recipes import variants
 
+from avex_export.recipes import variants
 from avex_serve import open_bundle
 from avex_serve.bundle import read_bundle
 from avex_serve.configs import ProbeConfig
@@ -36,7 +36,7 @@ def trained(tmp_path, model):
         with torch.no_grad():
             for parameter in probe.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.3)
+                    parameter.add_(0.1 * torch.randn_like(parameter))
         save_probe(probe, tmp_path / name, labels=LABELS, model=model)
         return probe, tmp_path / name
 

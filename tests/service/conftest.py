@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +18,6 @@ import soundfile
 
 from avex_serve import open_bundle
 from avex_serve.runtime.audio import decode
-
-with warnings.catch_warnings():
-    # BentoML itself uses what pydantic and pathspec call deprecated, when it is imported and a service is defined.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    import avex_serve.service  # noqa: F401
 
 START_SECONDS = 60
 STOP_SECONDS = 30

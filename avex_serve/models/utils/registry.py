@@ -108,7 +108,7 @@ def read_model_yaml(path: Path) -> ModelEntry:
         raise ValueError(f"{path}: model_spec must be a mapping")
     checkpoint = content.get("checkpoint_path")
     if checkpoint is not None and "://" not in str(checkpoint):
-        checkpoint = str(path.parent / str(checkpoint))
+        checkpoint = str(path.resolve().parent / str(checkpoint))
     return ModelEntry(
         spec=ModelSpec(**fields),
         description=str(content.get("description", f"{fields.get('name')} model from {path.name}")),

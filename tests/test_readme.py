@@ -1,0 +1,72 @@
+"""What the README says is true: its Python runs, its commands exist, its tree names every file."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from avex_export.cli import _parser as export_parser
+from avex_export.cli import main as export
+from avex_serve.cli import _parser as serve_parser
+from avex_serve.service.settings import DEMO_BUNDLE, Settings
+from tests.service.conftest import running_server
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = re.findall(r"`(avex-(?:export|serve) [^`\n]+)`|^(avex-(?:export|serve) .+)$", README, re.MULTILINE)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a recording."""
+    wave = 0.1 * np.random.default_rng(0).standard_normal(40000)
+    soundfile.write(tmp_path / "recording.wav", wave, 16000)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_training_saving_and_opening(workplace):
+    training, opening = PYTHON[:2]
+    exec(compile(training, "README", "exec"), {})
+    assert export(["--probe", "my_probe", "--format", "onnx"]) == 0
+    names = {}
+    exec(compile(opening, "README", "exec"), names)
+    assert names["spans"].shape == (2, 2)
+    assert {d.label for d in names["prediction"].detections} <= {"bat", "bee", "bird"}
+
+
+def test_clients(workplace):
+    with running_server(workplace / "server", AVEX_BUNDLE=str(DEMO_BUNDLE)) as server:
+        names = {}
+        for code in PYTHON[2:]:
+            for old, new in (
+                ("http://localhost:3000", server.url),
+                ("localhost:3001", server.grpc),
+                ('"my_probe"', '"linear_last"'),
+            ):
+                code = code.replace(old, new)
+            exec(compile(code, "README", "exec"), names)
+        names["client"].close()
+    assert names["scores"].shape == (2, 10)
+
+
+@pytest.mark.parametrize("command", sorted({a or b for a, b in SHELL} - {"avex-serve predict"}))
+def test_commands_are_understood(command):
+    program, *arguments = shlex.split(command.split("    #")[0])
+    {"avex-export": export_parser, "avex-serve": serve_parser}[program]().parse_args(arguments)
+
+
+def test_settings_are_listed():
+    for field in Settings.model_fields:
+        assert f"`AVEX_{field.upper()}`" in README
+
+
+def test_the_tree_names_every_file():
+    tree = README[README.index("## The tree") : README.index("## Develop")]
+    files = [*ROOT.glob("avex_serve/**/*.py"), *ROOT.glob("export/**/*.py"), *ROOT.glob("scripts/*.py")]
+    missing = [path.name for path in files if path.name != "__init__.py" and path.name not in tree]
+    assert missing == []
