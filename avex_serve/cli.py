@@ -47,9 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
     predict.add_argument("--probe", help="which head of the bundle to ask")
     predict.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    predict.add_argument(
-        "--json", action="store_true", help="one line of JSON a file: the service's, with the file"
-    )
+    predict.add_argument("--json", action="store_true", help="one line of JSON a file: the service's, with the file")
     commands.add_parser("demo", help="export the demo probe, serve it and ask it over HTTP and gRPC")
     return parser
 

@@ -1,0 +1,1 @@
+"""The demo model: sounds made by formula, and the ten probes that were trained on them."""
