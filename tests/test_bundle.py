@@ -93,10 +93,15 @@ def test_writing_what_was_read_gives_the_same_bytes(tmp_path, audio_bundle):
     assert read_bundle(again).digest == read.digest
 
 
-def test_trained_says_whether_every_head_is(tmp_path, audio_bundle):
-    heads = [{"name": name, "config": {}, "trained": trained} for name, trained in (("a", True), ("b", False))]
-    assert read_bundle(audio_bundle).manifest.trained
-    assert not read_bundle(copy_bundle(audio_bundle, tmp_path / "b", probes=heads)).manifest.trained
+@pytest.mark.parametrize("trained", [True, False])
+def test_says_whether_its_head_is_trained(tmp_path, audio_bundle, trained):
+    head = {"name": "a", "config": {}, "trained": trained}
+    assert read_bundle(copy_bundle(audio_bundle, tmp_path / "b", probes=[head])).manifest.trained is trained
+
+
+def test_refuses_more_heads_than_this_version_answers(tmp_path, audio_bundle):
+    heads = [{"name": name, "config": {}, "trained": True} for name in ("a", "b")]
+    refuses(copy_bundle(audio_bundle, tmp_path / "b", probes=heads), "probes", "at most 1")
 
 
 @pytest.mark.parametrize("name", [ONNX, LABELS])

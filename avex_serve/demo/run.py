@@ -22,11 +22,13 @@ import grpc
 import numpy as np
 import soundfile
 
+from avex_serve.bundle import read_bundle
 from avex_serve.demo.sounds import Event, make_recording
 from avex_serve.errors import AvexServeError, DependencyError
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import open_bundle
-from avex_serve.runtime.results import Detection, Prediction
+from avex_serve.runtime.results import Detection, Prediction, Selection, detect, score_scale
+from avex_serve.runtime.windows import plan_windows
 from avex_serve.service.grpc_messages import SERVICE, message_class
 
 PROBE = "linear_last"
@@ -62,12 +64,12 @@ def run_demo() -> None:
         with _server(bundle, folder) as (http_port, grpc_port):
             _title(f"4. Over HTTP: curl --data-binary @recording.wav http://127.0.0.1:{http_port}/predict")
             over_http = _ask_http(recording, http_port)
-            right = _show(over_http, events)
+            right = _show(over_http.detections, events)
 
             _title(f"5. Over gRPC: inference.GRPCInferenceService/ModelInfer on 127.0.0.1:{grpc_port}")
-            scores = _ask_grpc(recording, grpc_port)
-            print(f"scores of {scores.shape[0]} windows x {scores.shape[1]} labels")
-        _check(bundle, recording, over_http, scores)
+            over_grpc = _detections(bundle, recording, _ask_grpc(recording, grpc_port))
+            _show(over_grpc, events)
+        _check(bundle, recording, over_http, over_grpc)
     print(f"\n{right} of {len(events)} sounds named right; HTTP, gRPC and a prediction without a server agree.")
 
 
@@ -82,6 +84,7 @@ def _server(bundle: Path, folder: Path) -> Iterator[tuple[int, int]]:
     environment = {
         **os.environ,
         "AVEX_BUNDLE": str(bundle),
+        "AVEX_DEVICE": "cpu",  # the answers are compared to the last bit
         "AVEX_GRPC_HOST": "127.0.0.1",
         "AVEX_GRPC_PORT": str(grpc_port),
         "BENTOML_HOME": str(folder / "bentoml"),  # two servers with one home disturb each other's metrics
@@ -158,11 +161,21 @@ def _ask_grpc(recording: Path, port: int) -> np.ndarray:
     return np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(output.shape)
 
 
-def _show(prediction: Prediction, events: list[Event]) -> int:
+def _detections(bundle: Path, recording: Path, scores: np.ndarray) -> list[Detection]:
+    """Detections from scores (windows, labels): the labels and the length of a window stand in the bundle."""
+    opened = read_bundle(bundle)
+    spec = opened.manifest.audio
+    assert spec is not None
+    plan = plan_windows(soundfile.info(recording).frames, spec.window_samples, spec.sample_rate, overlap=0.0)
+    selection = Selection.of(score_scale(opened.manifest.activation), threshold=None, top_k=None)
+    return detect(plan.spans, scores, opened.labels, selection)
+
+
+def _show(detections: list[Detection], events: list[Event]) -> int:
     """Print the detections beside the truth, and return how many sounds were named right."""
     print(f"{'seconds':>13}  {'score':>5}  {'heard':14} played")
     named = set()
-    for detection in prediction.detections:
+    for detection in detections:
         played = [event for event in events if _overlap(detection, event)]
         named |= {event for event in played if event.label == detection.label}
         span = f"{detection.start:5.1f} – {detection.end:5.1f}"
@@ -174,11 +187,11 @@ def _overlap(detection: Detection, event: Event) -> bool:
     return event.start < detection.end and event.end > detection.start
 
 
-def _check(bundle: Path, recording: Path, over_http: Prediction, over_grpc: np.ndarray) -> None:
+def _check(bundle: Path, recording: Path, over_http: Prediction, over_grpc: list[Detection]) -> None:
     """Raise AvexServeError unless both answers are those of the bundle opened in this process."""
     with open_bundle(bundle, device="cpu") as engine:
-        audio = decode(recording)
-        if engine.predict(*audio) != over_http:
-            raise AvexServeError("HTTP answered something else than the bundle opened in this process")
-        if not np.array_equal(engine.score(*audio).scores, over_grpc):
-            raise AvexServeError("gRPC answered something else than the bundle opened in this process")
+        expected = engine.predict(*decode(recording))
+    if over_http != expected:
+        raise AvexServeError("HTTP answered something else than the bundle opened in this process")
+    if over_grpc != expected.detections:
+        raise AvexServeError("gRPC answered something else than the bundle opened in this process")

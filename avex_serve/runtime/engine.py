@@ -100,11 +100,7 @@ class Engine:
         plan, batches = self._windows(Recording(wave, sample_rate), overlap)
         logits = self._stack("logits", batches)
         scores = results.activate(logits, self.manifest.activation)
-        detections = [
-            results.Detection(start=start, end=end, label=self.labels[i], score=float(row[i]))
-            for (start, end), row in zip(plan.spans.tolist(), scores, strict=True)
-            for i in selection.best(row)
-        ]
+        detections = results.detect(plan.spans, scores, self.labels, selection)
         return results.Prediction(
             **self._answer(head), **_timing(plan, overlap), score_scale=scale, detections=detections
         )

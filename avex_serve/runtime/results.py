@@ -1,6 +1,7 @@
 """What the engine answers, as documents that turn into JSON, and how scores become detections."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -116,3 +117,19 @@ class Selection(BaseModel):
         order = np.argsort(-scores, kind="stable")[: self.top_k]
         # As float64, so that no reported score is below the threshold by a float32's rounding.
         return [int(index) for index in order if float(scores[index]) >= self.threshold]
+
+
+def detect(spans: np.ndarray, scores: np.ndarray, labels: Sequence[str], selection: Selection) -> list[Detection]:
+    """The scores that pass, window by window, the highest of each first.
+
+    Args:
+        spans: (N, 2) start and end of each window in seconds.
+        scores: (N, C).
+        labels: C of them.
+        selection: which scores pass.
+    """
+    return [
+        Detection(start=start, end=end, label=labels[i], score=float(row[i]))
+        for (start, end), row in zip(spans.tolist(), scores, strict=True)
+        for i in selection.best(row)
+    ]
