@@ -35,6 +35,7 @@ def write_onnx(graph: Graph, example: Tensor, path: Path, input_name: str, metad
         )
     assert program is not None
     model = _rename_outputs(program.model_proto, graph.outputs)
+    _forget_where_it_was_made(model.graph)
     onnx.helper.set_model_props(model, dict(metadata))
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
@@ -50,3 +51,10 @@ def _rename_outputs(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.Mode
         node.output[:] = [renamed.get(name, name) for name in node.output]
         node.input[:] = [renamed.get(name, name) for name in node.input]
     return model
+
+
+def _forget_where_it_was_made(graph: onnx.GraphProto) -> None:
+    # torch notes with each node where in which file it comes from: a megabyte, and paths of the exporting machine.
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")

@@ -1,5 +1,7 @@
 """TorchScript: a traced module, free of devices, so that one file runs on CPU and CUDA."""
 
+import io
+import zipfile
 from pathlib import Path
 
 import torch
@@ -14,7 +16,9 @@ def write_torchscript(graph: Graph, example: Tensor, path: Path) -> None:
     with quiet_tracing():
         # The trace is not checked here: verification compares it on more inputs than the example.
         traced = torch.jit.trace(graph, (example,), check_trace=False)  # type: ignore[no-untyped-call]
-        torch.jit.save(traced, str(path))
+        archive = io.BytesIO()
+        torch.jit.save(traced, archive)
+    _copy_without_sources(archive, path)
 
 
 def meta_shapes(path: Path, example: Tensor) -> list[tuple[int, ...]]:
@@ -30,3 +34,12 @@ def meta_shapes(path: Path, example: Tensor) -> list[tuple[int, ...]]:
             for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
                 setattr(part, name, tensor.to("meta"))
         return [tuple(output.shape) for output in module(example.to("meta"))]
+
+
+def _copy_without_sources(archive: io.BytesIO, path: Path) -> None:
+    # The archive is a zip that says for each operation in which file of the exporting machine it stands: nobody
+    # else's business, and not needed to run it.
+    with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w") as target:
+        for record in source.infolist():
+            if not record.filename.endswith(".debug_pkl"):
+                target.writestr(zipfile.ZipInfo(record.filename), source.read(record))

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import soundfile
 import torch
 
+import avex_serve
 from avex_export.recipes import variants
 from avex_serve import open_bundle
 from avex_serve.bundle import read_bundle
@@ -158,6 +160,16 @@ def test_the_traced_module_names_no_device(tmp_path, export, trained):
         export("--probe", folder, "--output", tmp_path / "bundle", "--format", "torchscript")
         module = torch.jit.load(tmp_path / "bundle" / "model.torchscript.pt")
         assert 'value="cpu"' not in str(module.inlined_graph)
+
+
+def test_a_bundle_says_nothing_of_the_machine_that_made_it(tmp_path, export, trained):
+    _, folder = trained()
+    assert export("--probe", folder, "--output", tmp_path / "bundle")[0] == 0
+    places = [str(place).encode() for place in (Path(avex_serve.__file__).parents[1], tmp_path, Path.home())]
+    with zipfile.ZipFile(tmp_path / "bundle" / "model.torchscript.pt") as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    contents |= {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()}
+    assert [(name, place) for name, content in contents.items() for place in places if place in content] == []
 
 
 def test_clips_of_another_length(tmp_path, export, trained):
