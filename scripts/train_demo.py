@@ -38,12 +38,12 @@ SNR_DB = (-5.0, 25.0)
 # Some clips are shorter and padded with zeros, as the last window of a recording is.
 SHORTER, SHORTEST_SECONDS = 0.15, 0.8
 
-BACKBONE_CLIPS, PROBE_CLIPS, TEST_CLIPS = 8000, 3000, 1200
+BACKBONE_CLIPS, PROBE_CLIPS, TEST_CLIPS = 16000, 4000, 1200
 BATCH = 16
-BACKBONE_EPOCHS = 2
+BACKBONE_EPOCHS = 5
 # A head on the mean over time costs next to nothing, one that reads the sequence as much as a block of the backbone.
 POOLED_EPOCHS, SEQUENCE_EPOCHS = 20, 2
-BACKBONE_RATE, PROBE_RATE = 2e-3, 3e-3
+BACKBONE_RATE, PROBE_RATE = 1e-3, 3e-3
 THREADS = 2
 
 # A token hears 16 frames of 10 ms and 16 of the 128 mel bins; tokens are ordered by time, then by frequency.
