@@ -7,7 +7,6 @@ Names and shapes of the parameters are those of avex 1.4, so its checkpoints loa
 Everything is batch first: tensors are (B, T, D) with T tokens, eight of them a time step of 160 ms.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from torch.nn.utils import parametrizations
 from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.frontends import KaldiFbank
-from avex_serve.models.layers import BACKBONE, Taps
+from avex_serve.models.layers import BACKBONE, Taps, blocks_needed
 from avex_serve.models.tracing import is_tracing
 
 # The waveform is scaled to the range of 16-bit integers, as Kaldi expects it.
@@ -353,8 +352,7 @@ class BEATs(nn.Module):
 
     def preprocess(self, wave: Tensor) -> Tensor:
         """Normalised log-mel features (B, frames, mel bins) of a waveform (B, S) in [-1, 1], in float32."""
-        with _full_precision(wave):
-            features = self.fbank(wave.float() * _INT16_SCALE)
+        features = self.fbank(wave.float() * _INT16_SCALE)
         return (features - self.cfg.fbank_mean) / (2 * self.cfg.fbank_std)
 
     def forward(
@@ -486,15 +484,9 @@ class BEATsModel(ModelBase):
     def specialise(self, samples: int, layers: Sequence[str]) -> None:
         """See `ModelBase.specialise`."""
         self.classifier = self.backbone.predictor = None
-        self.backbone.fbank.spectrum = "matmul"
-        self.backbone.fbank.fixed_samples = samples
-        blocks = self._blocks()
-        if not {"backbone", "backbone.encoder"} & set(layers):  # else the output is asked for: all of them
-            tapped = [
-                i for i, block in enumerate(blocks) if any(f"{name}.".startswith(f"{block}.") for name in layers)
-            ]
-            blocks = blocks[: max(tapped, default=-1) + 1]
-        self.backbone.encoder.specialise(self.backbone.tokens(samples), len(blocks))
+        self.backbone.fbank.specialise(samples)
+        blocks = blocks_needed(self._blocks(), layers, output={"backbone", "backbone.encoder"})
+        self.backbone.encoder.specialise(self.backbone.tokens(samples), blocks)
 
     def process_audio(self, x: Tensor) -> Tensor:
         """See `ModelBase.process_audio`; NatureLM's waveforms are clamped to [-1, 1]."""
@@ -534,14 +526,6 @@ def _shrink_gradient(x: Tensor, ratio: float) -> Tensor:
         return x
     held = x.detach()
     return held + ratio * (x - held)
-
-
-def _full_precision(wave: Tensor) -> contextlib.AbstractContextManager[object]:
-    # Under autocast the features would drift; outside of it no context is needed in the graph.
-    kind = wave.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _plain_convolution(normed: nn.Module) -> nn.Conv1d:

@@ -1,10 +1,16 @@
 """Front ends: from waveforms to log-mel features, as modules with constant buffers."""
 
+import contextlib
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from avex_serve.models.tracing import is_tracing
+
+WindowName = Literal["povey", "hanning"]
 
 # Kaldi floors the mel energies here before the logarithm (float32 epsilon).
 _FLOOR = torch.finfo(torch.float32).eps
@@ -13,8 +19,9 @@ _FLOOR = torch.finfo(torch.float32).eps
 class KaldiFbank(nn.Module):
     """Kaldi's log-mel filter bank, batched.
 
-    Per frame: subtract its mean, pre-emphasise (the first sample is its own predecessor), multiply by the Povey
-    window, power spectrum, triangular mel filters, logarithm. No padding, no dither.
+    Per frame: subtract its mean, pre-emphasise (the first sample is its own predecessor), multiply by the window,
+    power spectrum, triangular mel filters, logarithm. No padding, no dither, no energy coefficient (so that Kaldi's
+    HTK compatibility, which only says where that one stands, makes no difference).
     Source: Kaldi, feat/feature-window.cc and feat/mel-computations.cc; defaults as avex 1.4 uses them for BEATs.
 
     The power spectrum is taken in one of two ways, `spectrum`:
@@ -38,6 +45,8 @@ class KaldiFbank(nn.Module):
         frame_shift: float,
         preemphasis: float = 0.97,
         low_frequency: float = 20.0,
+        window: WindowName = "povey",
+        in_state: bool = True,
     ) -> None:
         """Build the constant buffers.
 
@@ -48,6 +57,8 @@ class KaldiFbank(nn.Module):
             frame_shift: ms.
             preemphasis: coefficient.
             low_frequency: Hz.
+            window: which window.
+            in_state: whether window and filters stand in the state dict, as BEATs' checkpoints have them.
         """
         super().__init__()
         self.win_length = int(sample_frequency * frame_length / 1000)
@@ -57,9 +68,9 @@ class KaldiFbank(nn.Module):
         self.spectrum: Literal["fft", "matmul"] = "fft"
         self.fixed_samples: int | None = None  # of a graph for clips of one length
         mel = kaldi_mel_filters(self.n_fft, num_mel_bins, sample_frequency, low_frequency)
-        # These two stand in avex's checkpoints, under these names.
-        self.register_buffer("window", povey_window(self.win_length))
-        self.register_buffer("mel_fb", mel)
+        # Some of avex's checkpoints hold these two, under these names.
+        self.register_buffer("window", _WINDOWS[window](self.win_length), persistent=in_state)
+        self.register_buffer("mel_fb", mel, persistent=in_state)
         self.register_buffer("dft", dft_matrix(self.win_length, self.n_fft), persistent=False)
 
     def frames(self, samples: int) -> int:
@@ -67,13 +78,22 @@ class KaldiFbank(nn.Module):
         return 0 if samples < self.win_length else 1 + (samples - self.win_length) // self.hop_length
 
     def forward(self, wave: Tensor) -> Tensor:
-        """Log-mel features (B, frames, num_mel_bins) of waveforms (B, S) in the range of 16-bit integers."""
-        frames = self._frame(wave)  # (B, F, win_length)
-        frames = frames - frames.mean(dim=-1, keepdim=True)
-        previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
-        frames = (frames - self.preemphasis * previous) * self.window
-        energies = self._power(frames) @ self.mel_fb  # (B, F, num_mel_bins)
-        return energies.clamp(min=_FLOOR).log()
+        """Log-mel features (B, frames, num_mel_bins), float32, of waveforms (B, S).
+
+        Kaldi's own waveforms are in the range of 16-bit integers, which matters for the floor alone.
+        """
+        with _full_precision(wave):
+            frames = self._frame(wave.float())  # (B, F, win_length)
+            frames = frames - frames.mean(dim=-1, keepdim=True)
+            previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
+            frames = (frames - self.preemphasis * previous) * self.window
+            energies = self._power(frames) @ self.mel_fb  # (B, F, num_mel_bins)
+            return energies.clamp(min=_FLOOR).log()
+
+    def specialise(self, samples: int) -> None:
+        """Fix the length of the waveforms and take the spectrum as a product, for an exported graph."""
+        self.spectrum = "matmul"
+        self.fixed_samples = samples
 
     def _frame(self, wave: Tensor) -> Tensor:
         # A frame is a few hops side by side: reshape and concatenate instead of `unfold`, which exports as a
@@ -93,9 +113,83 @@ class KaldiFbank(nn.Module):
         return real * real + imaginary * imaginary
 
 
+class EATFrontEnd(nn.Module):
+    """EAT's features: Kaldi's filter bank on a centred waveform, brought to one length, then normalised.
+
+    A clip's mean is subtracted, over all of its samples. Shorter clips are padded with zeros *before* they are
+    normalised, so that padding is ``-mean / (2 std)``; longer ones are cut at the start.
+    The waveform isn't scaled to 16-bit integers.
+    Source: avex 1.4, which follows EAT (Chen et al., arXiv 2401.03497).
+    """
+
+    def __init__(self, *, frames: int, mel_bins: int, mean: float, std: float) -> None:
+        """Build the filter bank.
+
+        Args:
+            frames: of the features.
+            mel_bins: of the features.
+            mean: subtracted from the log-mel features.
+            std: they are divided by twice this.
+        """
+        super().__init__()
+        self.frames, self.mean, self.std = frames, mean, std
+        self.fbank = KaldiFbank(
+            num_mel_bins=mel_bins,
+            sample_frequency=16000.0,
+            frame_length=25.0,
+            frame_shift=10.0,
+            window="hanning",
+            in_state=False,
+        )
+
+    @property
+    def longest_samples(self) -> int:
+        """Samples that fill all frames: what it hears of a clip at most."""
+        return self.fbank.win_length + (self.frames - 1) * self.fbank.hop_length
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Normalised log-mel features (B, frames, mel_bins), float32, of waveforms (B, S) in [-1, 1] at 16 kHz.
+
+        Raises:
+            AssertionError: less than one window; the type that avex raises.
+        """
+        if not is_tracing() and wave.shape[-1] < self.fbank.win_length:
+            raise AssertionError(
+                f"{wave.shape[-1]} samples are too few: one frame takes {self.fbank.win_length}; pad the clip"
+            )
+        wave = wave.float()
+        wave = wave - wave.mean(dim=-1, keepdim=True)
+        features = self.fbank(wave[:, : self.longest_samples])
+        # Padded by as much as could lack and then cut: a traced graph can't ask for the number of frames.
+        features = nn.functional.pad(features, (0, 0, 0, self.frames - 1))[:, : self.frames]
+        return (features - self.mean) / (2 * self.std)
+
+    def specialise(self, samples: int) -> None:
+        """Fix the length of the clips, for an exported graph."""
+        self.fbank.specialise(min(samples, self.longest_samples))
+
+    def valid_frames(self, padding_mask: Tensor) -> Tensor:
+        """Frames (B, frames) bool that hear at least one sample which is not padding.
+
+        Args:
+            padding_mask: (B, S) bool, True where padded.
+        """
+        valid = (~padding_mask[:, : self.longest_samples].bool()).float()[:, None]  # (B, 1, S)
+        heard = nn.functional.max_pool1d(valid, self.fbank.win_length, self.fbank.hop_length)[:, 0]
+        return nn.functional.pad(heard, (0, self.frames - heard.shape[1])) > 0
+
+
 def povey_window(length: int) -> Tensor:
     """Kaldi's Povey window (length,): a symmetric Hann window to the power 0.85 (feature-window.cc)."""
-    return torch.hann_window(length, periodic=False).pow(0.85)
+    return hanning_window(length).pow(0.85)
+
+
+def hanning_window(length: int) -> Tensor:
+    """The symmetric Hann window (length,), which Kaldi calls hanning (feature-window.cc)."""
+    return torch.hann_window(length, periodic=False)
+
+
+_WINDOWS: dict[WindowName, Callable[[int], Tensor]] = {"povey": povey_window, "hanning": hanning_window}
 
 
 def kaldi_mel_filters(n_fft: int, n_mels: int, sample_rate: float, low: float) -> Tensor:
@@ -122,3 +216,11 @@ def dft_matrix(length: int, n_fft: int) -> Tensor:
 
 def _mel(hertz: float) -> float:
     return 1127.0 * math.log(1.0 + hertz / 700.0)
+
+
+def _full_precision(wave: Tensor) -> contextlib.AbstractContextManager[object]:
+    # Under autocast the features would drift; outside of it no context is needed in the graph.
+    kind = wave.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from avex_serve.models.frontends import KaldiFbank
+from avex_serve.models.frontends import EATFrontEnd, KaldiFbank
 
 BINS = 80  # Kaldi itself refuses the 128 bins of BEATs, some of which see no frequency at 16 kHz
 
@@ -15,9 +15,11 @@ def fbank(spectrum="fft", **options):
     return module
 
 
-def kaldi(wave, bins, rate):
+def kaldi(wave, bins, rate, window="povey"):
     """The same features by kaldi-native-fbank."""
     options = knf.FbankOptions()
+    options.htk_compat = window == "hanning"  # as EAT asks for it
+    options.frame_opts.window_type = window
     options.frame_opts.samp_freq = rate
     options.frame_opts.dither = 0
     options.mel_opts.num_bins = bins
@@ -63,6 +65,16 @@ def test_other_rates_and_bins_are_kaldis(rate, bins):
 
 
 @pytest.mark.parametrize("spectrum", ["fft", "matmul"])
+def test_the_other_window_is_kaldis(spectrum):
+    signal = wave(8000)
+    module = fbank(spectrum, num_mel_bins=BINS, window="hanning", in_state=False)
+    features = module(torch.from_numpy(signal)[None])[0].numpy()
+    np.testing.assert_allclose(features, kaldi(signal, BINS, 16000, "hanning"), atol=2e-3)
+    assert np.abs(features - kaldi(signal, BINS, 16000)).max() > 0.1
+    assert module.state_dict() == {}
+
+
+@pytest.mark.parametrize("spectrum", ["fft", "matmul"])
 def test_features_are_the_definition(spectrum):
     module, signal = fbank(spectrum), wave(8000)
     features = module(torch.from_numpy(signal)[None])[0].numpy()
@@ -96,3 +108,35 @@ def test_state_holds_what_avex_checkpoints_hold():
         "window": (400,),
         "mel_fb": (257, 128),
     }
+
+
+FRAMES = 32
+LONGEST = 400 + (FRAMES - 1) * 160  # samples
+
+
+@pytest.mark.parametrize("spectrum", ["fft", "matmul"])
+@pytest.mark.parametrize("samples", [400, 559, 3000, LONGEST - 1, LONGEST, LONGEST + 1, 8000])
+def test_eats_features_are_kaldis_centred_then_padded_or_cut_then_normalised(spectrum, samples):
+    module = EATFrontEnd(frames=FRAMES, mel_bins=BINS, mean=-4.0, std=4.5)
+    module.fbank.spectrum = spectrum
+    signal = wave(samples) / 2**15 + np.linspace(0, 0.5, samples, dtype=np.float32)  # its start is not its mean
+    expected = np.zeros((FRAMES, BINS))
+    mel = kaldi(signal - signal.mean(dtype=np.float64), BINS, 16000, "hanning")[:FRAMES]
+    expected[: len(mel)] = mel
+    features = module(torch.from_numpy(signal)[None])[0].numpy()
+    np.testing.assert_allclose(features, (expected + 4.0) / 9.0, atol=5e-4)
+
+
+def test_eats_front_end_fixed_to_a_length_gives_the_same_features():
+    for samples in (2000, 8000):
+        module, batch = EATFrontEnd(frames=FRAMES, mel_bins=128, mean=0.0, std=0.5), torch.randn(2, samples)
+        expected = module(batch)
+        module.specialise(samples)
+        torch.testing.assert_close(module(batch), expected, rtol=0, atol=1e-3)
+
+
+def test_features_are_taken_in_full_precision_under_autocast():
+    module, signal = fbank("matmul"), torch.from_numpy(wave(3200))[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        features = module(signal)
+    torch.testing.assert_close(features, module(signal), rtol=0, atol=0)
