@@ -21,7 +21,14 @@ _PREFIXES = ("module.", "model.")
 _RENAMES = (
     (re.compile(r"\.weight_g$"), ".parametrizations.weight.original0"),
     (re.compile(r"\.weight_v$"), ".parametrizations.weight.original1"),
+    # EAT as fairseq writes it, which avex leaves unread.
+    (re.compile(r"^modality_encoders\.IMAGE\.context_encoder\.norm\."), "model.pre_norm."),
+    (re.compile(r"^modality_encoders\.IMAGE\."), "model."),
+    (re.compile(r"^blocks\."), "model.blocks."),
 )
+
+# Parts of a checkpoint that only pre-training uses: EAT's decoder, which restores masked patches.
+_UNUSED = re.compile(r"^modality_encoders\.IMAGE\.decoder\.")
 
 # A head for another task, which an embedding doesn't pass through.
 _CLASSIFIER = "classifier."
@@ -79,7 +86,8 @@ def read_state_dict(path: Path) -> StateDict:
         raise ValueError(f"checkpoint {path} holds no state dict; expected names and tensors")
     if not content:
         raise ValueError(f"checkpoint {path} holds no tensors; get it again")
-    return {_rename(name): tensor for name, tensor in _without_prefix(dict(content)).items()}
+    state = _without_prefix(dict(content))
+    return {_rename(name): tensor for name, tensor in state.items() if not _UNUSED.match(name)}
 
 
 def load_backbone(module: nn.Module, state: StateDict, source: str, *, keep_classifier: bool) -> None:
