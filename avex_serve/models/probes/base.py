@@ -127,7 +127,7 @@ class Probe(nn.Module, ABC):
 
         Raises:
             RuntimeError: embeddings of another shape than the probe was built for.
-            ValueError: no audio or no embeddings.
+            ValueError: no audio or no embeddings, or a mask of another shape.
         """
         return self.classify(*self.combine(x, padding_mask))
 
@@ -175,6 +175,9 @@ class Probe(nn.Module, ABC):
         found = self._tap(wave, mask)
         if mask is None or not self.exclude_padding:  # avex gives the mask to the backbone alone
             return self._aggregated(found, None), None
+        expected = tuple(wave.shape) if wave.ndim == 2 else (1, *wave.shape)
+        if tuple(mask.shape) != expected:
+            raise ValueError(f"padding_mask has shape {tuple(mask.shape)}; expected {expected}, as the waveform")
         tokens = self.base_model.token_mask(mask, found[0].shape[1])
         return self._aggregated(found, tokens), tokens
 
