@@ -31,7 +31,7 @@ class AudioConfig(BaseModel):
     window: Literal["hann", "hamming"] = Field("hann", description="window function")
     n_mels: int = Field(128, gt=0, description="mel bins")
     representation: Literal["spectrogram", "mel_spectrogram", "raw"] = Field(
-        "mel_spectrogram", description="what reaches the backbone; BEATs takes raw"
+        "mel_spectrogram", description="what reaches the backbone; BEATs and EAT take raw"
     )
     normalize: bool = Field(True, description="log and min-max per clip, for spectrogram representations")
     target_length_seconds: int | None = Field(None, gt=0, description="length of a clip in seconds")
@@ -52,10 +52,24 @@ class ModelSpec(BaseModel):
     device: Literal["cpu", "cuda"] = Field("cuda", description="used where no device is given")
     audio_config: AudioConfig | None = Field(None, description="what audio the backbone expects")
     init_config: dict[str, Any] | None = Field(
-        None, description="geometry and flags of the architecture, for BEATs the fields of BEATsConfig"
+        None,
+        description="geometry and flags of the architecture, for BEATs the fields of BEATsConfig, "
+        "for EAT those of EATConfig",
     )
     use_naturelm: bool | None = Field(None, description="BEATs: clamp the waveform to [-1, 1] first")
     fine_tuned: bool | None = Field(None, description="BEATs: the fine-tuned geometry, with a predictor")
+    eat_cfg: dict[str, Any] | None = Field(None, description="EAT: the same as init_config, under avex's name")
+    eat_norm_mean: float | None = Field(
+        None,
+        description="EAT: subtracted from the log-mel features; None: -4.268, which avex computes with even where "
+        "its YAML files say -5.553",
+    )
+    eat_norm_std: float | None = Field(
+        None,
+        gt=0,
+        description="EAT: the log-mel features are divided by twice this; None: 4.569, which avex computes with "
+        "even where its YAML files say 4.606",
+    )
     extra_config: dict[str, Any] | None = Field(None, description="free-form options of a custom model")
 
 

@@ -27,8 +27,27 @@ def tiny_spec(*, seconds=1, fields=None, **init):
 
 
 def tiny_beats(seed=0, *, num_classes=None, **options):
+    return stirred(tiny_spec(**options), seed, num_classes)
+
+
+# 57 tokens: the last patches of 1 s are half of padding.
+TINY_EAT = {"embed_dim": 32, "depth": 2, "num_heads": 4, "target_length": 112}
+
+
+def tiny_eat_spec(*, seconds=1, fields=None, **init):
+    audio = AudioConfig(sample_rate=RATE, representation="raw", target_length_seconds=seconds)
+    return ModelSpec(
+        name="eat_hf", pretrained=False, audio_config=audio, init_config={**TINY_EAT, **init}, **(fields or {})
+    )
+
+
+def tiny_eat(seed=0, *, num_classes=None, **options):
+    return stirred(tiny_eat_spec(**options), seed, num_classes)
+
+
+def stirred(spec, seed, num_classes):
     torch.manual_seed(seed)
-    model = build_model_from_spec(tiny_spec(**options), "cpu", num_classes=num_classes)
+    model = build_model_from_spec(spec, "cpu", num_classes=num_classes)
     with torch.no_grad():  # far from the small values of an initialisation, so that every part matters
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

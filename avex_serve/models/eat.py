@@ -1,0 +1,350 @@
+"""EAT: a vision transformer over 16 x 16 patches of a log-mel spectrogram, with a class token.
+
+Architecture: Chen et al., "EAT: Self-Supervised Pre-Training with Efficient Audio Transformer" (arXiv 2401.03497).
+Its blocks are those of data2vec 2.0 (Baevski et al., arXiv 2212.07525), normalised after each residual. Names and
+shapes of the parameters are those of avex 1.4, so its checkpoints load strictly.
+
+Everything is batch first: tensors are (B, T, D) with T tokens, the class token first, then eight tokens a time step
+of 160 ms.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from avex_serve.configs import AudioConfig
+from avex_serve.models.base_model import ModelBase
+from avex_serve.models.frontends import EATFrontEnd
+from avex_serve.models.layers import BACKBONE, Taps, blocks_needed
+
+# Frames and mel bins of a patch, mel bins, and the time steps that checkpoints hold positions for. Source: EAT.
+_PATCH = 16
+_MEL_BINS = 128
+_TIME_STEPS = 768
+_BANDS = _MEL_BINS // _PATCH  # patches of a time step
+
+_EPS = 1e-6  # of every layer norm. Source: EAT
+
+# What avex 1.4 computes with, whatever its YAML files say; heads trained with avex expect it.
+_NORM_MEAN = -4.268
+_NORM_STD = 4.569
+
+_BLOCKS = "backbone.model.blocks"
+# What can be tapped of a block, in the order in which it is computed.
+_ATTENTION = (".attn.qkv", ".attn.proj", ".attn")
+_BLOCK_PARTS = (*_ATTENTION, ".norm1", ".mlp.fc1", ".mlp.fc2", ".mlp", ".norm2", "")
+
+
+class EATConfig(BaseModel):
+    """Geometry of EAT; defaults are those of the base size."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    embed_dim: int = Field(768, gt=0, multiple_of=4, description="width")
+    depth: int = Field(12, gt=0, description="transformer blocks")
+    num_heads: int = Field(12, gt=0, description="attention heads")
+    mlp_ratio: float = Field(4.0, gt=0, description="width of the feed-forward layers, in widths")
+    target_length: int = Field(
+        1024,
+        ge=_PATCH,
+        le=_PATCH * _TIME_STEPS,
+        multiple_of=_PATCH,
+        description="frames of 10 ms that a clip is padded or cut to",
+    )
+
+    @property
+    def patches(self) -> int:
+        """Patches of a clip."""
+        return self.target_length // _PATCH * _BANDS
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, cfg: EATConfig) -> None:
+        super().__init__()
+        if cfg.embed_dim % cfg.num_heads:
+            raise ValueError(f"embed_dim {cfg.embed_dim} is not divisible by num_heads {cfg.num_heads}")
+        self.heads = cfg.num_heads
+        self.qkv = nn.Linear(cfg.embed_dim, 3 * cfg.embed_dim)
+        self.proj = nn.Linear(cfg.embed_dim, cfg.embed_dim)
+
+    def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
+        """(B, T, D) → (B, T, D), offering its layers to `taps` under `name`."""
+        qkv = self.qkv(x)  # (B, T, 3 * D)
+        taps(f"{name}.qkv", qkv)
+        query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        attended = F.scaled_dot_product_attention(query, key, value)  # (B, heads, T, head_dim)
+        projected = self.proj(attended.transpose(1, 2).flatten(2))
+        taps(f"{name}.proj", projected)  # the attention branch alone, before the residual: where avex's hook sits
+        taps(name, projected)
+        return projected
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an exact GELU between."""
+
+    def __init__(self, cfg: EATConfig) -> None:
+        super().__init__()
+        hidden = int(cfg.embed_dim * cfg.mlp_ratio)
+        self.fc1 = nn.Linear(cfg.embed_dim, hidden)
+        self.fc2 = nn.Linear(hidden, cfg.embed_dim)
+
+    def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
+        """(B, T, D) → (B, T, D), offering its layers to `taps` under `name`."""
+        hidden = self.fc1(x)
+        taps(f"{name}.fc1", hidden)
+        x = self.fc2(F.gelu(hidden))
+        taps(f"{name}.fc2", x)
+        taps(name, x)
+        return x
+
+
+class Block(nn.Module):
+    """A transformer block: attention and feed-forward, each with its residual and then its norm."""
+
+    def __init__(self, cfg: EATConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(cfg.embed_dim, eps=_EPS)
+        self.attn = SelfAttention(cfg)
+        self.norm2 = nn.LayerNorm(cfg.embed_dim, eps=_EPS)
+        self.mlp = FeedForward(cfg)
+
+    def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
+        """(B, T, D) → (B, T, D), offering its layers to `taps` under `name`; stops once `taps` has everything."""
+        x = x + self.attn(x, taps, f"{name}.attn")
+        if taps.complete:
+            return x
+        x = self.norm1(x)
+        taps(f"{name}.norm1", x)
+        x = self.norm2(x + self.mlp(x, taps, f"{name}.mlp"))
+        taps(f"{name}.norm2", x)
+        taps(name, x)
+        return x
+
+
+class PatchEmbedding(nn.Module):
+    """Patches of a spectrogram, each by one linear map."""
+
+    def __init__(self, cfg: EATConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(1, cfg.embed_dim, kernel_size=_PATCH, stride=_PATCH)
+
+    def forward(self, spectrogram: Tensor) -> Tensor:
+        """(B, frames, mel bins) → (B, patches, D): all frequencies of a time step, then the next step."""
+        return self.proj(spectrogram[:, None]).flatten(2).transpose(1, 2)
+
+
+class FixedPositions(nn.Module):
+    """The position of each patch, which is not learned; checkpoints hold it among the parameters."""
+
+    def __init__(self, cfg: EATConfig) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(sincos_positions(_TIME_STEPS, _BANDS, cfg.embed_dim), requires_grad=False)
+
+    def forward(self, patches: int) -> Tensor:
+        """(1, patches, D)."""
+        return self.positions[:, :patches]
+
+
+class EAT(nn.Module):
+    """The transformer: spectrogram to tokens."""
+
+    def __init__(self, cfg: EATConfig) -> None:
+        super().__init__()
+        self.patches = cfg.patches
+        self.extra_tokens = nn.Parameter(torch.zeros(1, 1, cfg.embed_dim))
+        self.local_encoder = PatchEmbedding(cfg)
+        self.fixed_positional_encoder = FixedPositions(cfg)
+        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.depth)])
+        self.pre_norm = nn.LayerNorm(cfg.embed_dim, eps=_EPS)
+        self._initialise()
+
+    def forward(self, spectrogram: Tensor, taps: Taps, name: str) -> Tensor:
+        """(B, frames, mel bins) → (B, T, D), offering its layers to `taps` under `name`; stops early as they do."""
+        x = self.local_encoder(spectrogram) + self.fixed_positional_encoder(self.patches)
+        # The class token has no position.
+        x = torch.cat([self.extra_tokens.expand(x.shape[0], -1, -1), x], dim=1)
+        x = self.pre_norm(x)
+        taps(f"{name}.pre_norm", x)
+        for i, block in enumerate(self.blocks):
+            if taps.complete:
+                return x
+            x = block(x, taps, f"{name}.blocks.{i}")
+        return x
+
+    def specialise(self, blocks: int, *, attention_last: bool) -> None:
+        """Keep so many blocks, of the last one only the attention if that is all it is needed for."""
+        table = self.fixed_positional_encoder
+        table.positions = nn.Parameter(table(self.patches).detach().clone(), requires_grad=False)
+        self.blocks = self.blocks[:blocks]
+        if attention_last:
+            last = self.blocks[-1]
+            assert isinstance(last, Block)
+            del last.norm1, last.mlp, last.norm2
+
+    def _initialise(self) -> None:
+        # As ViT and data2vec 2.0: a narrow normal distribution, no biases.
+        nn.init.normal_(self.extra_tokens, std=0.02)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+
+class Backbone(nn.Module):
+    """What checkpoints call ``backbone``: the transformer, under the name ``model``."""
+
+    def __init__(self, cfg: EATConfig) -> None:
+        super().__init__()
+        self.model = EAT(cfg)
+
+    def forward(self, spectrogram: Tensor, taps: Taps | None = None) -> Tensor:
+        """(B, frames, mel bins) → (B, T, D), offering its layers to `taps`; the pass stops once it has them all."""
+        taps = Taps([BACKBONE]) if taps is None else taps
+        x = self.model(spectrogram, taps, f"{BACKBONE}.model")
+        taps(BACKBONE, x)
+        return x
+
+
+def sincos_positions(steps: int, bands: int, width: int) -> Tensor:
+    """Fixed 2-D positions (1, steps * bands, width), all bands of a time step side by side.
+
+    The first half of the channels follows the band, the second half the time step; of each half, the first half
+    are sines and the second cosines, at frequencies from 1 down to 1e-4. Source: EAT, after He et al., "Masked
+    Autoencoders" (arXiv 2111.06377).
+    """
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    step, band = torch.meshgrid(
+        torch.arange(steps, dtype=torch.float64), torch.arange(bands, dtype=torch.float64), indexing="ij"
+    )
+    angles = [position.reshape(-1, 1) * frequency for position in (band, step)]  # (steps * bands, width // 4) each
+    parts = [function(angle) for angle in angles for function in (torch.sin, torch.cos)]
+    return torch.cat(parts, dim=1)[None].float()
+
+
+class EATModel(ModelBase):
+    """EAT as a model: waveform to token features, or to logits if it has a classifier.
+
+    A clip has 513 tokens, however long it is: it is padded or cut to 10.24 s. Padding masks make no difference to
+    the tokens, as in avex.
+
+    Layers: ``backbone.model.blocks.{i}.attn.proj`` are discoverable. By name also ``backbone`` (the output),
+    ``backbone.model.pre_norm``, and of each block ``backbone.model.blocks.{i}`` (its output), ``….attn``,
+    ``….attn.qkv``, ``….norm1``, ``….mlp``, ``….mlp.fc1``, ``….mlp.fc2`` and ``….norm2``.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int | None = None,
+        device: str = "cpu",
+        audio_config: AudioConfig | None = None,
+        return_features_only: bool = False,
+        init_config: dict[str, Any] | None = None,
+        eat_cfg: dict[str, Any] | None = None,
+        eat_norm_mean: float = _NORM_MEAN,
+        eat_norm_std: float = _NORM_STD,
+    ) -> None:
+        """Build it with random weights.
+
+        Args:
+            num_classes: of the classifier; None: no classifier.
+            device: where to put it.
+            audio_config: must have the raw representation.
+            return_features_only: leave the classifier out.
+            init_config: fields of `EATConfig`.
+            eat_cfg: the same, under avex's name.
+            eat_norm_mean: subtracted from the log-mel features.
+            eat_norm_std: they are divided by twice this.
+
+        Raises:
+            ValueError: an audio_config or geometry that EAT can't take.
+        """
+        super().__init__(device=device, audio_config=audio_config)
+        if audio_config is not None and audio_config.representation != "raw":
+            raise ValueError(
+                f"audio_config.representation is {audio_config.representation!r}, but EAT has its own front end; "
+                "set 'raw'"
+            )
+        if init_config and eat_cfg and init_config != eat_cfg:
+            raise ValueError(f"init_config {init_config} and eat_cfg {eat_cfg} differ; give the geometry once")
+        cfg = EATConfig(**(init_config or eat_cfg or {}))
+        self.front_end = EATFrontEnd(
+            frames=cfg.target_length, mel_bins=_MEL_BINS, mean=eat_norm_mean, std=eat_norm_std
+        )
+        self.backbone = Backbone(cfg)
+        features_only = return_features_only or num_classes is None
+        self.classifier = None if features_only else nn.Linear(cfg.embed_dim, num_classes or 0)
+        self.to(device)
+
+    @property
+    def clip_samples(self) -> int:
+        """Samples of a clip as the audio configuration says, else as many as EAT hears."""
+        if self.audio_config is None or self.audio_config.target_length_seconds is None:
+            return self.front_end.longest_samples
+        return super().clip_samples
+
+    def get_model_layers(self) -> list[str]:
+        """See `ModelBase.get_model_layers`."""
+        return [f"{block}.attn.proj" for block in self._blocks()]
+
+    def tappable_layers(self) -> list[str]:
+        """See `ModelBase.tappable_layers`."""
+        parts = [f"{block}{part}" for block in self._blocks() for part in _BLOCK_PARTS]
+        return ["backbone.model.pre_norm", *parts, BACKBONE]
+
+    def taps(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """See `ModelBase.taps`; the mask makes no difference."""
+        taps = Taps(layers)
+        self.backbone(self.process_audio(wave), taps)
+        return taps.found
+
+    def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
+        """See `ModelBase.token_mask`: a token is padded if everything it hears is padding or lies beyond the clip.
+
+        The class token, which hears everything, is not.
+        """
+        frames = self.front_end.valid_frames(padding_mask)  # (B, frames)
+        heard = frames.reshape(len(frames), -1, _PATCH).any(dim=-1)  # (B, time steps)
+        padded = ~heard.repeat_interleave(_BANDS, dim=1)
+        return F.pad(padded, (1, 0), value=False)
+
+    def specialise(self, samples: int, layers: Sequence[str]) -> None:
+        """See `ModelBase.specialise`."""
+        self.classifier = None
+        self.front_end.specialise(samples)
+        names = self._blocks()
+        blocks = blocks_needed(names, layers, output={BACKBONE})
+        last = names[blocks - 1] if blocks else None
+        rest = {BACKBONE, *(f"{last}{part}" for part in _BLOCK_PARTS if part not in _ATTENTION)}
+        self.backbone.model.specialise(blocks, attention_last=last is not None and rest.isdisjoint(layers))
+
+    def process_audio(self, x: Tensor) -> Tensor:
+        """Normalised log-mel features (B, frames, mel bins) of the waveform (B, S) or (S,), on the model's device.
+
+        Raises:
+            ValueError: see `ModelBase.process_audio`.
+            AssertionError: see `EATFrontEnd.forward`.
+        """
+        return self.front_end(super().process_audio(x))
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Token features (B, T, D), or logits (B, classes) from the class token.
+
+        Args:
+            x: (B, S) in [-1, 1] at 16 kHz.
+            padding_mask: makes no difference, as in avex.
+
+        Raises:
+            ValueError, AssertionError: see `process_audio`.
+        """
+        features = self.backbone(self.process_audio(x))
+        return features if self.classifier is None else self.classifier(features[:, 0])
+
+    def _blocks(self) -> list[str]:
+        return [f"{_BLOCKS}.{i}" for i in range(len(self.backbone.model.blocks))]
