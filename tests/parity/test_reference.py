@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from avex_serve import load_model
+from avex_serve.configs import ModelSpec
 from tests.shared import shared
 
 REFERENCE = shared("reference")
@@ -19,7 +22,10 @@ GROUPS = [
     "beats_s_32k",
     "beats_s_tinypatch",
     "beats_w768_classifier",
+    "eat_s",
+    "eat_s_yamlnorm",
     "probes_beats",
+    "probes_eat",
     "probes_offline",
     "probes_train",
     "probes_finetune",
@@ -65,8 +71,24 @@ def test_every_deviation_that_is_listed_is_one(report):
     assert [line for line in listed if not any(re.search(line, key) for key in found)] == []
 
 
+def test_fairseqs_names_carry_the_same_weights(tmp_path):
+    tool, spec = REFERENCE / "tools" / "refkit_rule.py", REFERENCE / "specs" / "eat_s.json"
+    for name, options in (("native", ()), ("fairseq", ("--fairseq-eat",))):
+        command = [sys.executable, "-B", str(tool), str(spec), "-o", str(tmp_path / f"{name}.safetensors"), *options]
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
+    entries = {entry["name"]: entry for entry in json.loads((REFERENCE / "models.json").read_text())}
+    model_spec = ModelSpec(**entries["eat_s"]["model_spec"])
+    native, fairseq = (
+        load_model(model_spec, checkpoint_path=str(tmp_path / f"{name}.safetensors")).state_dict()
+        for name in ("native", "fairseq")
+    )
+    assert native.keys() == fairseq.keys()
+    assert all(torch.equal(native[name], fairseq[name]) for name in native)
+
+
 @pytest.mark.slow
-def test_the_official_model_at_full_size():
-    result = run_check("--only", "beats_full_naturelm")
+@pytest.mark.parametrize("model", ["beats_full_naturelm", "eat_full_sl"])
+def test_the_official_model_at_full_size(model):
+    result = run_check("--only", model)
     assert result.returncode == 0, result.stdout
     assert re.search(r"TOTAL (\d+)/\1 checks passed", result.stdout)
