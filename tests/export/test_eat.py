@@ -1,0 +1,95 @@
+"""Probes on EAT through `avex-export`: the rest of the exporter is tested on BEATs."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from avex_export.recipes import variants
+from avex_serve import open_bundle
+from avex_serve.configs import ProbeConfig
+from avex_serve.models.probes import build_probe_from_config, save_probe
+from tests.export.conftest import LABELS
+from tests.models.backbones import RATE, noise, tiny_eat, tiny_eat_spec
+
+TOKENS = 57
+
+
+@pytest.fixture(scope="session")
+def eat(tmp_path_factory):
+    """Path of a YAML file; `tiny_eat(seed=5)` are its weights."""
+    folder = tmp_path_factory.mktemp("eat")
+    save_file(tiny_eat(seed=5).state_dict(), folder / "eat.safetensors")
+    content = {"model_spec": tiny_eat_spec().model_dump(exclude_none=True), "checkpoint_path": "eat.safetensors"}
+    (folder / "eat.yml").write_text(yaml.safe_dump(content))
+    return folder / "eat.yml"
+
+
+@pytest.fixture
+def trained(tmp_path, eat):
+    """Write a saved probe and return it with its folder."""
+
+    def save(**fields):
+        torch.manual_seed(1)
+        config = ProbeConfig(**{"target_layers": ["last_layer"], **fields})
+        probe = build_probe_from_config(config, 5, "cpu", base_model=tiny_eat(seed=5)).eval()
+        save_probe(probe, tmp_path / "probe", labels=LABELS, model=eat)
+        return probe, tmp_path / "probe"
+
+    return save
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(variants()))
+def test_every_variant_answers_as_the_eager_module_in_both_formats(tmp_path, export, eat, labels, name):
+    code, out, err = export(
+        *("--probe", name, "--model", eat, "--labels", labels, "--allow-untrained", "--output", tmp_path / "bundle")
+    )
+    assert (code, err) == (0, "")
+    assert "✗" not in out
+    assert out.count("✓") == 11  # five inputs and batches in two formats, and the meta device
+    for row in (f"noise                       {TOKENS}", "digital silence", "shapes on device meta"):
+        assert row in out
+
+
+@pytest.mark.parametrize("form", ["onnx", "torchscript"])
+@pytest.mark.parametrize("seconds", [0.5, 2.0])  # padded, and cut
+def test_clips_shorter_and_longer_than_it_hears(tmp_path, export, trained, form, seconds):
+    probe, folder = trained()
+    output = tmp_path / "bundle"
+    code, _, err = export("--probe", folder, "--output", output, "--format", form, "--clip-seconds", seconds)
+    assert (code, err) == (0, "")
+    with open_bundle(output, "cpu") as engine:
+        assert engine.manifest.audio.window_samples == seconds * RATE
+        for rows in (1, 3):
+            # The end of a cut clip counts: its mean is the mean of all.
+            wave = noise(rows, seconds=seconds) + torch.linspace(0, 0.5, round(seconds * RATE))
+            with torch.no_grad():
+                expected = probe(wave).numpy()
+            np.testing.assert_allclose(engine.infer(wave.numpy())["logits"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_comes_after_the_last_tap_is_left_out(tmp_path, export, trained):
+    _, folder = trained()
+    export("--probe", folder, "--output", tmp_path / "bundle")
+    module = torch.jit.load(tmp_path / "bundle" / "model.torchscript.pt")
+    traced = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+    exported = {i.name: tuple(i.dims) for i in onnx.load(tmp_path / "bundle" / "model.onnx").graph.initializer}
+    for names in (traced, exported):
+        assert any("blocks.0.mlp.fc1" in name for name in names)
+        assert any("blocks.1.attn.proj" in name for name in names)
+        for dead in ("blocks.1.mlp", "blocks.1.norm", "backbone.classifier"):
+            assert not any(dead in name for name in names)
+    (positions,) = (shape for name, shape in traced.items() if "positions" in name)
+    assert positions == (1, TOKENS - 1, 32)
+
+
+def test_a_clip_too_short_is_told(tmp_path, export, eat, labels):
+    code, _, err = export(
+        *("--probe", "linear_last", "--model", eat, "--labels", labels, "--allow-untrained"),
+        *("--output", tmp_path / "bundle", "--clip-seconds", "0.02"),
+    )
+    assert code == 4
+    assert "one frame takes 400" in err
