@@ -116,9 +116,8 @@ class KaldiFbank(nn.Module):
 class EATFrontEnd(nn.Module):
     """EAT's features: Kaldi's filter bank on a centred waveform, brought to one length, then normalised.
 
-    A clip's mean is subtracted, over all of its samples. Shorter clips are padded with zeros *before* they are
-    normalised, so that padding is ``-mean / (2 std)``; longer ones are cut at the start.
-    The waveform isn't scaled to 16-bit integers.
+    Features of shorter clips are padded with zeros *before* they are normalised, so that padding is
+    ``-mean / (2 std)``; of longer clips the start is heard. The waveform isn't scaled to 16-bit integers.
     Source: avex 1.4, which follows EAT (Chen et al., arXiv 2401.03497).
     """
 
@@ -158,6 +157,7 @@ class EATFrontEnd(nn.Module):
                 f"{wave.shape[-1]} samples are too few: one frame takes {self.fbank.win_length}; pad the clip"
             )
         wave = wave.float()
+        # Every frame loses its own mean later: this only makes the rounding avex's, as nearly empty bands need it.
         wave = wave - wave.mean(dim=-1, keepdim=True)
         features = self.fbank(wave[:, : self.longest_samples])
         # Padded by as much as could lack and then cut: a traced graph can't ask for the number of frames.
