@@ -70,6 +70,11 @@ class ModelBase(nn.Module, ABC):
         """
 
     @property
+    def settings(self) -> str:
+        """What makes the embedding beside the tensors and can't be seen in them, as text for the fingerprint."""
+        return ""
+
+    @property
     def clip_samples(self) -> int:
         """Samples of a clip as the audio configuration says.
 

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from avex_serve.models.base_model import ModelBase
+
 StateDict = dict[str, Tensor]
 
 # Wrappers around a state dict, and prefixes that training frameworks put before every name.
@@ -136,9 +138,12 @@ def count_classes(state: StateDict) -> int | None:
     return None if weight is None else weight.shape[0]
 
 
-def fingerprint(module: nn.Module) -> str:
-    """Hex sha256 over names, types, shapes and bytes of what makes a backbone's embedding (no classifier)."""
-    digest = hashlib.sha256()
+def fingerprint(module: ModelBase) -> str:
+    """Hex sha256 over what makes a backbone's embedding (no classifier).
+
+    That is its settings, and the names, types, shapes and bytes of its tensors.
+    """
+    digest = hashlib.sha256(module.settings.encode())
     for name, tensor in sorted(module.state_dict().items()):
         if name.startswith(_CLASSIFIER):
             continue

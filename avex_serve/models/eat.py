@@ -273,7 +273,7 @@ class EATModel(ModelBase):
             )
         if init_config and eat_cfg and init_config != eat_cfg:
             raise ValueError(f"init_config {init_config} and eat_cfg {eat_cfg} differ; give the geometry once")
-        cfg = EATConfig(**(init_config or eat_cfg or {}))
+        self.cfg = cfg = EATConfig(**(init_config or eat_cfg or {}))
         self.front_end = EATFrontEnd(
             frames=cfg.target_length, mel_bins=_MEL_BINS, mean=eat_norm_mean, std=eat_norm_std
         )
@@ -281,6 +281,11 @@ class EATModel(ModelBase):
         features_only = return_features_only or num_classes is None
         self.classifier = None if features_only else nn.Linear(cfg.embed_dim, num_classes or 0)
         self.to(device)
+
+    @property
+    def settings(self) -> str:
+        """See `ModelBase.settings`."""
+        return f"{self.cfg.model_dump_json()} normalised by {self.front_end.mean} {self.front_end.std}\n"
 
     @property
     def clip_samples(self) -> int:

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 import avex_serve
 from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
+from avex_serve.models.checkpoints import fingerprint
 from avex_serve.models.probes import build_probe_from_config
 from tests.models.backbones import RATE, noise, tiny_eat, tiny_eat_spec
 
@@ -449,6 +450,13 @@ def test_the_classifier_is_the_checkpoints(tmp_path):
         torch.testing.assert_close(loaded(noise(2)), model(noise(2)), rtol=0, atol=0)
         assert features.classifier is None
         assert features(noise(2)).shape == (2, TOKENS, 32)
+
+
+def test_the_fingerprint_tells_apart_what_the_weights_do_not():
+    variants = [{}, {"num_heads": 8}, {"fields": {"eat_norm_mean": -5.553}}, {"fields": {"eat_norm_std": 4.606}}]
+    assert len({fingerprint(tiny_eat(**options)) for options in variants}) == len(variants)
+    explicit = tiny_eat(fields={"eat_norm_mean": -4.268, "eat_norm_std": 4.569})
+    assert fingerprint(explicit) == fingerprint(tiny_eat())
 
 
 def test_the_official_models_are_there():
