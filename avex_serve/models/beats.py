@@ -7,7 +7,6 @@ Names and shapes of the parameters are those of avex 1.4, so its checkpoints loa
 Everything is batch first: tensors are (B, T, D) with T tokens, eight of them a time step of 160 ms.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from torch.nn.utils import parametrizations
 
 from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase
-from avex_serve.models.frontends import KaldiFbank
+from avex_serve.models.frontends import KaldiFbank, full_precision
 from avex_serve.models.layers import BACKBONE, Taps
 from avex_serve.models.tracing import is_tracing
 
@@ -353,7 +352,7 @@ class BEATs(nn.Module):
 
     def preprocess(self, wave: Tensor) -> Tensor:
         """Normalised log-mel features (B, frames, mel bins) of a waveform (B, S) in [-1, 1], in float32."""
-        with _full_precision(wave):
+        with full_precision(wave):
             features = self.fbank(wave.float() * _INT16_SCALE)
         return (features - self.cfg.fbank_mean) / (2 * self.cfg.fbank_std)
 
@@ -534,14 +533,6 @@ def _shrink_gradient(x: Tensor, ratio: float) -> Tensor:
         return x
     held = x.detach()
     return held + ratio * (x - held)
-
-
-def _full_precision(wave: Tensor) -> contextlib.AbstractContextManager[object]:
-    # Under autocast the features would drift; outside of it no context is needed in the graph.
-    kind = wave.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _plain_convolution(normed: nn.Module) -> nn.Conv1d:
