@@ -56,6 +56,7 @@ class ModelSpec(BaseModel):
     )
     use_naturelm: bool | None = Field(None, description="BEATs: clamp the waveform to [-1, 1] first")
     fine_tuned: bool | None = Field(None, description="BEATs: the fine-tuned geometry, with a predictor")
+    efficientnet_variant: Literal["b0", "b1"] | None = Field(None, description="EfficientNet: its size; None: b0")
     extra_config: dict[str, Any] | None = Field(None, description="free-form options of a custom model")
 
 

@@ -11,11 +11,15 @@ import yaml
 from avex_serve.configs import ModelSpec
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.beats import BEATsModel
+from avex_serve.models.efficientnet import EfficientNetModel
 
 OFFICIAL_MODELS = Path(__file__).parents[2] / "official_models"
 
 # Architectures by ModelSpec.name.
-_MODEL_CLASSES: dict[str, type[ModelBase]] = {"beats": BEATsModel}
+_MODEL_CLASSES: dict[str, type[ModelBase]] = {
+    "beats": BEATsModel,
+    "efficientnet": EfficientNetModel,
+}
 
 
 @dataclass(frozen=True)
