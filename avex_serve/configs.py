@@ -70,6 +70,7 @@ class ModelSpec(BaseModel):
         description="EAT: the log-mel features are divided by twice this; None: 4.569, which avex computes with "
         "even where its YAML files say 4.606",
     )
+    efficientnet_variant: Literal["b0", "b1"] | None = Field(None, description="EfficientNet: its size; None: b0")
     extra_config: dict[str, Any] | None = Field(None, description="free-form options of a custom model")
 
 

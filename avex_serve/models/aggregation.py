@@ -12,13 +12,18 @@ from torch import Tensor
 from avex_serve.configs import Aggregation
 
 
+def time_steps(embedding: Tensor) -> int:
+    """Steps along the time axis; 1 of a vector."""
+    return 1 if embedding.ndim == 2 else embedding.shape[_time_axis(embedding)]
+
+
 def aggregate(embedding: Tensor, how: Aggregation, padding: Tensor | None = None) -> Tensor:
     """Reduce the time axis.
 
     Args:
         embedding: (B, D), (B, T, D) or (B, C, H, W) with W the time.
         how: ``mean``, ``max``, ``cls_token`` (first token; of a feature map the first channel) or ``none``.
-        padding: (B, T) bool, True where padded, to leave out of mean and max; for sequences only.
+        padding: (B, T) bool, True where padded, to leave out of mean and max.
 
     Returns:
         (B, D), or (B, C * H) of a feature map; for ``none`` the embedding itself.
@@ -30,9 +35,9 @@ def aggregate(embedding: Tensor, how: Aggregation, padding: Tensor | None = None
         return embedding
     if embedding.ndim not in (3, 4):
         raise ValueError(f"embedding of shape {tuple(embedding.shape)}; expected 2, 3 or 4 dimensions")
-    if padding is not None and embedding.ndim == 3 and how in ("mean", "max"):
-        return _aggregate_valid(embedding, how, padding)
-    time = 1 if embedding.ndim == 3 else 3
+    if padding is not None and how in ("mean", "max"):
+        return _aggregate_valid(embedding, how, padding).flatten(1)
+    time = _time_axis(embedding)
     if how == "mean":
         return embedding.mean(dim=time).flatten(1)
     if how == "max":
@@ -50,9 +55,14 @@ def concatenate(embeddings: Sequence[Tensor], how: Aggregation) -> Tensor | list
     return reduced if how == "none" else torch.cat(reduced, dim=1)
 
 
+def _time_axis(embedding: Tensor) -> int:
+    return 1 if embedding.ndim == 3 else 3
+
+
 def _aggregate_valid(embedding: Tensor, how: Aggregation, padding: Tensor) -> Tensor:
-    padded = padding[..., None]  # (B, T, 1)
+    time = _time_axis(embedding)
+    padded = padding[..., None] if time == 1 else padding[:, None, None]  # (B, T, 1) or (B, 1, 1, T)
     if how == "max":
-        return embedding.masked_fill(padded, -torch.inf).max(dim=1).values
-    valid = (~padded).sum(dim=1).clamp(min=1)
-    return embedding.masked_fill(padded, 0).sum(dim=1) / valid
+        return embedding.masked_fill(padded, -torch.inf).max(dim=time).values
+    valid = (~padded).sum(dim=time).clamp(min=1)
+    return embedding.masked_fill(padded, 0).sum(dim=time) / valid

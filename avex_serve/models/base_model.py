@@ -3,7 +3,7 @@
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ class ModelBase(nn.Module, ABC):
     Attributes:
         audio_config: what audio it expects, or None if that is not known.
         label_mapping: ``{"label_to_index": …, "index_to_label": …}`` of a loaded classifier, else None.
+        trunk: name of the submodule that makes the embeddings; checkpoints may leave it out of their names.
     """
+
+    trunk: ClassVar[str] = "backbone"
 
     def __init__(self, device: str = "cpu", audio_config: AudioConfig | None = None) -> None:
         super().__init__()

@@ -33,7 +33,8 @@ _RENAMES = (
 _UNUSED = re.compile(r"^modality_encoders\.IMAGE\.decoder\.")
 
 # A head for another task, which an embedding doesn't pass through.
-_CLASSIFIER = "classifier."
+_CLASSIFIER = ("classifier.", "model.classifier.")
+_CLASSIFIER_WEIGHT = re.compile(r"^(model\.)?classifier\.(1\.)?weight$")
 # Constant buffers that some checkpoints hold and the module computes if they don't.
 _COMPUTED = re.compile(r"(^|\.)fbank\.(window|mel_fb)$")
 
@@ -92,21 +93,23 @@ def read_state_dict(path: Path) -> StateDict:
     return {_rename(name): tensor for name, tensor in state.items() if not _UNUSED.match(name)}
 
 
-def load_backbone(module: nn.Module, state: StateDict, source: str, *, keep_classifier: bool) -> None:
+def load_backbone(module: ModelBase, state: StateDict, source: str, *, keep_classifier: bool) -> None:
     """Load a checkpoint into a backbone, whole or not at all.
 
-    Names may lack or carry the prefix ``backbone.``. A classifier in the checkpoint is dropped unless
-    `keep_classifier`; constant buffers of the front end may be missing.
+    Names may lack or carry the module's `trunk` as their prefix. A classifier in the checkpoint is dropped unless
+    `keep_classifier`, one in the module then stays as it is; constant buffers of the front end may be missing.
 
     Raises:
         ValueError: missing or unexpected names, or other shapes, all listed.
     """
-    if not any(name.startswith("backbone.") for name in state):
-        state = {name if name.startswith(_CLASSIFIER) else f"backbone.{name}": t for name, t in state.items()}
+    own = module.state_dict()
+    if not any(name.startswith(f"{module.trunk}.") for name in state):
+        state = {_within(module.trunk, name): tensor for name, tensor in state.items()}
+    optional = {name: tensor for name, tensor in own.items() if _COMPUTED.search(name)}
     if not keep_classifier:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(_CLASSIFIER)}
-    computed = {name: t for name, t in module.state_dict().items() if _COMPUTED.search(name)}
-    load_strictly(module, {**computed, **state}, source)
+        optional |= {name: tensor for name, tensor in own.items() if name.startswith(_CLASSIFIER)}
+    load_strictly(module, {**optional, **state}, source)
 
 
 def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
@@ -116,6 +119,8 @@ def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
         ValueError: otherwise, with what differs.
     """
     own = module.state_dict()
+    # Some writers store a scalar as one value; torch takes that too.
+    state = {n: t.reshape(()) if t.shape == (1,) and n in own and own[n].ndim == 0 else t for n, t in state.items()}
     shapes = [
         f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
         for name in own.keys() & state.keys()
@@ -134,8 +139,7 @@ def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
 
 def count_classes(state: StateDict) -> int | None:
     """Classes of the checkpoint's classifier, or None if it has none."""
-    weight = state.get("classifier.weight")
-    return None if weight is None else weight.shape[0]
+    return next((tensor.shape[0] for name, tensor in state.items() if _CLASSIFIER_WEIGHT.match(name)), None)
 
 
 def fingerprint(module: ModelBase) -> str:
@@ -177,6 +181,12 @@ def _without_prefix(state: StateDict) -> StateDict:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
+
+
+def _within(trunk: str, name: str) -> str:
+    # Some classifiers are part of the trunk, others stand beside it.
+    inside = f"{trunk}.{name}"
+    return name if name.startswith(_CLASSIFIER) and not inside.startswith(_CLASSIFIER) else inside
 
 
 def _rename(name: str) -> str:

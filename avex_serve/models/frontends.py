@@ -8,10 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from avex_serve.configs import AudioConfig
 from avex_serve.models.tracing import is_tracing
 
 WindowName = Literal["povey", "hanning"]
 
+# Added to a mel energy before the logarithm, and to the range that a clip is divided by (avex 1.4, AudioProcessor).
+_LOG_OFFSET, _RANGE_OFFSET = 1e-6, 1e-8
 # Kaldi floors the mel energies here before the logarithm (float32 epsilon).
 _FLOOR = torch.finfo(torch.float32).eps
 
@@ -82,7 +85,7 @@ class KaldiFbank(nn.Module):
 
         Kaldi's own waveforms are in the range of 16-bit integers, which matters for the floor alone.
         """
-        with _full_precision(wave):
+        with full_precision(wave):
             frames = self._frame(wave.float())  # (B, F, win_length)
             frames = frames - frames.mean(dim=-1, keepdim=True)
             previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
@@ -96,14 +99,8 @@ class KaldiFbank(nn.Module):
         self.fixed_samples = samples
 
     def _frame(self, wave: Tensor) -> Tensor:
-        # A frame is a few hops side by side: reshape and concatenate instead of `unfold`, which exports as a
-        # gather over every sample.
         samples = wave.shape[-1] if self.fixed_samples is None else self.fixed_samples
-        count, hop = self.frames(samples), self.hop_length
-        hops = -(-self.win_length // hop)
-        wave = nn.functional.pad(wave, (0, max(0, (count + hops - 1) * hop - samples)))
-        pieces = [wave[:, i * hop : (i + count) * hop].reshape(-1, count, hop) for i in range(hops)]
-        return torch.cat(pieces, dim=-1)[..., : self.win_length]
+        return cut_frames(wave, samples, self.frames(samples), self.win_length, self.hop_length)
 
     def _power(self, frames: Tensor) -> Tensor:
         if self.spectrum == "fft":
@@ -179,6 +176,128 @@ class EATFrontEnd(nn.Module):
         return nn.functional.pad(heard, (0, self.frames - heard.shape[1])) > 0
 
 
+class MelSpectrogram(nn.Module):
+    """Log-mel spectrogram of a clip, scaled to [0, 1], batched.
+
+    Power of the short-time Fourier transform, triangular mel filters, logarithm, then the clip's own minimum and
+    maximum become 0 and 1; digital silence is 0 throughout. Source: avex 1.4 (AudioProcessor), which takes the
+    filters of torchaudio's MelScale with its defaults.
+
+    As in `KaldiFbank`, `spectrum` says how the transform is taken: ``fft`` as in avex, ``matmul`` for exported
+    graphs. There it is folded (see `folded_dft`), a quarter of the work of the plain matrix.
+    """
+
+    window: Tensor  # (n_fft,)
+    mel_fb: Tensor  # (n_fft // 2 + 1, n_mels)
+    folded_mel_fb: Tensor  # the same, its rows in the order of `_folded_power`
+    cos_even: Tensor
+    cos_odd: Tensor
+    sin_even: Tensor
+    sin_odd: Tensor
+
+    def __init__(self, config: AudioConfig) -> None:
+        """Build the constant buffers.
+
+        Args:
+            config: ``sample_rate``, ``n_fft``, ``hop_length``, ``win_length``, ``window``, ``n_mels``, ``normalize``
+                and ``center`` are what it is made of.
+
+        Raises:
+            ValueError: another representation, a window longer than the transform, or a transform of odd length.
+        """
+        super().__init__()
+        if config.representation != "mel_spectrogram":
+            raise ValueError(
+                f"audio_config.representation is {config.representation!r}, but the model reads a mel spectrogram; "
+                "set 'mel_spectrogram'"
+            )
+        self.n_fft = config.n_fft
+        self.hop_length = config.hop_length or config.n_fft // 4
+        win_length = config.win_length or config.n_fft
+        if win_length > self.n_fft or self.n_fft % 2:
+            raise ValueError(
+                f"audio_config has n_fft {self.n_fft} and win_length {win_length}; n_fft must be even, and "
+                "win_length not more than it"
+            )
+        self.center = config.center
+        self.normalize = config.normalize
+        self.spectrum: Literal["fft", "matmul"] = "fft"
+        self.fixed_samples: int | None = None  # of a graph for clips of one length
+        window = {"hann": torch.hann_window, "hamming": torch.hamming_window}[config.window](win_length)
+        left = (self.n_fft - win_length) // 2  # a shorter window sits in the middle, as in torch.stft
+        mel = htk_mel_filters(self.n_fft, config.n_mels, config.sample_rate)
+        constants = {
+            "window": nn.functional.pad(window, (left, self.n_fft - win_length - left)),
+            "mel_fb": mel,
+            "folded_mel_fb": mel[_folded_bins(self.n_fft)],
+            **folded_dft(self.n_fft),
+        }
+        for name, tensor in constants.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def shortest_samples(self) -> int:
+        """The least samples that make a frame: more than are reflected at an end, or a window."""
+        return self.n_fft // 2 + 1 if self.center else self.n_fft
+
+    def frames(self, samples: int) -> int:
+        """How many frames a waveform of that many samples has."""
+        return 1 + (samples if self.center else samples - self.n_fft) // self.hop_length
+
+    def forward(self, wave: Tensor) -> Tensor:
+        """Features (B, n_mels, frames) of waveforms (B, S) in [-1, 1], in float32."""
+        with full_precision(wave):
+            mel = self._mel(self._frame(wave.float()) * self.window)  # (B, F, n_mels)
+        if not self.normalize:
+            return mel.transpose(1, 2)
+        features = (mel + _LOG_OFFSET).log().transpose(1, 2)
+        low, high = features.amin(dim=(1, 2), keepdim=True), features.amax(dim=(1, 2), keepdim=True)
+        return (features - low) / (high - low + _RANGE_OFFSET)
+
+    def _frame(self, wave: Tensor) -> Tensor:
+        samples = wave.shape[-1] if self.fixed_samples is None else self.fixed_samples
+        count, reflected = self.frames(samples), self.n_fft // 2 if self.center else 0
+        if reflected:
+            wave = nn.functional.pad(wave, (reflected, reflected), mode="reflect")
+        return cut_frames(wave, samples + 2 * reflected, count, self.n_fft, self.hop_length)
+
+    def _mel(self, frames: Tensor) -> Tensor:
+        if self.spectrum == "fft":
+            return torch.fft.rfft(frames).abs().pow(2.0) @ self.mel_fb
+        return self._folded_power(frames) @ self.folded_mel_fb
+
+    def _folded_power(self, frames: Tensor) -> Tensor:
+        half = self.n_fft // 2
+        first = frames[..., : half + 1]  # samples 0 to half
+        mirrored = nn.functional.pad(frames[..., half + 1 :].flip(-1), (1, 1))  # sample n_fft - n beside sample n
+        even, odd = first + mirrored, first - mirrored  # what cosines and sines see
+        cosines = even[..., ::2] @ self.cos_even, even[..., 1::2] @ self.cos_odd
+        sines = odd[..., 1::2] @ self.sin_odd, odd[..., ::2] @ self.sin_even
+        low = (cosines[0] + cosines[1]).square() + (sines[0] + sines[1]).square()  # (B, F, n_fft // 4 + 1)
+        high = (cosines[0] - cosines[1]).square() + (sines[0] - sines[1]).square()
+        return torch.cat([low, high[..., : half - half // 2]], dim=-1)  # (B, F, n_fft // 2 + 1)
+
+
+def full_precision(wave: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Without autocast, under which features would drift; outside of it no context is needed in a graph."""
+    kind = wave.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def cut_frames(wave: Tensor, samples: int, count: int, length: int, hop: int) -> Tensor:
+    """The first `count` frames (B, count, length) of a waveform (B, samples), a hop apart.
+
+    A frame is a few hops side by side: reshape and concatenate instead of `unfold`, which exports as a gather over
+    every sample.
+    """
+    hops = -(-length // hop)
+    wave = nn.functional.pad(wave, (0, max(0, (count + hops - 1) * hop - samples)))
+    pieces = [wave[:, i * hop : (i + count) * hop].reshape(-1, count, hop) for i in range(hops)]
+    return torch.cat(pieces, dim=-1)[..., :length]
+
+
 def povey_window(length: int) -> Tensor:
     """Kaldi's Povey window (length,): a symmetric Hann window to the power 0.85 (feature-window.cc)."""
     return hanning_window(length).pow(0.85)
@@ -214,13 +333,41 @@ def dft_matrix(length: int, n_fft: int) -> Tensor:
     return torch.cat([torch.cos(angle), -torch.sin(angle)], dim=1).to(torch.float32)
 
 
+def htk_mel_filters(n_fft: int, n_mels: int, sample_rate: int) -> Tensor:
+    """HTK's triangular mel filters (n_fft // 2 + 1, n_mels) from 0 Hz to half the sample rate.
+
+    Each peaks at 1. Corners are evenly spaced on the mel scale 2595 log10(1 + f/700) (The HTK Book, section 5.4),
+    the triangles are straight on the frequency axis, as in torchaudio. In float32 throughout, as there: with filters
+    made in float64, features differ from avex's by 1e-5 instead of not at all.
+    """
+    bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1)[:, None]  # Hz
+    mels = torch.linspace(0, 2595.0 * math.log10(1.0 + (sample_rate / 2) / 700.0), n_mels + 2)
+    edges = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)  # Hz
+    left, centre, right = (edges[i : i + n_mels] for i in range(3))
+    triangles = torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre))
+    return triangles.clamp(min=0)
+
+
+def folded_dft(n_fft: int) -> dict[str, Tensor]:
+    """The real DFT of an even number of samples as four matrices, float32.
+
+    Cosines are the same for samples n and n_fft - n, sines opposite: so sums and differences of the two take half
+    the rows. At frequency n_fft / 2 - k they are those at k, with the sign of every other row turned: so even and
+    odd rows apart take half the columns. Each matrix is (about n_fft / 4, n_fft // 4 + 1).
+    """
+    half = n_fft // 2
+    sample = torch.arange(half + 1, dtype=torch.float64)[:, None]
+    angle = 2 * math.pi * sample * torch.arange(half // 2 + 1, dtype=torch.float64) / n_fft
+    cos, sin = angle.cos().to(torch.float32), angle.sin().to(torch.float32)
+    sin[-1] = 0  # sample half belongs to no sine; sin(pi k) is not quite 0 in floating point
+    return {"cos_even": cos[::2], "cos_odd": cos[1::2], "sin_even": sin[::2], "sin_odd": sin[1::2]}
+
+
+def _folded_bins(n_fft: int) -> list[int]:
+    """Frequencies in the order of the folded transform: up to a quarter of n_fft, then from half of it down."""
+    half = n_fft // 2
+    return [*range(half // 2 + 1), *range(half, half // 2, -1)]
+
+
 def _mel(hertz: float) -> float:
     return 1127.0 * math.log(1.0 + hertz / 700.0)
-
-
-def _full_precision(wave: Tensor) -> contextlib.AbstractContextManager[object]:
-    # Under autocast the features would drift; outside of it no context is needed in the graph.
-    kind = wave.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()

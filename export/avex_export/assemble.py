@@ -276,6 +276,10 @@ def _embedding_fingerprint(probe: Probe, saved: SavedProbe | None) -> str | None
         layers = saved.layers if saved is not None else None
     if backbone is None or layers is None:
         return None
-    merging = {n: t.tolist() for n, t in probe.head_state().items() if n.startswith(("layer_w", "embedding_p"))}
+    merging = {n: _digest(t) for n, t in probe.head_state().items() if n.startswith(("layer_w", "embedding_p"))}
     parts = [backbone, list(layers), probe.aggregation, probe.input_processing, merging]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()

@@ -11,6 +11,7 @@ import torch
 
 from avex_export.assemble import Assembly, Graph
 from avex_export.torchscript import meta_shapes
+from avex_serve.models.aggregation import time_steps
 from avex_serve.runtime import audio
 from avex_serve.runtime.backend import Backend
 from avex_serve.runtime.windows import plan_windows
@@ -165,11 +166,11 @@ def _chirp(samples: int, rate: int) -> np.ndarray:
 
 
 def _tokens(assembly: Assembly) -> int:
-    """Time steps of what the head's layers tap, or of the embedding that it takes."""
+    """Time steps of the shortest layer that the head taps, or of the embedding that it takes."""
     if assembly.clip_samples is None:
         return _SEQUENCE_STEPS if assembly.probe.takes_sequence else assembly.probe.input_dim[0][0]
     probe = assembly.probe
     assert probe.base_model is not None
     with torch.no_grad():
-        tapped = probe.base_model.taps(example_batch(assembly, 1), probe.layers[:1])
-    return tapped[probe.layers[0]].shape[1]
+        tapped = probe.base_model.taps(example_batch(assembly, 1), probe.layers)
+    return min(time_steps(embedding) for embedding in tapped.values())

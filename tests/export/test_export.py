@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import soundfile
 import torch
+from safetensors.torch import save_file
 
 import avex_serve
 from avex_export.recipes import variants
@@ -384,6 +385,20 @@ def test_a_head_for_another_number_of_labels_is_refused(tmp_path, export, traine
     )
     assert code == 4
     assert "classifier.weight is (5, 32), not (3, 32)" in err
+
+
+def test_weights_that_merge_layers_are_part_of_what_makes_the_embedding(trained):
+    from avex_export.assemble import Request, assemble
+    from avex_export.recipes import find_recipe
+
+    def embedding_fingerprint():
+        return assemble(Request(find_recipe(str(folder)))).embedding_fingerprint
+
+    probe, folder = trained("linear_all")
+    before = embedding_fingerprint()
+    assert embedding_fingerprint() == before
+    save_file({**probe.head_state(), "layer_weights": probe.layer_weights + 1}, folder / "model.safetensors")
+    assert embedding_fingerprint() != before
 
 
 def test_the_probe_is_left_as_it_was(trained):

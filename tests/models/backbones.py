@@ -57,3 +57,32 @@ def stirred(spec, seed, num_classes):
 def noise(rows, seconds=1.0, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return 0.1 * torch.randn(rows, round(seconds * RATE), generator=generator)
+
+
+def sweep():
+    time = torch.arange(RATE)[None] / RATE
+    return 0.4 * torch.sin(2 * torch.pi * (300 + 3500 * time) * time) + 0.1 * noise(1)
+
+
+def effnet_spec(*, seconds=1, variant=None, **audio):
+    settings = {"n_fft": 800, "hop_length": 160, "n_mels": 64, "target_length_seconds": seconds, **audio}
+    return ModelSpec(
+        name="efficientnet", pretrained=False, audio_config=AudioConfig(**settings), efficientnet_variant=variant
+    )
+
+
+def effnet(seed=0, *, num_classes=None, **options):
+    torch.manual_seed(seed)
+    model = build_model_from_spec(effnet_spec(**options), "cpu", num_classes=num_classes)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for parameter in model.parameters():  # gains and biases, so that they matter
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        model.model.features[8][0].weight.mul_(0.1)  # values about 1, as heads expect them
+        for norm in norms:  # statistics of real activations, without which rounding errors grow from layer to layer
+            norm.momentum = 1.0
+        model.train()(torch.cat([noise(2, seed=2), sweep(), torch.zeros(1, RATE)]))
+        for norm in norms:
+            norm.momentum = 0.1
+    return model.eval()

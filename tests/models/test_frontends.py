@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from avex_serve.models.frontends import EATFrontEnd, KaldiFbank
+from avex_serve.configs import AudioConfig
+from avex_serve.models.frontends import EATFrontEnd, KaldiFbank, MelSpectrogram
 
 BINS = 80  # Kaldi itself refuses the 128 bins of BEATs, some of which see no frequency at 16 kHz
 
@@ -139,5 +140,87 @@ def test_eats_front_end_fixed_to_a_length_gives_the_same_features():
 def test_features_are_taken_in_full_precision_under_autocast():
     module, signal = fbank("matmul"), torch.from_numpy(wave(3200))[None]
     with torch.autocast("cpu", torch.bfloat16):
+        features = module(signal)
+    torch.testing.assert_close(features, module(signal), rtol=0, atol=0)
+
+
+# -- mel spectrogram -----------------------------------------------------------------------------------------------
+
+MEL = {"n_fft": 800, "hop_length": 160, "n_mels": 64}
+
+
+def mel_spectrogram(spectrum="fft", **fields):
+    module = MelSpectrogram(AudioConfig(**{**MEL, **fields}))
+    module.spectrum = spectrum
+    return module
+
+
+def exact_mel(signal, **fields):
+    """The definition, in float64, frame by frame and filter by filter."""
+    cfg = AudioConfig(**{**MEL, **fields})
+    n_fft, hop = cfg.n_fft, cfg.hop_length or cfg.n_fft // 4
+    length = cfg.win_length or n_fft
+    edge = {"hann": 0.5, "hamming": 0.54}[cfg.window]
+    window = np.zeros(n_fft)
+    left = (n_fft - length) // 2
+    window[left : left + length] = edge - (1 - edge) * np.cos(2 * np.pi * np.arange(length) / length)
+    padded = np.pad(signal.astype(np.float64), n_fft // 2, mode="reflect") if cfg.center else signal
+    starts = range(0, len(padded) - n_fft + 1, hop)
+    power = np.stack([np.abs(np.fft.rfft(padded[i : i + n_fft] * window)) ** 2 for i in starts])
+    top = 2595 * np.log10(1 + cfg.sample_rate / 2 / 700)
+    corners = 700 * (10 ** (np.arange(cfg.n_mels + 2) * top / (cfg.n_mels + 1) / 2595) - 1)
+    hertz = np.arange(n_fft // 2 + 1) * cfg.sample_rate / n_fft
+    mel = np.stack([power @ np.interp(hertz, corners[i : i + 3], [0, 1, 0]) for i in range(cfg.n_mels)])
+    if not cfg.normalize:
+        return mel
+    mel = np.log(mel + 1e-6)
+    return (mel - mel.min()) / (mel.max() - mel.min() + 1e-8)
+
+
+@pytest.mark.parametrize("spectrum", ["fft", "matmul"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n_fft": 802},  # of which half is odd: the folded transform has no frequency in the middle
+        {"hop_length": None},
+        {"hop_length": 900},
+        {"win_length": 401},
+        {"window": "hamming"},
+        {"n_mels": 20, "sample_rate": 32000},
+        {"center": False},
+        {"normalize": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("samples", [1600, 8123])
+def test_mel_features_are_the_definition(spectrum, fields, samples):
+    signal = wave(samples) / 32768
+    features = mel_spectrogram(spectrum, **fields)(torch.from_numpy(signal)[None])[0].numpy()
+    expected = exact_mel(signal, **fields)
+    assert features.shape == expected.shape
+    np.testing.assert_allclose(features, expected, atol=2e-5 * max(1.0, expected.max()))
+
+
+@pytest.mark.parametrize("spectrum", ["fft", "matmul"])
+@pytest.mark.parametrize("samples", [401, 16000])
+def test_digital_silence_is_exactly_zero(spectrum, samples):
+    features = mel_spectrogram(spectrum)(torch.zeros(2, samples))
+    assert features.shape == (2, 64, 1 + samples // 160)
+    assert not features.any()
+
+
+def test_a_clip_is_scaled_by_itself():
+    module, batch = mel_spectrogram(), torch.from_numpy(np.stack([wave(3200, seed) / 32768 for seed in range(3)]))
+    batch[1] *= 1e-3
+    rows = torch.cat([module(row[None]) for row in batch])
+    torch.testing.assert_close(module(batch), rows, rtol=0, atol=1e-5)
+    assert torch.equal(rows.amin(dim=(1, 2)), torch.zeros(3))
+    torch.testing.assert_close(rows.amax(dim=(1, 2)), torch.ones(3))
+
+
+def test_autocast_leaves_mel_features_alone():
+    module, signal = mel_spectrogram(), torch.from_numpy(wave(3200) / 32768)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         features = module(signal)
     torch.testing.assert_close(features, module(signal), rtol=0, atol=0)

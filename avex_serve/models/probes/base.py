@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from avex_serve.configs import Aggregation, InputProcessing, ProbeConfig
-from avex_serve.models.aggregation import aggregate, concatenate
+from avex_serve.models.aggregation import aggregate, concatenate, time_steps
 from avex_serve.models.base_model import ModelBase, frozen, unpack_audio
 from avex_serve.models.tracing import is_tracing
 
@@ -127,7 +127,7 @@ class Probe(nn.Module, ABC):
 
         Raises:
             RuntimeError: embeddings of another shape than the probe was built for.
-            ValueError: no audio or no embeddings, or a mask of another shape.
+            ValueError: no audio or no embeddings, or a mask of another shape where padding is excluded.
         """
         return self.classify(*self.combine(x, padding_mask))
 
@@ -136,18 +136,19 @@ class Probe(nn.Module, ABC):
 
         Arguments and errors as in `forward`.
         """
-        embeddings, padding = self._embeddings(x, padding_mask)
-        features = self._merge([self._shape(self._process(e, padding)) for e in embeddings])
+        embeddings, paddings = self._embeddings(x, padding_mask)
+        processed = [self._process(e, padding) for e, padding in zip(embeddings, paddings, strict=True)]
+        features = self._merge([self._shape(e) for e in processed])
         if not is_tracing() and features.shape[-1] != self.input_width:
             raise RuntimeError(
                 f"embeddings of shape {[tuple(e.shape) for e in embeddings]} make features of width "
                 f"{features.shape[-1]}, but the probe was built for {self.input_width}; build it for this shape, or "
                 "aggregate"
             )
-        # avex drops a mask whose length is not the sequence's, and so do we.
-        if padding is not None and (features.ndim != 3 or padding.shape[1] != features.shape[1]):
-            padding = None
-        return features, padding
+        # The mask of a layer that is as long as the sequence, to which the others were resized. avex drops a mask
+        # of another length, and so do we.
+        fitting = (p for p in paddings if p is not None and features.ndim == 3 and p.shape[1] == features.shape[1])
+        return features, next(fitting, None)
 
     def pool(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
         """Mean over time of a sequence (B, T, D) → (B, D), without padded steps if the probe excludes them."""
@@ -166,20 +167,24 @@ class Probe(nn.Module, ABC):
 
     # -- from the input to embeddings ------------------------------------------------------------------------
 
-    def _embeddings(self, x: ProbeInput, padding_mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    def _embeddings(self, x: ProbeInput, padding_mask: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Embeddings, and of each the padding (B, T): to be excluded online, as it was given offline."""
         if self.base_model is None or self.feature_mode:
-            return _stored_embeddings(x, padding_mask)
+            embeddings, padding = _stored_embeddings(x, padding_mask)
+            return embeddings, [padding] * len(embeddings)
         if not isinstance(x, Tensor | Mapping):
             raise ValueError(f"the input is a {type(x).__name__}; expected a waveform (batch, samples)")
         wave, mask = unpack_audio(x, padding_mask)
         found = self._tap(wave, mask)
-        if mask is None or not self.exclude_padding:  # avex gives the mask to the backbone alone
-            return self._aggregated(found, None), None
-        expected = tuple(wave.shape) if wave.ndim == 2 else (1, *wave.shape)
-        if tuple(mask.shape) != expected:
-            raise ValueError(f"padding_mask has shape {tuple(mask.shape)}; expected {expected}, as the waveform")
-        tokens = self.base_model.token_mask(mask, found[0].shape[1])
-        return self._aggregated(found, tokens), tokens
+        paddings: list[Tensor | None] = [None] * len(found)
+        if mask is not None and self.exclude_padding:  # avex gives the mask to the backbone alone
+            expected = tuple(wave.shape) if wave.ndim == 2 else (1, *wave.shape)
+            if tuple(mask.shape) != expected:
+                raise ValueError(f"padding_mask has shape {tuple(mask.shape)}; expected {expected}, as the waveform")
+            # Layers of a convolutional network differ in length.
+            paddings = [self.base_model.token_mask(mask, time_steps(e)) for e in found]
+        embeddings = self._aggregated(found, paddings)
+        return embeddings, paddings if self.aggregation == "none" else [None] * len(embeddings)
 
     def _tap(self, wave: Tensor, mask: Tensor | None) -> list[Tensor]:
         assert self.base_model is not None
@@ -187,9 +192,8 @@ class Probe(nn.Module, ABC):
             found = self.base_model.taps(wave, self.layers, mask)
         return [found[name] for name in self.layers]
 
-    def _aggregated(self, found: list[Tensor], padding: Tensor | None) -> list[Tensor]:
-        if padding is not None:
-            found = [aggregate(e, self.aggregation, padding) for e in found]
+    def _aggregated(self, found: list[Tensor], paddings: Sequence[Tensor | None]) -> list[Tensor]:
+        found = [aggregate(e, self.aggregation, padding) for e, padding in zip(found, paddings, strict=True)]
         merged = concatenate(found, self.aggregation)
         return merged if isinstance(merged, list) else [merged]
 
@@ -244,7 +248,7 @@ class Probe(nn.Module, ABC):
         samples = self.base_model.clip_samples if self.target_length is None else self.target_length
         with frozen(self.base_model):
             found = self._tap(torch.zeros(1, samples), None)
-        return [tuple(embedding.shape[1:]) for embedding in self._aggregated(found, None)]
+        return [tuple(embedding.shape[1:]) for embedding in self._aggregated(found, [None] * len(found))]
 
     def _build_combination(self) -> int:
         """Create what merging several layers needs, and return the width of the features."""

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 PROBE = "probe.yml"
 WEIGHTS = "model.safetensors"
 # A backbone's own classifier is no part of a probe.
-_UNUSED = "base_model.classifier."
+_UNUSED = ("base_model.classifier.", "base_model.model.classifier.")
 
 
 class ModelSource(BaseModel):

@@ -12,11 +12,16 @@ from avex_serve.configs import ModelSpec
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.beats import BEATsModel
 from avex_serve.models.eat import EATModel
+from avex_serve.models.efficientnet import EfficientNetModel
 
 OFFICIAL_MODELS = Path(__file__).parents[2] / "official_models"
 
 # Architectures by ModelSpec.name.
-_MODEL_CLASSES: dict[str, type[ModelBase]] = {"beats": BEATsModel, "eat_hf": EATModel}
+_MODEL_CLASSES: dict[str, type[ModelBase]] = {
+    "beats": BEATsModel,
+    "eat_hf": EATModel,
+    "efficientnet": EfficientNetModel,
+}
 
 
 @dataclass(frozen=True)

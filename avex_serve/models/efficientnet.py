@@ -1,0 +1,322 @@
+"""EfficientNet: a convolutional network that sees the log-mel spectrogram as an image.
+
+Architecture: Tan & Le, "EfficientNet" (arXiv 1905.11946), with the inverted bottlenecks of MobileNetV2 (arXiv
+1801.04381), squeeze-and-excitation (Hu et al., arXiv 1709.01507) and stochastic depth (Huang et al., arXiv
+1603.09382). Names and shapes of the parameters are torchvision's under ``model.``, as avex 1.4 has them, so its
+checkpoints load strictly.
+
+Feature maps are (B, C, H, W): H is frequency, low to high, and W is time. Every part is called with the collector of
+layers and its own name, and offers its output under it.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from avex_serve.configs import AudioConfig
+from avex_serve.models.base_model import ModelBase
+from avex_serve.models.frontends import MelSpectrogram
+from avex_serve.models.layers import BACKBONE, Taps
+from avex_serve.models.tracing import is_tracing
+
+Variant = Literal["b0", "b1"]
+
+# How much deeper than B0 a variant is (arXiv 1905.11946, as released by its authors); both are as wide as B0.
+_DEPTH: dict[Variant, float] = {"b0": 1.0, "b1": 1.1}
+_STEM_CHANNELS, _TOP_CHANNELS = 32, 1280
+_DROPOUT = 0.2  # before the classifier (B0 and B1 alike)
+_DROPPED_PATHS = 0.2  # stochastic depth: probability at the last block, growing linearly from 0
+_SQUEEZE = 4  # the block's input channels over those of its squeeze
+_IMAGENET_CLASSES = 1000
+
+
+class Stage(NamedTuple):
+    """Blocks of one kind; a row of table 1 in arXiv 1905.11946."""
+
+    expansion: int
+    kernel: int
+    stride: int  # of its first block
+    channels: int
+    blocks: int
+
+
+_STAGES = (
+    Stage(expansion=1, kernel=3, stride=1, channels=16, blocks=1),
+    Stage(expansion=6, kernel=3, stride=2, channels=24, blocks=2),
+    Stage(expansion=6, kernel=5, stride=2, channels=40, blocks=2),
+    Stage(expansion=6, kernel=3, stride=2, channels=80, blocks=3),
+    Stage(expansion=6, kernel=5, stride=1, channels=112, blocks=3),
+    Stage(expansion=6, kernel=5, stride=2, channels=192, blocks=4),
+    Stage(expansion=6, kernel=3, stride=1, channels=320, blocks=1),
+)
+
+
+class Chain(nn.ModuleList):
+    """Parts one after the other; stops once the layers asked for are there."""
+
+    def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
+        """(B, C, H, W) → (B, C', H', W')."""
+        for i, part in enumerate(self):
+            x = part(x, taps, f"{name}.{i}")
+            if taps.complete:
+                return x
+        taps(name, x)
+        return x
+
+
+class ConvNorm(nn.ModuleList):
+    """Convolution, batch norm and, if wanted, SiLU."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1, activate: bool = True
+    ) -> None:
+        convolution = nn.Conv2d(
+            inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups, bias=False
+        )
+        super().__init__([convolution, nn.BatchNorm2d(outputs), *([nn.SiLU()] if activate else [])])
+
+    def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
+        """(B, inputs, H, W) → (B, outputs, H / stride, W / stride), rounded up."""
+        convolution, *rest = self
+        x = convolution(x)
+        taps(f"{name}.0", x)  # before the norm: where avex's hook sits
+        if taps.complete:
+            return x
+        for part in rest:
+            x = part(x)
+        taps(name, x)
+        return x
+
+
+class SqueezeExcite(nn.Module):
+    """A gain for each channel, computed from the mean of all channels."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W)."""
+        means = x.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+        x = x * self.fc2(nn.functional.silu(self.fc1(means))).sigmoid()
+        taps(name, x)
+        return x
+
+
+class Bottleneck(nn.Module):
+    """Inverted bottleneck: widen, filter each channel, gain, narrow; with a residual where the shape stays."""
+
+    def __init__(self, stage: Stage, inputs: int, stride: int, dropped: float) -> None:
+        super().__init__()
+        wide = inputs * stage.expansion
+        widening = [ConvNorm(inputs, wide, 1)] if stage.expansion > 1 else []
+        self.block = Chain(
+            [
+                *widening,
+                ConvNorm(wide, wide, stage.kernel, stride=stride, groups=wide),
+                SqueezeExcite(wide, max(1, inputs // _SQUEEZE)),
+                ConvNorm(wide, stage.channels, 1, activate=False),
+            ]
+        )
+        self.residual = stride == 1 and inputs == stage.channels
+        self.dropped = dropped
+
+    def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
+        """(B, C, H, W) → (B, C', H / stride, W / stride), rounded up."""
+        found = self.block(x, taps, f"{name}.block")
+        if taps.complete:
+            return found
+        x = x + self._drop(found) if self.residual else found
+        taps(name, x)
+        return x
+
+    def _drop(self, x: Tensor) -> Tensor:
+        # Stochastic depth, in training only: the branch of some clips is left out, the others' is scaled up.
+        if not self.training or self.dropped == 0:
+            return x
+        kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.dropped
+        return x * kept / (1 - self.dropped)
+
+
+class EfficientNet(nn.Module):
+    """Convolutions from the image to the last feature map, and a classifier that features don't pass through."""
+
+    def __init__(self, variant: Variant, num_classes: int) -> None:
+        super().__init__()
+        depths = [math.ceil(_DEPTH[variant] * stage.blocks) for stage in _STAGES]
+        parts: list[nn.Module] = [ConvNorm(3, _STEM_CHANNELS, 3, stride=2)]
+        channels, built = _STEM_CHANNELS, 0
+        for stage, depth in zip(_STAGES, depths, strict=True):
+            blocks = []
+            for i in range(depth):
+                dropped = _DROPPED_PATHS * built / sum(depths)
+                blocks.append(Bottleneck(stage, channels, stage.stride if i == 0 else 1, dropped))
+                channels, built = stage.channels, built + 1
+            parts.append(Chain(blocks))
+        self.features = Chain([*parts, ConvNorm(channels, _TOP_CHANNELS, 1)])
+        self.classifier: nn.Sequential | None = nn.Sequential(
+            nn.Dropout(_DROPOUT), nn.Linear(_TOP_CHANNELS, num_classes)
+        )
+
+    def forward(self, image: Tensor, taps: Taps, name: str = "model") -> Tensor:
+        """(B, 3, n_mels, frames) → the last feature map (B, 1280, n_mels / 32, frames / 32), rounded up.
+
+        Args:
+            image: the spectrogram, three times.
+            taps: collects layers; the pass stops once it has them all.
+            name: under which the layers are offered.
+        """
+        x = self.features(image, taps, f"{name}.features")
+        if taps.wants(f"{name}.avgpool"):
+            taps(f"{name}.avgpool", self.pool(x))
+        taps(BACKBONE, x)
+        return x
+
+    @staticmethod
+    def pool(x: Tensor) -> Tensor:
+        """Mean over frequency and time, (B, C, 1, 1)."""
+        return x.mean(dim=(2, 3), keepdim=True)
+
+
+class EfficientNetModel(ModelBase):
+    """EfficientNet as a model: waveform to the last feature map, or to logits if it has a classifier.
+
+    Layers are convolutions, before their norm. Discoverable are the first, ``model.features.0.0``, the last,
+    ``model.features.8.0``, and those that end the bottlenecks, ``model.features.{i}.{j}.block.3.0``. Blocks of the
+    first stage don't widen, so theirs is called ``….block.2.0`` and is, as in avex, not among them. By name also all
+    other convolutions, the parts that they belong to, such as ``model.features.{i}`` (output of a stage) and
+    ``model.features.{i}.{j}`` (of a block), ``model.avgpool`` (mean over frequency and time), and ``backbone`` (the
+    last feature map).
+
+    Padding masks are accepted and, as in avex, not used: convolutions have nothing to mask.
+    """
+
+    trunk: ClassVar[str] = "model"
+
+    def __init__(
+        self,
+        *,
+        num_classes: int | None = None,
+        device: str = "cpu",
+        audio_config: AudioConfig | None = None,
+        return_features_only: bool = False,
+        efficientnet_variant: Variant = "b0",
+    ) -> None:
+        """Build it with random weights.
+
+        Args:
+            num_classes: of the classifier; None: features only.
+            device: where to put it.
+            audio_config: what the spectrogram is made of, see `MelSpectrogram`.
+            return_features_only: return the feature map. The module has a classifier nevertheless, by default
+                ImageNet's of 1000 classes, since avex's state dicts do.
+            efficientnet_variant: ``b0`` or ``b1``.
+
+        Raises:
+            ValueError: no audio_config, or one that it can't take.
+        """
+        super().__init__(device=device, audio_config=audio_config)
+        if audio_config is None:
+            raise ValueError(
+                "EfficientNet needs an audio_config, which its spectrogram is made by; set it in the ModelSpec"
+            )
+        self.frontend = MelSpectrogram(audio_config)
+        self.features_only = return_features_only or num_classes is None
+        classes = _IMAGENET_CLASSES if return_features_only or num_classes is None else num_classes
+        self.model = EfficientNet(efficientnet_variant, classes)
+        self.to(device)
+
+    def get_model_layers(self) -> list[str]:
+        """See `ModelBase.get_model_layers`."""
+        ends = ("model.features.0.0", f"model.features.{len(_STAGES) + 1}.0")
+        return [name for name in self._parts() if name in ends or name.endswith(".block.3.0")]
+
+    def tappable_layers(self) -> list[str]:
+        """See `ModelBase.tappable_layers`."""
+        return [*self._parts(), "model.avgpool", BACKBONE]
+
+    def taps(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None) -> dict[str, Tensor]:
+        """See `ModelBase.taps`; the mask is not used."""
+        taps = Taps(layers)
+        self.model(self.process_audio(wave), taps)
+        return taps.found
+
+    def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
+        """See `ModelBase.token_mask`: a step is padded if the centres of all its frames are."""
+        samples = padding_mask.shape[-1]
+        frames = self.frontend.frames(samples)
+        # Each stride of two rounds up, so the stride is the power of two that makes so many steps.
+        stride = 1 << max(0, -(-frames // tokens) - 1).bit_length()
+        centres = torch.arange(frames, device=padding_mask.device) * self.frontend.hop_length
+        if not self.frontend.center:
+            centres = centres + self.frontend.n_fft // 2
+        padded = padding_mask.bool()[:, centres.clamp(max=samples - 1)]  # (B, frames)
+        padded = nn.functional.pad(padded, (0, stride * tokens - frames), value=True)
+        return padded.reshape(-1, tokens, stride).all(dim=-1)
+
+    def specialise(self, samples: int, layers: Sequence[str]) -> None:
+        """See `ModelBase.specialise`."""
+        self.model.classifier = None
+        self.frontend.spectrum = "matmul"
+        self.frontend.fixed_samples = samples
+        if not {"model.avgpool", BACKBONE} & set(layers):  # else the last feature map is needed
+            _cut(self.model.features, "model.features", layers)
+
+    def process_audio(self, x: Tensor) -> Tensor:
+        """The spectrogram of waveforms (B, S) or (S,) as an image, (B, 3, n_mels, frames) in [0, 1].
+
+        Raises:
+            RuntimeError: fewer samples than the spectrogram takes.
+            ValueError: see `ModelBase.process_audio`.
+        """
+        wave = super().process_audio(x)
+        if not is_tracing() and wave.shape[-1] < self.frontend.shortest_samples:
+            raise RuntimeError(
+                f"{wave.shape[-1]} samples are too few: the spectrogram takes {self.frontend.shortest_samples}; pad "
+                "the clip"
+            )
+        return self.frontend(wave)[:, None].expand(-1, 3, -1, -1)
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """The last feature map (B, 1280, n_mels / 32, frames / 32), rounded up, or logits (B, classes) of its mean.
+
+        Args:
+            x: (B, S) in [-1, 1] at the model's sample rate.
+            padding_mask: accepted, not used.
+
+        Raises:
+            RuntimeError, ValueError: see `process_audio`.
+        """
+        features = self.model(self.process_audio(x), Taps([BACKBONE]))
+        if self.features_only or self.model.classifier is None:
+            return features
+        return self.model.classifier(self.model.pool(features).flatten(1))
+
+    def _parts(self) -> list[str]:
+        """Names of all parts that offer their output, in the order of a pass."""
+        names = []
+        for name, module in self.model.named_modules(prefix="model"):
+            if isinstance(module, Chain | ConvNorm | SqueezeExcite | Bottleneck):
+                names.append(name)
+            if isinstance(module, ConvNorm):
+                names.append(f"{name}.0")
+        return names
+
+
+def _cut(chain: nn.ModuleList, name: str, layers: Iterable[str]) -> None:
+    """Drop what comes after the deepest of the layers, in place."""
+    inside = [layer.removeprefix(f"{name}.") for layer in layers if layer.startswith(f"{name}.")]
+    if name in layers or not inside:
+        return
+    deepest = max(int(layer.partition(".")[0]) for layer in inside)
+    del chain[deepest + 1 :]
+    part, part_name = chain[deepest], f"{name}.{deepest}"
+    if isinstance(part, Bottleneck):
+        if part_name not in layers:
+            _cut(part.block, f"{part_name}.block", layers)
+    elif isinstance(part, nn.ModuleList):
+        _cut(part, part_name, layers)

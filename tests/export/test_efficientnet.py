@@ -1,0 +1,104 @@
+"""EfficientNet the whole way: its feature maps have another rank, its layers differ in length and width."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from avex_export.recipes import variants
+from avex_serve import open_bundle
+from avex_serve.bundle import read_bundle
+from avex_serve.configs import ProbeConfig
+from avex_serve.models.probes import build_probe_from_config, load_probe, save_probe
+from tests.export.conftest import LABELS
+from tests.models.backbones import effnet, effnet_spec, noise
+
+# 32 mel bins leave one frequency in the last layer: heads on all layers stay small.
+SPEC = effnet_spec(n_mels=32)
+STEPS = 4  # of the last layer, of 1 s
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folder of ``effnet.yml`` with the weights of `effnet(seed=5, n_mels=32)`."""
+    folder = tmp_path_factory.mktemp("effnet")
+    save_file(effnet(seed=5, n_mels=32).state_dict(), folder / "effnet.safetensors")
+    content = {"model_spec": SPEC.model_dump(exclude_none=True), "checkpoint_path": "effnet.safetensors"}
+    (folder / "effnet.yml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+@pytest.fixture
+def untrained(export, folder, labels, tmp_path):
+    """Export a random head to ``tmp_path/bundle``; returns what was printed."""
+
+    def run(probe, *options):
+        torch.manual_seed(1)
+        arguments = ["--probe", probe, "--model", folder / "effnet.yml", "--labels", labels, "--allow-untrained"]
+        code, out, err = export(*arguments, "--output", tmp_path / "bundle", *options)
+        assert (code, err) == (0, "")
+        return out
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(variants()))
+def test_every_variant_answers_as_the_eager_module_in_both_formats(untrained, name):
+    out = untrained(name)
+    assert "✗" not in out
+    assert out.count("✓") == 11  # five inputs and batches in two formats, and the meta device
+    for row in (f"noise                        {STEPS}", "digital silence", "shapes on device meta"):
+        assert row in out
+
+
+def test_a_batch_in_onnx_is_its_rows_and_silence_is_finite(untrained, tmp_path):
+    untrained("linear_last", "--format", "onnx")
+    wave = torch.cat([noise(STEPS - 1), torch.zeros(1, 16000)]).numpy()
+    with open_bundle(tmp_path / "bundle") as engine:
+        together = engine.infer(wave)
+        assert together["embedding"].shape == (STEPS, 1280)
+        for i in range(STEPS):
+            alone = engine.infer(wave[i : i + 1])
+            for output in ("logits", "embedding"):
+                np.testing.assert_allclose(together[output][i], alone[output][0], rtol=1e-4, atol=1e-4)
+        assert np.isfinite(together["logits"]).all()
+
+
+def test_only_tapped_layers_are_left(untrained, tmp_path):
+    path = tmp_path / "early.yml"
+    path.write_text("probe_type: linear\ntarget_layers: [0, model.features.2.1.block.3.0]\n")
+    untrained(path)
+    names = {i.name for i in onnx.load(tmp_path / "bundle" / "model.onnx").graph.initializer}
+    module = torch.jit.load(tmp_path / "bundle" / "model.torchscript.pt")
+    for found in (names, {name for name, _ in module.named_parameters()}):
+        assert any("features.2.1.block.3.0.weight" in name for name in found)
+        assert not any(
+            "features.3" in name or "model.classifier" in name or "2.1.block.3.1" in name for name in found
+        )
+    assert read_bundle(tmp_path / "bundle").manifest.output("embedding").shape == (-1, 32 * 16 + 24 * 8)
+
+
+def test_the_traced_module_names_no_device(untrained, tmp_path):
+    untrained("lstm_last", "--format", "torchscript")
+    module = torch.jit.load(tmp_path / "bundle" / "model.torchscript.pt")
+    assert 'value="cpu"' not in str(module.inlined_graph)
+
+
+def test_a_fine_tuned_probe_is_saved_without_the_unused_classifier_and_exported(export, folder, tmp_path):
+    base = effnet(seed=5, n_mels=32)
+    config = ProbeConfig(target_layers=["last_layer"], freeze_backbone=False)
+    probe = build_probe_from_config(config, 5, "cpu", base_model=base).eval()
+    with torch.no_grad():
+        base.model.features[0][1].weight.mul_(1.1)
+        expected = probe(noise(2))
+    save_probe(probe, tmp_path / "tuned", labels=LABELS, model=folder / "effnet.yml")
+    assert (tmp_path / "tuned" / "model.safetensors").stat().st_size < 17e6  # 4.0 million parameters, not 5.3
+    with torch.no_grad():
+        torch.testing.assert_close(load_probe(tmp_path / "tuned")(noise(2)), expected, rtol=0, atol=0)
+    code, _, err = export("--probe", tmp_path / "tuned", "--output", tmp_path / "bundle", "--format", "onnx")
+    assert (code, err) == (0, "")
+    with open_bundle(tmp_path / "bundle") as engine:
+        np.testing.assert_allclose(engine.infer(noise(2).numpy())["logits"], expected, rtol=1e-4, atol=1e-4)
