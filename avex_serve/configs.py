@@ -56,7 +56,13 @@ class ModelSpec(BaseModel):
     )
     use_naturelm: bool | None = Field(None, description="BEATs: clamp the waveform to [-1, 1] first")
     fine_tuned: bool | None = Field(None, description="BEATs: the fine-tuned geometry, with a predictor")
-    extra_config: dict[str, Any] | None = Field(None, description="free-form options of a custom model")
+    efficientnet_variant: Literal["b0", "b1"] = Field("b0", description="EfficientNet: which of the family")
+    eat_cfg: dict[str, Any] | None = Field(None, description="EAT: geometry, where it differs from the base model's")
+    eat_norm_mean: float = Field(-4.268, description="EAT: subtracted from the log-mel features")
+    eat_norm_std: float = Field(4.569, gt=0, description="EAT: they are divided by twice this")
+    extra_config: dict[str, Any] | None = Field(
+        None, description="free-form options of a custom model whose class takes extra_config"
+    )
 
 
 class ProbeConfig(BaseModel):
