@@ -1,10 +1,9 @@
-"""Checkpoints: from a path or URI to a state dict, and strictly into a module. Never a pickle."""
+"""Checkpoints: from a file to a state dict, and strictly into a module. Never a pickle."""
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import torch
 from safetensors import SafetensorError
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 
 StateDict = dict[str, Tensor]
 
-# Wrappers around a state dict, and prefixes that training frameworks put before every name.
+# Wrappers around a state dict, and prefixes that training frameworks put before every name. EfficientNet's own names
+# begin with ``model.``, so a prefix is taken off only if the module's names don't have it.
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
 _PREFIXES = ("module.", "model.")
+_BACKBONE = "backbone."
 
 # Names that differ between writers of the same tensor: pattern → name in our modules.
 _RENAMES = (
@@ -23,38 +24,16 @@ _RENAMES = (
     (re.compile(r"\.weight_v$"), ".parametrizations.weight.original1"),
 )
 
-# A head for another task, which an embedding doesn't pass through.
-_CLASSIFIER = "classifier."
+# A head for another task, which an embedding doesn't pass through. Inside of a backbone these words mean nothing.
+_CLASSIFIER = re.compile(r"^(module\.)?(model\.)?(classifier|head|classification_head)\.")
 # Constant buffers that some checkpoints hold and the module computes if they don't.
 _COMPUTED = re.compile(r"(^|\.)fbank\.(window|mel_fb)$")
-
-
-def resolve_checkpoint(uri: str) -> Path:
-    """The local file of a checkpoint.
-
-    Args:
-        uri: a path, ``file://…``, or ``hf://owner/repository/file[@revision]``, which is taken from the hub's
-            cache or downloaded (``HF_HUB_OFFLINE=1``: from the cache only).
-
-    Raises:
-        FileNotFoundError: it isn't there, with what to do.
-        ValueError: a scheme that is not known.
-    """
-    scheme = urlparse(uri).scheme if "://" in uri else ""
-    if scheme == "hf":
-        return _from_hub(uri)
-    if scheme not in ("", "file"):
-        raise ValueError(f"checkpoint {uri!r}: scheme {scheme}:// is not known; use a path, file:// or hf://")
-    path = Path(unquote(urlparse(uri).path) if scheme else uri).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"Checkpoint not found: {path}; check the path")
-    return path
 
 
 def read_state_dict(path: Path) -> StateDict:
     """The tensors of a checkpoint by name: safetensors, or a torch file that holds nothing but tensors.
 
-    Wrappers and prefixes of training frameworks are taken off, and names brought to ours.
+    Wrappers of training frameworks are taken off, and names brought to ours.
 
     Raises:
         ValueError: empty, truncated, or no state dict.
@@ -79,24 +58,38 @@ def read_state_dict(path: Path) -> StateDict:
         raise ValueError(f"checkpoint {path} holds no state dict; expected names and tensors")
     if not content:
         raise ValueError(f"checkpoint {path} holds no tensors; get it again")
-    return {_rename(name): tensor for name, tensor in _without_prefix(dict(content)).items()}
+    return {_rename(name): tensor for name, tensor in content.items()}
 
 
 def load_backbone(module: nn.Module, state: StateDict, source: str, *, keep_classifier: bool) -> None:
     """Load a checkpoint into a backbone, whole or not at all.
 
-    Names may lack or carry the prefix ``backbone.``. A classifier in the checkpoint is dropped unless
-    `keep_classifier`; constant buffers of the front end may be missing.
+    Names may carry the prefixes of training frameworks, and lack or carry ``backbone.``. Constant buffers of the
+    front end may be missing. Unless `keep_classifier`, a classifier is loaded if it fits the module's, and left out
+    otherwise.
 
     Raises:
-        ValueError: missing or unexpected names, or other shapes, all listed.
+        ValueError: no values or only zeros; missing or unexpected names, or other shapes, all listed.
     """
-    if not any(name.startswith("backbone.") for name in state):
-        state = {name if name.startswith(_CLASSIFIER) else f"backbone.{name}": t for name, t in state.items()}
+    _refuse_placeholder(state, source)
+    own = module.state_dict()
+    state = _with_backbone_prefix(without_prefixes(state, own), own)
+    optional = {name for name in own if _COMPUTED.search(name)}
     if not keep_classifier:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(_CLASSIFIER)}
-    computed = {name: t for name, t in module.state_dict().items() if _COMPUTED.search(name)}
-    load_strictly(module, {**computed, **state}, source)
+        optional |= {name for name in own if _CLASSIFIER.match(name)}
+        state = {
+            n: t for n, t in state.items() if not _CLASSIFIER.match(n) or (n in own and own[n].shape == t.shape)
+        }
+    load_strictly(module, {**{name: own[name] for name in optional}, **state}, source)
+
+
+def without_prefixes(state: StateDict, own: Iterable[str]) -> StateDict:
+    """The state dict without the prefixes of training frameworks that a module with these names doesn't have."""
+    own = list(own)
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in own):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
 def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
@@ -123,16 +116,16 @@ def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
 
 
 def count_classes(state: StateDict) -> int | None:
-    """Classes of the checkpoint's classifier, or None if it has none."""
-    weight = state.get("classifier.weight")
-    return None if weight is None else weight.shape[0]
+    """Classes of the checkpoint's classifier, the rows of its last matrix, or None if it has none."""
+    matrices = [name for name in sorted(state) if _CLASSIFIER.match(name) and state[name].ndim == 2]
+    return state[matrices[-1]].shape[0] if matrices else None
 
 
 def fingerprint(module: nn.Module) -> str:
     """Hex sha256 over names, types, shapes and bytes of what makes a backbone's embedding (no classifier)."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        if name.startswith(_CLASSIFIER):
+        if _CLASSIFIER.match(name):
             continue
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
@@ -140,30 +133,22 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _from_hub(uri: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-    location, _, revision = uri.removeprefix("hf://").partition("@")
-    parts = location.split("/")
-    if len(parts) < 3:
-        raise ValueError(f"checkpoint {uri!r}; expected hf://owner/repository/file")
-    repository, file = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
-        return Path(hf_hub_download(repository, file, revision=revision or None))
-    except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"Checkpoint not found: {uri} is neither in the hub's cache nor to be had from the hub "
-            f"({type(error).__name__}). Where there is network, run 'hf download {repository} {file}', or give "
-            "checkpoint_path (of avex-export: a model YAML with checkpoint_path)"
-        ) from error
+def _refuse_placeholder(state: StateDict, source: str) -> None:
+    """Raise ValueError for what a failed upload or an unfinished download leaves: no values, or only zeros."""
+    empty = sorted(name for name, tensor in state.items() if tensor.numel() == 0)
+    if empty:
+        raise ValueError(f"{source} has {len(empty)} tensors of size zero: {_some(empty)}; get it again")
+    if not any(tensor.any() for tensor in state.values()):
+        raise ValueError(f"{source} holds nothing but zeros in {len(state)} tensors; get it again")
 
 
-def _without_prefix(state: StateDict) -> StateDict:
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+def _with_backbone_prefix(state: StateDict, own: Iterable[str]) -> StateDict:
+    wanted = any(name.startswith(_BACKBONE) for name in own)
+    if wanted == any(name.startswith(_BACKBONE) for name in state):
+        return state
+    if not wanted:
+        return {name.removeprefix(_BACKBONE): tensor for name, tensor in state.items()}
+    return {name if _CLASSIFIER.match(name) else f"{_BACKBONE}{name}": t for name, t in state.items()}
 
 
 def _rename(name: str) -> str:
