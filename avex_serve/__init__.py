@@ -10,39 +10,55 @@ from typing import TYPE_CHECKING, Any
 from avex_serve.version import __version__
 
 if TYPE_CHECKING:
-    from avex_serve.models.utils.factory import build_model_from_spec
-    from avex_serve.models.utils.load import list_model_layers, load_model
+    from avex_serve.models.utils.factory import build_model, build_model_from_spec
+    from avex_serve.models.utils.load import list_model_layers, load_label_mapping, load_model
     from avex_serve.models.utils.registry import (
+        describe_model,
         get_checkpoint_path,
+        get_model_class,
         get_model_spec,
+        list_model_classes,
         list_models,
         register_model,
+        register_model_class,
     )
     from avex_serve.runtime.engine import Engine, open_bundle
 
 _HOME = {
     "Engine": "avex_serve.runtime.engine",
     "open_bundle": "avex_serve.runtime.engine",
+    "build_model": "avex_serve.models.utils.factory",
     "build_model_from_spec": "avex_serve.models.utils.factory",
-    "load_model": "avex_serve.models.utils.load",
-    "get_checkpoint_path": "avex_serve.models.utils.registry",
-    "get_model_spec": "avex_serve.models.utils.registry",
     "list_model_layers": "avex_serve.models.utils.load",
+    "load_label_mapping": "avex_serve.models.utils.load",
+    "load_model": "avex_serve.models.utils.load",
+    "describe_model": "avex_serve.models.utils.registry",
+    "get_checkpoint_path": "avex_serve.models.utils.registry",
+    "get_model_class": "avex_serve.models.utils.registry",
+    "get_model_spec": "avex_serve.models.utils.registry",
+    "list_model_classes": "avex_serve.models.utils.registry",
     "list_models": "avex_serve.models.utils.registry",
     "register_model": "avex_serve.models.utils.registry",
+    "register_model_class": "avex_serve.models.utils.registry",
 }
 
 __all__ = [
     "Engine",
     "__version__",
+    "build_model",
     "build_model_from_spec",
+    "describe_model",
     "get_checkpoint_path",
+    "get_model_class",
     "get_model_spec",
+    "list_model_classes",
     "list_model_layers",
     "list_models",
+    "load_label_mapping",
     "load_model",
     "open_bundle",
     "register_model",
+    "register_model_class",
 ]
 
 

@@ -58,20 +58,22 @@ class ModelSpec(BaseModel):
     )
     use_naturelm: bool | None = Field(None, description="BEATs: clamp the waveform to [-1, 1] first")
     fine_tuned: bool | None = Field(None, description="BEATs: the fine-tuned geometry, with a predictor")
+    efficientnet_variant: Literal["b0", "b1"] = Field("b0", description="EfficientNet: which of the family")
     eat_cfg: dict[str, Any] | None = Field(None, description="EAT: the same as init_config, under avex's name")
-    eat_norm_mean: float | None = Field(
-        None,
-        description="EAT: subtracted from the log-mel features; None: -4.268, which avex computes with even where "
-        "its YAML files say -5.553",
+    eat_norm_mean: float = Field(
+        -4.268,
+        description="EAT: subtracted from the log-mel features; avex computes with the default even where its YAML "
+        "files say -5.553",
     )
-    eat_norm_std: float | None = Field(
-        None,
+    eat_norm_std: float = Field(
+        4.569,
         gt=0,
-        description="EAT: the log-mel features are divided by twice this; None: 4.569, which avex computes with "
-        "even where its YAML files say 4.606",
+        description="EAT: the log-mel features are divided by twice this; avex computes with the default even where "
+        "its YAML files say 4.606",
     )
-    efficientnet_variant: Literal["b0", "b1"] | None = Field(None, description="EfficientNet: its size; None: b0")
-    extra_config: dict[str, Any] | None = Field(None, description="free-form options of a custom model")
+    extra_config: dict[str, Any] | None = Field(
+        None, description="free-form options of a custom model whose class takes extra_config"
+    )
 
 
 class ProbeConfig(BaseModel):

@@ -1,8 +1,8 @@
 """What every backbone can do, whatever its architecture: give embeddings by layer name."""
 
 import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,15 +10,19 @@ from torch import Tensor, nn
 
 from avex_serve.configs import Aggregation, AudioConfig
 from avex_serve.models.aggregation import concatenate
-from avex_serve.models.layers import last_layer, resolve_layers
+from avex_serve.models.layers import BACKBONE, last_layer, resolve_layers
+from avex_serve.models.passes import frozen, measure_batch_axes, tap_by_hooks
 from avex_serve.models.tracing import is_tracing
 
 
-class ModelBase(nn.Module, ABC):
+class ModelBase(nn.Module):
     """A backbone: waveforms in, embeddings by layer name out.
 
-    A subclass says which layers it has and computes them (`taps`). Everything else follows: the surface that
-    avex's models have (`get_model_layers`, `register_hooks_for_layers`, `extract_embeddings`) needs no hook.
+    The architectures here say which layers they have and compute them without hooks: they override
+    `get_model_layers`, `tappable_layers`, `taps` and `specialise`. A subclass with no more than `forward`, as avex's
+    documentation shows them, works too: its layers are its linear submodules, any submodule can be named, and `taps`
+    listens to them during one forward pass. Everything else follows: the surface that avex's models have
+    (`get_model_layers`, `register_hooks_for_layers`, `extract_embeddings`).
 
     Attributes:
         audio_config: what audio it expects, or None if that is not known.
@@ -28,22 +32,39 @@ class ModelBase(nn.Module, ABC):
 
     trunk: ClassVar[str] = "backbone"
 
-    def __init__(self, device: str = "cpu", audio_config: AudioConfig | None = None) -> None:
+    def __init__(self, device: str = "cpu", audio_config: AudioConfig | Mapping[str, Any] | None = None) -> None:
+        """Start a model.
+
+        Args:
+            device: where it is.
+            audio_config: what audio it expects, or the fields of that.
+        """
         super().__init__()
         self.device = device
-        self.audio_config = audio_config
+        self.audio_config = AudioConfig(**audio_config) if isinstance(audio_config, Mapping) else audio_config
         self.label_mapping: dict[str, dict[Any, Any]] | None = None
         self._selected_layers: list[str] = []
+        self._layer_names: list[str] = []
+        self._batch_axes: dict[str, int] | None = None  # fixed by `specialise`, on a copy
 
-    @abstractmethod
+    @property
+    def network(self) -> nn.Module:
+        """The module that is called and that checkpoints are for: the model itself, unless it adapts another."""
+        return self
+
     def get_model_layers(self) -> list[str]:
         """The discoverable layers in order; indices in ``target_layers`` count along this list."""
+        self._discover_embedding_layers()
+        return list(self._layer_names)
 
-    @abstractmethod
+    def _discover_embedding_layers(self) -> None:
+        # A subclass written for avex overrides this to choose its layers, and fills this list.
+        self._layer_names = [name for name, part in self.named_modules() if isinstance(part, nn.Linear)]
+
     def tappable_layers(self) -> list[str]:
         """Every name that `taps` knows: the discoverable layers and those that must be named."""
+        return [BACKBONE, *(name for name, _ in self.network.named_modules() if name)]
 
-    @abstractmethod
     def taps(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Outputs of layers by name, batch first.
 
@@ -54,7 +75,12 @@ class ModelBase(nn.Module, ABC):
 
         Returns:
             (B, T, D) of a sequence, (B, C, H, W) of a feature map.
+
+        Raises:
+            ValueError: no audio, or a layer that a forward pass doesn't reach.
         """
+        tap = self._extracted if self._has_own_extraction() else self._heard
+        return tap(wave, layers, padding_mask)
 
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
         """The padding mask (B, S) brought to the time steps of an embedding, (B, tokens).
@@ -64,13 +90,16 @@ class ModelBase(nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no padding mask at the level of tokens")
 
-    @abstractmethod
     def specialise(self, samples: int, layers: Sequence[str]) -> None:
         """Make this copy fit for an exported graph, in place: clips of so many samples, and only these layers.
 
         Parts that the layers don't need are dropped. The numbers change by rounding only. The copy can't be
         trained or saved any more.
         """
+        # In a graph the size of the batch is no number that could tell where the batch is.
+        if not self._has_own_extraction():
+            silence = self._waveform(torch.zeros(1, samples))
+            self._batch_axes = measure_batch_axes(self.network, silence, layers)
 
     @property
     def settings(self) -> str:
@@ -105,14 +134,28 @@ class ModelBase(nn.Module, ABC):
 
         Raises:
             ValueError: no tensor, an empty one, or one of another rank.
+            NotImplementedError: a model without a front end of its own whose audio_config asks for a spectrogram.
         """
+        if (
+            type(self).taps is ModelBase.taps
+            and self.audio_config is not None
+            and self.audio_config.representation != "raw"
+        ):
+            raise NotImplementedError(
+                f"audio_config.representation is {self.audio_config.representation!r}, but process_audio() of "
+                f"{type(self).__name__} gives the waveform; set 'raw', or override process_audio() with a front end"
+            )
+        return self._waveform(x)
+
+    def _waveform(self, x: Tensor) -> Tensor:
         if x is None:
             raise ValueError("Input tensor cannot be None; give a waveform of shape (batch, samples)")
         if x.ndim not in (1, 2):
             raise ValueError(f"waveform of shape {tuple(x.shape)}; expected (batch, samples) or (samples,)")
         if not is_tracing() and x.numel() == 0:  # sizes are no numbers while a graph is traced
             raise ValueError(f"Audio tensor cannot be empty, got shape {tuple(x.shape)}")
-        device = next(self.parameters()).device
+        parameter = next(self.parameters(), None)
+        device = x.device if parameter is None else parameter.device
         wave = x if x.ndim == 2 else x[None]
         return wave if wave.device == device else wave.to(device)  # a traced move would name the device
 
@@ -161,9 +204,38 @@ class ModelBase(nn.Module, ABC):
         wave, mask = unpack_audio(x, padding_mask)
         if not self._selected_layers:
             raise ValueError("No layers are chosen. Call register_hooks_for_layers() first.")
+        tap = self._heard if type(self).taps is ModelBase.taps else self.taps
         with frozen(self) if freeze_backbone else contextlib.nullcontext():
-            found = self.taps(wave, self._selected_layers, mask)
+            found = tap(wave, self._selected_layers, mask)
         return concatenate([found[name] for name in self._selected_layers], aggregation)
+
+    # -- the default way to layers -------------------------------------------------------------------------------
+
+    def _has_own_extraction(self) -> bool:
+        return type(self).extract_embeddings is not ModelBase.extract_embeddings
+
+    def _heard(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None) -> dict[str, Tensor]:
+        return tap_by_hooks(self.network, self._waveform(wave), layers, padding_mask, self._batch_axes)
+
+    def _extracted(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None) -> dict[str, Tensor]:
+        # A subclass that brings its own extract_embeddings is asked through it, as avex's probes do. Whether to
+        # freeze is the caller's decision; avex's base class doesn't have that argument, so a subclass may not.
+        options: dict[str, Any] = {"padding_mask": padding_mask, "aggregation": "none", "freeze_backbone": False}
+        known = inspect.signature(self.extract_embeddings).parameters
+        selected, self._selected_layers = self._selected_layers, list(layers)
+        try:
+            found = self.extract_embeddings(
+                self._waveform(wave), **{name: value for name, value in options.items() if name in known}
+            )
+        finally:
+            self._selected_layers = selected
+        outputs = [found] if isinstance(found, Tensor) else list(found)
+        if len(outputs) != len(layers):
+            raise ValueError(
+                f"{type(self).__name__}.extract_embeddings() gave {len(outputs)} embeddings for the layers "
+                f"{', '.join(layers)}; expected one each with aggregation='none'"
+            )
+        return dict(zip(layers, outputs, strict=True))
 
 
 def unpack_audio(x: Tensor | Mapping[str, Tensor], padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -177,15 +249,3 @@ def unpack_audio(x: Tensor | Mapping[str, Tensor], padding_mask: Tensor | None) 
             raise ValueError(f"the input has keys {sorted(x)}; expected 'raw_wav' with the waveform")
         return x["raw_wav"], x.get("padding_mask", padding_mask)
     return x, padding_mask
-
-
-@contextlib.contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Run a module in eval mode and without gradients; its mode is restored."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(training)

@@ -1,10 +1,9 @@
-"""Checkpoints: from a path or URI to a state dict, and strictly into a module. Never a pickle."""
+"""Checkpoints: from a file to a state dict, and strictly into a module. Never a pickle."""
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +14,8 @@ from avex_serve.models.base_model import ModelBase
 
 StateDict = dict[str, Tensor]
 
-# Wrappers around a state dict, and prefixes that training frameworks put before every name.
+# Wrappers around a state dict, and prefixes that training frameworks put before every name. Some modules' own names
+# begin with ``model.``, so a prefix is taken off only where the names fit better without it.
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
 _PREFIXES = ("module.", "model.")
 
@@ -30,41 +30,18 @@ _RENAMES = (
 )
 
 # Parts of a checkpoint that only pre-training uses: EAT's decoder, which restores masked patches.
-_UNUSED = re.compile(r"^modality_encoders\.IMAGE\.decoder\.")
+_UNUSED = re.compile(r"(^|\.)modality_encoders\.IMAGE\.decoder\.")
 
-# A head for another task, which an embedding doesn't pass through.
-_CLASSIFIER = ("classifier.", "model.classifier.")
-_CLASSIFIER_WEIGHT = re.compile(r"^(model\.)?classifier\.(1\.)?weight$")
+# A head for another task, which an embedding doesn't pass through. Inside of a backbone these words mean nothing.
+_CLASSIFIER = re.compile(r"^(module\.)?(model\.)?(classifier|head|classification_head)\.")
 # Constant buffers that some checkpoints hold and the module computes if they don't.
 _COMPUTED = re.compile(r"(^|\.)fbank\.(window|mel_fb)$")
-
-
-def resolve_checkpoint(uri: str) -> Path:
-    """The local file of a checkpoint.
-
-    Args:
-        uri: a path, ``file://…``, or ``hf://owner/repository/file[@revision]``, which is taken from the hub's
-            cache or downloaded (``HF_HUB_OFFLINE=1``: from the cache only).
-
-    Raises:
-        FileNotFoundError: it isn't there, with what to do.
-        ValueError: a scheme that is not known.
-    """
-    scheme = urlparse(uri).scheme if "://" in uri else ""
-    if scheme == "hf":
-        return _from_hub(uri)
-    if scheme not in ("", "file"):
-        raise ValueError(f"checkpoint {uri!r}: scheme {scheme}:// is not known; use a path, file:// or hf://")
-    path = Path(unquote(urlparse(uri).path) if scheme else uri).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"Checkpoint not found: {path}; check the path")
-    return path
 
 
 def read_state_dict(path: Path) -> StateDict:
     """The tensors of a checkpoint by name: safetensors, or a torch file that holds nothing but tensors.
 
-    Wrappers and prefixes of training frameworks are taken off, and names brought to ours.
+    Wrappers of training frameworks are taken off; names stay as they are, see `brought_to`.
 
     Raises:
         ValueError: empty, truncated, or no state dict.
@@ -89,27 +66,55 @@ def read_state_dict(path: Path) -> StateDict:
         raise ValueError(f"checkpoint {path} holds no state dict; expected names and tensors")
     if not content:
         raise ValueError(f"checkpoint {path} holds no tensors; get it again")
-    state = _without_prefix(dict(content))
-    return {_rename(name): tensor for name, tensor in state.items() if not _UNUSED.match(name)}
+    return {name: tensor for name, tensor in content.items() if not _UNUSED.search(name)}
 
 
-def load_backbone(module: ModelBase, state: StateDict, source: str, *, keep_classifier: bool) -> None:
+def load_backbone(model: ModelBase, state: StateDict, source: str, *, keep_classifier: bool) -> None:
     """Load a checkpoint into a backbone, whole or not at all.
 
-    Names may lack or carry the module's `trunk` as their prefix. A classifier in the checkpoint is dropped unless
-    `keep_classifier`, one in the module then stays as it is; constant buffers of the front end may be missing.
+    Names are brought to the module's: they may carry the prefixes of training frameworks, lack or carry the model's
+    `trunk`, and be of another writer. Constant buffers of the front end may be missing. Unless `keep_classifier`, a
+    classifier is loaded if it fits the module's, and left out otherwise.
 
     Raises:
-        ValueError: missing or unexpected names, or other shapes, all listed.
+        ValueError: no values or only zeros; missing or unexpected names, or other shapes, all listed.
     """
+    _refuse_placeholder(state, source)
+    module = model.network
     own = module.state_dict()
-    if not any(name.startswith(f"{module.trunk}.") for name in state):
-        state = {_within(module.trunk, name): tensor for name, tensor in state.items()}
-    optional = {name: tensor for name, tensor in own.items() if _COMPUTED.search(name)}
+    state = brought_to(own, state, model.trunk)
+    optional = {name for name in own if _COMPUTED.search(name)}
     if not keep_classifier:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(_CLASSIFIER)}
-        optional |= {name: tensor for name, tensor in own.items() if name.startswith(_CLASSIFIER)}
-    load_strictly(module, {**optional, **state}, source)
+        optional |= {name for name in own if _CLASSIFIER.match(name)}
+        state = {
+            n: t for n, t in state.items() if not _CLASSIFIER.match(n) or (n in own and own[n].shape == t.shape)
+        }
+    load_strictly(module, {**{name: own[name] for name in optional}, **state}, source)
+
+
+def brought_to(own: Iterable[str], state: StateDict, trunk: str | None = None) -> StateDict:
+    """The state dict with names as the module has them, as far as prefixes and other writers make the difference.
+
+    Args:
+        own: the module's names.
+        state: the tensors by the names in the checkpoint.
+        trunk: a submodule whose name may be left out, or put before every name; see `ModelBase.trunk`.
+    """
+    names = {name: name for name in state}
+    candidates = [names, _renamed(names)]
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in names.values()):
+            names = {given: name.removeprefix(prefix) for given, name in names.items()}
+            candidates.append(_renamed(names))
+    if trunk is not None:
+        candidates += [change(trunk, each) for each in candidates for change in (_inside, _outside)]
+    known = set(own)
+    # Of those that match most of the module's names, the one with the fewest changes.
+    best = max(
+        (each for each in candidates if len(set(each.values())) == len(each)),
+        key=lambda each: len(known.intersection(each.values())),
+    )
+    return {best[given]: tensor for given, tensor in state.items()}
 
 
 def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
@@ -138,8 +143,9 @@ def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
 
 
 def count_classes(state: StateDict) -> int | None:
-    """Classes of the checkpoint's classifier, or None if it has none."""
-    return next((tensor.shape[0] for name, tensor in state.items() if _CLASSIFIER_WEIGHT.match(name)), None)
+    """Classes of the checkpoint's classifier, the rows of its last matrix, or None if it has none."""
+    matrices = [name for name in sorted(state) if _CLASSIFIER.match(name) and state[name].ndim == 2]
+    return state[matrices[-1]].shape[0] if matrices else None
 
 
 def fingerprint(module: ModelBase) -> str:
@@ -149,7 +155,7 @@ def fingerprint(module: ModelBase) -> str:
     """
     digest = hashlib.sha256(module.settings.encode())
     for name, tensor in sorted(module.state_dict().items()):
-        if name.startswith(_CLASSIFIER):
+        if _CLASSIFIER.match(name):
             continue
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
@@ -157,36 +163,30 @@ def fingerprint(module: ModelBase) -> str:
     return digest.hexdigest()
 
 
-def _from_hub(uri: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
-    location, _, revision = uri.removeprefix("hf://").partition("@")
-    parts = location.split("/")
-    if len(parts) < 3:
-        raise ValueError(f"checkpoint {uri!r}; expected hf://owner/repository/file")
-    repository, file = "/".join(parts[:2]), "/".join(parts[2:])
-    try:
-        return Path(hf_hub_download(repository, file, revision=revision or None))
-    except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"Checkpoint not found: {uri} is neither in the hub's cache nor to be had from the hub "
-            f"({type(error).__name__}). Where there is network, run 'hf download {repository} {file}', or give "
-            "checkpoint_path (of avex-export: a model YAML with checkpoint_path)"
-        ) from error
+def _refuse_placeholder(state: StateDict, source: str) -> None:
+    """Raise ValueError for what a failed upload or an unfinished download leaves: no values, or only zeros."""
+    empty = sorted(name for name, tensor in state.items() if tensor.numel() == 0)
+    if empty:
+        raise ValueError(f"{source} has {len(empty)} tensors of size zero: {_some(empty)}; get it again")
+    if not any(tensor.any() for tensor in state.values()):
+        raise ValueError(f"{source} holds nothing but zeros in {len(state)} tensors; get it again")
 
 
-def _without_prefix(state: StateDict) -> StateDict:
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+def _renamed(names: Mapping[str, str]) -> dict[str, str]:
+    return {given: _rename(name) for given, name in names.items()}
 
 
-def _within(trunk: str, name: str) -> str:
+def _inside(trunk: str, names: Mapping[str, str]) -> dict[str, str]:
     # Some classifiers are part of the trunk, others stand beside it.
-    inside = f"{trunk}.{name}"
-    return name if name.startswith(_CLASSIFIER) and not inside.startswith(_CLASSIFIER) else inside
+    inside = {given: f"{trunk}.{name}" for given, name in names.items()}
+    return {
+        g: name if _CLASSIFIER.match(name) and not _CLASSIFIER.match(inside[g]) else inside[g]
+        for g, name in names.items()
+    }
+
+
+def _outside(trunk: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {given: name.removeprefix(f"{trunk}.") for given, name in names.items()}
 
 
 def _rename(name: str) -> str:

@@ -38,7 +38,7 @@ def resolve_layers(selectors: Sequence[str | int], layers: Sequence[str], tappab
 
 
 def last_layer(layers: Sequence[str]) -> str:
-    """The last layer that is not a classification head.
+    """The last layer that is not a classification head; of nothing but heads the last, as in avex.
 
     Raises:
         ValueError: the model has no layers.
@@ -46,6 +46,8 @@ def last_layer(layers: Sequence[str]) -> str:
     for name in reversed(layers):
         if not any(part in name.lower() for part in ("classifier", "head")):
             return name
+    if layers:
+        return layers[-1]
     raise ValueError("the model has no layers, so there is no last_layer; name a layer")
 
 

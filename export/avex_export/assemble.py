@@ -14,7 +14,8 @@ from avex_export.recipes import Recipe
 from avex_serve.bundle import parse_labels
 from avex_serve.errors import ExportError, NotFoundError
 from avex_serve.models.base_model import ModelBase
-from avex_serve.models.checkpoints import fingerprint, read_state_dict, resolve_checkpoint
+from avex_serve.models.checkpoints import fingerprint, read_state_dict
+from avex_serve.models.files import resolve_file
 from avex_serve.models.probes import Probe, build_probe_from_config
 from avex_serve.models.probes.storage import (
     WEIGHTS,
@@ -132,11 +133,11 @@ def assemble(request: Request) -> Assembly:
         else:
             probe, clip_samples, sample_rate = _online_probe(request, entry, saved, source, len(labels))
         if state_file is not None:
-            load_head(probe, read_state_dict(resolve_checkpoint(str(state_file))), str(state_file))
-    except (ValueError, RuntimeError, AssertionError) as error:
+            load_head(probe, read_state_dict(resolve_file(str(state_file))), str(state_file))
+    except (ValueError, KeyError, RuntimeError, AssertionError) as error:
         # What the probe API raises, as avex does, for configurations and weights that don't go together.
         raise ExportError(f"the probe {recipe.name} can't be built on {model}: {error}") from error
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ModuleNotFoundError) as error:
         raise ExportError(str(error)) from error
     return Assembly(
         name=recipe.name,

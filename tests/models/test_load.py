@@ -1,3 +1,5 @@
+import hashlib
+import json
 import pickle
 import re
 
@@ -8,6 +10,9 @@ from safetensors.torch import save_file
 
 import avex_serve
 from avex_serve.configs import ModelSpec
+from avex_serve.models.base_model import ModelBase
+from avex_serve.models.checkpoints import load_backbone, read_state_dict
+from tests.hub import REVISION, hub_cache, use_cache
 from tests.models.backbones import noise, tiny_beats, tiny_spec
 
 
@@ -42,6 +47,7 @@ FORMS = {
     },
     "data parallel": lambda s: {f"module.{n}": t for n, t in s.items()},
     "lightning": lambda s: {f"model.{n}": t for n, t in s.items()},
+    "data parallel in lightning": lambda s: {f"module.model.{n}": t for n, t in s.items()},
 }
 
 
@@ -73,7 +79,12 @@ DAMAGES = {
         lambda s: {**s, "backbone.layer_norm.bias": torch.zeros(7)},
         r"1 of another shape: backbone.layer_norm.bias is \(7,\), not \(24,\)",
     ),
-    "nothing in common": (lambda s: {"other": torch.zeros(1)}, "unexpected: backbone.other"),
+    "size zero": (
+        lambda s: {**s, "backbone.layer_norm.bias": torch.zeros(0)},
+        "1 tensors of size zero: backbone.layer_norm.bias",
+    ),
+    "only zeros": (lambda s: {n: torch.zeros_like(t) for n, t in s.items()}, r"nothing but zeros in \d+ tensors"),
+    "nothing in common": (lambda s: {"other": torch.ones(1)}, "unexpected: backbone.other"),
 }
 
 
@@ -85,10 +96,26 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_that_lists_what_differs(tmp_
         avex_serve.load_model(spec, checkpoint_path=str(path), return_features_only=True)
 
 
+def test_a_model_is_never_half_loaded(tmp_path, model):
+    other = tiny_beats(seed=9, finetuned_model=True)
+    save_file(drop("backbone.layer_norm.weight")(state(other)), tmp_path / "checkpoint.safetensors")
+    before = state(model)
+    with pytest.raises(ValueError, match="1 missing"):
+        load_backbone(
+            model, read_state_dict(tmp_path / "checkpoint.safetensors"), "checkpoint", keep_classifier=False
+        )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_damaged_files_are_refused(tmp_path, model, spec):
     whole = tmp_path / "whole.safetensors"
     save_file(state(model), whole)
-    contents = {"empty": b"", "truncated": whole.read_bytes()[:1000], "text": b"not a checkpoint"}
+    contents = {
+        "empty": b"",
+        "truncated": whole.read_bytes()[:1000],
+        "text": b"not a checkpoint",
+        "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 240\n",
+    }
     for name, content in contents.items():
         for suffix in ("safetensors", "pt"):
             path = tmp_path / f"{name}.{suffix}"
@@ -122,24 +149,14 @@ def test_a_model_from_yaml_finds_its_checkpoint_beside_it(tmp_path, model, spec)
     assert avex_serve.load_model(str(path)).get_model_layers() == model.get_model_layers()
 
 
-def hub_cache(home, repository, file, write, revision="a" * 40):
-    """The hub's cache as huggingface_hub lays it out."""
-    root = home / "hub" / f"models--{repository.replace('/', '--')}"
-    snapshot = root / "snapshots" / revision
-    snapshot.mkdir(parents=True)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text(revision)
-    write(snapshot / file)
-
-
 def test_hub_checkpoints_come_from_the_cache(tmp_path, monkeypatch, model, spec):
-    constants = pytest.importorskip("huggingface_hub.constants")
     hub_cache(tmp_path, "owner/repo", "weights.safetensors", lambda path: save_file(state(model), path))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    use_cache(monkeypatch, tmp_path)
     assert_same(avex_serve.load_model(spec, checkpoint_path="hf://owner/repo/weights.safetensors"), model)
-    pinned = f"hf://owner/repo/weights.safetensors@{'a' * 40}"
-    assert_same(avex_serve.load_model(spec, checkpoint_path=pinned), model)
+    for pinned in (f"repo/weights.safetensors@{REVISION}", f"repo@{REVISION}/weights.safetensors"):
+        assert_same(avex_serve.load_model(spec, checkpoint_path=f"hf://owner/{pinned}"), model)
+    with pytest.raises(FileNotFoundError, match=r"hf download owner/repo weights.safetensors --revision v2"):
+        avex_serve.load_model(spec, checkpoint_path="hf://owner/repo@v2/weights.safetensors")
     with pytest.raises(FileNotFoundError, match=r"hf download owner/repo other\.safetensors"):
         avex_serve.load_model(spec, checkpoint_path="hf://owner/repo/other.safetensors")
 
@@ -156,7 +173,7 @@ def test_hub_checkpoints_come_from_the_cache(tmp_path, monkeypatch, model, spec)
         ("missing.yml", {}, FileNotFoundError, "missing.yml"),
         (3, {}, TypeError, "Unsupported model type"),
         (ModelSpec(name="beats"), {}, ValueError, "pretrained=False"),
-        (ModelSpec(name="resnet", pretrained=False), {}, ValueError, "'resnet' is not known; expected one of"),
+        (ModelSpec(name="resnet", pretrained=False), {}, KeyError, r"'resnet' is not registered.*\['beats'"),
         (tiny_spec(), {"checkpoint_path": "missing.pt"}, FileNotFoundError, "missing.pt"),
         (tiny_spec(), {"checkpoint_path": "ftp://x/y"}, ValueError, "ftp:// is not known"),
         (tiny_spec(), {"checkpoint_path": "hf://owner/file"}, ValueError, "hf://owner/repository/file"),
@@ -168,25 +185,111 @@ def test_models_that_can_not_be_loaded(model, options, error, message):
         avex_serve.load_model(model, **options)
 
 
-def test_loading_leaves_the_registry_alone(spec):
+LABELS = {"whale": 2, "bee": 0, "bat": 1, "wren": 3}
+MAPPING = {"label_to_index": LABELS, "index_to_label": {0: "bee", 1: "bat", 2: "whale", 3: "wren"}}
+
+
+@pytest.fixture
+def published(tmp_path, model, spec):
+    """A model in a YAML file, with its checkpoint and its label map beside it."""
+    save_file(state(model), tmp_path / "weights.safetensors")
+    (tmp_path / "label_map.json").write_text(json.dumps(LABELS))
+    content = {
+        "model_spec": spec.model_dump(exclude_none=True),
+        "checkpoint_path": "weights.safetensors",
+        "class_mapping_path": "label_map.json",
+        "sha256": hashlib.sha256((tmp_path / "weights.safetensors").read_bytes()).hexdigest(),
+    }
+    path = tmp_path / "published.yml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_classifier_knows_its_labels(published):
+    loaded = avex_serve.load_model(published)
+    assert loaded.label_mapping == MAPPING
+    assert loaded(noise(1)).shape == (1, 4)
+    assert avex_serve.load_model(published, return_features_only=True).label_mapping is None
+    labels = published.with_name("label_map.json")
+    assert avex_serve.load_label_mapping(labels) == avex_serve.load_label_mapping(str(labels)) == MAPPING
+    assert avex_serve.load_label_mapping(f"file://{labels.rename(labels.with_suffix('.txt'))}") == MAPPING
+
+
+def test_labels_come_from_the_hubs_cache(tmp_path, monkeypatch, published, clean_registry, spec):
+    hub_cache(tmp_path, "owner/repo", "label_map.json", lambda path: path.write_text(json.dumps(LABELS)))
+    use_cache(monkeypatch, tmp_path)
+    weights = str(published.with_name("weights.safetensors"))
+    avex_serve.register_model("mine", spec, weights, "hf://owner/repo/label_map.json")
+    assert avex_serve.load_model("mine").label_mapping == MAPPING
+    assert avex_serve.load_label_mapping("mine") == MAPPING
+    assert avex_serve.list_models()["mine"]["num_classes"] == 4
+    assert avex_serve.describe_model("mine")["_metadata"]["num_classes"] == 4
+
+
+def test_labels_that_can_not_be_had_are_none_with_a_warning(published, clean_registry, spec, caplog):
+    published.with_name("label_map.json").unlink()
+    loaded = avex_serve.load_model(published)
+    assert loaded.label_mapping is None
+    assert loaded(noise(1)).shape == (1, 4)
+    assert "Label map not found" in caplog.text
     avex_serve.register_model("mine", spec)
-    avex_serve.get_model_spec("mine").init_config["encoder_layers"] = 9
-    avex_serve.load_model("mine")
-    assert avex_serve.get_model_spec("mine") == spec
-    assert "mine" in avex_serve.list_models()
-    assert avex_serve.get_checkpoint_path("mine") is None
-    with pytest.raises(KeyError, match="nothing"):
-        avex_serve.get_checkpoint_path("nothing")
+    for name, told in {
+        "mine": "names no label map",
+        "nothing": "neither a registered model",
+        "x.json": "x.json",
+    }.items():
+        caplog.clear()
+        assert avex_serve.load_label_mapping(name) is None
+        assert told in caplog.text
 
 
-def test_official_models_are_listed_with_their_checkpoints():
-    models = avex_serve.list_models()
-    assert models["esp_aves2_naturelm_audio_v1_beats"]["checkpoint_path"].startswith("hf://EarthSpeciesProject/")
-    layers = avex_serve.list_model_layers("esp_aves2_sed_birdcode_beats_encoder")
-    assert layers["last_layer"] == "backbone.encoder.layers.11.fc2"
-    assert layers["layers"] == layers["all"]
-    assert len(layers["layers"]) == 13
-    with pytest.raises(ValueError, match="not found in registry"):
-        avex_serve.list_model_layers("nothing")
-    with pytest.raises(ValueError, match="must be an instance of ModelBase"):
-        avex_serve.list_model_layers(torch.nn.Linear(1, 1))
+def test_labels_of_another_number_are_an_error_unless_the_weights_are_not_the_models_own(published, caplog):
+    published.with_name("label_map.json").write_text('{"bat": 0, "bee": 1}')
+    with pytest.raises(ValueError, match=r"label_map.json has 2 labels, but checkpoint \S+ has 4 classes"):
+        avex_serve.load_model(published)
+    other = str(published.with_name("weights.safetensors"))
+    assert avex_serve.load_model(published, checkpoint_path=other).label_mapping is None
+    assert "has 2 labels" in caplog.text
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"a": 0, "b": 2}', '{"a": 0, "a": 1}', '{"a": "0"}'])
+def test_a_damaged_label_map_is_an_error(published, content):
+    published.with_name("label_map.json").write_text(content)
+    with pytest.raises(ValueError, match=r"label_map\.json"):
+        avex_serve.load_model(published)
+
+
+def test_a_checkpoint_that_is_not_the_published_one_is_refused(published, model):
+    weights = published.with_name("weights.safetensors")
+    save_file({**state(model), "classifier.bias": torch.ones(4)}, weights)
+    with pytest.raises(ValueError, match=r"has sha256 [0-9a-f]{64}, but [0-9a-f]{64} is published"):
+        avex_serve.load_model(published)
+    assert avex_serve.load_model(published, checkpoint_path=str(weights)).classifier.out_features == 4
+
+
+def test_a_prefix_that_the_module_has_itself_stays(tmp_path, clean_registry):
+    avex_serve.register_model_class(Inner)
+    spec = ModelSpec(name="inner", pretrained=False)
+    saved = Inner(num_classes=5)
+    for number, prefix in enumerate(("", "module.")):
+        path = tmp_path / f"{number}.safetensors"
+        save_file({f"{prefix}{name}": tensor for name, tensor in saved.state_dict().items()}, path)
+        loaded = avex_serve.load_model(spec, checkpoint_path=str(path))
+        assert torch.equal(loaded(noise(1)), saved(noise(1)))
+        # Its class can't leave its classifier out, so that is loaded where it fits.
+        features = avex_serve.load_model(spec, checkpoint_path=str(path), return_features_only=True)
+        assert torch.equal(features(noise(1)), saved(noise(1)))
+
+
+class Inner(ModelBase):
+    """Its parameters' own names begin with ``model.``, as EfficientNet's do."""
+
+    def __init__(self, num_classes, device="cpu"):
+        super().__init__(device)
+        self.model = torch.nn.Module()
+        self.model.features = torch.nn.Linear(100, 8)
+        self.model.classifier = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(8, num_classes))
+        self.eval()
+
+    def forward(self, x, padding_mask=None):
+        return self.model.classifier(self.model.features(x[:, :100]))

@@ -1,7 +1,6 @@
 """The page on avex's probe API: every snippet of it runs with the import renamed, at full size."""
 
 import inspect
-import os
 import re
 import textwrap
 
@@ -13,7 +12,7 @@ from avex_serve.models.base_model import ModelBase
 from avex_serve.models.probes import build_probe_from_config
 from avex_serve.models.utils.factory import build_model_from_spec
 from avex_serve.models.utils.registry import get_model_spec
-from tests.models.test_load import hub_cache
+from tests.hub import hub_cache, use_cache
 from tests.shared import shared
 
 PAGE = next(shared("seeds").glob("*.txt")).read_text()
@@ -106,9 +105,7 @@ def test_the_page_has_its_snippets():
 @pytest.mark.slow
 @pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_the_snippet_runs(code, hub, tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", os.fspath(hub / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    use_cache(monkeypatch, hub)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_probe.yml").write_text("probe_type: linear\ntarget_layers: [backbone]\n")
     (tmp_path / "my_linear_probe.yml").write_text(yaml_of("my_linear_probe.yml", prefix=""))

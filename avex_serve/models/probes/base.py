@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from avex_serve.configs import Aggregation, InputProcessing, ProbeConfig
 from avex_serve.models.aggregation import aggregate, concatenate, time_steps
-from avex_serve.models.base_model import ModelBase, frozen, unpack_audio
+from avex_serve.models.base_model import ModelBase, unpack_audio
+from avex_serve.models.passes import frozen
 from avex_serve.models.tracing import is_tracing
 
 Shape = tuple[int, ...]  # of one clip's embedding, without the batch: (D,), (T, D) or (C, H, W)

@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 from avex_serve.bundle import LABELS, atomic_directory, dump_labels, parse_labels
 from avex_serve.configs import ModelSpec, ProbeConfig
 from avex_serve.models.base_model import ModelBase
-from avex_serve.models.checkpoints import StateDict, fingerprint, load_strictly, read_state_dict
+from avex_serve.models.checkpoints import (
+    StateDict,
+    brought_to,
+    fingerprint,
+    load_strictly,
+    read_state_dict,
+)
+from avex_serve.models.custom import Backbone, adapt
 from avex_serve.models.probes.base import Probe, Shape
 from avex_serve.models.probes.utils.factory import build_probe_from_config
 from avex_serve.models.utils.factory import build_model_from_spec
@@ -105,7 +112,7 @@ def save_probe(
 
 def load_probe(
     directory: str | os.PathLike[str],
-    base_model: ModelBase | None = None,
+    base_model: ModelBase | Backbone | None = None,
     device: str = "cpu",
     checkpoint_path: str | None = None,
 ) -> Probe:
@@ -113,7 +120,7 @@ def load_probe(
 
     Args:
         directory: written by `save_probe`.
-        base_model: the backbone; None: loaded as the folder says.
+        base_model: the backbone, see `build_probe_from_config`; None: loaded as the folder says.
         device: where to put the probe and the backbone.
         checkpoint_path: where the backbone's weights are, if not where its model says.
 
@@ -132,10 +139,11 @@ def load_probe(
         frozen = saved.probe_config.freeze_backbone
         if base_model is None:
             base_model = _load_backbone(saved, folder, device, checkpoint_path, trained_too=not frozen)
+        backbone = adapt(base_model)
         if frozen:
-            check_backbone(saved, base_model, folder)
+            check_backbone(saved, backbone, folder)
         probe = build_probe_from_config(
-            saved.probe_config, saved.num_classes, device, base_model=base_model, target_length=saved.target_length
+            saved.probe_config, saved.num_classes, device, base_model=backbone, target_length=saved.target_length
         )
     load_head(probe, state, str(folder / WEIGHTS))
     probe.labels = read_labels(folder, saved.num_classes)
@@ -176,6 +184,7 @@ def load_head(probe: Probe, state: StateDict, source: str) -> None:
     Raises:
         ValueError: names or shapes that don't fit.
     """
+    state = brought_to(probe.state_dict(), state)
     if not probe.freeze_backbone:
         state = {**{n: t for n, t in probe.state_dict().items() if n.startswith(_UNUSED)}, **state}
     elif probe.base_model is not None:

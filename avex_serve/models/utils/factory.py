@@ -1,38 +1,94 @@
-"""From a spec to a backbone with random weights."""
+"""From a name or a spec to a backbone with random weights."""
+
+import difflib
+import inspect
+from typing import Any
 
 from avex_serve.configs import ModelSpec
 from avex_serve.models.base_model import ModelBase
-from avex_serve.models.utils.registry import get_model_class
+from avex_serve.models.custom import adapt
+from avex_serve.models.utils.registry import (
+    ModelClass,
+    get_model_class,
+    get_model_spec,
+    list_model_classes,
+    list_models,
+)
 
-# Fields of ModelSpec that are about loading, or free-form; the others go to the architecture if they are set.
-_NOT_FOR_THE_MODEL = {"name", "pretrained", "device", "extra_config", "audio_config"}
+# Fields of ModelSpec that say what to build and load, not how.
+_NOT_FOR_THE_MODEL = {"name", "pretrained", "device", "audio_config"}
 
 
-def build_model_from_spec(
-    model_spec: ModelSpec,
-    device: str | None = None,
-    *,
-    num_classes: int | None = None,
-    return_features_only: bool = False,
-) -> ModelBase:
+def build_model(model_name: str, device: str, **kwargs: Any) -> ModelBase:
+    """Build a registered model with random weights, in eval mode.
+
+    Args:
+        model_name: its name.
+        device: where to put it.
+        **kwargs: further arguments of its class, such as ``num_classes``.
+
+    Raises:
+        ValueError: no such model, or fields of its spec that its class can't take.
+        KeyError: no such class.
+        TypeError: a keyword that its class doesn't take.
+    """
+    spec = get_model_spec(model_name)
+    if spec is None:
+        raise ValueError(f"No ModelSpec found for '{model_name}'. Available models: {sorted(list_models())}")
+    return build_model_from_spec(spec, device, **kwargs)
+
+
+def build_model_from_spec(model_spec: ModelSpec, device: str | None = None, **kwargs: Any) -> ModelBase:
     """Build a backbone with random weights, in eval mode.
 
     Args:
         model_spec: architecture and geometry.
         device: where to put it; None: the spec's.
-        num_classes: of its classifier; None: no classifier.
-        return_features_only: leave the classifier out.
+        **kwargs: further arguments of its class; of the architectures here ``num_classes`` (of the classifier; None:
+            no classifier) and ``return_features_only`` (leave the classifier out).
 
     Raises:
-        ValueError: an unknown architecture, or fields that it can't take.
+        KeyError: an unknown architecture.
+        ValueError: fields that it can't take.
+        TypeError: a keyword that it doesn't take.
     """
     cls = get_model_class(model_spec.name)
-    options = model_spec.model_dump(exclude=_NOT_FOR_THE_MODEL, exclude_none=True)
-    model = cls(
-        num_classes=num_classes,
-        device=device or model_spec.device,
-        audio_config=model_spec.audio_config,
-        return_features_only=return_features_only,
-        **options,
-    )
-    return model.eval()
+    if cls is None:
+        raise KeyError(
+            f"Model class '{model_spec.name}' is not registered. Available classes: {list_model_classes()}; "
+            "register yours with register_model_class"
+        )
+    _refuse_unknown(kwargs, cls)
+    place = device or model_spec.device
+    common = {"device": place, "audio_config": model_spec.audio_config}
+    arguments = {name: value for name, value in common.items() if name in inspect.signature(cls).parameters}
+    return adapt(cls(**{**arguments, **_options(model_spec, cls), **kwargs})).to(place).eval()
+
+
+def takes(model_spec: ModelSpec, argument: str) -> bool:
+    """Whether the spec's class takes an argument of that name; False for a class that is not registered."""
+    cls = get_model_class(model_spec.name)
+    return cls is not None and argument in inspect.signature(cls).parameters
+
+
+def _options(spec: ModelSpec, cls: ModelClass) -> dict[str, Any]:
+    """The spec's own fields that the class takes; refused are others that say something."""
+    fields = spec.model_dump(exclude=_NOT_FOR_THE_MODEL, exclude_none=True)
+    taken = inspect.signature(cls).parameters
+    # A default says nothing: avex's specs carry the fields of every architecture.
+    spoken = {name for name, value in fields.items() if value != ModelSpec.model_fields[name].default}
+    for name in sorted(spoken - taken.keys()):
+        raise ValueError(
+            f"{name}={fields[name]!r} is nothing that model class '{spec.name}' takes; leave it out of the ModelSpec"
+        )
+    return {name: value for name, value in fields.items() if name in taken}
+
+
+def _refuse_unknown(kwargs: dict[str, Any], cls: ModelClass) -> None:
+    parameters = inspect.signature(cls).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in sorted(kwargs.keys() - parameters.keys()):
+        close = difflib.get_close_matches(name, parameters, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else f"it takes {sorted(parameters)}"
+        raise TypeError(f"{getattr(cls, '__name__', cls)} has no argument '{name}'; {hint}")

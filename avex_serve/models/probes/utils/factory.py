@@ -6,6 +6,7 @@ from typing import Any
 
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.base_model import ModelBase
+from avex_serve.models.custom import Backbone, adapt
 from avex_serve.models.probes.base import InputDim, Probe
 from avex_serve.models.probes.utils.registry import get_probe_class, list_probe_classes
 
@@ -31,7 +32,7 @@ def build_probe_from_config(
     probe_config: ProbeConfig,
     num_classes: int,
     device: str,
-    base_model: ModelBase | None = None,
+    base_model: ModelBase | Backbone | None = None,
     input_dim: InputDim | None = None,
     target_length: int | None = None,
     **kwargs: Any,
@@ -42,15 +43,16 @@ def build_probe_from_config(
         probe_config: what to build.
         num_classes: width of the logits.
         device: where to put it, such as ``cpu`` or ``cuda``.
-        base_model: the backbone, for online mode. It is frozen or not as the configuration says.
+        base_model: the backbone, for online mode. It is frozen or not as the configuration says. A model that
+            isn't a `ModelBase`, such as avex's own, is adapted (`avex_serve.models.custom`).
         input_dim: for offline mode, the shape of a clip's embedding: its width, a shape, or a list of shapes, one
             a layer.
         target_length: samples of a clip; before the configuration's and the backbone's own.
         **kwargs: options of the head that the configuration doesn't set.
 
     Raises:
-        ValueError: both or neither of `base_model` and `input_dim`, layers that are not there, shapes or
-            processing that don't go together.
+        ValueError: both or neither of `base_model` and `input_dim`, no backbone, layers that are not there, shapes
+            or processing that don't go together.
         TypeError: an unknown keyword.
         RuntimeError: a clip too short for the backbone.
     """
@@ -65,19 +67,20 @@ def build_probe_from_config(
     cls = get_probe_class(kind)
     if cls is None:
         raise ValueError(f"Probe class '{kind}' is not registered. Available classes: {list_probe_classes()}")
+    backbone = None if base_model is None else adapt(base_model)
     _refuse_unknown(kwargs, kind, cls)
-    _warn_of_unused(probe_config, kwargs, cls, online=base_model is not None)
+    _warn_of_unused(probe_config, kwargs, cls, online=backbone is not None)
     selectors = probe_config.target_layers
     probe = cls(
-        base_model=base_model,
-        layers=[str(s) for s in selectors] if base_model is None else base_model.resolve_layers(selectors),
+        base_model=backbone,
+        layers=[str(s) for s in selectors] if backbone is None else backbone.resolve_layers(selectors),
         num_classes=num_classes,
         device=device,
-        feature_mode=base_model is None,
+        feature_mode=backbone is None,
         input_dim=input_dim,
         aggregation=probe_config.aggregation,
         target_length=probe_config.target_length if target_length is None else target_length,
-        freeze_backbone=probe_config.freeze_backbone or base_model is None,
+        freeze_backbone=probe_config.freeze_backbone or backbone is None,
         input_processing=probe_config.input_processing if _is_set(probe_config, "input_processing") else None,
         exclude_padding=bool((probe_config.extra_config or {}).get("exclude_padding", False)),
         **_head_options(probe_config, kwargs, cls),

@@ -1,0 +1,125 @@
+"""Files by path or URI: checkpoints and label maps, from the disk, the hub or cloud storage."""
+
+import hashlib
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from avex_serve.bundle import sha256_of
+
+# hf://owner/repository/file, with @revision after the repository (as the hub's own URIs) or at the end.
+_HUB = re.compile(
+    r"hf://(?P<repository>[^/@]+/[^/@]+)(@(?P<inner>[^/]+))?/(?P<file>[^@]+?)(@(?P<outer>[^@]+))?", re.ASCII
+)
+_CLOUD = {"s3": "s3fs", "gs": "gcsfs"}  # scheme → the package that fsspec needs for it
+
+
+def resolve_file(uri: str, kind: str = "Checkpoint", *, sha256: str | None = None) -> Path:
+    """The local file that a path or URI means.
+
+    Args:
+        uri: a path, ``file://…``, ``s3://…`` or ``gs://…`` (kept in the user's cache folder until the remote file
+            changes), or ``hf://owner/repository/file[@revision]``, taken from the hub's cache or downloaded into it
+            (``HF_HUB_OFFLINE=1``: from the cache only).
+        kind: what it is, for messages.
+        sha256: hex digest that the file must have; None: any.
+
+    Raises:
+        FileNotFoundError: it isn't there, with what to do.
+        ModuleNotFoundError: cloud storage without the package for it.
+        ValueError: a scheme that is not known, a malformed URI, or another digest.
+    """
+    scheme = urlparse(uri).scheme if "://" in uri else ""
+    if scheme == "hf":
+        path = _from_hub(uri, kind)
+    elif scheme in _CLOUD:
+        path = _from_cloud(uri, scheme, kind)
+    elif scheme in ("", "file"):
+        path = Path(unquote(urlparse(uri).path) if scheme else uri).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"{kind} not found: {path}; check the path")
+    else:
+        raise ValueError(f"{uri!r}: scheme {scheme}:// is not known; use a path, file://, hf://, s3:// or gs://")
+    if sha256 is not None and (found := sha256_of(path)) != sha256.lower():
+        raise ValueError(f"{kind} {uri} has sha256 {found}, but {sha256} is published for it; get it again")
+    return path
+
+
+def find_local(uri: str) -> Path | None:
+    """The file if it can be had without network and without downloading, else None."""
+    if uri.startswith("hf://"):
+        from huggingface_hub import try_to_load_from_cache
+
+        repository, file, revision = _parse_hub(uri)
+        found = try_to_load_from_cache(repository, file, revision=revision)
+        return Path(found) if isinstance(found, str) else None
+    if "://" in uri and not uri.startswith("file://"):
+        return None
+    try:
+        return resolve_file(uri)
+    except FileNotFoundError:
+        return None
+
+
+def _parse_hub(uri: str) -> tuple[str, str, str | None]:
+    match = _HUB.fullmatch(uri)
+    if match is None:
+        raise ValueError(f"{uri!r} is no file on the hub; expected hf://owner/repository/file[@revision]")
+    return match["repository"], match["file"], match["inner"] or match["outer"]
+
+
+def _from_hub(uri: str, kind: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, file, revision = _parse_hub(uri)
+    try:
+        return Path(hf_hub_download(repository, file, revision=revision))
+    except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" --revision {revision}" if revision else ""
+        raise FileNotFoundError(
+            f"{kind} not found: {uri} is neither in the hub's cache nor to be had from the hub "
+            f"({type(error).__name__}). Where there is network, run 'hf download {repository} {file}{at}', or give "
+            "the path of a file (checkpoint_path; of avex-export: a model YAML with checkpoint_path)"
+        ) from error
+
+
+def _from_cloud(uri: str, scheme: str, kind: str) -> Path:
+    import fsspec
+
+    try:
+        system, remote = fsspec.core.url_to_fs(uri)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"{uri} needs {_CLOUD[scheme]}, which is not installed; pip install 'avex-serve[cloud]'",
+            name=_CLOUD[scheme],
+        ) from error
+    try:
+        version = system.ukey(remote)  # changes with the remote file
+        folder = _cache_folder() / hashlib.sha256(f"{uri} {version}".encode()).hexdigest()[:32]
+        target = folder / Path(remote).name
+        if not target.is_file():
+            _download(system, remote, target)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{kind} not found: {uri} can't be read ({type(error).__name__}: {error}); check the address, the "
+            "credentials and the network"
+        ) from error
+    return target
+
+
+def _download(system: Any, remote: str, target: Path) -> None:
+    """Download to a name of its own and rename, so that nobody ever sees half a file."""
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as scratch:
+        part = Path(scratch) / target.name
+        system.get_file(remote, str(part))
+        part.replace(target)
+
+
+def _cache_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "avex_serve" / "checkpoints"

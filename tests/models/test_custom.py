@@ -1,0 +1,235 @@
+"""Backbones that are not ours: subclasses with no more than forward, and plain torch modules."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import avex_serve
+from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
+from avex_serve.models.base_model import ModelBase
+from avex_serve.models.custom import adapt
+from avex_serve.models.passes import tap_by_hooks
+from avex_serve.models.probes import build_probe_from_config, load_probe, save_probe
+from tests.models.backbones import noise
+
+AUDIO = {"sample_rate": 16000, "representation": "raw", "target_length_seconds": 1}
+STEP = 1000  # samples of a time step of the networks below
+
+
+class Network(ModelBase):
+    """As avex's documentation writes custom models: a constructor and a forward pass."""
+
+    def __init__(self, device="cpu", audio_config=AUDIO, num_classes=4):
+        super().__init__(device=device, audio_config=audio_config)
+        self.embed = nn.Linear(STEP, 8)
+        self.recur = nn.GRU(8, 6)  # time first
+        self.mix = nn.Linear(6, 5)
+        self.unused = nn.Linear(1, 1)
+        self.classifier = nn.Linear(5, num_classes)
+        self.to(device)
+
+    def forward(self, x, padding_mask=None):
+        steps = self.embed(self.process_audio(x).unflatten(1, (-1, STEP)))  # (B, T, 8)
+        if padding_mask is not None:
+            steps = steps * ~padding_mask.unflatten(1, (-1, STEP)).all(dim=-1, keepdim=True)
+        mixed = self.mix(self.recur(steps.transpose(0, 1))[0])  # (T, B, 5)
+        return self.classifier(mixed.mean(dim=0))
+
+
+class Plain(nn.Module):
+    """A torch module that only names its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = Network()
+        self.audio_config = AUDIO
+
+    def get_model_layers(self):
+        return ["network.embed", "network.mix"]
+
+    def forward(self, wave, padding_mask=None):
+        return self.network(wave, padding_mask)
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return Network().eval()
+
+
+@pytest.fixture
+def plain():
+    torch.manual_seed(0)
+    return Plain().eval()
+
+
+def expected(network, wave):
+    """Outputs of the layers, written out."""
+    embed = network.embed(wave.unflatten(1, (-1, STEP)))
+    recur = network.recur(embed.transpose(0, 1))[0].transpose(0, 1)
+    return {"embed": embed, "recur": recur, "mix": network.mix(recur)}
+
+
+def config(*layers, **options):
+    return ProbeConfig(target_layers=list(layers), **{"aggregation": "mean", **options})
+
+
+def build(base, *layers, **options):
+    return build_probe_from_config(config(*layers, **options), num_classes=3, device="cpu", base_model=base)
+
+
+def test_layers_of_a_subclass(network):
+    layers = avex_serve.list_model_layers(network)
+    assert layers["layers"] == ["embed", "mix", "unused", "classifier"]
+    assert layers["last_layer"] == "unused"
+    assert network.get_model_layer_map()[1] == "mix"
+    assert network.audio_config == AudioConfig(**AUDIO)
+    assert network.clip_samples == 16000
+
+
+# A batch as long as a clip has time steps is where sizes can't tell one from the other.
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_embeddings_are_batch_first_whatever_the_layer_is(network, rows):
+    wave = noise(rows)
+    network.register_hooks_for_layers(["embed", "recur", "mix"])
+    found = network.extract_embeddings(wave)
+    for embedding, wanted in zip(found, expected(network, wave).values(), strict=True):
+        torch.testing.assert_close(embedding, wanted)
+    network.register_hooks_for_layers(["backbone"])
+    torch.testing.assert_close(network.extract_embeddings(wave), network(wave))
+    assert network.extract_embeddings(wave[0]).shape == (1, 4)
+
+
+def test_masks_reach_the_model(network):
+    mask = torch.zeros(2, 16000, dtype=torch.bool)
+    mask[1, 8000:] = True
+    probe = build(network, "mix").eval()
+    masked, plain = probe(noise(2), mask), probe(noise(2))
+    torch.testing.assert_close(masked[0], plain[0])
+    assert not torch.allclose(masked[1], plain[1])
+
+
+@pytest.mark.parametrize("kind", ["network", "plain"])
+def test_two_probes_on_one_model_never_touch_each_other(kind, request):
+    model = request.getfixturevalue(kind)
+    prefix = "" if kind == "network" else "network."
+    first = build(model, f"{prefix}mix").eval()
+    before = first(noise(2))
+    second = build(model, f"{prefix}embed", f"{prefix}mix").eval()
+    assert second(noise(2)).shape == (2, 3)
+    assert torch.equal(first(noise(2)), before)
+    del second
+    gc.collect()
+    assert torch.equal(first(noise(2)), before)
+    assert not any(part._forward_hooks for part in model.modules())
+
+
+def test_hooks_are_gone_after_a_pass_that_fails(network):
+    with pytest.raises(RuntimeError):
+        tap_by_hooks(network, noise(1)[:, :1500], ["embed"])
+    assert not any(part._forward_hooks for part in network.modules())
+
+
+def test_a_frozen_model_gets_no_gradient_and_an_unfrozen_one_does(network):
+    probe = build(network, "mix").train()
+    assert not network.training
+    probe(noise(2)).sum().backward()
+    assert network.mix.weight.grad is None
+    probe = build(network, "mix", freeze_backbone=False).train()
+    probe(noise(2)).sum().backward()
+    assert network.mix.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("probe_type", ["linear", "lstm"])
+def test_a_plain_module_is_probed_like_the_model_inside_it(plain, probe_type):
+    options = {"lstm_hidden_size": 4, "num_layers": 1, "aggregation": "none"} if probe_type == "lstm" else {}
+    probe = build(plain, "network.embed", "network.mix", probe_type=probe_type, **options).eval()
+    same = build(plain.network, "embed", "mix", probe_type=probe_type, **options).eval()
+    same.load_state_dict({**same.state_dict(), **probe.head_state()})
+    assert torch.equal(probe(noise(2)), same(noise(2)))
+    assert avex_serve.list_model_layers(plain)["layers"] == ["network.embed", "network.mix"]
+    assert adapt(plain).audio_config.sample_rate == 16000
+
+
+def test_a_saved_probe_finds_its_plain_module_again(plain, tmp_path):
+    probe = build(plain, "last_layer").eval()
+    save_probe(probe, tmp_path / "probe")
+    assert torch.equal(load_probe(tmp_path / "probe", base_model=plain)(noise(2)), probe(noise(2)))
+    with pytest.raises(ValueError, match="was trained on a backbone with fingerprint"):
+        load_probe(tmp_path / "probe", base_model=Plain())
+
+
+def test_checkpoints_load_into_a_registered_plain_class(clean_registry, plain, tmp_path):
+    avex_serve.register_model_class(Plain)
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "plain.pt")
+    avex_serve.register_model("mine", ModelSpec(name="plain"), str(tmp_path / "plain.pt"))
+    loaded = avex_serve.load_model("mine")
+    assert torch.equal(loaded(noise(2)), plain(noise(2)))
+
+
+class Extracting(Network):
+    """A model with its own way to embeddings, with the arguments that avex's base class has."""
+
+    def extract_embeddings(self, x, *, padding_mask=None, aggregation="none"):
+        found = super().extract_embeddings(x, padding_mask=padding_mask, aggregation=aggregation)
+        return [2 * e for e in found] if isinstance(found, list) else 2 * found
+
+
+class Discovering(Network):
+    """A model that chooses its layers as subclasses in avex do."""
+
+    def _discover_embedding_layers(self):
+        self._layer_names = ["recur", "mix"]
+
+
+def test_a_class_with_its_own_extraction_is_asked_through_it():
+    torch.manual_seed(0)
+    model = Extracting().eval()
+    model.register_hooks_for_layers(["embed"])
+    twice = build(model, "embed", "mix").eval()
+    once = build(Network(), "embed", "mix").eval()
+    once.load_state_dict(twice.state_dict())
+    once.classifier.weight.data *= 2
+    torch.testing.assert_close(twice(noise(2)), once(noise(2)))
+    assert model.extract_embeddings(noise(1)).shape == (1, 16, 8), "the layer chosen by hand is still chosen"
+
+
+def test_a_class_chooses_its_layers():
+    assert avex_serve.list_model_layers(Discovering())["layers"] == ["recur", "mix"]
+    assert build(Discovering(), -1).layers == ["mix"]
+
+
+class Silent(ModelBase):
+    def forward(self, x, padding_mask=None):
+        return {"y": x}
+
+
+@pytest.mark.parametrize(
+    ("base", "layer", "message"),
+    [
+        (Network, "unused", "doesn't reach unused"),
+        (Network, "nothing", "Layer 'nothing' not found in model"),
+        (Silent, "backbone", "layer backbone gives NoneType"),
+        (lambda: nn.Linear(1, 1), "backbone", r"must be an instance of ModelBase.*get_model_layers"),
+    ],
+)
+def test_what_can_not_be_tapped(base, layer, message):
+    with pytest.raises(ValueError, match=message):
+        build_probe_from_config(config(layer), num_classes=3, device="cpu", base_model=base(), target_length=16000)
+
+
+def test_a_model_without_an_audio_config_needs_a_length():
+    model = Network(audio_config=None)
+    with pytest.raises(ValueError, match="give target_length in samples"):
+        build(model, "mix")
+    assert build_probe_from_config(config("mix"), 3, "cpu", base_model=model, target_length=4000)(
+        noise(2)
+    ).shape == (2, 3)
+
+
+def test_a_spectrogram_is_not_made_silently():
+    model = Network(audio_config={"sample_rate": 16000})
+    with pytest.raises(NotImplementedError, match=r"representation is 'mel_spectrogram'.*set 'raw', or override"):
+        model(noise(1))
