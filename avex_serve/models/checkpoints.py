@@ -33,7 +33,7 @@ _RENAMES = (
 _UNUSED = re.compile(r"(^|\.)modality_encoders\.IMAGE\.decoder\.")
 
 # A head for another task, which an embedding doesn't pass through. Inside of a backbone these words mean nothing.
-_CLASSIFIER = re.compile(r"^(module\.)?(model\.)?(classifier|head|classification_head)\.")
+_CLASSIFIER = re.compile(r"^(module\.|model\.)*(classifier|head|classification_head)\.")
 # Constant buffers that some checkpoints hold and the module computes if they don't.
 _COMPUTED = re.compile(r"(^|\.)fbank\.(window|mel_fb)$")
 

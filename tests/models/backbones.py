@@ -64,7 +64,7 @@ def sweep():
     return 0.4 * torch.sin(2 * torch.pi * (300 + 3500 * time) * time) + 0.1 * noise(1)
 
 
-def effnet_spec(*, seconds=1, variant=None, **audio):
+def effnet_spec(*, seconds=1, variant="b0", **audio):
     settings = {"n_fft": 800, "hop_length": 160, "n_mels": 64, "target_length_seconds": seconds, **audio}
     return ModelSpec(
         name="efficientnet", pretrained=False, audio_config=AudioConfig(**settings), efficientnet_variant=variant

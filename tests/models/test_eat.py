@@ -466,6 +466,6 @@ def test_the_official_models_are_there():
         expected = f"hf://EarthSpeciesProject/{repository}/{repository}.safetensors"
         assert models[f"esp_aves2_{name}"]["checkpoint_path"] == expected
         spec = avex_serve.get_model_spec(f"esp_aves2_{name}")
-        assert (spec.name, spec.eat_norm_mean, spec.init_config) == ("eat_hf", None, None)
+        assert (spec.name, spec.eat_norm_mean, spec.init_config) == ("eat_hf", -4.268, None)
     layers = avex_serve.list_model_layers("esp_aves2_eat_bio")
     assert layers["layers"] == [f"backbone.model.blocks.{i}.attn.proj" for i in range(12)]

@@ -43,7 +43,7 @@ def test_layers_are_those_of_avex(variant):
 
 
 # As torchvision states them for its models with 1000 classes.
-@pytest.mark.parametrize(("variant", "parameters"), [(None, 5_288_548), ("b1", 7_794_184)])
+@pytest.mark.parametrize(("variant", "parameters"), [("b0", 5_288_548), ("b1", 7_794_184)])
 def test_a_variant_has_as_many_parameters_as_torchvisions(variant, parameters):
     model = build_model_from_spec(effnet_spec(variant=variant), "cpu")
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
