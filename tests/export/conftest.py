@@ -1,11 +1,9 @@
 """A backbone as users have theirs: a YAML file and a checkpoint beside it."""
 
 import pytest
-import yaml
-from safetensors.torch import save_file
 
 from avex_export.cli import main
-from tests.models.backbones import tiny_beats, tiny_spec
+from tests.models.backbones import tiny_beats, tiny_spec, write_model
 
 LABELS = ("bat", "bee", "bird", "frog", "wind")
 
@@ -13,12 +11,8 @@ LABELS = ("bat", "bee", "bird", "frog", "wind")
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """Path of the YAML file; `tiny_beats(seed=5)` are its weights."""
-    folder = tmp_path_factory.mktemp("model")
-    weights = {n: t.clone() for n, t in tiny_beats(seed=5).state_dict().items()}
-    save_file(weights, folder / "tiny.safetensors")
-    content = {"model_spec": tiny_spec().model_dump(exclude_none=True), "checkpoint_path": "tiny.safetensors"}
-    (folder / "tiny.yml").write_text(yaml.safe_dump({**content, "licence": "CC0-1.0"}))
-    return folder / "tiny.yml"
+    path = tmp_path_factory.mktemp("model") / "tiny.yml"
+    return write_model(path, tiny_beats(seed=5), tiny_spec(), licence="CC0-1.0")
 
 
 @pytest.fixture(scope="session")

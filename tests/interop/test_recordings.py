@@ -15,19 +15,27 @@ import tritonclient.http
 
 import avex_serve
 from avex_export.cli import main
-from avex_export.recipes import variants
+from avex_export.recipes import find_recipe, variants
 from avex_serve.bundle import ONNX, TORCHSCRIPT
 from avex_serve.demo.sounds import make_recording
-from avex_serve.models.probes import load_probe
+from avex_serve.models.probes import build_probe_from_config, load_probe, save_probe
 from avex_serve.runtime.audio import decode
 from tests.bundles import replace_file
+from tests.models.backbones import effnet, effnet_spec, tiny_eat, tiny_eat_spec, write_model
 from tests.service.conftest import running_server
 from tests.shared import SHARED
 
 PROBES = Path(avex_serve.__file__).parent / "demo" / "probes"
-RATE, WINDOW = 16000, 32000
+RATE = 16000
 # Rounding may carry a score over the threshold; detections this close to it are not compared.
 CLOSE = 1e-4
+LONGEST = 30.0  # seconds that are sent to a server; longer ones say no more
+# BEATs has trained probes, those of the demo; the others have random ones, which hear something in everything.
+BACKBONES = {
+    "eat": (tiny_eat, tiny_eat_spec, {}),
+    "efficientnet": (effnet, effnet_spec, {"n_mels": 32}),
+}
+CASES = [(model, name) for model in ("beats", *BACKBONES) for name in sorted(variants())]
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +48,31 @@ def recordings(tmp_path_factory):
     return [path, *sorted([*real.glob("*.wav"), *real.glob("*.flac")])]
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of saved probes by backbone and variant."""
+    root = tmp_path_factory.mktemp("probes")
+
+    def folder(model, name):
+        if model == "beats":
+            return PROBES / name
+        target = root / model / name
+        if not target.exists():
+            make, make_spec, options = BACKBONES[model]
+            base, yaml_file = make(seed=5, **options), root / f"{model}.yml"
+            if not yaml_file.exists():
+                write_model(yaml_file, base, make_spec(**options))
+            torch.manual_seed(1)
+            probe = build_probe_from_config(find_recipe(name).config, 5, "cpu", base_model=base)
+            save_probe(probe, target, labels=[f"sound {i}" for i in range(5)], model=yaml_file)
+        return target
+
+    return folder
+
+
 @functools.cache
-def demo_probe(name):
-    return load_probe(PROBES / name)
+def eager_probe(folder):
+    return load_probe(folder)
 
 
 @functools.cache
@@ -50,9 +80,10 @@ def eager_scores(probe, path):
     """Windows and scores by the eager module, soundfile, soxr and numpy alone."""
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     wave = soxr.resample(samples.mean(axis=1), rate, RATE, quality="HQ") if rate != RATE else samples.mean(axis=1)
-    starts = range(0, len(wave), WINDOW)
-    windows = [np.pad(wave[start : start + WINDOW], (0, max(0, start + WINDOW - len(wave)))) for start in starts]
-    spans = [(start / RATE, min(start + WINDOW, len(wave)) / RATE) for start in starts]
+    window = probe.base_model.clip_samples
+    starts = range(0, len(wave), window)
+    windows = [np.pad(wave[start : start + window], (0, max(0, start + window - len(wave)))) for start in starts]
+    spans = [(start / RATE, min(start + window, len(wave)) / RATE) for start in starts]
     with torch.no_grad():
         rows = [torch.sigmoid(probe(torch.from_numpy(window)[None]))[0].numpy() for window in windows]
     return spans, np.stack(rows)
@@ -75,39 +106,45 @@ def assert_agrees(document, probe, path, threshold=0.5):
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory):
-    """Bundles of the demo probes by name and format, exported when they are asked for."""
+def bundles(tmp_path_factory, saved):
+    """Bundles by backbone, variant and format, exported when they are asked for."""
     root = tmp_path_factory.mktemp("bundles")
 
-    def bundle(name, form):
-        output, other = root / form / name, {"onnx": TORCHSCRIPT, "torchscript": ONNX}[form]
+    def bundle(model, name, form):
+        whole, output = root / model / name, root / model / form / name
+        other = {"onnx": TORCHSCRIPT, "torchscript": ONNX}[form]
         if not output.exists():
-            if not (root / name).exists():
-                assert main(["--probe", name, "--output", str(root / name)]) == 0
-            replace_file(shutil.copytree(root / name, output), other, None)
+            if not whole.exists():
+                assert main(["--probe", str(saved(model, name)), "--output", str(whole)]) == 0
+            replace_file(shutil.copytree(whole, output), other, None)
         return output
 
     return bundle
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["onnx", "torchscript"])
-@pytest.mark.parametrize("name", sorted(variants()))
-def test_every_format_names_what_the_eager_module_names(recordings, bundles, name, form):
-    probe = demo_probe(name)
-    with avex_serve.open_bundle(bundles(name, form), "cpu") as engine:
-        assert engine.backend.format == form
-        assert engine.manifest.trained
-        for path in recordings:
-            assert_agrees(engine.predict(*decode(path)).model_dump(), probe, path)
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_every_format_names_what_the_eager_module_names(recordings, saved, bundles, model, name):
+    probe = eager_probe(saved(model, name))
+    for form in ("onnx", "torchscript"):
+        with avex_serve.open_bundle(bundles(model, name, form), "cpu") as engine:
+            assert engine.backend.format == form
+            for path in recordings:
+                assert_agrees(engine.predict(*decode(path)).model_dump(), probe, path)
+
+
+# Each backbone with each variant, and TorchScript once each: what the formats answer was compared above.
+SERVED = [(*case, "onnx") for case in CASES] + [(model, "transformer_all", "torchscript") for model in dict(CASES)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "form"), [("linear_last", "onnx"), ("transformer_all", "torchscript")])
-def test_http_and_grpc_name_what_the_eager_module_names(tmp_path, recordings, bundles, name, form):
-    probe = demo_probe(name)
-    with running_server(tmp_path / "server", AVEX_BUNDLE=str(bundles(name, form))) as server:
+@pytest.mark.parametrize(("model", "name", "form"), SERVED)
+def test_http_and_grpc_name_what_the_eager_module_names(tmp_path, recordings, saved, bundles, model, name, form):
+    probe = eager_probe(saved(model, name))
+    with running_server(tmp_path / "server", AVEX_BUNDLE=str(bundles(model, name, form))) as server:
         for path in recordings:
+            if soundfile.info(path).duration > LONGEST:
+                continue
             document = server.post("/predict", content=path.read_bytes()).json()
             assert_agrees(document, probe, path)
             _, scores = eager_scores(probe, path)

@@ -1,6 +1,8 @@
-"""Small backbones with random weights."""
+"""Small backbones with random weights, in memory and on disk."""
 
 import torch
+import yaml
+from safetensors.torch import save_file
 
 from avex_serve.configs import AudioConfig, ModelSpec
 from avex_serve.models.utils.factory import build_model_from_spec
@@ -86,3 +88,11 @@ def effnet(seed=0, *, num_classes=None, **options):
         for norm in norms:
             norm.momentum = 0.1
     return model.eval()
+
+
+def write_model(path, model, spec, **entries):
+    """Write a YAML file with the checkpoint beside it, as users have theirs; return its path."""
+    save_file({n: t.clone() for n, t in model.state_dict().items()}, path.with_suffix(".safetensors"))
+    content = {"model_spec": spec.model_dump(exclude_none=True), "checkpoint_path": f"{path.stem}.safetensors"}
+    path.write_text(yaml.safe_dump({**content, **entries}))
+    return path
