@@ -83,6 +83,20 @@ class BEATsConfig(BaseModel):
     predictor_class: int = Field(527, description="classes of that predictor")
 
 
+# Fields that an embedding in eval mode doesn't depend on.
+_WITHOUT_EFFECT = {
+    "layer_wise_gradient_decay_ratio",
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "encoder_layerdrop",
+    "dropout_input",
+    "finetuned_model",
+    "predictor_dropout",
+    "predictor_class",
+}
+
+
 class GatedLinear(nn.Module):
     """Gated linear unit with a swish gate: (…, in) → (…, out)."""
 
@@ -460,6 +474,12 @@ class BEATsModel(ModelBase):
         features_only = return_features_only or num_classes is None
         self.classifier = None if features_only else nn.Linear(cfg.encoder_embed_dim, num_classes or 0)
         self.to(device)
+
+    @property
+    def settings(self) -> str:
+        """See `ModelBase.settings`."""
+        clamped = "clamped" if self.use_naturelm else "as it is"
+        return f"{self.backbone.cfg.model_dump_json(exclude=_WITHOUT_EFFECT)} of the waveform {clamped}\n"
 
     def get_model_layers(self) -> list[str]:
         """See `ModelBase.get_model_layers`."""

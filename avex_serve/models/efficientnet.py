@@ -230,6 +230,11 @@ class EfficientNetModel(ModelBase):
         self.model = EfficientNet(efficientnet_variant, classes)
         self.to(device)
 
+    @property
+    def settings(self) -> str:
+        """See `ModelBase.settings`."""
+        return f"{self.frontend.settings}\n"
+
     def get_model_layers(self) -> list[str]:
         """See `ModelBase.get_model_layers`."""
         ends = ("model.features.0.0", f"model.features.{len(_STAGES) + 1}.0")

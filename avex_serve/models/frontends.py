@@ -221,6 +221,10 @@ class MelSpectrogram(nn.Module):
             )
         self.center = config.center
         self.normalize = config.normalize
+        self.settings = (
+            f"{config.n_mels} mel bins at {config.sample_rate} Hz, n_fft {self.n_fft}, hop {self.hop_length}, "
+            f"{config.window} window of {win_length}, center {self.center}, normalize {self.normalize}"
+        )
         self.spectrum: Literal["fft", "matmul"] = "fft"
         self.fixed_samples: int | None = None  # of a graph for clips of one length
         window = {"hann": torch.hann_window, "hamming": torch.hamming_window}[config.window](win_length)

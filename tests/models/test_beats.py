@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from avex_serve.models.beats import relative_buckets
+from avex_serve.models.checkpoints import fingerprint
 from tests.models.backbones import RATE, noise, tiny_beats
 
 LAST = "backbone.encoder.layers.1.fc2"
@@ -246,3 +247,15 @@ def test_avexs_way_to_embeddings():
 def test_layers_that_are_not_there(layers, error, message):
     with pytest.raises(error, match=message):
         tiny_beats().register_hooks_for_layers(layers)
+
+
+def test_the_fingerprint_tells_apart_what_the_weights_do_not():
+    variants = [
+        {},
+        {"encoder_attention_heads": 2, "gru_rel_pos": False},
+        {"gru_rel_pos": False},
+        {"fbank_mean": 15.0},
+    ]
+    variants.append({"fields": {"use_naturelm": True}})
+    assert len({fingerprint(tiny_beats(**options)) for options in variants}) == len(variants)
+    assert fingerprint(tiny_beats(dropout=0.5, encoder_layerdrop=0.5)) == fingerprint(tiny_beats())

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 import avex_serve
 from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
+from avex_serve.models.checkpoints import fingerprint
 from avex_serve.models.efficientnet import Bottleneck
 from avex_serve.models.layers import Taps
 from avex_serve.models.probes import build_probe_from_config
@@ -357,3 +358,12 @@ def test_a_specialised_copy_gives_the_same_numbers_and_ends_with_the_deepest_lay
     names = [name for name, _ in special.named_parameters()]
     assert set(names[-len(left) :]) == left
     assert LAST in model.get_model_layers()
+
+
+def test_the_fingerprint_tells_apart_what_the_weights_do_not():
+    variants = [{}, {"hop_length": 200}, {"n_mels": 32}, {"window": "hamming"}, {"normalize": False}]
+    prints = set()
+    for options in variants:
+        torch.manual_seed(0)
+        prints.add(fingerprint(build_model_from_spec(effnet_spec(**options), "cpu")))
+    assert len(prints) == len(variants)
