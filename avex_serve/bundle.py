@@ -77,6 +77,7 @@ class Manifest(_Strict):
     version: Name = "1"
     kind: Literal["audio", "embedding"] = Field(description="what the input is: waveforms or embeddings")
     model: str = Field(description="the backbone that makes the embedding")
+    checkpoint: str | None = Field(None, description="URI of its weights, with the hub's revision; None: local ones")
     probes: tuple[ProbeInfo, ...] = Field(min_length=1, max_length=1, description="the heads; one in this version")
     audio: AudioSpec | None = Field(None, description="for kind audio")
     inputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=1)

@@ -35,6 +35,7 @@ FIELDS = {
     "outputs": [{"name": "logits", "shape": (-1, 3)}, {"name": "embedding", "shape": (-1, 768)}],
     "activation": "none",
     "licence": "CC-BY-4.0",
+    "checkpoint": "hf://owner/repository/model.safetensors@0123",
     "embedding_fingerprint": "0123456789abcdef" * 4,
     "tools": {"torch": "2.8"},
 }

@@ -27,6 +27,7 @@ class ModelBase(nn.Module):
     Attributes:
         audio_config: what audio it expects, or None if that is not known.
         label_mapping: ``{"label_to_index": …, "index_to_label": …}`` of a loaded classifier, else None.
+        checkpoint: URI that its weights were loaded from, with the hub's revision; None for local files.
         trunk: name of the submodule that makes the embeddings; checkpoints may leave it out of their names.
     """
 
@@ -43,6 +44,7 @@ class ModelBase(nn.Module):
         self.device = device
         self.audio_config = AudioConfig(**audio_config) if isinstance(audio_config, Mapping) else audio_config
         self.label_mapping: dict[str, dict[Any, Any]] | None = None
+        self.checkpoint: str | None = None
         self._selected_layers: list[str] = []
         self._layer_names: list[str] = []
         self._batch_axes: dict[str, int] | None = None  # fixed by `specialise`, on a copy

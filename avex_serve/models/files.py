@@ -48,6 +48,20 @@ def resolve_file(uri: str, kind: str = "Checkpoint", *, sha256: str | None = Non
     return path
 
 
+def with_revision(uri: str, path: Path) -> str | None:
+    """The URI that means this very file, or None for one on the disk, whose place is nobody else's business.
+
+    Args:
+        uri: as it was given to `resolve_file`; of the hub it gets the revision that was taken.
+        path: the answer.
+    """
+    if not uri.startswith("hf://"):
+        return uri if uri.startswith(tuple(f"{scheme}://" for scheme in _CLOUD)) else None
+    repository, file, _ = _parse_hub(uri)
+    revision = path.parts[-1 - len(Path(file).parts)]  # the hub's cache: …/snapshots/REVISION/FILE
+    return f"hf://{repository}/{file}@{revision}"
+
+
 def find_local(uri: str) -> Path | None:
     """The file if it can be had without network and without downloading, else None."""
     if uri.startswith("hf://"):

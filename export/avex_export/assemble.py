@@ -20,6 +20,7 @@ from avex_serve.models.probes import Probe, build_probe_from_config
 from avex_serve.models.probes.storage import (
     WEIGHTS,
     SavedProbe,
+    backbone_of,
     check_backbone,
     load_head,
     read_labels,
@@ -56,6 +57,7 @@ class Assembly:
     labels: tuple[str, ...]
     trained: bool
     model: str
+    checkpoint: str | None  # of the backbone, as the manifest says it
     licence: str
     embedding_fingerprint: str | None
     clip_samples: int | None  # None: the input is embeddings
@@ -145,6 +147,7 @@ def assemble(request: Request) -> Assembly:
         labels=labels,
         trained=state_file is not None,
         model=model,
+        checkpoint=_checkpoint(probe, saved),
         licence=entry.licence,
         embedding_fingerprint=_embedding_fingerprint(probe, saved),
         clip_samples=clip_samples,
@@ -211,12 +214,8 @@ def read_label_file(path: Path) -> tuple[str, ...]:
 def _model(request: Request, saved: SavedProbe | None) -> tuple[str, ModelEntry]:
     """The backbone's name and how to get it: as asked for, else the saved probe's, else the demo model."""
     if request.model is None and saved is not None:
-        if isinstance(saved.model, str):
-            return saved.model, find_entry(saved.model)
-        if saved.model is not None:
-            source = saved.model
-            entry = ModelEntry(source.model_spec, source.name, source.checkpoint_path, source.licence)
-            return source.name, entry
+        if (backbone := backbone_of(saved)) is not None:
+            return backbone
         if not request.offline:
             raise ExportError(
                 "the saved probe doesn't say which backbone it belongs to; give --model, or --offline to serve "
@@ -266,6 +265,12 @@ def _offline_probe(request: Request, saved: SavedProbe | None, classes: int) -> 
     (shape,) = input_dim
     width = shape[0] if len(shape) == 1 else tuple(shape)
     return build_probe_from_config(request.recipe.config, classes, "cpu", input_dim=width)
+
+
+def _checkpoint(probe: Probe, saved: SavedProbe | None) -> str | None:
+    if probe.base_model is not None and probe.base_model.checkpoint is not None:
+        return probe.base_model.checkpoint
+    return saved.checkpoint if saved is not None else None
 
 
 def _embedding_fingerprint(probe: Probe, saved: SavedProbe | None) -> str | None:

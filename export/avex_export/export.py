@@ -119,6 +119,7 @@ def _seal(assembly: Assembly, folder: Path, verification: Verification, activati
         "name": assembly.name,
         "kind": "embedding" if audio is None else "audio",
         "model": assembly.model,
+        "checkpoint": assembly.checkpoint,
         "probes": [probe],
         "audio": audio,
         "inputs": [{"name": _input_name(assembly), "shape": _input_shape(assembly)}],

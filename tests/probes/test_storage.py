@@ -3,8 +3,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from avex_export.cli import main
+from avex_serve import load_model
+from avex_serve.bundle import read_bundle
 from avex_serve.models.probes import load_probe, save_probe
-from tests.models.backbones import noise, tiny_beats, tiny_spec
+from tests.hub import hub_cache, use_cache
+from tests.models.backbones import noise, tiny_beats, tiny_spec, write_model
 from tests.probes.test_probes import HEADS, build, logits
 
 LABELS = ("bat", "bee", "bird", "frog", "wind")
@@ -14,10 +18,7 @@ LABELS = ("bat", "bee", "bird", "frog", "wind")
 def backbone(tmp_path):
     """A backbone and the YAML file that it is loaded from."""
     model = tiny_beats(seed=5)
-    save_file({n: t.clone() for n, t in model.state_dict().items()}, tmp_path / "backbone.safetensors")
-    content = {"model_spec": tiny_spec().model_dump(exclude_none=True), "checkpoint_path": "backbone.safetensors"}
-    (tmp_path / "backbone.yml").write_text(yaml.safe_dump(content))
-    return model, tmp_path / "backbone.yml"
+    return model, write_model(tmp_path / "backbone.yml", model, tiny_spec())
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -39,6 +40,31 @@ def test_a_head_comes_back_with_its_backbone(tmp_path, backbone, kind):
     torch.testing.assert_close(logits(loaded, noise(2)), logits(probe, noise(2)), rtol=0, atol=0)
     given = load_probe(tmp_path / "probe", base_model=model)
     torch.testing.assert_close(logits(given, noise(2)), logits(probe, noise(2)), rtol=0, atol=0)
+
+
+def test_a_head_asks_for_the_revision_that_it_was_trained_on(tmp_path, monkeypatch):
+    """The backbone is replaced on the hub afterwards."""
+    use_cache(monkeypatch, tmp_path)
+    backbones = {revision: tiny_beats(seed=seed) for seed, revision in enumerate(("a" * 40, "b" * 40))}
+
+    def publish(revision):
+        weights = {n: t.clone() for n, t in backbones[revision].state_dict().items()}
+        hub_cache(tmp_path, "owner/repo", "model.safetensors", lambda path: save_file(weights, path), revision)
+
+    publish("a" * 40)
+    uri = "hf://owner/repo/model.safetensors"
+    content = {"model_spec": tiny_spec().model_dump(exclude_none=True), "checkpoint_path": uri}
+    (tmp_path / "hub.yml").write_text(yaml.safe_dump(content))
+    probe = build(base=load_model(tmp_path / "hub.yml"))
+    save_probe(probe, tmp_path / "probe", labels=LABELS, model=tmp_path / "hub.yml")
+    publish("b" * 40)
+    loaded = load_probe(tmp_path / "probe")
+    assert loaded.base_model.checkpoint == f"{uri}@{'a' * 40}"
+    torch.testing.assert_close(logits(loaded, noise(2)), logits(probe.eval(), noise(2)), rtol=0, atol=0)
+    bundle = tmp_path / "bundle"
+    assert main(["--probe", str(tmp_path / "probe"), "--output", str(bundle), "--format", "onnx"]) == 0
+    assert read_bundle(bundle).manifest.checkpoint == f"{uri}@{'a' * 40}"
+    assert load_model(tmp_path / "hub.yml").checkpoint == f"{uri}@{'b' * 40}"
 
 
 def test_a_fine_tuned_probe_holds_everything(tmp_path, backbone):

@@ -7,6 +7,7 @@ recorded, and checked when the head meets a backbone again.
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,7 @@ from avex_serve.models.probes.base import Probe, Shape
 from avex_serve.models.probes.utils.factory import build_probe_from_config
 from avex_serve.models.utils.factory import build_model_from_spec
 from avex_serve.models.utils.load import find_entry, load_model
-from avex_serve.models.utils.registry import get_entry
+from avex_serve.models.utils.registry import ModelEntry, get_entry
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class SavedProbe(BaseModel):
     num_classes: int
     model: str | ModelSource | None = None  # a registered name, or how to build it; None: not said
     backbone_fingerprint: str | None = None  # None: trained offline
+    checkpoint: str | None = None  # URI of the backbone's weights, with their revision; None: local or not said
     layers: list[str] | None = None  # online: the names that target_layers meant
     input_dim: list[Shape] | None = None  # offline only
     target_length: int | None = None  # online only, in samples
@@ -95,6 +97,7 @@ def save_probe(
         num_classes=probe.num_classes,
         model=_source(model),
         backbone_fingerprint=fingerprint(probe.base_model) if probe.base_model is not None else None,
+        checkpoint=probe.base_model.checkpoint if probe.base_model is not None and probe.freeze_backbone else None,
         layers=probe.layers if online else None,
         input_dim=None if online else probe.input_dim,
         target_length=probe.target_length if online else None,
@@ -165,6 +168,22 @@ def read_saved(folder: Path) -> SavedProbe:
         raise ValueError(f"{folder / PROBE} is damaged: {error}") from None
 
 
+def backbone_of(saved: SavedProbe) -> tuple[str, ModelEntry] | None:
+    """Name of the backbone and how to get it, in the revision of the training; None if the probe doesn't say.
+
+    Raises:
+        ValueError: a registered model that isn't there any more.
+    """
+    if saved.model is None:
+        return None
+    if isinstance(saved.model, str):
+        name, entry = saved.model, find_entry(saved.model)
+    else:
+        source = saved.model
+        name, entry = source.name, ModelEntry(source.model_spec, source.name, source.checkpoint_path, source.licence)
+    return name, replace(entry, checkpoint_path=saved.checkpoint or entry.checkpoint_path)
+
+
 def read_labels(folder: Path, num_classes: int) -> tuple[str, ...] | None:
     """The labels of a saved probe, or None if it has none; ValueError if they don't fit."""
     path = folder / LABELS
@@ -208,16 +227,13 @@ def check_backbone(saved: SavedProbe, base_model: ModelBase, folder: Path) -> No
 def _load_backbone(
     saved: SavedProbe, folder: Path, device: str, checkpoint_path: str | None, *, trained_too: bool
 ) -> ModelBase:
-    if saved.model is None:
+    backbone = backbone_of(saved)
+    if backbone is None:
         raise ValueError(f"{folder / PROBE} doesn't say which backbone it belongs to; give base_model")
-    if isinstance(saved.model, str):
-        entry = find_entry(saved.model)
-        spec, checkpoint = entry.spec, entry.checkpoint_path
-    else:
-        spec, checkpoint = saved.model.model_spec, saved.model.checkpoint_path
+    _, entry = backbone
     if trained_too:  # its weights are in the probe's own file
-        return build_model_from_spec(spec, device, return_features_only=True)
-    return load_model(spec, device, checkpoint_path or checkpoint, return_features_only=True)
+        return build_model_from_spec(entry.spec, device, return_features_only=True)
+    return load_model(entry.spec, device, checkpoint_path or entry.checkpoint_path, return_features_only=True)
 
 
 def _source(model: str | Path | ModelSpec | None) -> str | ModelSource | None:

@@ -8,7 +8,7 @@ from avex_serve.configs import ModelSpec
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import count_classes, load_backbone, read_state_dict
 from avex_serve.models.custom import Backbone, adapt
-from avex_serve.models.files import resolve_file
+from avex_serve.models.files import resolve_file, with_revision
 from avex_serve.models.utils.factory import build_model_from_spec, takes
 from avex_serve.models.utils.labels import LabelMapping, read_label_mapping
 from avex_serve.models.utils.registry import (
@@ -61,11 +61,13 @@ def load_model(
             )
         return build_model_from_spec(entry.spec, device, **_head_arguments(entry.spec, None, keep=False))
     own = checkpoint_path is None
-    state = read_state_dict(resolve_file(uri, sha256=entry.sha256 if own else None))
+    path = resolve_file(uri, sha256=entry.sha256 if own else None)
+    state = read_state_dict(path)
     classes = count_classes(state)
     keep = classes is not None and not return_features_only
     loaded = build_model_from_spec(entry.spec, device, **_head_arguments(entry.spec, classes, keep=keep))
     load_backbone(loaded, state, f"checkpoint {uri}", keep_classifier=keep)
+    loaded.checkpoint = with_revision(uri, path)
     if keep and classes is not None and entry.class_mapping_path is not None:
         loaded.label_mapping = _labels(entry.class_mapping_path, classes, uri, own=own)
     return loaded
