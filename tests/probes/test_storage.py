@@ -88,6 +88,13 @@ def test_a_probe_on_stored_embeddings(tmp_path):
     assert loaded.labels == LABELS
 
 
+def test_what_a_keyword_filled_in_is_saved(tmp_path):
+    probe = build("lstm", input_dim=(12, 8), bidirectional=False, arguments={"use_positional_encoding": True})
+    save_probe(probe, tmp_path / "probe")
+    x = torch.randn(2, 12, 8)
+    torch.testing.assert_close(logits(load_probe(tmp_path / "probe"), x), logits(probe, x), rtol=0, atol=0)
+
+
 def test_another_backbone_is_refused(tmp_path, backbone):
     model, source = backbone
     save_probe(build(base=model), tmp_path / "probe", model=source)

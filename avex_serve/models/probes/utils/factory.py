@@ -85,7 +85,7 @@ def build_probe_from_config(
         exclude_padding=bool((probe_config.extra_config or {}).get("exclude_padding", False)),
         **_head_options(probe_config, kwargs, cls),
     )
-    probe.config = probe_config
+    probe.config = _with_options(probe_config, kwargs)
     return probe
 
 
@@ -93,6 +93,12 @@ def _head_options(config: ProbeConfig, kwargs: dict[str, Any], cls: type[Probe])
     configured = {name: getattr(config, name) for name in cls.options if name in ProbeConfig.model_fields}
     given = {name: value for name, value in kwargs.items() if not _is_set(config, name)}
     return {name: value for name, value in {**configured, **given}.items() if value is not None}
+
+
+def _with_options(config: ProbeConfig, kwargs: dict[str, Any]) -> ProbeConfig:
+    """The configuration with what keywords filled in, so that a saved probe is built again as it was."""
+    filled = {n: v for n, v in kwargs.items() if n in ProbeConfig.model_fields and not _is_set(config, n)}
+    return ProbeConfig(**config.model_dump(exclude_unset=True), **filled) if filled else config
 
 
 def _refuse_unknown(kwargs: dict[str, Any], kind: str, cls: type[Probe]) -> None:
