@@ -72,3 +72,10 @@ def test_the_tree_names_every_file():
     files = [path for folder in folders for path in ROOT.glob(folder)]
     missing = [path.name for path in files if path.name != "__init__.py" and path.name not in tree]
     assert missing == []
+
+
+def test_its_links_lead_to_files():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert all((ROOT / link).is_file() for link in links if not link.startswith("https://"))
+    for folder in ("docs/*.md", "examples/*.py"):
+        assert {str(path.relative_to(ROOT)) for path in ROOT.glob(folder)} <= set(links)
