@@ -71,6 +71,15 @@ class ModelSpec(BaseModel):
         description="EAT: the log-mel features are divided by twice this; avex computes with the default even where "
         "its YAML files say 4.606",
     )
+    # avex has these for architectures that are not here; a registered class gets those that its constructor takes.
+    model_id: str = Field("worstchan/EAT-base_epoch30_pretrain", description="name of a model on the hub")
+    fairseq_weights_path: str | None = Field(None, description="weights that fairseq wrote")
+    pretraining_mode: bool | None = Field(None, description="whether the model is built for pre-training")
+    handle_padding: bool | None = Field(None, description="whether the model honours padding masks")
+    text_model_name: str | None = Field(None, description="text encoder of a model that reads text too")
+    projection_dim: int | None = Field(None, description="width that audio and text share")
+    temperature: float | None = Field(None, description="of the similarity between audio and text")
+    language: str | None = Field(None, description="language of labels or text")
     extra_config: dict[str, Any] | None = Field(
         None, description="free-form options of a custom model whose class takes extra_config"
     )

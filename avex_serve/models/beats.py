@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from avex_serve.configs import AudioConfig
-from avex_serve.models.base_model import ModelBase
+from avex_serve.models.base_model import ModelBase, refuse_pretrained
 from avex_serve.models.frontends import KaldiFbank
 from avex_serve.models.layers import BACKBONE, Taps, blocks_needed
 from avex_serve.models.tracing import is_tracing
@@ -439,6 +439,7 @@ class BEATsModel(ModelBase):
         self,
         *,
         num_classes: int | None = None,
+        pretrained: bool = False,
         device: str = "cpu",
         audio_config: AudioConfig | None = None,
         return_features_only: bool = False,
@@ -450,6 +451,7 @@ class BEATsModel(ModelBase):
 
         Args:
             num_classes: of the classifier; None: no classifier.
+            pretrained: must be False: weights come from `load_model`.
             device: where to put it.
             audio_config: must have the raw representation.
             return_features_only: leave the classifier out.
@@ -461,6 +463,7 @@ class BEATsModel(ModelBase):
             ValueError: an audio_config or init_config that BEATs can't take.
         """
         super().__init__(device=device, audio_config=audio_config)
+        refuse_pretrained(pretrained)
         if audio_config is not None and audio_config.representation != "raw":
             raise ValueError(
                 f"audio_config.representation is {audio_config.representation!r}, but BEATs has its own front end; "

@@ -8,6 +8,7 @@ Everything is batch first: tensors are (B, T, D) with T tokens, the class token 
 of 160 ms.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.frontends import EATFrontEnd
 from avex_serve.models.layers import BACKBONE, Taps, blocks_needed
+
+logger = logging.getLogger(__name__)
 
 # Frames and mel bins of a patch, mel bins, and the time steps that checkpoints hold positions for. Source: EAT.
 _PATCH = 16
@@ -273,6 +276,12 @@ class EATModel(ModelBase):
             )
         if init_config and eat_cfg and init_config != eat_cfg:
             raise ValueError(f"init_config {init_config} and eat_cfg {eat_cfg} differ; give the geometry once")
+        if (eat_norm_mean, eat_norm_std) != (_NORM_MEAN, _NORM_STD):
+            logger.warning(
+                "EAT is normalised with %s and %s, as the spec says. avex ignores these fields and computes with %s "
+                "and %s: leave them out for heads that were trained with avex",
+                *(eat_norm_mean, eat_norm_std, _NORM_MEAN, _NORM_STD),
+            )
         self.cfg = cfg = EATConfig(**(init_config or eat_cfg or {}))
         self.front_end = EATFrontEnd(
             frames=cfg.target_length, mel_bins=_MEL_BINS, mean=eat_norm_mean, std=eat_norm_std

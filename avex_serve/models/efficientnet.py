@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from avex_serve.configs import AudioConfig
-from avex_serve.models.base_model import ModelBase
+from avex_serve.models.base_model import ModelBase, refuse_pretrained
 from avex_serve.models.frontends import MelSpectrogram
 from avex_serve.models.layers import BACKBONE, Taps
 from avex_serve.models.tracing import is_tracing
@@ -199,8 +199,8 @@ class EfficientNetModel(ModelBase):
 
     def __init__(
         self,
-        *,
         num_classes: int | None = None,
+        pretrained: bool = False,
         device: str = "cpu",
         audio_config: AudioConfig | None = None,
         return_features_only: bool = False,
@@ -210,6 +210,7 @@ class EfficientNetModel(ModelBase):
 
         Args:
             num_classes: of the classifier; None: features only.
+            pretrained: must be False: weights come from `load_model`.
             device: where to put it.
             audio_config: what the spectrogram is made of, see `MelSpectrogram`.
             return_features_only: return the feature map. The module has a classifier nevertheless, by default
@@ -220,6 +221,7 @@ class EfficientNetModel(ModelBase):
             ValueError: no audio_config, or one that it can't take.
         """
         super().__init__(device=device, audio_config=audio_config)
+        refuse_pretrained(pretrained)
         if audio_config is None:
             raise ValueError(
                 "EfficientNet needs an audio_config, which its spectrogram is made by; set it in the ModelSpec"
@@ -325,3 +327,6 @@ def _cut(chain: nn.ModuleList, name: str, layers: Iterable[str]) -> None:
             _cut(part.block, f"{part_name}.block", layers)
     elif isinstance(part, nn.ModuleList):
         _cut(part, part_name, layers)
+
+
+Model = EfficientNetModel  # avex's name

@@ -5,6 +5,7 @@ call's own dictionary; so nothing stays on a module that several probes share.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,8 @@ def tap_by_hooks(
     several times counts as its last run. An output that the model changes in place afterwards is seen changed.
 
     Args:
-        module: called as ``module(wave)``, or ``module(wave, padding_mask)`` if there is a mask.
+        module: called as ``module(wave)``, or ``module(wave, padding_mask)`` if there is a mask or none may be left
+            out.
         wave: (B, S).
         layers: names of submodules, or ``backbone`` for the output of a module that has no part of that name.
         padding_mask: (B, S) bool, True where padded.
@@ -84,7 +86,7 @@ def _listen(
         if name != BACKBONE or name in parts
     ]
     try:
-        output = module(wave) if padding_mask is None else module(wave, padding_mask)
+        output = module(wave, padding_mask) if padding_mask is not None or _wants_mask(module) else module(wave)
     finally:
         for handle in handles:
             handle.remove()
@@ -97,6 +99,12 @@ def _listen(
             "runs, see list_model_layers()"
         )
     return {name: _tensor(name, heard[name]) for name in layers}
+
+
+def _wants_mask(module: nn.Module) -> bool:
+    # A forward pass written for avex may have no default for its mask.
+    parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    return len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) > 1
 
 
 def _hearing(name: str, heard: dict[str, Any]) -> Callable[[nn.Module, Any, Any], None]:

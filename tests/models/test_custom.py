@@ -1,6 +1,8 @@
 """Backbones that are not ours: subclasses with no more than forward, and plain torch modules."""
 
 import gc
+from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,3 +235,67 @@ def test_a_spectrogram_is_not_made_silently():
     model = Network(audio_config={"sample_rate": 16000})
     with pytest.raises(NotImplementedError, match=r"representation is 'mel_spectrogram'.*set 'raw', or override"):
         model(noise(1))
+
+
+class Bare(Network):
+    """Written for avex with nothing to spare: a mask without a default, and the length of a clip in a processor."""
+
+    def __init__(self):
+        super().__init__(audio_config=None)
+        self.audio_processor = SimpleNamespace(sr=16000, target_length=16 * STEP)
+
+    def forward(self, x, padding_mask):
+        return super().forward(x, padding_mask)
+
+
+def test_a_mask_without_a_default_and_an_audio_processor_are_understood():
+    base = Bare()
+    assert base.clip_samples == 16 * STEP
+    head = {"probe_type": "lstm", "lstm_hidden_size": 4, "num_layers": 1, "dropout_rate": 0.0}
+    probe = build(base, "mix", aggregation="none", **head)
+    wave = noise(2)
+    with torch.no_grad():
+        expected = probe(wave, torch.zeros(2, wave.shape[1], dtype=torch.bool))
+        torch.testing.assert_close(probe(wave), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("avex_serve.models.beats_model", "Model"),
+        ("avex_serve.models.efficientnet", "Model"),
+        ("avex_serve.models.probes.linear_probe", "LinearProbe"),
+        ("avex_serve.models.probes.mlp_probe", "MLPProbe"),
+        ("avex_serve.models.probes.lstm_probe", "LSTMProbe"),
+        ("avex_serve.models.probes.attention_probe", "AttentionProbe"),
+        ("avex_serve.models.probes.transformer_probe", "TransformerProbe"),
+    ],
+)
+def test_classes_have_avexs_import_paths(module, name):
+    assert issubclass(getattr(import_module(module), name), nn.Module)
+
+
+def test_an_architecture_is_built_by_its_class_with_random_weights_only():
+    audio = AudioConfig(sample_rate=16000, n_fft=800, hop_length=160, n_mels=32, target_length_seconds=1)
+    model = import_module("avex_serve.models.efficientnet").Model(
+        num_classes=10, pretrained=False, device="cpu", audio_config=audio, return_features_only=True
+    )
+    assert model.eval()(noise(1), padding_mask=None).shape == (1, 1280, 1, 4)
+    for cls in (type(model), import_module("avex_serve.models.beats_model").Model):
+        with pytest.raises(ValueError, match="load_model"):
+            cls(num_classes=10, pretrained=True, audio_config=audio)
+
+
+def test_a_class_gets_the_fields_of_avexs_spec_that_it_takes(clean_registry):
+    @avex_serve.register_model_class
+    class Speaking(Network):
+        name = "speaking"
+
+        def __init__(self, text_model_name, device="cpu", audio_config=AUDIO):
+            super().__init__(device=device, audio_config=audio_config)
+            self.text_model_name = text_model_name
+
+    spec = ModelSpec(name="speaking", text_model_name="roberta", audio_config=AudioConfig(**AUDIO))
+    assert avex_serve.build_model_from_spec(spec, "cpu").text_model_name == "roberta"
+    with pytest.raises(ValueError, match="temperature"):
+        avex_serve.build_model_from_spec(spec.model_copy(update={"temperature": 0.1}), "cpu")

@@ -218,8 +218,9 @@ def test_the_geometry_may_come_under_avexs_name():
     ("fields", "mean", "std"),
     [({}, -4.268, 4.569), ({"eat_norm_mean": -5.553, "eat_norm_std": 4.606}, -5.553, 4.606)],
 )
-def test_the_audio_is_normalised_as_the_spec_says_and_by_default_as_avex_does(fields, mean, std):
+def test_the_audio_is_normalised_as_the_spec_says_and_by_default_as_avex_does(fields, mean, std, caplog):
     features = tiny_eat(fields=fields).process_audio(torch.zeros(1, 400))
+    assert ("leave them out for heads that were trained with avex" in caplog.text) == bool(fields)
     assert features.shape == (1, 112, 128)
     assert features[0, 0].unique().item() == pytest.approx((math.log(2**-23) - mean) / (2 * std), rel=1e-5)
     assert features[0, 1:].unique().item() == pytest.approx(-mean / (2 * std), rel=1e-5)

@@ -255,10 +255,13 @@ def test_labels_of_another_number_are_an_error_unless_the_weights_are_not_the_mo
 
 
 @pytest.mark.parametrize("content", ["[1]", "{", '{"a": 0, "b": 2}', '{"a": 0, "a": 1}', '{"a": "0"}'])
-def test_a_damaged_label_map_is_an_error(published, content):
-    published.with_name("label_map.json").write_text(content)
+def test_a_damaged_label_map_is_an_error_of_its_model_and_none_when_asked_for_alone(published, caplog, content):
+    labels = published.with_name("label_map.json")
+    labels.write_text(content)
     with pytest.raises(ValueError, match=r"label_map\.json"):
         avex_serve.load_model(published)
+    assert avex_serve.load_label_mapping(labels) is None
+    assert "label_map.json" in caplog.text
 
 
 def test_a_checkpoint_that_is_not_the_published_one_is_refused(published, model):

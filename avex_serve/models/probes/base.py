@@ -240,9 +240,12 @@ class Probe(nn.Module, ABC):
     # -- building ----------------------------------------------------------------------------------------------
 
     def _clip_shapes(self, input_dim: InputDim | None) -> list[Shape]:
-        if self.base_model is None or self.feature_mode:
+        if self.base_model is None or (self.feature_mode and input_dim is not None):
             if input_dim is None:
-                raise ValueError("input_dim must be given when there is no base_model; give the embedding's width")
+                raise ValueError(
+                    "input_dim must be provided when feature_mode=True and there is no base_model; give the "
+                    "embedding's width"
+                )
             if isinstance(input_dim, int):
                 return [(1, input_dim) if self.takes_sequence else (input_dim,)]
             return [tuple(shape) for shape in input_dim] if isinstance(input_dim, list) else [tuple(input_dim)]

@@ -80,10 +80,8 @@ def load_label_mapping(model_or_path: str | Path) -> LabelMapping | None:
         model_or_path: a registered name, or the path or URI of a label map, JSON ``{label: index}``.
 
     Returns:
-        The mapping, or None with a warning: no such model or file, or a model that names no label map.
-
-    Raises:
-        ValueError: the file is no label map.
+        The mapping, or None with a warning: no such model or file, a model that names no label map, or a file that
+        is none.
     """
     name = str(model_or_path)
     entry = get_entry(name)
@@ -93,9 +91,12 @@ def load_label_mapping(model_or_path: str | Path) -> LabelMapping | None:
     if entry is None and isinstance(model_or_path, str) and "/" not in name and not name.endswith(".json"):
         logger.warning("%r is neither a registered model nor a JSON file of labels", name)
         return None
-    return read_label_mapping(
-        name if entry is None or entry.class_mapping_path is None else entry.class_mapping_path
-    )
+    uri = name if entry is None or entry.class_mapping_path is None else entry.class_mapping_path
+    try:
+        return read_label_mapping(uri)
+    except ValueError as error:  # asked for alone, it answers as avex's; `load_model` refuses such a map
+        logger.warning("%s", error)
+        return None
 
 
 def list_model_layers(model: str | ModelBase | Backbone, device: str = "cpu") -> dict[str, list[str] | str]:

@@ -184,10 +184,10 @@ def read_model_yaml(path: Path) -> ModelEntry:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} must hold a mapping with the fields of a model, or model_spec: with them")
+        raise ValueError(f"YAML must define a mapping: {path} needs the fields of a model, or model_spec: with them")
     fields = content.get("model_spec", content)
     if not isinstance(fields, Mapping):
-        raise ValueError(f"{path}: model_spec must be a mapping")
+        raise ValueError(f"Invalid model specification structure: model_spec of {path} must be a mapping")
     return ModelEntry(
         spec=ModelSpec(**fields),
         description=str(content.get("description", f"{fields.get('name')} model from {path.name}")),
