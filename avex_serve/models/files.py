@@ -1,6 +1,7 @@
 """Files by path or URI: checkpoints and label maps, from the disk, the hub or cloud storage."""
 
 import hashlib
+import logging
 import os
 import re
 import tempfile
@@ -9,6 +10,8 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from avex_serve.bundle import sha256_of
+
+logger = logging.getLogger(__name__)
 
 # hf://owner/repository/file, with @revision after the repository (as the hub's own URIs) or at the end.
 _HUB = re.compile(
@@ -25,7 +28,8 @@ def resolve_file(uri: str, kind: str = "Checkpoint", *, sha256: str | None = Non
             changes), or ``hf://owner/repository/file[@revision]``, taken from the hub's cache or downloaded into it
             (``HF_HUB_OFFLINE=1``: from the cache only).
         kind: what it is, for messages.
-        sha256: hex digest that the file must have; None: any.
+        sha256: hex digest that the file must have; None: any. A file on the hub without a revision may have been
+            replaced since the digest was published: then another one is a warning.
 
     Raises:
         FileNotFoundError: it isn't there, with what to do.
@@ -44,7 +48,10 @@ def resolve_file(uri: str, kind: str = "Checkpoint", *, sha256: str | None = Non
     else:
         raise ValueError(f"{uri!r}: scheme {scheme}:// is not known; use a path, file://, hf://, s3:// or gs://")
     if sha256 is not None and (found := sha256_of(path)) != sha256.lower():
-        raise ValueError(f"{kind} {uri} has sha256 {found}, but {sha256} is published for it; get it again")
+        told = f"{kind} {uri} has sha256 {found}, but {sha256} is published for it"
+        if scheme != "hf" or _parse_hub(uri)[2] is not None:
+            raise ValueError(f"{told}; get it again")
+        logger.warning("%s: it is another file, or was replaced on the hub since", told)
     return path
 
 

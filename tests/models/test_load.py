@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import json
 import pickle
 import re
@@ -270,6 +271,26 @@ def test_a_checkpoint_that_is_not_the_published_one_is_refused(published, model)
     with pytest.raises(ValueError, match=r"has sha256 [0-9a-f]{64}, but [0-9a-f]{64} is published"):
         avex_serve.load_model(published)
     assert avex_serve.load_model(published, checkpoint_path=str(weights)).classifier.out_features == 4
+
+
+def test_a_file_of_the_hub_may_have_been_replaced_unless_its_revision_is_named(
+    tmp_path, monkeypatch, caplog, published
+):
+    weights = published.with_name("weights.safetensors").read_bytes()
+    hub_cache(tmp_path, "owner/repo", "weights.safetensors", lambda path: path.write_bytes(weights))
+    use_cache(monkeypatch, tmp_path)
+    content = yaml.safe_load(published.read_text())
+    for revision, right in itertools.product(("", f"@{REVISION}"), (True, False)):
+        content["checkpoint_path"] = f"hf://owner/repo/weights.safetensors{revision}"
+        content["sha256"] = hashlib.sha256(weights if right else b"").hexdigest()
+        published.write_text(yaml.safe_dump(content))
+        caplog.clear()
+        if revision and not right:
+            with pytest.raises(ValueError, match="is published for it"):
+                avex_serve.load_model(published)
+            continue
+        assert avex_serve.load_model(published).classifier.out_features == 4
+        assert ("replaced on the hub since" in caplog.text) == (not right)
 
 
 def test_a_prefix_that_the_module_has_itself_stays(tmp_path, clean_registry):
