@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from avex_serve.configs import Aggregation, AudioConfig
 from avex_serve.models.aggregation import concatenate
 from avex_serve.models.layers import BACKBONE, last_layer, resolve_layers
-from avex_serve.models.passes import frozen, measure_batch_axes, tap_by_hooks
+from avex_serve.models.passes import frozen, keep_listening, measure_batch_axes, tap_by_hooks
 from avex_serve.models.tracing import is_tracing
 
 
@@ -46,6 +47,9 @@ class ModelBase(nn.Module):
         self.label_mapping: dict[str, dict[Any, Any]] | None = None
         self.checkpoint: str | None = None
         self._selected_layers: list[str] = []
+        # For a subclass that brings its own extract_embeddings and reads these, as those written for avex do.
+        self._hooks: dict[str, RemovableHandle] = {}
+        self._hook_outputs: dict[str, Tensor] = {}
         self._layer_names: list[str] = []
         self._batch_axes: dict[str, int] | None = None  # fixed by `specialise`, on a copy
 
@@ -177,12 +181,29 @@ class ModelBase(nn.Module):
             TypeError: a bool among the layers.
             ValueError: no layer, an index out of range, or a name that is not there.
         """
+        self.deregister_all_hooks()
         self._selected_layers = self.resolve_layers(target_layers)
         return list(self._selected_layers)
 
     def deregister_all_hooks(self) -> None:
         """Forget the layers chosen for `extract_embeddings`."""
         self._selected_layers = []
+        self._stop_listening()
+
+    def ensure_hooks_registered(self) -> None:
+        """Listen to the chosen layers, for an own `extract_embeddings` that reads ``_hook_outputs`` after a pass."""
+        for name in self._selected_layers:
+            if name not in self._hooks:
+                self._hooks[name] = keep_listening(self, name, self._hook_outputs)
+
+    def _clear_hook_outputs(self) -> None:
+        self._hook_outputs.clear()
+
+    def _stop_listening(self) -> None:
+        for handle in self._hooks.values():
+            handle.remove()
+        self._hooks.clear()
+        self._hook_outputs.clear()
 
     def extract_embeddings(
         self,
@@ -190,7 +211,7 @@ class ModelBase(nn.Module):
         *,
         padding_mask: Tensor | None = None,
         aggregation: Aggregation = "none",
-        freeze_backbone: bool = True,
+        freeze_backbone: bool | None = None,
     ) -> Tensor | list[Tensor]:
         """Embeddings of the layers chosen with `register_hooks_for_layers`.
 
@@ -198,7 +219,8 @@ class ModelBase(nn.Module):
             x: (B, S), or ``{"raw_wav": (B, S), "padding_mask": (B, S)}``.
             padding_mask: (B, S) bool, True where padded.
             aggregation: see `avex_serve.models.aggregation.aggregate`; padding is never left out of it.
-            freeze_backbone: compute in eval mode and without gradients.
+            freeze_backbone: compute in eval mode and without gradients; None: so for the architectures here, while
+                gradients flow through other models, as in avex.
 
         Returns:
             Aggregated: (B, D), several layers side by side. ``none``: a list, or the tensor of one layer.
@@ -209,8 +231,10 @@ class ModelBase(nn.Module):
         wave, mask = unpack_audio(x, padding_mask)
         if not self._selected_layers:
             raise ValueError("No layers are chosen. Call register_hooks_for_layers() first.")
-        tap = self._heard if type(self).taps is ModelBase.taps else self.taps
-        with frozen(self) if freeze_backbone else contextlib.nullcontext():
+        own_taps = type(self).taps is not ModelBase.taps
+        tap = self.taps if own_taps else self._heard
+        freeze = own_taps if freeze_backbone is None else freeze_backbone
+        with frozen(self) if freeze else contextlib.nullcontext():
             found = tap(wave, self._selected_layers, mask)
         return concatenate([found[name] for name in self._selected_layers], aggregation)
 
@@ -232,15 +256,18 @@ class ModelBase(nn.Module):
             found = self.extract_embeddings(
                 self._waveform(wave), **{name: value for name, value in options.items() if name in known}
             )
+            # One that collects what hooks heard gives it in the order of the pass.
+            order = list(self._hook_outputs) if set(self._hook_outputs) == set(layers) else layers
         finally:
             self._selected_layers = selected
+            self._stop_listening()
         outputs = [found] if isinstance(found, Tensor) else list(found)
         if len(outputs) != len(layers):
             raise ValueError(
                 f"{type(self).__name__}.extract_embeddings() gave {len(outputs)} embeddings for the layers "
                 f"{', '.join(layers)}; expected one each with aggregation='none'"
             )
-        return dict(zip(layers, outputs, strict=True))
+        return dict(zip(order, outputs, strict=True))
 
 
 def unpack_audio(x: Tensor | Mapping[str, Tensor], padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,7 +1,8 @@
 """Forward passes: frozen ones, and ones that listen to a module's layers without changing the module.
 
 Hooks live here and nowhere else. They are registered and removed within one call, and what they hear goes into that
-call's own dictionary; so nothing stays on a module that several probes share.
+call's own dictionary; so nothing stays on a module that several probes share. The one exception is `keep_listening`,
+for models written for avex that handle hooks themselves.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from avex_serve.models.layers import BACKBONE
 
@@ -73,6 +75,22 @@ def measure_batch_axes(module: nn.Module, wave: Tensor, layers: Sequence[str]) -
     with frozen(module):
         one, two = (_listen(module, wave.expand(rows, -1), layers, None) for rows in (1, 2))
     return {name: _only_change(name, one[name].shape, two[name].shape) for name in layers}
+
+
+def keep_listening(module: nn.Module, name: str, outputs: dict[str, Tensor]) -> RemovableHandle:
+    """Put the output of a submodule into `outputs` at every pass, until the handle is removed.
+
+    Raises:
+        ValueError: no submodule of that name.
+    """
+    part = dict(module.named_modules()).get(name)
+    if part is None:
+        raise ValueError(f"Layer '{name}' not found in model")
+
+    def hook(part: nn.Module, arguments: Any, output: Any) -> None:
+        outputs[name] = _tensor(name, output)
+
+    return part.register_forward_hook(hook)
 
 
 def _listen(

@@ -299,3 +299,40 @@ def test_a_class_gets_the_fields_of_avexs_spec_that_it_takes(clean_registry):
     assert avex_serve.build_model_from_spec(spec, "cpu").text_model_name == "roberta"
     with pytest.raises(ValueError, match="temperature"):
         avex_serve.build_model_from_spec(spec.model_copy(update={"temperature": 0.1}), "cpu")
+
+
+class Hooked(Network):
+    """As code for avex overrides the extraction: by the hooks of the base class."""
+
+    def extract_embeddings(self, x, *, padding_mask=None, aggregation="none", freeze_backbone=True):
+        self._clear_hook_outputs()
+        self.ensure_hooks_registered()
+        if not self._hooks:
+            raise ValueError("no hooks")
+        self.forward(x, padding_mask)
+        found = list(self._hook_outputs.values())
+        return [e.mean(dim=1) if aggregation == "mean" else e for e in found]
+
+
+def test_a_class_may_handle_hooks_itself():
+    base, wave = Hooked().eval(), noise(2)
+    with pytest.raises(ValueError, match="no hooks"):
+        base.extract_embeddings(wave)
+    base.register_hooks_for_layers(["classifier", "embed"])
+    embed, logits = base.extract_embeddings(wave)  # in the order of the pass
+    torch.testing.assert_close(logits, base(wave))
+    tapped = base.taps(wave, ["classifier", "embed"])
+    torch.testing.assert_close(tapped["classifier"], logits)
+    torch.testing.assert_close(tapped["embed"], embed)
+    probes = [build(base, layer) for layer in ("embed", "classifier")]
+    assert [probe.input_width for probe in probes] == [8, 4]
+    assert all(probe(wave).shape == (2, 3) for probe in probes)
+    base.deregister_all_hooks()
+    assert not base._hooks
+    assert not any(part._forward_hooks for part in base.modules())
+
+
+def test_gradients_flow_through_extracted_embeddings_unless_frozen(network):
+    network.register_hooks_for_layers(["mix"])
+    assert network.extract_embeddings(noise(1), aggregation="mean").requires_grad
+    assert not network.extract_embeddings(noise(1), aggregation="mean", freeze_backbone=True).requires_grad

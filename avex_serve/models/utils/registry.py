@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from pydantic import ValidationError
 from torch import nn
 
 from avex_serve.configs import ModelSpec
@@ -188,8 +189,12 @@ def read_model_yaml(path: Path) -> ModelEntry:
     fields = content.get("model_spec", content)
     if not isinstance(fields, Mapping):
         raise ValueError(f"Invalid model specification structure: model_spec of {path} must be a mapping")
+    try:
+        spec = ModelSpec(**fields)
+    except ValidationError as error:
+        raise ValueError(f"Failed to build ModelSpec from {path}: {error}") from None
     return ModelEntry(
-        spec=ModelSpec(**fields),
+        spec=spec,
         description=str(content.get("description", f"{fields.get('name')} model from {path.name}")),
         checkpoint_path=_beside(path, content.get("checkpoint_path")),
         licence=str(content.get("licence", "unknown")),
