@@ -56,6 +56,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     """Answer for each file; one that can't be read doesn't keep the others from being answered."""
     code = 0
     with open_bundle(arguments.bundle, arguments.device) as engine:
+        if not engine.manifest.trained:
+            print("avex-serve: the head has random weights: its answers mean nothing", file=sys.stderr)
         for path in arguments.files:
             try:
                 prediction = engine.predict(

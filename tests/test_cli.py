@@ -14,7 +14,7 @@ import avex_serve
 from avex_serve import open_bundle
 from avex_serve.cli import main
 from avex_serve.runtime.audio import decode
-from tests.bundles import LABELS
+from tests.bundles import LABELS, make_audio_bundle
 
 AVEX_SERVE = Path(sys.executable).with_name("avex-serve")
 
@@ -176,3 +176,9 @@ def test_a_reader_that_goes_away(audio_bundle, files):
     with process.stderr as errors:
         assert errors.read() == b""
     assert process.wait(30) == 1
+
+
+def test_random_weights_are_told(tmp_path, files, capsys):
+    bundle = make_audio_bundle(tmp_path / "bundle", trained=False)
+    assert main(["predict", str(bundle), str(files[0])]) == 0
+    assert capsys.readouterr().err == "avex-serve: the head has random weights: its answers mean nothing\n"

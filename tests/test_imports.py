@@ -152,3 +152,13 @@ def test_the_training_side_says_that_torch_is_missing(no_torch):
         "import avex_serve\ntry:\n avex_serve.load_model\nexcept ModuleNotFoundError as error:\n print(error.name)"
     )
     assert python("-c", script).strip() == "torch"
+
+
+def test_the_exporter_says_that_torch_is_missing(tmp_path, monkeypatch):
+    """The base install has the exporter, but not what it needs."""
+    (tmp_path / "sitecustomize.py").write_text(BLOCKER.replace('"torch", "avex_export"', '"torch",'))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = [sys.executable, "-m", "avex_export", "--list"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr.count("\n")) == (3, 1)
+    assert "torch is not installed; pip install 'avex-serve[export]'" in result.stderr

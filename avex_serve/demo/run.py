@@ -59,6 +59,7 @@ def run_demo() -> None:
         command = [sys.executable, "-m", "avex_export", "--probe", PROBE, "--output", str(bundle)]
         if subprocess.run(command, check=False).returncode:
             raise AvexServeError("the export failed; see above")
+        print("(The demo removes its bundle at the end; the same command without --output keeps one.)")
 
         _title("3. bentoml serve avex_serve.service:AvexService")
         with _server(bundle, folder) as (http_port, grpc_port):

@@ -3,7 +3,7 @@
 import io
 import os
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import soundfile
@@ -15,6 +15,8 @@ BLOCK_FRAMES: Final = 2**20  # 22 s at 48 kHz
 # Recorders lie well within, from infrasound to sonar. A damaged header doesn't, and a rate of 1 Hz would make a
 # small upload grow 16,000-fold when it is resampled.
 RATES: Final = (100, 10_000_000)  # Hz
+# Sizes from here on mean that the writer didn't know: it wrote 2 or 4 GiB, or a little less.
+STREAMED: Final = 0x7FFF0000
 Wave = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 
@@ -54,6 +56,11 @@ def decode(source: bytes | str | os.PathLike[str]) -> Recording:
 def _decode(file: io.BytesIO | int, name: str, size: int) -> Recording:
     if size == 0:
         raise AudioError(f"{name} is empty (0 bytes); expected an encoded recording such as WAV or FLAC")
+    head = file.getvalue()[:8] if isinstance(file, io.BytesIO) else os.pread(file, 8, 0)
+    if (declared := _declared_size(head)) is not None and declared > size:
+        raise AudioError(
+            f"{name} is truncated: {size} bytes of the {declared} that its header promises; send it whole"
+        )
     try:
         with soundfile.SoundFile(file, closefd=False) as sound:
             wave, sample_rate = _read_mono(sound), int(sound.samplerate)
@@ -63,6 +70,15 @@ def _decode(file: io.BytesIO | int, name: str, size: int) -> Recording:
             f"{name} can't be decoded ({reason}); expected WAV, FLAC, OGG (Vorbis, Opus) or MP3"
         ) from None
     return Recording(check_wave(wave, name), sample_rate)
+
+
+def _declared_size(head: bytes) -> int | None:
+    """Bytes of a RIFF (WAV) or FORM (AIFF) file as its header says, None if it doesn't: writers of streams can't."""
+    order: Literal["little", "big"] | None = {b"RIFF": "little", b"FORM": "big"}.get(head[:4])  # type: ignore[assignment]
+    if order is None or len(head) < 8:
+        return None
+    declared = int.from_bytes(head[4:], order) + 8
+    return None if declared >= STREAMED else declared
 
 
 def _read_mono(sound: soundfile.SoundFile) -> Wave:

@@ -119,7 +119,10 @@ def assemble(request: Request) -> Assembly:
         ExportError: weights or labels are missing, or don't fit.
         NotFoundError: a file that was named is not there.
     """
-    recipe, source = request.recipe, _weights_folder(request)
+    recipe = request.recipe
+    if request.model is not None:
+        _find_model(request.model)
+    source = _weights_folder(request)
     saved = read_saved(source) if source is not None and source.is_dir() else None
     if saved is not None and saved.probe_config.probe_type != recipe.config.probe_type:
         raise ExportError(
@@ -127,6 +130,10 @@ def assemble(request: Request) -> Assembly:
             "probe; export the folder itself (--probe FOLDER)"
         )
     labels = _labels(request, source, saved)
+    if saved is not None and len(labels) != saved.num_classes:
+        raise ExportError(
+            f"--labels {request.labels} has {len(labels)} labels, the probe {saved.num_classes} classes"
+        )
     state_file = source / WEIGHTS if saved is not None and source is not None else source
     model, entry = _model(request, saved)
     try:
@@ -208,6 +215,9 @@ def read_label_file(path: Path) -> tuple[str, ...]:
     labels = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not labels:
         raise ExportError(f"--labels {path} holds no labels; expected one a line")
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ExportError(f"--labels {path} names labels more than once: {', '.join(twice[:5])}")
     return labels
 
 
@@ -221,7 +231,10 @@ def _model(request: Request, saved: SavedProbe | None) -> tuple[str, ModelEntry]
                 "the saved probe doesn't say which backbone it belongs to; give --model, or --offline to serve "
                 "embeddings"
             )
-    name = request.model or DEFAULT_MODEL
+    return _find_model(request.model or DEFAULT_MODEL)
+
+
+def _find_model(name: str) -> tuple[str, ModelEntry]:
     try:
         return Path(name).stem if name.endswith((".yml", ".yaml")) else name, find_entry(name)
     except (ValueError, FileNotFoundError) as error:

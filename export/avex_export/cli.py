@@ -1,8 +1,11 @@
 """``avex-export``: from a trained probe to a bundle."""
 
 import argparse
+import contextlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from avex_serve.errors import AvexServeError, DependencyError, InputError
@@ -14,19 +17,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or the error's own (see `avex_serve.errors`)."""
     arguments = _parser().parse_args(argv)
     try:
+        with _ended_by_sigterm():
+            _run(arguments)
+    except AvexServeError as error:
+        return _fail(str(error), error.exit_code)
+    except OSError as error:  # of the output folder; those of other files were told by name
+        return _fail(str(error), InputError.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", 130)
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.probe is None and not arguments.list:
+        raise InputError("nothing to export: give --probe, or --list to see what there is")
+    try:
         if arguments.list:
             _list()
-        elif arguments.probe is None:
-            raise InputError("nothing to export: give --probe, or --list to see what there is")
         else:
             _export(arguments)
-    except AvexServeError as error:
-        print(f"avex-export: {error}", file=sys.stderr)
-        return error.exit_code
-    except FileExistsError as error:
-        print(f"avex-export: {error}", file=sys.stderr)
-        return InputError.exit_code
-    return 0
+    except ModuleNotFoundError as error:
+        raise DependencyError(f"{error.name} is not installed; pip install 'avex-serve[export]'") from error
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, so that the half-written folder goes."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"avex-export: {message}", file=sys.stderr)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,18 +86,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    try:
-        from avex_export.assemble import Request
-        from avex_export.export import FORMATS, export_bundle
-        from avex_export.recipes import find_recipe
-    except ModuleNotFoundError as error:
-        raise DependencyError(f"{error.name} is not installed; pip install 'avex-serve[export]'") from error
+    from avex_export.assemble import Request
+    from avex_export.export import FORMATS, export_bundle
+    from avex_export.recipes import find_recipe
+
     try:
         recipe = find_recipe(arguments.probe)
     except (ValueError, FileNotFoundError) as error:
         raise InputError(f"--probe {arguments.probe}: {error}") from error
     if arguments.input_dim is not None and not arguments.offline:
         raise InputError("--input-dim is for --offline; an audio bundle takes its shapes from the backbone")
+    if arguments.clip_seconds is not None and arguments.offline:
+        raise InputError("--clip-seconds is for audio; with --offline clients bring embeddings")
     request = Request(
         recipe=recipe,
         model=arguments.model,
@@ -77,7 +110,9 @@ def _export(arguments: argparse.Namespace) -> None:
     )
     output = arguments.output or _BUNDLES / recipe.name
     formats = tuple(dict.fromkeys(arguments.format or FORMATS))
-    export_bundle(request, output, formats, arguments.activation, arguments.verify_audio)
+    manifest = export_bundle(request, output, formats, arguments.activation, arguments.verify_audio)
+    if not manifest.trained:
+        print("avex-export: the head has random weights: its answers mean nothing", file=sys.stderr)
     print(f"serve it: AVEX_BUNDLE={output} bentoml serve avex_serve.service:AvexService")
 
 
@@ -94,7 +129,10 @@ def _list() -> None:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value

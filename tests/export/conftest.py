@@ -5,6 +5,7 @@ import pytest
 from avex_export.cli import main
 from tests.models.backbones import tiny_beats, tiny_spec, write_model
 
+UNTRAINED = "avex-export: the head has random weights: its answers mean nothing\n"
 LABELS = ("bat", "bee", "bird", "frog", "wind")
 
 

@@ -8,7 +8,7 @@ import torch
 from avex_serve import open_bundle
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, save_probe
-from tests.export.conftest import LABELS
+from tests.export.conftest import LABELS, UNTRAINED
 from tests.models.backbones import RATE, noise, tiny_eat, tiny_eat_spec, write_model
 
 TOKENS = 57
@@ -39,7 +39,7 @@ def test_variants_are_verified_on_every_input_in_both_formats(tmp_path, export, 
     code, out, err = export(
         *("--probe", name, "--model", eat, "--labels", labels, "--allow-untrained", "--output", tmp_path / "bundle")
     )
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, UNTRAINED)
     assert "✗" not in out
     assert out.count("✓") == 11  # five inputs and batches in two formats, and the meta device
     for row in (f"noise                       {TOKENS}", "digital silence", "shapes on device meta"):

@@ -9,7 +9,7 @@ from avex_serve import open_bundle
 from avex_serve.bundle import read_bundle
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, load_probe, save_probe
-from tests.export.conftest import LABELS
+from tests.export.conftest import LABELS, UNTRAINED
 from tests.models.backbones import effnet, effnet_spec, noise, write_model
 
 # 32 mel bins leave one frequency in the last layer: heads on all layers stay small.
@@ -31,7 +31,7 @@ def untrained(export, model, labels, tmp_path):
         torch.manual_seed(1)
         arguments = ["--probe", probe, "--model", model, "--labels", labels, "--allow-untrained"]
         code, out, err = export(*arguments, "--output", tmp_path / "bundle", *options)
-        assert (code, err) == (0, "")
+        assert (code, err) == (0, UNTRAINED)
         return out
 
     return run
