@@ -83,6 +83,14 @@ class BEATsConfig(BaseModel):
     predictor_class: int = Field(527, description="classes of that predictor")
 
 
+# Fields of the fine-tuned checkpoints that differ from the defaults.
+_FINE_TUNED = {
+    "attention_dropout": 0.0,
+    "dropout": 0.0,
+    "finetuned_model": True,
+    "layer_wise_gradient_decay_ratio": 0.6,
+}
+
 # Fields that an embedding in eval mode doesn't depend on.
 _WITHOUT_EFFECT = {
     "layer_wise_gradient_decay_ratio",
@@ -398,11 +406,14 @@ class BEATs(nn.Module):
         padding = None if padding_mask is None else self.token_mask(padding_mask, wave.shape[-1])
         if self.post_extract_proj is not None:
             x = self.post_extract_proj(x)
+        projected = x
         x = self.dropout_input(x)
         if padding is not None:
             x = x.masked_fill(padding[..., None], 0)
         # Offered with its padded tokens zeroed: so does avex, whose hook holds the tensor that is zeroed in place.
-        taps(f"{name}.post_extract_proj", x)
+        # In training dropout makes another tensor of it, and the hook holds the one before.
+        before_dropout = self.training and self.dropout_input.p > 0
+        taps(f"{name}.post_extract_proj", projected if before_dropout else x)
         if not taps.complete:
             x = self.encoder(x, padding, taps, f"{name}.encoder")
         taps(name, x)
@@ -456,7 +467,7 @@ class BEATsModel(ModelBase):
             audio_config: must have the raw representation.
             return_features_only: leave the classifier out.
             use_naturelm: clamp the waveform to [-1, 1] first.
-            fine_tuned: without `init_config`, the geometry of the fine-tuned checkpoint (with a predictor).
+            fine_tuned: without `init_config`, the configuration of the fine-tuned checkpoints (with a predictor).
             init_config: fields of `BEATsConfig`.
 
         Raises:
@@ -470,7 +481,7 @@ class BEATsModel(ModelBase):
                 "set 'raw'"
             )
         if init_config is None:
-            init_config = {"finetuned_model": fine_tuned or use_naturelm}
+            init_config = _FINE_TUNED if fine_tuned else {"dropout_input": 0.1, "finetuned_model": use_naturelm}
         cfg = BEATsConfig(**init_config)
         self.use_naturelm = use_naturelm
         self.backbone = BEATs(cfg)

@@ -259,3 +259,9 @@ def test_the_fingerprint_tells_apart_what_the_weights_do_not():
     variants.append({"fields": {"use_naturelm": True}})
     assert len({fingerprint(tiny_beats(**options)) for options in variants}) == len(variants)
     assert fingerprint(tiny_beats(dropout=0.5, encoder_layerdrop=0.5)) == fingerprint(tiny_beats())
+
+
+def test_the_first_layer_is_tapped_before_dropout_in_training():
+    model, layer = tiny_beats(dropout_input=0.5), "backbone.post_extract_proj"
+    expected = model.taps(noise(2), [layer])[layer]
+    torch.testing.assert_close(model.train().taps(noise(2), [layer])[layer], expected)

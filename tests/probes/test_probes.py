@@ -337,3 +337,19 @@ def test_a_head_for_embeddings_may_take_its_shape_from_a_backbone():
     assert probe(torch.randn(2, 32)).shape == (2, 5)
     with pytest.raises(ValueError, match="input_dim must be provided when feature_mode=True"):
         LinearProbe(None, ["last_layer"], 5, feature_mode=True)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "transformer"])
+def test_a_single_position_is_added_to_every_step(kind):
+    probe = build(kind, input_dim=8, max_sequence_length=1, use_positional_encoding=True).eval()
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        expected = probe(x)
+        shifted = x + probe.pos_encoding
+        probe.pos_encoding = None
+        torch.testing.assert_close(probe(shifted), expected)
+
+
+def test_sine_positions_of_a_sequence_of_numbers():
+    probe = build("attention", input_dim=1, num_heads=1, use_positional_encoding=True)
+    torch.testing.assert_close(probe.pos_encoding[0, :4, 0], torch.arange(4.0).sin())

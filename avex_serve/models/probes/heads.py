@@ -92,7 +92,7 @@ class SequenceProbe(Probe):
         """See `Probe.classify`."""
         if self.pos_encoding is not None:
             steps, longest = features.shape[1], self.pos_encoding.shape[1]
-            if not is_tracing() and steps > longest:
+            if not is_tracing() and steps > longest > 1:  # a single position is added to every step, as in avex
                 raise RuntimeError(
                     f"a sequence of {steps} steps is longer than the {longest} positions; raise max_sequence_length"
                 )
@@ -184,14 +184,16 @@ class AttentionProbe(SequenceProbe):
 
     def _build_positions(self, steps: int, width: int) -> None:
         # Vaswani et al., "Attention is all you need" (arXiv 1706.03762), section 3.5.
-        if width % 2:
+        if width % 2 and width > 1:
             raise RuntimeError(
                 f"sine positions need an even width, the embedding has {width}; use use_positional_encoding=False"
             )
         position = torch.arange(steps, dtype=torch.float32)[:, None]
         frequency = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width))
         table = torch.stack([torch.sin(position * frequency), torch.cos(position * frequency)], dim=-1)
-        self.register_buffer("pos_encoding", table.flatten(1)[None])  # (1, steps, width): sines at even places
+        self.register_buffer(
+            "pos_encoding", table.flatten(1)[None, :, :width]
+        )  # (1, steps, width): sines at even places
 
 
 class TransformerProbe(SequenceProbe):

@@ -103,6 +103,11 @@ def _with_options(config: ProbeConfig, kwargs: dict[str, Any]) -> ProbeConfig:
 
 def _refuse_unknown(kwargs: dict[str, Any], kind: str, cls: type[Probe]) -> None:
     for name in kwargs.keys() - cls.options.keys():
+        if name in ProbeConfig.model_fields:
+            raise TypeError(
+                f"build_probe_from_config() got an unexpected keyword '{name}' for a {kind} probe; set it in the "
+                "ProbeConfig"
+            )
         close = difflib.get_close_matches(name, [*cls.options, *ProbeConfig.model_fields], n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"it takes {sorted(cls.options) or 'no options'}"
         raise TypeError(f"build_probe_from_config() got an unexpected keyword '{name}' for a {kind} probe; {hint}")
