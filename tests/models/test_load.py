@@ -270,7 +270,8 @@ def test_a_checkpoint_that_is_not_the_published_one_is_refused(published, model)
     save_file({**state(model), "classifier.bias": torch.ones(4)}, weights)
     with pytest.raises(ValueError, match=r"has sha256 [0-9a-f]{64}, but [0-9a-f]{64} is published"):
         avex_serve.load_model(published)
-    assert avex_serve.load_model(published, checkpoint_path=str(weights)).classifier.out_features == 4
+    for path in (weights, str(weights)):
+        assert avex_serve.load_model(published, checkpoint_path=path).classifier.out_features == 4
 
 
 def test_a_file_of_the_hub_may_have_been_replaced_unless_its_revision_is_named(

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 def load_model(
     model: str | Path | ModelSpec,
     device: str = "cpu",
-    checkpoint_path: str | None = None,
+    checkpoint_path: str | Path | None = None,
     return_features_only: bool = False,
 ) -> ModelBase:
     """Load a backbone with its weights, in eval mode. The registry stays as it is.
@@ -52,7 +52,7 @@ def load_model(
         TypeError: `model` is something else.
     """
     entry = find_entry(model)
-    uri = checkpoint_path or entry.checkpoint_path
+    uri = str(checkpoint_path) if checkpoint_path else entry.checkpoint_path
     if uri is None:
         if entry.spec.pretrained:
             raise ValueError(
