@@ -155,9 +155,9 @@ def train_backbone(clips: Clips, clock: Clock) -> ModelBase:
     layer_head, clip_head, step_head = (nn.Linear(width, CLASSES) for _ in range(3))
 
     def loss(batch: Tensor) -> Tensor:
-        taps = base.taps(clips.waves[batch], [base.last_layer, "backbone"])
+        taps = base.taps(clips.waves[batch], [base.last_layer_name, "backbone"])
         steps = taps["backbone"].unflatten(1, (STEPS, BANDS)).mean(dim=2)  # (B, STEPS, D)
-        layer_logits, clip_logits = layer_head(taps[base.last_layer].mean(dim=1)), clip_head(steps.mean(dim=1))
+        layer_logits, clip_logits = layer_head(taps[base.last_layer_name].mean(dim=1)), clip_head(steps.mean(dim=1))
         return (
             F.binary_cross_entropy_with_logits(layer_logits, clips.targets[batch])
             + F.binary_cross_entropy_with_logits(clip_logits, clips.targets[batch])

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from avex_serve.configs import Aggregation, AudioConfig
 from avex_serve.models.aggregation import concatenate
+from avex_serve.models.frontends import AudioProcessor
 from avex_serve.models.layers import BACKBONE, last_layer, resolve_layers
 from avex_serve.models.passes import frozen, keep_listening, measure_batch_axes, tap_by_hooks
 from avex_serve.models.tracing import is_tracing
@@ -27,12 +28,13 @@ class ModelBase(nn.Module):
 
     Attributes:
         audio_config: what audio it expects, or None if that is not known.
+        audio_processor: what `audio_config` makes of a waveform, under avex's name; None without one.
         label_mapping: ``{"label_to_index": …, "index_to_label": …}`` of a loaded classifier, else None.
-        checkpoint: URI that its weights were loaded from, with the hub's revision; None for local files.
-        trunk: name of the submodule that makes the embeddings; checkpoints may leave it out of their names.
+        checkpoint_uri: URI that its weights were loaded from, with the hub's revision; None for local files.
+        trunk_name: name of the submodule that makes the embeddings; checkpoints may leave it out of their names.
     """
 
-    trunk: ClassVar[str] = "backbone"
+    trunk_name: ClassVar[str] = "backbone"
 
     def __init__(self, device: str = "cpu", audio_config: AudioConfig | Mapping[str, Any] | None = None) -> None:
         """Start a model.
@@ -44,9 +46,12 @@ class ModelBase(nn.Module):
         super().__init__()
         self.device = device
         self.audio_config = AudioConfig(**audio_config) if isinstance(audio_config, Mapping) else audio_config
+        self.audio_processor = None if self.audio_config is None else AudioProcessor(self.audio_config)
+        # A submodule, so that it moves with the model.
+        self.audio_spectrogram = None if self.audio_processor is None else self.audio_processor.spectrogram
         self.label_mapping: dict[str, dict[Any, Any]] | None = None
-        self.checkpoint: str | None = None
-        self._selected_layers: list[str] = []
+        self.checkpoint_uri: str | None = None
+        self._hook_layers: list[str] = []
         # For a subclass that brings its own extract_embeddings and reads these, as those written for avex do.
         self._hooks: dict[str, RemovableHandle] = {}
         self._hook_outputs: dict[str, Tensor] = {}
@@ -54,7 +59,7 @@ class ModelBase(nn.Module):
         self._batch_axes: dict[str, int] | None = None  # fixed by `specialise`, on a copy
 
     @property
-    def network(self) -> nn.Module:
+    def called_module(self) -> nn.Module:
         """The module that is called and that checkpoints are for: the model itself, unless it adapts another."""
         return self
 
@@ -69,7 +74,7 @@ class ModelBase(nn.Module):
 
     def tappable_layers(self) -> list[str]:
         """Every name that `taps` knows: the discoverable layers and those that must be named."""
-        return [BACKBONE, *(name for name, _ in self.network.named_modules() if name)]
+        return [BACKBONE, *(name for name, _ in self.called_module.named_modules() if name)]
 
     def taps(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None) -> dict[str, Tensor]:
         """Outputs of layers by name, batch first.
@@ -85,8 +90,38 @@ class ModelBase(nn.Module):
         Raises:
             ValueError: no audio, or a layer that a forward pass doesn't reach.
         """
-        tap = self._extracted if self._has_own_extraction() else self._heard
-        return tap(wave, layers, padding_mask)
+        return tap_by_hooks(self.called_module, self._batch(wave), layers, padding_mask, self._batch_axes)
+
+    def probe_embeddings(
+        self,
+        wave: Tensor,
+        layers: Sequence[str],
+        aggregation: Aggregation = "none",
+        padding_mask: Tensor | None = None,
+        *,
+        freeze_backbone: bool = False,
+    ) -> list[Tensor]:
+        """What a probe reads: the layers aggregated, side by side, (B, sum of D); for ``none`` one tensor a layer.
+
+        A subclass that brings its own `extract_embeddings` is asked through it, as avex's probes do, and what it
+        gives is taken as it comes.
+
+        Args:
+            wave: see `taps`.
+            layers: see `taps`.
+            aggregation: see `avex_serve.models.aggregation.aggregate`; padding is never left out of it.
+            padding_mask: see `taps`.
+            freeze_backbone: told to a subclass's own extraction.
+
+        Raises:
+            ValueError: see `taps`.
+        """
+        if self._has_own_extraction():
+            found = self._extracted(wave, layers, padding_mask, aggregation, freeze_backbone)
+        else:
+            tapped = self.taps(wave, layers, padding_mask)
+            found = concatenate([tapped[name] for name in layers], aggregation)
+        return [found] if isinstance(found, Tensor) else list(found)
 
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
         """The padding mask (B, S) brought to the time steps of an embedding, (B, tokens).
@@ -102,13 +137,15 @@ class ModelBase(nn.Module):
         Parts that the layers don't need are dropped. The numbers change by rounding only. The copy can't be
         trained or saved any more.
         """
+        if self.audio_spectrogram is not None:
+            self.audio_spectrogram.specialise()
         # In a graph the size of the batch is no number that could tell where the batch is.
         if not self._has_own_extraction():
-            silence = self._waveform(torch.zeros(1, samples))
-            self._batch_axes = measure_batch_axes(self.network, silence, layers)
+            silence = self._batch(torch.zeros(1, samples))
+            self._batch_axes = measure_batch_axes(self.called_module, silence, layers)
 
     @property
-    def settings(self) -> str:
+    def embedding_settings(self) -> str:
         """What makes the embedding beside the tensors and can't be seen in them, as text for the fingerprint."""
         return ""
 
@@ -119,7 +156,7 @@ class ModelBase(nn.Module):
         Raises:
             ValueError: it doesn't say.
         """
-        samples = getattr(getattr(self, "audio_processor", None), "target_length", None)
+        samples = getattr(self.audio_processor, "target_length", None)
         if self.audio_config is None and isinstance(samples, int):  # a subclass written for avex
             return samples
         if self.audio_config is None or self.audio_config.target_length_seconds is None:
@@ -130,7 +167,7 @@ class ModelBase(nn.Module):
         return self.audio_config.target_length_seconds * self.audio_config.sample_rate
 
     @property
-    def last_layer(self) -> str:
+    def last_layer_name(self) -> str:
         """The layer that ``last_layer`` means."""
         return last_layer(self.get_model_layers())
 
@@ -139,34 +176,36 @@ class ModelBase(nn.Module):
         return resolve_layers(target_layers, self.get_model_layers(), self.tappable_layers())
 
     def process_audio(self, x: Tensor) -> Tensor:
-        """The waveform (B, S) on the model's device; (S,) becomes (1, S).
+        """What `audio_processor` makes of the waveform (B, S) or (S,), on the model's device.
+
+        Returns:
+            (B, S), or (B, F, frames) if `audio_config` asks for a spectrogram; without an audio_config x itself.
 
         Raises:
-            ValueError: no tensor, an empty one, or one of another rank.
-            NotImplementedError: a model without a front end of its own whose audio_config asks for a spectrogram.
+            ValueError: no tensor, or an empty one.
         """
-        if (
-            type(self).taps is ModelBase.taps
-            and self.audio_config is not None
-            and self.audio_config.representation != "raw"
-        ):
-            raise NotImplementedError(
-                f"audio_config.representation is {self.audio_config.representation!r}, but process_audio() of "
-                f"{type(self).__name__} gives the waveform; set 'raw', or override process_audio() with a front end"
-            )
-        return self._waveform(x)
+        wave = self._placed(x)
+        return wave if self.audio_processor is None else self.audio_processor(wave)
 
     def _waveform(self, x: Tensor) -> Tensor:
+        """The waveform (B, S) on the model's device; (S,) becomes (1, S); ValueError for another rank."""
+        if x is not None and x.ndim not in (1, 2):
+            raise ValueError(f"waveform of shape {tuple(x.shape)}; expected (batch, samples) or (samples,)")
+        return self._batch(x)
+
+    def _batch(self, x: Tensor) -> Tensor:
+        """The input on the model's device; (S,) becomes (1, S), other shapes are the network's affair."""
+        wave = self._placed(x)
+        return wave[None] if wave.ndim == 1 else wave
+
+    def _placed(self, x: Tensor) -> Tensor:
         if x is None:
             raise ValueError("Input tensor cannot be None; give a waveform of shape (batch, samples)")
-        if x.ndim not in (1, 2):
-            raise ValueError(f"waveform of shape {tuple(x.shape)}; expected (batch, samples) or (samples,)")
         if not is_tracing() and x.numel() == 0:  # sizes are no numbers while a graph is traced
             raise ValueError(f"Audio tensor cannot be empty, got shape {tuple(x.shape)}")
         parameter = next(self.parameters(), None)
         device = x.device if parameter is None else parameter.device
-        wave = x if x.ndim == 2 else x[None]
-        return wave if wave.device == device else wave.to(device)  # a traced move would name the device
+        return x if x.device == device else x.to(device)  # a traced move would name the device
 
     # -- avex's way to embeddings: choose the layers first, then extract -------------------------------------
 
@@ -182,17 +221,17 @@ class ModelBase(nn.Module):
             ValueError: no layer, an index out of range, or a name that is not there.
         """
         self.deregister_all_hooks()
-        self._selected_layers = self.resolve_layers(target_layers)
-        return list(self._selected_layers)
+        self._hook_layers = self.resolve_layers(target_layers)
+        return list(self._hook_layers)
 
     def deregister_all_hooks(self) -> None:
         """Forget the layers chosen for `extract_embeddings`."""
-        self._selected_layers = []
+        self._hook_layers = []
         self._stop_listening()
 
     def ensure_hooks_registered(self) -> None:
         """Listen to the chosen layers, for an own `extract_embeddings` that reads ``_hook_outputs`` after a pass."""
-        for name in self._selected_layers:
+        for name in self._hook_layers:
             if name not in self._hooks:
                 self._hooks[name] = keep_listening(self, name, self._hook_outputs)
 
@@ -229,45 +268,42 @@ class ModelBase(nn.Module):
             ValueError: no layers chosen, or no audio.
         """
         wave, mask = unpack_audio(x, padding_mask)
-        if not self._selected_layers:
+        if not self._hook_layers:
             raise ValueError("No layers are chosen. Call register_hooks_for_layers() first.")
         own_taps = type(self).taps is not ModelBase.taps
-        tap = self.taps if own_taps else self._heard
         freeze = own_taps if freeze_backbone is None else freeze_backbone
         with frozen(self) if freeze else contextlib.nullcontext():
-            found = tap(wave, self._selected_layers, mask)
-        return concatenate([found[name] for name in self._selected_layers], aggregation)
+            found = self.taps(wave, self._hook_layers, mask)
+        return concatenate([found[name] for name in self._hook_layers], aggregation)
 
-    # -- the default way to layers -------------------------------------------------------------------------------
+    # -- a subclass's own way to embeddings ----------------------------------------------------------------------
 
     def _has_own_extraction(self) -> bool:
         return type(self).extract_embeddings is not ModelBase.extract_embeddings
 
-    def _heard(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None) -> dict[str, Tensor]:
-        return tap_by_hooks(self.network, self._waveform(wave), layers, padding_mask, self._batch_axes)
-
-    def _extracted(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None) -> dict[str, Tensor]:
-        # A subclass that brings its own extract_embeddings is asked through it, as avex's probes do. Whether to
-        # freeze is the caller's decision; avex's base class doesn't have that argument, so a subclass may not.
-        options: dict[str, Any] = {"padding_mask": padding_mask, "aggregation": "none", "freeze_backbone": False}
+    def _extracted(
+        self,
+        wave: Tensor,
+        layers: Sequence[str],
+        padding_mask: Tensor | None,
+        aggregation: Aggregation,
+        freeze_backbone: bool,
+    ) -> Tensor | Sequence[Tensor]:
+        options: dict[str, Any] = {
+            "padding_mask": padding_mask,
+            "aggregation": aggregation,
+            "freeze_backbone": freeze_backbone,
+        }
+        # avex's base class doesn't have the last of these arguments, so a subclass may not.
         known = inspect.signature(self.extract_embeddings).parameters
-        selected, self._selected_layers = self._selected_layers, list(layers)
+        selected, self._hook_layers = self._hook_layers, list(layers)
         try:
-            found = self.extract_embeddings(
-                self._waveform(wave), **{name: value for name, value in options.items() if name in known}
+            return self.extract_embeddings(
+                self._batch(wave), **{name: value for name, value in options.items() if name in known}
             )
-            # One that collects what hooks heard gives it in the order of the pass.
-            order = list(self._hook_outputs) if set(self._hook_outputs) == set(layers) else layers
         finally:
-            self._selected_layers = selected
+            self._hook_layers = selected
             self._stop_listening()
-        outputs = [found] if isinstance(found, Tensor) else list(found)
-        if len(outputs) != len(layers):
-            raise ValueError(
-                f"{type(self).__name__}.extract_embeddings() gave {len(outputs)} embeddings for the layers "
-                f"{', '.join(layers)}; expected one each with aggregation='none'"
-            )
-        return dict(zip(order, outputs, strict=True))
 
 
 def unpack_audio(x: Tensor | Mapping[str, Tensor], padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

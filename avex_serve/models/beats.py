@@ -490,8 +490,8 @@ class BEATsModel(ModelBase):
         self.to(device)
 
     @property
-    def settings(self) -> str:
-        """See `ModelBase.settings`."""
+    def embedding_settings(self) -> str:
+        """See `ModelBase.embedding_settings`."""
         clamped = "clamped" if self.use_naturelm else "as it is"
         return f"{self.backbone.cfg.model_dump_json(exclude=_WITHOUT_EFFECT)} of the waveform {clamped}\n"
 
@@ -524,7 +524,7 @@ class BEATsModel(ModelBase):
 
     def process_audio(self, x: Tensor) -> Tensor:
         """See `ModelBase.process_audio`; NatureLM's waveforms are clamped to [-1, 1]."""
-        wave = super().process_audio(x)
+        wave = self._waveform(x)
         return wave.clamp(-1.0, 1.0) if self.use_naturelm else wave
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:

@@ -73,16 +73,16 @@ def load_backbone(model: ModelBase, state: StateDict, source: str, *, keep_class
     """Load a checkpoint into a backbone, whole or not at all.
 
     Names are brought to the module's: they may carry the prefixes of training frameworks, lack or carry the model's
-    `trunk`, and be of another writer. Constant buffers of the front end may be missing. Unless `keep_classifier`, a
-    classifier is loaded if it fits the module's, and left out otherwise.
+    `trunk_name`, and be of another writer. Constant buffers of the front end may be missing. Unless
+    `keep_classifier`, a classifier is loaded if it fits the module's, and left out otherwise.
 
     Raises:
         ValueError: no values or only zeros; missing or unexpected names, or other shapes, all listed.
     """
     _refuse_placeholder(state, source)
-    module = model.network
+    module = model.called_module
     own = module.state_dict()
-    state = brought_to(own, state, model.trunk)
+    state = brought_to(own, state, model.trunk_name)
     optional = {name for name in own if _COMPUTED.search(name)}
     if not keep_classifier:
         optional |= {name for name in own if _CLASSIFIER.match(name)}
@@ -98,7 +98,7 @@ def brought_to(own: Iterable[str], state: StateDict, trunk: str | None = None) -
     Args:
         own: the module's names.
         state: the tensors by the names in the checkpoint.
-        trunk: a submodule whose name may be left out, or put before every name; see `ModelBase.trunk`.
+        trunk: a submodule whose name may be left out, or put before every name; see `ModelBase.trunk_name`.
     """
     names = {name: name for name in state}
     candidates = [names, _renamed(names)]
@@ -153,7 +153,7 @@ def fingerprint(module: ModelBase) -> str:
 
     That is its settings, and the names, types, shapes and bytes of its tensors.
     """
-    digest = hashlib.sha256(module.settings.encode())
+    digest = hashlib.sha256(module.embedding_settings.encode())
     for name, tensor in sorted(module.state_dict().items()):
         if _CLASSIFIER.match(name):
             continue

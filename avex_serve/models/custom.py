@@ -42,7 +42,7 @@ class AdaptedBackbone(ModelBase):
         self.training = module.training
 
     @property
-    def network(self) -> nn.Module:
+    def called_module(self) -> nn.Module:
         """The adapted module."""
         return self.module
 

@@ -292,8 +292,8 @@ class EATModel(ModelBase):
         self.to(device)
 
     @property
-    def settings(self) -> str:
-        """See `ModelBase.settings`."""
+    def embedding_settings(self) -> str:
+        """See `ModelBase.embedding_settings`."""
         return f"{self.cfg.model_dump_json()} normalised by {self.front_end.mean} {self.front_end.std}\n"
 
     @property
@@ -345,7 +345,7 @@ class EATModel(ModelBase):
             ValueError: see `ModelBase.process_audio`.
             AssertionError: see `EATFrontEnd.forward`.
         """
-        return self.front_end(super().process_audio(x))
+        return self.front_end(self._waveform(x))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Token features (B, T, D), or logits (B, classes) from the class token.

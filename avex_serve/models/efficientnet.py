@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase, refuse_pretrained
-from avex_serve.models.frontends import MelSpectrogram
+from avex_serve.models.frontends import Spectrogram
 from avex_serve.models.layers import BACKBONE, Taps
 from avex_serve.models.tracing import is_tracing
 
@@ -195,7 +195,7 @@ class EfficientNetModel(ModelBase):
     Padding masks are accepted and, as in avex, not used: convolutions have nothing to mask.
     """
 
-    trunk: ClassVar[str] = "model"
+    trunk_name: ClassVar[str] = "model"
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class EfficientNetModel(ModelBase):
             num_classes: of the classifier; None: features only.
             pretrained: must be False: weights come from `load_model`.
             device: where to put it.
-            audio_config: what the spectrogram is made of, see `MelSpectrogram`.
+            audio_config: what the spectrogram is made of, see `Spectrogram`.
             return_features_only: return the feature map. The module has a classifier nevertheless, by default
                 ImageNet's of 1000 classes, since avex's state dicts do.
             efficientnet_variant: ``b0`` or ``b1``.
@@ -222,20 +222,21 @@ class EfficientNetModel(ModelBase):
         """
         super().__init__(device=device, audio_config=audio_config)
         refuse_pretrained(pretrained)
-        if audio_config is None:
+        if self.audio_spectrogram is None:
             raise ValueError(
-                "EfficientNet needs an audio_config, which its spectrogram is made by; set it in the ModelSpec"
+                "EfficientNet needs an audio_config with representation 'mel_spectrogram', which its image is made "
+                "by; set it in the ModelSpec"
             )
-        self.frontend = MelSpectrogram(audio_config)
-        self.features_only = return_features_only or num_classes is None
+        self.num_classes = num_classes
+        self.return_features_only = return_features_only or num_classes is None
         classes = _IMAGENET_CLASSES if return_features_only or num_classes is None else num_classes
         self.model = EfficientNet(efficientnet_variant, classes)
         self.to(device)
 
     @property
-    def settings(self) -> str:
-        """See `ModelBase.settings`."""
-        return f"{self.frontend.settings}\n"
+    def embedding_settings(self) -> str:
+        """See `ModelBase.embedding_settings`."""
+        return f"{self._front_end().settings}\n"
 
     def get_model_layers(self) -> list[str]:
         """See `ModelBase.get_model_layers`."""
@@ -255,12 +256,13 @@ class EfficientNetModel(ModelBase):
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
         """See `ModelBase.token_mask`: a step is padded if the centres of all its frames are."""
         samples = padding_mask.shape[-1]
-        frames = self.frontend.frames(samples)
+        front_end = self._front_end()
+        frames = front_end.frames(samples)
         # Each stride of two rounds up, so the stride is the power of two that makes so many steps.
         stride = 1 << max(0, -(-frames // tokens) - 1).bit_length()
-        centres = torch.arange(frames, device=padding_mask.device) * self.frontend.hop_length
-        if not self.frontend.center:
-            centres = centres + self.frontend.n_fft // 2
+        centres = torch.arange(frames, device=padding_mask.device) * front_end.hop_length
+        if not front_end.center:
+            centres = centres + front_end.n_fft // 2
         padded = padding_mask.bool()[:, centres.clamp(max=samples - 1)]  # (B, frames)
         padded = nn.functional.pad(padded, (0, stride * tokens - frames), value=True)
         return padded.reshape(-1, tokens, stride).all(dim=-1)
@@ -268,8 +270,7 @@ class EfficientNetModel(ModelBase):
     def specialise(self, samples: int, layers: Sequence[str]) -> None:
         """See `ModelBase.specialise`."""
         self.model.classifier = None
-        self.frontend.spectrum = "matmul"
-        self.frontend.fixed_samples = samples
+        self._front_end().specialise(samples)
         if not {"model.avgpool", BACKBONE} & set(layers):  # else the last feature map is needed
             _cut(self.model.features, "model.features", layers)
 
@@ -280,13 +281,13 @@ class EfficientNetModel(ModelBase):
             RuntimeError: fewer samples than the spectrogram takes.
             ValueError: see `ModelBase.process_audio`.
         """
-        wave = super().process_audio(x)
-        if not is_tracing() and wave.shape[-1] < self.frontend.shortest_samples:
+        wave, front_end = self._waveform(x), self._front_end()
+        if not is_tracing() and wave.shape[-1] < front_end.shortest_samples:
             raise RuntimeError(
-                f"{wave.shape[-1]} samples are too few: the spectrogram takes {self.frontend.shortest_samples}; pad "
-                "the clip"
+                f"{wave.shape[-1]} samples are too few: the spectrogram takes {front_end.shortest_samples}; pad the "
+                "clip"
             )
-        return self.frontend(wave)[:, None].expand(-1, 3, -1, -1)
+        return front_end(wave)[:, None].expand(-1, 3, -1, -1)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """The last feature map (B, 1280, n_mels / 32, frames / 32), rounded up, or logits (B, classes) of its mean.
@@ -299,9 +300,13 @@ class EfficientNetModel(ModelBase):
             RuntimeError, ValueError: see `process_audio`.
         """
         features = self.model(self.process_audio(x), Taps([BACKBONE]))
-        if self.features_only or self.model.classifier is None:
+        if self.return_features_only or self.model.classifier is None:
             return features
         return self.model.classifier(self.model.pool(features).flatten(1))
+
+    def _front_end(self) -> Spectrogram:
+        assert self.audio_spectrogram is not None
+        return self.audio_spectrogram
 
     def _parts(self) -> list[str]:
         """Names of all parts that offer their output, in the order of a pass."""

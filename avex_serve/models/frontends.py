@@ -176,20 +176,51 @@ class EATFrontEnd(nn.Module):
         return nn.functional.pad(heard, (0, self.frames - heard.shape[1])) > 0
 
 
-class MelSpectrogram(nn.Module):
-    """Log-mel spectrogram of a clip, scaled to [0, 1], batched.
+class AudioProcessor:
+    """What an `AudioConfig` asks for of a waveform, under the name that avex's models have it.
 
-    Power of the short-time Fourier transform, triangular mel filters, logarithm, then the clip's own minimum and
-    maximum become 0 and 1; digital silence is 0 throughout. Source: avex 1.4 (AudioProcessor), which takes the
-    filters of torchaudio's MelScale with its defaults.
+    Attributes:
+        cfg: the configuration.
+        spectrogram: the module that makes the spectrogram, or None for raw audio.
+        sr, n_fft, hop_length, win_length, window_type, n_mels, representation, normalize, target_length_seconds,
+        window_selection, center: of the configuration, its defaults filled in.
+    """
 
-    As in `KaldiFbank`, `spectrum` says how the transform is taken: ``fft`` as in avex, ``matmul`` for exported
-    graphs. There it is folded (see `folded_dft`), a quarter of the work of the plain matrix.
+    def __init__(self, cfg: AudioConfig) -> None:
+        """Prepare it; errors as in `Spectrogram`."""
+        self.cfg = cfg
+        self.sr = cfg.sample_rate
+        self.n_fft = cfg.n_fft
+        self.hop_length = cfg.hop_length or cfg.n_fft // 4
+        self.win_length = cfg.win_length or cfg.n_fft
+        self.window_type = cfg.window
+        self.n_mels = cfg.n_mels
+        self.representation = cfg.representation
+        self.normalize = cfg.normalize
+        self.target_length_seconds = cfg.target_length_seconds
+        self.window_selection = cfg.window_selection
+        self.center = cfg.center
+        self.spectrogram = None if cfg.representation == "raw" else Spectrogram(cfg)
+
+    def __call__(self, wave: Tensor) -> Tensor:
+        """(B, S) or (S,), which becomes (1, S), to (B, S) if raw, else to (B, F, frames)."""
+        wave = wave[None] if wave.ndim == 1 else wave
+        return wave if self.spectrogram is None else self.spectrogram(wave)
+
+
+class Spectrogram(nn.Module):
+    """Spectrogram of a clip, with mel filters or without, scaled to [0, 1], batched.
+
+    Power of the short-time Fourier transform, triangular mel filters if asked for, logarithm, then the clip's own
+    minimum and maximum become 0 and 1; digital silence is 0 throughout. Source: avex 1.4 (AudioProcessor), which
+    takes the filters of torchaudio's MelScale with its defaults.
+
+    The transform is taken by FFT as in avex. In an exported graph it is a folded product (see `folded_dft`), a
+    quarter of the work of the plain matrix; `specialise` makes it so.
     """
 
     window: Tensor  # (n_fft,)
-    mel_fb: Tensor  # (n_fft // 2 + 1, n_mels)
-    folded_mel_fb: Tensor  # the same, its rows in the order of `_folded_power`
+    filters: Tensor | None  # (n_fft // 2 + 1, F), or None without
     cos_even: Tensor
     cos_odd: Tensor
     sin_even: Tensor
@@ -199,45 +230,38 @@ class MelSpectrogram(nn.Module):
         """Build the constant buffers.
 
         Args:
-            config: ``sample_rate``, ``n_fft``, ``hop_length``, ``win_length``, ``window``, ``n_mels``, ``normalize``
-                and ``center`` are what it is made of.
+            config: ``representation``, ``sample_rate``, ``n_fft``, ``hop_length``, ``win_length``, ``window``,
+                ``n_mels``, ``normalize`` and ``center`` are what it is made of.
 
         Raises:
-            ValueError: another representation, a window longer than the transform, or a transform of odd length.
+            ValueError: raw audio asked for, or a window longer than the transform.
         """
         super().__init__()
-        if config.representation != "mel_spectrogram":
-            raise ValueError(
-                f"audio_config.representation is {config.representation!r}, but the model reads a mel spectrogram; "
-                "set 'mel_spectrogram'"
-            )
+        if config.representation == "raw":
+            raise ValueError("audio_config.representation is 'raw', which is no spectrogram; set 'mel_spectrogram'")
         self.n_fft = config.n_fft
         self.hop_length = config.hop_length or config.n_fft // 4
         win_length = config.win_length or config.n_fft
-        if win_length > self.n_fft or self.n_fft % 2:
+        if win_length > self.n_fft:
             raise ValueError(
-                f"audio_config has n_fft {self.n_fft} and win_length {win_length}; n_fft must be even, and "
-                "win_length not more than it"
+                f"audio_config has n_fft {self.n_fft} and win_length {win_length}; expected at most n_fft"
             )
         self.center = config.center
         self.normalize = config.normalize
+        mel = config.representation == "mel_spectrogram"
+        bins = f"{config.n_mels} mel bins" if mel else "all bins"
         self.settings = (
-            f"{config.n_mels} mel bins at {config.sample_rate} Hz, n_fft {self.n_fft}, hop {self.hop_length}, "
-            f"{config.window} window of {win_length}, center {self.center}, normalize {self.normalize}"
+            f"{bins} at {config.sample_rate} Hz, n_fft {self.n_fft}, hop {self.hop_length}, {config.window} window "
+            f"of {win_length}, center {self.center}, normalize {self.normalize}"
         )
-        self.spectrum: Literal["fft", "matmul"] = "fft"
+        self.folded = False
         self.fixed_samples: int | None = None  # of a graph for clips of one length
         window = {"hann": torch.hann_window, "hamming": torch.hamming_window}[config.window](win_length)
         left = (self.n_fft - win_length) // 2  # a shorter window sits in the middle, as in torch.stft
-        mel = htk_mel_filters(self.n_fft, config.n_mels, config.sample_rate)
-        constants = {
-            "window": nn.functional.pad(window, (left, self.n_fft - win_length - left)),
-            "mel_fb": mel,
-            "folded_mel_fb": mel[_folded_bins(self.n_fft)],
-            **folded_dft(self.n_fft),
-        }
-        for name, tensor in constants.items():
-            self.register_buffer(name, tensor, persistent=False)
+        window = nn.functional.pad(window, (left, self.n_fft - win_length - left))
+        filters = htk_mel_filters(self.n_fft, config.n_mels, config.sample_rate) if mel else None
+        self.register_buffer("window", window, persistent=False)
+        self.register_buffer("filters", filters, persistent=False)
 
     @property
     def shortest_samples(self) -> int:
@@ -246,15 +270,32 @@ class MelSpectrogram(nn.Module):
 
     def frames(self, samples: int) -> int:
         """How many frames a waveform of that many samples has."""
-        return 1 + (samples if self.center else samples - self.n_fft) // self.hop_length
+        reflected = 2 * (self.n_fft // 2) if self.center else 0
+        return 1 + (samples + reflected - self.n_fft) // self.hop_length
+
+    def specialise(self, samples: int | None = None) -> None:
+        """Fold the transform, in place, for an exported graph; for clips of one length if it is given.
+
+        Raises:
+            ValueError: a transform of odd length, which can't be folded.
+        """
+        if self.n_fft % 2:
+            raise ValueError(f"audio_config.n_fft is {self.n_fft}; to export, expected an even number")
+        self.folded = True
+        self.fixed_samples = samples
+        order = torch.tensor(_folded_bins(self.n_fft), device=self.window.device)
+        # Filters are put into the order of the transform; without any, the transform is put into theirs.
+        self.filters = torch.eye(len(order))[order] if self.filters is None else self.filters[order]
+        for name, tensor in folded_dft(self.n_fft).items():
+            self.register_buffer(name, tensor.to(self.window.device), persistent=False)
 
     def forward(self, wave: Tensor) -> Tensor:
-        """Features (B, n_mels, frames) of waveforms (B, S) in [-1, 1], in float32."""
+        """Features (B, F, frames) of waveforms (B, S) in [-1, 1], in float32."""
         with full_precision(wave):
-            mel = self._mel(self._frame(wave.float()) * self.window)  # (B, F, n_mels)
+            features = self._filtered(self._frame(wave.float()) * self.window).transpose(1, 2)  # (B, F, frames)
         if not self.normalize:
-            return mel.transpose(1, 2)
-        features = (mel + _LOG_OFFSET).log().transpose(1, 2)
+            return features
+        features = (features + _LOG_OFFSET).log()
         low, high = features.amin(dim=(1, 2), keepdim=True), features.amax(dim=(1, 2), keepdim=True)
         return (features - low) / (high - low + _RANGE_OFFSET)
 
@@ -265,10 +306,9 @@ class MelSpectrogram(nn.Module):
             wave = nn.functional.pad(wave, (reflected, reflected), mode="reflect")
         return cut_frames(wave, samples + 2 * reflected, count, self.n_fft, self.hop_length)
 
-    def _mel(self, frames: Tensor) -> Tensor:
-        if self.spectrum == "fft":
-            return torch.fft.rfft(frames).abs().pow(2.0) @ self.mel_fb
-        return self._folded_power(frames) @ self.folded_mel_fb
+    def _filtered(self, frames: Tensor) -> Tensor:
+        power = self._folded_power(frames) if self.folded else torch.fft.rfft(frames).abs().pow(2.0)
+        return power if self.filters is None else power @ self.filters
 
     def _folded_power(self, frames: Tensor) -> Tensor:
         half = self.n_fft // 2

@@ -73,7 +73,7 @@ def measure_batch_axes(module: nn.Module, wave: Tensor, layers: Sequence[str]) -
         ValueError: see `tap_by_hooks`.
     """
     with frozen(module):
-        one, two = (_listen(module, wave.expand(rows, -1), layers, None) for rows in (1, 2))
+        one, two = (_listen(module, wave.expand(rows, *wave.shape[1:]), layers, None) for rows in (1, 2))
     return {name: _only_change(name, one[name].shape, two[name].shape) for name in layers}
 
 

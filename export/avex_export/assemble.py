@@ -281,8 +281,8 @@ def _offline_probe(request: Request, saved: SavedProbe | None, classes: int) -> 
 
 
 def _checkpoint(probe: Probe, saved: SavedProbe | None) -> str | None:
-    if probe.base_model is not None and probe.base_model.checkpoint is not None:
-        return probe.base_model.checkpoint
+    if probe.base_model is not None and probe.base_model.checkpoint_uri is not None:
+        return probe.base_model.checkpoint_uri
     return saved.checkpoint if saved is not None else None
 
 

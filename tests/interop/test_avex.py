@@ -71,7 +71,7 @@ def test_a_batch_as_large_as_a_clip_has_tokens_equals_its_clips_one_by_one():
     model = adapt(beats().eval())
     wave = noise(8, seconds=0.2)  # eight tokens
     with torch.no_grad():
-        (together,) = model.taps(wave, [model.last_layer]).values()
-        one_by_one = torch.cat([next(iter(model.taps(row[None], [model.last_layer]).values())) for row in wave])
+        (together,) = model.taps(wave, [model.last_layer_name]).values()
+        one_by_one = torch.cat([next(iter(model.taps(row[None], [model.last_layer_name]).values())) for row in wave])
     assert together.shape[:2] == (8, 8)
     torch.testing.assert_close(together, one_by_one, rtol=1e-5, atol=1e-6)

@@ -21,7 +21,7 @@ def taps(model, wave, layers, mask=None):
 def test_layers_are_those_of_avex():
     model = tiny_beats()
     assert model.get_model_layers() == ALL
-    assert model.last_layer == LAST
+    assert model.last_layer_name == LAST
     assert tiny_beats(embed_dim=32).get_model_layers() == ALL[1:]
 
 

@@ -2,7 +2,6 @@
 
 import gc
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ import avex_serve
 from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.custom import adapt
+from avex_serve.models.frontends import Spectrogram
 from avex_serve.models.passes import tap_by_hooks
-from avex_serve.models.probes import build_probe_from_config, load_probe, save_probe
+from avex_serve.models.probes import LinearProbe, LSTMProbe, build_probe_from_config, load_probe, save_probe
 from tests.models.backbones import noise
 
 AUDIO = {"sample_rate": 16000, "representation": "raw", "target_length_seconds": 1}
@@ -231,10 +231,64 @@ def test_a_model_without_an_audio_config_needs_a_length():
     ).shape == (2, 3)
 
 
-def test_a_spectrogram_is_not_made_silently():
-    model = Network(audio_config={"sample_rate": 16000})
-    with pytest.raises(NotImplementedError, match=r"representation is 'mel_spectrogram'.*set 'raw', or override"):
-        model(noise(1))
+class Seeing(ModelBase):
+    """A model whose audio_config asks for a spectrogram."""
+
+    def __init__(self, device="cpu", audio_config=None):
+        super().__init__(device=device, audio_config=audio_config)
+        self.fc = nn.Linear(32, 5)
+
+    def forward(self, x, padding_mask=None):
+        return self.fc(self.process_audio(x).transpose(1, 2))
+
+
+def test_a_model_may_ask_for_a_spectrogram():
+    audio = {"sample_rate": 16000, "n_mels": 32, "n_fft": 512, "target_length_seconds": 1}
+    model = Seeing(audio_config=audio)
+    torch.testing.assert_close(model.process_audio(noise(2)), Spectrogram(AudioConfig(**audio))(noise(2)))
+    assert model.audio_processor.sr == 16000
+    assert model.audio_processor.hop_length == 128
+    assert not [name for name in model.state_dict() if not name.startswith("fc.")]
+    assert build(model, "fc")(noise(2)).shape == (2, 3)
+
+
+class Framed(ModelBase):
+    """A model that takes frames (B, T, D) and has its own way to embeddings and of aggregating them."""
+
+    def __init__(self):
+        super().__init__(device="cpu")
+        self.fc = nn.Linear(10, 6)
+
+    def forward(self, x, padding_mask=None):
+        return self.fc(x if x.ndim == 3 else x[:, None])
+
+    def extract_embeddings(self, x, *, padding_mask=None, aggregation="none", freeze_backbone=True):
+        self.asked = aggregation, freeze_backbone
+        found = self.forward(x)
+        return found[:, :3].sum(dim=1) if aggregation == "max" else [found] if aggregation == "mean" else found
+
+
+def test_what_its_own_extraction_gives_is_taken_as_it_comes():
+    model, frames = Framed().eval(), torch.randn(2, 7, 10)
+    assert model.process_audio(frames) is frames
+    # One tensor for two layers, pooled in its own way.
+    probe = LinearProbe(model, ["fc", "fc"], 3, aggregation="max", target_length=10)
+    assert probe.input_dim == [(6,)]
+    torch.testing.assert_close(probe(frames), probe.classifier(model(frames)[:, :3].sum(dim=1)))
+    assert model.asked == ("max", True)
+    # A list in spite of an aggregation: the probe makes of it what it can.
+    probe = LSTMProbe(model, ["fc"], 3, lstm_hidden_size=4, num_layers=1, aggregation="mean", target_length=10)
+    assert probe(frames).shape == (2, 3)
+    assert model.asked == ("mean", True)
+
+
+class Cutting:
+    """A processor as one may bring."""
+
+    sr, target_length = 16000, 16 * STEP
+
+    def __call__(self, wave):
+        return wave[..., : self.target_length]
 
 
 class Bare(Network):
@@ -242,7 +296,7 @@ class Bare(Network):
 
     def __init__(self):
         super().__init__(audio_config=None)
-        self.audio_processor = SimpleNamespace(sr=16000, target_length=16 * STEP)
+        self.audio_processor = Cutting()
 
     def forward(self, x, padding_mask):
         return super().forward(x, padding_mask)
@@ -311,7 +365,7 @@ class Hooked(Network):
             raise ValueError("no hooks")
         self.forward(x, padding_mask)
         found = list(self._hook_outputs.values())
-        return [e.mean(dim=1) if aggregation == "mean" else e for e in found]
+        return [e.mean(dim=1) if aggregation == "mean" and e.ndim == 3 else e for e in found]
 
 
 def test_a_class_may_handle_hooks_itself():
@@ -321,9 +375,8 @@ def test_a_class_may_handle_hooks_itself():
     base.register_hooks_for_layers(["classifier", "embed"])
     embed, logits = base.extract_embeddings(wave)  # in the order of the pass
     torch.testing.assert_close(logits, base(wave))
-    tapped = base.taps(wave, ["classifier", "embed"])
-    torch.testing.assert_close(tapped["classifier"], logits)
-    torch.testing.assert_close(tapped["embed"], embed)
+    for given, expected in zip(base.probe_embeddings(wave, ["classifier", "embed"]), (embed, logits), strict=True):
+        torch.testing.assert_close(given, expected)
     probes = [build(base, layer) for layer in ("embed", "classifier")]
     assert [probe.input_width for probe in probes] == [8, 4]
     assert all(probe(wave).shape == (2, 3) for probe in probes)

@@ -108,7 +108,7 @@ def test_positions_are_fixed_sines_and_cosines():
 def test_layers_and_parameters_are_those_of_avex():
     model = tiny_eat(num_classes=3)
     assert model.get_model_layers() == ALL
-    assert model.last_layer == LAST
+    assert model.last_layer_name == LAST
     block = {
         **{f"norm{i}.{kind}": (32,) for i in (1, 2) for kind in ("weight", "bias")},
         **{

@@ -40,7 +40,7 @@ def test_layers_are_those_of_avex(variant):
         for j in range(blocks)
     ]
     assert model.get_model_layers() == [FIRST, *ends, LAST]
-    assert model.last_layer == LAST
+    assert model.last_layer_name == LAST
 
 
 # As torchvision states them for its models with 1000 classes.
@@ -234,7 +234,7 @@ def test_the_image_is_the_spectrogram_three_times(model):
     image = model.process_audio(noise(2))
     assert image.shape == (2, 3, 64, 101)
     assert (image.amin(), image.amax()) == (0, 1)
-    torch.testing.assert_close(image[:, 0], model.frontend(noise(2)), rtol=0, atol=0)
+    torch.testing.assert_close(image[:, 0], model.audio_processor(noise(2)), rtol=0, atol=0)
     torch.testing.assert_close(image[:, 0], image[:, 2], rtol=0, atol=0)
 
 
@@ -268,9 +268,8 @@ def test_the_shortest_clip_is_heard(model):
     ("fields", "message"),
     [
         ({"audio_config": None}, "needs an audio_config"),
-        ({"audio_config": AudioConfig(representation="raw")}, "set 'mel_spectrogram'"),
-        ({"audio_config": AudioConfig(n_fft=801)}, "n_fft must be even"),
-        ({"audio_config": AudioConfig(n_fft=800, win_length=802)}, "win_length not more"),
+        ({"audio_config": AudioConfig(representation="raw")}, "representation 'mel_spectrogram'"),
+        ({"audio_config": AudioConfig(n_fft=800, win_length=802)}, "win_length 802; expected at most"),
         ({"efficientnet_variant": "b2"}, "'b0' or 'b1'"),
         ({"use_naturelm": True, "audio_config": AudioConfig()}, "use_naturelm"),
     ],

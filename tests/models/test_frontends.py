@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from avex_serve.configs import AudioConfig
-from avex_serve.models.frontends import EATFrontEnd, KaldiFbank, MelSpectrogram
+from avex_serve.models.frontends import EATFrontEnd, KaldiFbank, Spectrogram
 
 BINS = 80  # Kaldi itself refuses the 128 bins of BEATs, some of which see no frequency at 16 kHz
 
@@ -149,13 +149,14 @@ def test_features_are_taken_in_full_precision_under_autocast():
 MEL = {"n_fft": 800, "hop_length": 160, "n_mels": 64}
 
 
-def mel_spectrogram(spectrum="fft", **fields):
-    module = MelSpectrogram(AudioConfig(**{**MEL, **fields}))
-    module.spectrum = spectrum
+def spectrogram(*, folded=False, **fields):
+    module = Spectrogram(AudioConfig(**{**MEL, **fields}))
+    if folded:
+        module.specialise()
     return module
 
 
-def exact_mel(signal, **fields):
+def exact_spectrogram(signal, **fields):
     """The definition, in float64, frame by frame and filter by filter."""
     cfg = AudioConfig(**{**MEL, **fields})
     n_fft, hop = cfg.n_fft, cfg.hop_length or cfg.n_fft // 4
@@ -169,15 +170,16 @@ def exact_mel(signal, **fields):
     power = np.stack([np.abs(np.fft.rfft(padded[i : i + n_fft] * window)) ** 2 for i in starts])
     top = 2595 * np.log10(1 + cfg.sample_rate / 2 / 700)
     corners = 700 * (10 ** (np.arange(cfg.n_mels + 2) * top / (cfg.n_mels + 1) / 2595) - 1)
-    hertz = np.arange(n_fft // 2 + 1) * cfg.sample_rate / n_fft
+    hertz = np.linspace(0, cfg.sample_rate / 2, n_fft // 2 + 1)  # so in torchaudio for odd lengths too
     mel = np.stack([power @ np.interp(hertz, corners[i : i + 3], [0, 1, 0]) for i in range(cfg.n_mels)])
+    found = mel if cfg.representation == "mel_spectrogram" else power.T
     if not cfg.normalize:
-        return mel
-    mel = np.log(mel + 1e-6)
-    return (mel - mel.min()) / (mel.max() - mel.min() + 1e-8)
+        return found
+    found = np.log(found + 1e-6)
+    return (found - found.min()) / (found.max() - found.min() + 1e-8)
 
 
-@pytest.mark.parametrize("spectrum", ["fft", "matmul"])
+@pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -190,28 +192,37 @@ def exact_mel(signal, **fields):
         {"n_mels": 20, "sample_rate": 32000},
         {"center": False},
         {"normalize": False},
+        {"representation": "spectrogram", "n_fft": 402},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("samples", [1600, 8123])
-def test_mel_features_are_the_definition(spectrum, fields, samples):
+def test_spectrograms_are_the_definition(folded, fields, samples):
     signal = wave(samples) / 32768
-    features = mel_spectrogram(spectrum, **fields)(torch.from_numpy(signal)[None])[0].numpy()
-    expected = exact_mel(signal, **fields)
+    features = spectrogram(folded=folded, **fields)(torch.from_numpy(signal)[None])[0].numpy()
+    expected = exact_spectrogram(signal, **fields)
     assert features.shape == expected.shape
     np.testing.assert_allclose(features, expected, atol=2e-5 * max(1.0, expected.max()))
 
 
-@pytest.mark.parametrize("spectrum", ["fft", "matmul"])
+def test_a_transform_of_odd_length_has_no_fold():
+    signal = wave(1600) / 32768
+    features = spectrogram(n_fft=401)(torch.from_numpy(signal)[None])[0].numpy()
+    np.testing.assert_allclose(features, exact_spectrogram(signal, n_fft=401), atol=2e-5)
+    with pytest.raises(ValueError, match=r"n_fft is 401; to export, expected an even number"):
+        spectrogram(n_fft=401, folded=True)
+
+
+@pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("samples", [401, 16000])
-def test_digital_silence_is_exactly_zero(spectrum, samples):
-    features = mel_spectrogram(spectrum)(torch.zeros(2, samples))
+def test_digital_silence_is_exactly_zero(folded, samples):
+    features = spectrogram(folded=folded)(torch.zeros(2, samples))
     assert features.shape == (2, 64, 1 + samples // 160)
     assert not features.any()
 
 
 def test_a_clip_is_scaled_by_itself():
-    module, batch = mel_spectrogram(), torch.from_numpy(np.stack([wave(3200, seed) / 32768 for seed in range(3)]))
+    module, batch = spectrogram(), torch.from_numpy(np.stack([wave(3200, seed) / 32768 for seed in range(3)]))
     batch[1] *= 1e-3
     rows = torch.cat([module(row[None]) for row in batch])
     torch.testing.assert_close(module(batch), rows, rtol=0, atol=1e-5)
@@ -220,7 +231,7 @@ def test_a_clip_is_scaled_by_itself():
 
 
 def test_autocast_leaves_mel_features_alone():
-    module, signal = mel_spectrogram(), torch.from_numpy(wave(3200) / 32768)[None]
+    module, signal = spectrogram(), torch.from_numpy(wave(3200) / 32768)[None]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         features = module(signal)
     torch.testing.assert_close(features, module(signal), rtol=0, atol=0)

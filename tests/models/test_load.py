@@ -155,7 +155,9 @@ def test_hub_checkpoints_come_from_the_cache(tmp_path, monkeypatch, model, spec)
     use_cache(monkeypatch, tmp_path)
     assert_same(avex_serve.load_model(spec, checkpoint_path="hf://owner/repo/weights.safetensors"), model)
     revision = f"hf://owner/repo/weights.safetensors@{REVISION}"
-    assert avex_serve.load_model(spec, checkpoint_path="hf://owner/repo/weights.safetensors").checkpoint == revision
+    assert (
+        avex_serve.load_model(spec, checkpoint_path="hf://owner/repo/weights.safetensors").checkpoint_uri == revision
+    )
     for pinned in (f"repo/weights.safetensors@{REVISION}", f"repo@{REVISION}/weights.safetensors"):
         assert_same(avex_serve.load_model(spec, checkpoint_path=f"hf://owner/{pinned}"), model)
     with pytest.raises(FileNotFoundError, match=r"hf download owner/repo weights.safetensors --revision v2"):

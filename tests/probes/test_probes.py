@@ -333,7 +333,7 @@ def test_probes_are_built_directly_too():
 
 def test_a_head_for_embeddings_may_take_its_shape_from_a_backbone():
     base = tiny_beats()
-    probe = LinearProbe(base, [base.last_layer], 5, feature_mode=True)
+    probe = LinearProbe(base, [base.last_layer_name], 5, feature_mode=True)
     assert probe(torch.randn(2, 32)).shape == (2, 5)
     with pytest.raises(ValueError, match="input_dim must be provided when feature_mode=True"):
         LinearProbe(None, ["last_layer"], 5, feature_mode=True)

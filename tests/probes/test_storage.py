@@ -59,12 +59,12 @@ def test_a_head_asks_for_the_revision_that_it_was_trained_on(tmp_path, monkeypat
     save_probe(probe, tmp_path / "probe", labels=LABELS, model=tmp_path / "hub.yml")
     publish("b" * 40)
     loaded = load_probe(tmp_path / "probe")
-    assert loaded.base_model.checkpoint == f"{uri}@{'a' * 40}"
+    assert loaded.base_model.checkpoint_uri == f"{uri}@{'a' * 40}"
     torch.testing.assert_close(logits(loaded, noise(2)), logits(probe.eval(), noise(2)), rtol=0, atol=0)
     bundle = tmp_path / "bundle"
     assert main(["--probe", str(tmp_path / "probe"), "--output", str(bundle), "--format", "onnx"]) == 0
     assert read_bundle(bundle).manifest.checkpoint == f"{uri}@{'a' * 40}"
-    assert load_model(tmp_path / "hub.yml").checkpoint == f"{uri}@{'b' * 40}"
+    assert load_model(tmp_path / "hub.yml").checkpoint_uri == f"{uri}@{'b' * 40}"
 
 
 def test_a_fine_tuned_probe_holds_everything(tmp_path, backbone):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from avex_serve.configs import Aggregation, InputProcessing, ProbeConfig
-from avex_serve.models.aggregation import aggregate, concatenate, time_steps
+from avex_serve.models.aggregation import aggregate, time_steps
 from avex_serve.models.base_model import ModelBase, unpack_audio
 from avex_serve.models.passes import frozen
 from avex_serve.models.tracing import is_tracing
@@ -176,27 +176,31 @@ class Probe(nn.Module, ABC):
         if not isinstance(x, Tensor | Mapping):
             raise ValueError(f"the input is a {type(x).__name__}; expected a waveform (batch, samples)")
         wave, mask = unpack_audio(x, padding_mask)
-        found = self._tap(wave, mask)
-        paddings: list[Tensor | None] = [None] * len(found)
-        if mask is not None and self.exclude_padding:  # avex gives the mask to the backbone alone
-            expected = tuple(wave.shape) if wave.ndim == 2 else (1, *wave.shape)
-            if tuple(mask.shape) != expected:
-                raise ValueError(f"padding_mask has shape {tuple(mask.shape)}; expected {expected}, as the waveform")
-            # Layers of a convolutional network differ in length.
-            paddings = [self.base_model.token_mask(mask, time_steps(e)) for e in found]
-        embeddings = self._aggregated(found, paddings)
-        return embeddings, paddings if self.aggregation == "none" else [None] * len(embeddings)
+        if mask is None or not self.exclude_padding:  # avex gives the mask to the backbone alone
+            embeddings = self._embed(wave, mask)
+            return embeddings, [None] * len(embeddings)
+        expected = tuple(wave.shape) if wave.ndim == 2 else (1, *wave.shape)
+        if tuple(mask.shape) != expected:
+            raise ValueError(f"padding_mask has shape {tuple(mask.shape)}; expected {expected}, as the waveform")
+        with self._gradients():
+            tapped = self.base_model.taps(wave, self.layers, mask)
+        found = [tapped[name] for name in self.layers]
+        # Layers of a convolutional network differ in length.
+        paddings = [self.base_model.token_mask(mask, time_steps(embedding)) for embedding in found]
+        if self.aggregation == "none":
+            return found, list(paddings)
+        pooled = [aggregate(e, self.aggregation, padding) for e, padding in zip(found, paddings, strict=True)]
+        return [torch.cat(pooled, dim=1)], [None]
 
-    def _tap(self, wave: Tensor, mask: Tensor | None) -> list[Tensor]:
+    def _embed(self, wave: Tensor, mask: Tensor | None) -> list[Tensor]:
         assert self.base_model is not None
-        with torch.no_grad() if self.freeze_backbone else contextlib.nullcontext():
-            found = self.base_model.taps(wave, self.layers, mask)
-        return [found[name] for name in self.layers]
+        with self._gradients():
+            return self.base_model.probe_embeddings(
+                wave, self.layers, self.aggregation, mask, freeze_backbone=self.freeze_backbone
+            )
 
-    def _aggregated(self, found: list[Tensor], paddings: Sequence[Tensor | None]) -> list[Tensor]:
-        found = [aggregate(e, self.aggregation, padding) for e, padding in zip(found, paddings, strict=True)]
-        merged = concatenate(found, self.aggregation)
-        return merged if isinstance(merged, list) else [merged]
+    def _gradients(self) -> contextlib.AbstractContextManager[object]:
+        return torch.no_grad() if self.freeze_backbone else contextlib.nullcontext()
 
     # -- from embeddings to features -------------------------------------------------------------------------
 
@@ -251,8 +255,8 @@ class Probe(nn.Module, ABC):
             return [tuple(shape) for shape in input_dim] if isinstance(input_dim, list) else [tuple(input_dim)]
         samples = self.base_model.clip_samples if self.target_length is None else self.target_length
         with frozen(self.base_model):
-            found = self._tap(torch.zeros(1, samples), None)
-        return [tuple(embedding.shape[1:]) for embedding in self._aggregated(found, [None] * len(found))]
+            found = self._embed(torch.zeros(1, samples), None)
+        return [tuple(embedding.shape[1:]) for embedding in found]
 
     def _build_combination(self) -> int:
         """Create what merging several layers needs, and return the width of the features."""

@@ -97,7 +97,9 @@ def save_probe(
         num_classes=probe.num_classes,
         model=_source(model),
         backbone_fingerprint=fingerprint(probe.base_model) if probe.base_model is not None else None,
-        checkpoint=probe.base_model.checkpoint if probe.base_model is not None and probe.freeze_backbone else None,
+        checkpoint=probe.base_model.checkpoint_uri
+        if probe.base_model is not None and probe.freeze_backbone
+        else None,
         layers=probe.layers if online else None,
         input_dim=None if online else probe.input_dim,
         target_length=probe.target_length if online else None,

@@ -67,7 +67,7 @@ def load_model(
     keep = classes is not None and not return_features_only
     loaded = build_model_from_spec(entry.spec, device, **_head_arguments(entry.spec, classes, keep=keep))
     load_backbone(loaded, state, f"checkpoint {uri}", keep_classifier=keep)
-    loaded.checkpoint = with_revision(uri, path)
+    loaded.checkpoint_uri = with_revision(uri, path)
     if keep and classes is not None and entry.class_mapping_path is not None:
         loaded.label_mapping = _labels(entry.class_mapping_path, classes, uri, own=own)
     return loaded
@@ -122,7 +122,7 @@ def list_model_layers(model: str | ModelBase | Backbone, device: str = "cpu") ->
     layers = backbone.get_model_layers()
     return {
         "layers": layers,
-        "last_layer": backbone.last_layer,
+        "last_layer": backbone.last_layer_name,
         "all": layers,
         "special_options": ["last_layer", "all"],
     }
