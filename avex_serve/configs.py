@@ -60,12 +60,12 @@ class ModelSpec(BaseModel):
     fine_tuned: bool | None = Field(None, description="BEATs: the fine-tuned geometry, with a predictor")
     efficientnet_variant: Literal["b0", "b1"] = Field("b0", description="EfficientNet: which of the family")
     eat_cfg: dict[str, Any] | None = Field(None, description="EAT: the same as init_config, under avex's name")
-    eat_norm_mean: float = Field(
+    eat_norm_mean: float | None = Field(
         -4.268,
         description="EAT: subtracted from the log-mel features; avex computes with the default even where its YAML "
         "files say -5.553",
     )
-    eat_norm_std: float = Field(
+    eat_norm_std: float | None = Field(
         4.569,
         gt=0,
         description="EAT: the log-mel features are divided by twice this; avex computes with the default even where "

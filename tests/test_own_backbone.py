@@ -21,7 +21,7 @@ GUIDE = (Path(__file__).parents[1] / "docs" / "own-backbone.md").read_text()
 def guide(tmp_path_factory):
     """The names that the guide's snippets define; they ran in the current folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_REGISTERED", {})
+        patch.setattr(registry, "_MODEL_REGISTRY", dict(registry._MODEL_REGISTRY))
         patch.setattr(registry, "_MODEL_CLASSES", dict(registry._MODEL_CLASSES))
         patch.chdir(tmp_path_factory.mktemp("guide"))
         names = {}

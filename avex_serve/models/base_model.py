@@ -119,7 +119,7 @@ class ModelBase(nn.Module):
         if self._has_own_extraction():
             found = self._extracted(wave, layers, padding_mask, aggregation, freeze_backbone)
         else:
-            tapped = self.taps(wave, layers, padding_mask)
+            tapped = self.taps(wave, self.resolve_layers(layers), padding_mask)
             found = concatenate([tapped[name] for name in layers], aggregation)
         return [found] if isinstance(found, Tensor) else list(found)
 
@@ -197,6 +197,22 @@ class ModelBase(nn.Module):
         """The input on the model's device; (S,) becomes (1, S), other shapes are the network's affair."""
         wave = self._placed(x)
         return wave[None] if wave.ndim == 1 else wave
+
+    def batch_inference(self, batched_samples: Tensor) -> Tensor:
+        """Outputs of the model for the rows of a batch, one by one, as avex's models have it.
+
+        Args:
+            batched_samples: (B, S), or several batches (N, B, S).
+
+        Returns:
+            The outputs, one after the other along the first axis.
+        """
+        outputs = [self(self._batch(row)) for row in batched_samples]
+        return torch.cat([output[None] if output.ndim == 1 else output for output in outputs])
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Raise NotImplementedError: no architecture here trades time for memory in training."""
+        raise NotImplementedError(f"{type(self).__name__} doesn't support gradient checkpointing")
 
     def _placed(self, x: Tensor) -> Tensor:
         if x is None:

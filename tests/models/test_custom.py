@@ -389,3 +389,28 @@ def test_gradients_flow_through_extracted_embeddings_unless_frozen(network):
     network.register_hooks_for_layers(["mix"])
     assert network.extract_embeddings(noise(1), aggregation="mean").requires_grad
     assert not network.extract_embeddings(noise(1), aggregation="mean", freeze_backbone=True).requires_grad
+
+
+def test_an_own_class_is_loaded_without_a_checkpoint_and_refused_without_its_classes(clean_registry):
+    class Counting(Network):
+        name = "counting"
+
+        def __init__(self, device, num_classes, audio_config=AUDIO):
+            super().__init__(device=device, audio_config=audio_config, num_classes=num_classes)
+
+    class Whole(Network):
+        name = "whole"
+
+    for cls in (Counting, Whole):
+        avex_serve.register_model_class(cls)
+    assert avex_serve.load_model(ModelSpec(name="whole"))(noise(1)).shape == (1, 4)
+    with pytest.raises(ValueError, match=r"'counting' needs num_classes; give build_model\(num_classes=...\)"):
+        avex_serve.load_model(ModelSpec(name="counting"))
+
+
+def test_a_batch_is_inferred_row_by_row(network):
+    batch = noise(3)
+    torch.testing.assert_close(network.batch_inference(batch), network(batch))
+    torch.testing.assert_close(network.batch_inference(batch[None]), network(batch))
+    with pytest.raises(NotImplementedError, match="Network doesn't support gradient checkpointing"):
+        network.enable_gradient_checkpointing()

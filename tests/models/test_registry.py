@@ -195,13 +195,25 @@ def test_fields_of_other_architectures_are_refused_unless_they_say_nothing(class
             KeyError,
             r"'nothing' is not registered. Available classes: \['beats'",
         ),
-        (
-            lambda: avex_serve.build_model("avex_demo", "cpu", num_class=3),
-            TypeError,
-            "no argument 'num_class'; did you mean 'num_classes'",
-        ),
     ],
 )
 def test_what_can_not_be_built(build, error, message):
     with pytest.raises(error, match=message):
         build()
+
+
+def test_a_keyword_that_the_class_does_not_take_is_left_out_and_told(caplog):
+    model = avex_serve.build_model("avex_demo", "cpu", num_class=3)
+    assert model.classifier is None
+    assert "has no argument 'num_class', which is left out; did you mean 'num_classes'?" in caplog.text
+
+
+def test_the_official_models_can_be_registered_again(clean_registry):
+    registry._MODEL_REGISTRY.clear()
+    registry._MODEL_CLASSES.clear()
+    assert avex_serve.list_models() == {}
+    avex_serve.register_model("mine", ModelSpec(name="beats"))
+    assert registry._MODEL_REGISTRY["mine"].name == "beats"
+    registry.initialize_registry()
+    assert {"mine", "avex_demo"} <= set(avex_serve.list_models())
+    assert avex_serve.get_model_class("beats") is not None

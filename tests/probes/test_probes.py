@@ -6,6 +6,7 @@ import torch
 
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import (
+    AttentionProbe,
     LinearProbe,
     Probe,
     build_probe_from_config,
@@ -353,3 +354,20 @@ def test_a_single_position_is_added_to_every_step(kind):
 def test_sine_positions_of_a_sequence_of_numbers():
     probe = build("attention", input_dim=1, num_heads=1, use_positional_encoding=True)
     torch.testing.assert_close(probe.pos_encoding[0, :4, 0], torch.arange(4.0).sin())
+
+
+def test_a_probe_tells_what_it_is_made_of():
+    probe = AttentionProbe(
+        None, ["a", "b"], 3, feature_mode=True, input_dim=[(4, 8), (4, 8)], num_heads=2, dropout_rate=0.0
+    )
+    assert probe.dropout is None
+    assert probe([torch.randn(2, 4, 8)] * 2).shape == (2, 3)
+    info = probe.debug_info()
+    assert (info["probe_type"], info["layers"], info["num_heads"]) == ("attention", ["a", "b"], 2)
+    assert (info["has_layer_weights"], info["layer_weights"]) == (True, [0.0, 0.0])
+    header, *rows = probe.get_learned_weights_table().splitlines()
+    assert header.split() == ["layer", "weight", "share"]
+    assert [row.split() for row in rows] == [["a", "0.0000", "50.00%"], ["b", "0.0000", "50.00%"]]
+    plain = LinearProbe(None, ["a"], 3, feature_mode=True, input_dim=8)
+    assert plain.debug_info()["has_layer_weights"] is False
+    assert "No learned weights" in plain.get_learned_weights_table()

@@ -166,6 +166,32 @@ class Probe(nn.Module, ABC):
         """The state dict without the backbone's."""
         return {name: t for name, t in self.state_dict().items() if not name.startswith("base_model.")}
 
+    def debug_info(self) -> dict[str, Any]:
+        """What the probe is made of, by avex's keys; ``layer_weights`` are there if layers are merged by them."""
+        info = {
+            "probe_type": type(self).__name__.removesuffix("Probe").lower(),
+            "layers": self.layers,
+            "feature_mode": self.feature_mode,
+            "aggregation": self.aggregation,
+            "freeze_backbone": self.freeze_backbone,
+            "target_length": self.target_length,
+            **{name: getattr(self, name) for name in self.options},
+            "has_layer_weights": hasattr(self, "layer_weights"),
+            "has_embedding_projectors": hasattr(self, "embedding_projectors"),
+        }
+        return {**info, "layer_weights": self.layer_weights.tolist()} if hasattr(self, "layer_weights") else info
+
+    def get_learned_weights_table(self) -> str:
+        """The weights that unaggregated layers are merged by, as a table to print; a sentence if there are none."""
+        if not hasattr(self, "layer_weights"):
+            return "No learned weights: the probe doesn't merge layers by weights."
+        raw = self.layer_weights.detach()
+        names = self.layers if len(self.layers) == len(raw) else [f"layer {i}" for i in range(len(raw))]
+        width = max(len("layer"), *map(len, names))
+        rows = zip(names, raw.tolist(), raw.softmax(dim=0).tolist(), strict=True)
+        lines = [f"{name:<{width}}  {weight:>8.4f}  {share:>7.2%}" for name, weight, share in rows]
+        return "\n".join([f"{'layer':<{width}}  {'weight':>8}  {'share':>7}", *lines])
+
     # -- from the input to embeddings ------------------------------------------------------------------------
 
     def _embeddings(self, x: ProbeInput, padding_mask: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:

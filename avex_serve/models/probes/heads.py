@@ -72,7 +72,7 @@ class SequenceProbe(Probe):
 
     def build_head(self, width: int) -> None:
         """See `Probe.build_head`."""
-        self.dropout = nn.Dropout(self.dropout_rate)
+        self.dropout = nn.Dropout(self.dropout_rate) if self.dropout_rate > 0 else None
         classifier_width = self.build_encoder(width)
         if self.use_positional_encoding:
             self._build_positions(self.max_sequence_length or _DEFAULT_POSITIONS, width)
@@ -97,7 +97,11 @@ class SequenceProbe(Probe):
                     f"a sequence of {steps} steps is longer than the {longest} positions; raise max_sequence_length"
                 )
             features = features + self.pos_encoding[:, :steps]
-        return self.classifier(self.dropout(self.pool(self.encode(features, padding), padding)))
+        return self.classifier(self.drop(self.pool(self.encode(features, padding), padding)))
+
+    def drop(self, features: Tensor) -> Tensor:
+        """The features after dropout, if there is any."""
+        return features if self.dropout is None else self.dropout(features)
 
     def _build_positions(self, steps: int, width: int) -> None:
         self.pos_encoding = nn.Parameter(torch.randn(1, steps, width))
@@ -179,7 +183,7 @@ class AttentionProbe(SequenceProbe):
         """See `SequenceProbe.encode`."""
         for attention, norm in zip(self.attention_layers, self.layer_norms, strict=True):
             attended, _ = attention(features, features, features, key_padding_mask=padding, need_weights=False)
-            features = self.dropout(norm(features + attended))
+            features = self.drop(norm(features + attended))
         return features
 
     def _build_positions(self, steps: int, width: int) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import logging
 from typing import Any
 
 from avex_serve.configs import ModelSpec
@@ -15,6 +16,8 @@ from avex_serve.models.utils.registry import (
     list_models,
 )
 
+logger = logging.getLogger(__name__)
+
 # Fields of ModelSpec that say what to build and load, not how.
 _NOT_FOR_THE_MODEL = {"name", "pretrained", "device", "audio_config"}
 
@@ -25,12 +28,11 @@ def build_model(model_name: str, device: str, **kwargs: Any) -> ModelBase:
     Args:
         model_name: its name.
         device: where to put it.
-        **kwargs: further arguments of its class, such as ``num_classes``.
+        **kwargs: further arguments of its class, such as ``num_classes``; others are left out with a warning.
 
     Raises:
         ValueError: no such model, or fields of its spec that its class can't take.
         KeyError: no such class.
-        TypeError: a keyword that its class doesn't take.
     """
     spec = get_model_spec(model_name)
     if spec is None:
@@ -45,12 +47,12 @@ def build_model_from_spec(model_spec: ModelSpec, device: str | None = None, **kw
         model_spec: architecture and geometry.
         device: where to put it; None: the spec's.
         **kwargs: further arguments of its class; of the architectures here ``num_classes`` (of the classifier; None:
-            no classifier) and ``return_features_only`` (leave the classifier out).
+            no classifier) and ``return_features_only`` (leave the classifier out). Others are left out with a
+            warning.
 
     Raises:
         KeyError: an unknown architecture.
-        ValueError: fields that it can't take.
-        TypeError: a keyword that it doesn't take.
+        ValueError: fields of the spec that it can't take, or that it needs more than is given.
     """
     cls = get_model_class(model_spec.name)
     if cls is None:
@@ -58,11 +60,12 @@ def build_model_from_spec(model_spec: ModelSpec, device: str | None = None, **kw
             f"Model class '{model_spec.name}' is not registered. Available classes: {list_model_classes()}; "
             "register yours with register_model_class"
         )
-    _refuse_unknown(kwargs, cls)
     place = device or model_spec.device
     common = {"device": place, "audio_config": model_spec.audio_config}
     arguments = {name: value for name, value in common.items() if name in inspect.signature(cls).parameters}
-    return adapt(cls(**{**arguments, **_options(model_spec, cls), **kwargs})).to(place).eval()
+    arguments |= {**_options(model_spec, cls), **_known(kwargs, cls)}
+    _check_needed(arguments, cls, model_spec.name)
+    return adapt(cls(**arguments)).to(place).eval()
 
 
 def takes(model_spec: ModelSpec, argument: str) -> bool:
@@ -84,11 +87,23 @@ def _options(spec: ModelSpec, cls: ModelClass) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name in taken}
 
 
-def _refuse_unknown(kwargs: dict[str, Any], cls: ModelClass) -> None:
+def _known(kwargs: dict[str, Any], cls: ModelClass) -> dict[str, Any]:
+    """The keywords that the class takes; a warning for each other one, which avex leaves out in silence."""
     parameters = inspect.signature(cls).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
+        return kwargs
     for name in sorted(kwargs.keys() - parameters.keys()):
         close = difflib.get_close_matches(name, parameters, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"it takes {sorted(parameters)}"
-        raise TypeError(f"{getattr(cls, '__name__', cls)} has no argument '{name}'; {hint}")
+        logger.warning("%s has no argument '%s', which is left out; %s", getattr(cls, "__name__", cls), name, hint)
+    return {name: value for name, value in kwargs.items() if name in parameters}
+
+
+def _check_needed(arguments: dict[str, Any], cls: ModelClass, name: str) -> None:
+    for parameter in inspect.signature(cls).parameters.values():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and parameter.name not in arguments:
+            raise ValueError(
+                f"model class '{name}' needs {parameter.name}; give build_model({parameter.name}=...), or give "
+                "load_model a checkpoint that tells it"
+            )

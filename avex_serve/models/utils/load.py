@@ -15,6 +15,7 @@ from avex_serve.models.utils.registry import (
     ModelEntry,
     get_entry,
     get_model_spec,
+    is_own_architecture,
     list_models,
     read_model_yaml,
 )
@@ -54,7 +55,8 @@ def load_model(
     entry = find_entry(model)
     uri = str(checkpoint_path) if checkpoint_path else entry.checkpoint_path
     if uri is None:
-        if entry.spec.pretrained:
+        # A class of one's own may bring weights itself.
+        if entry.spec.pretrained and is_own_architecture(entry.spec.name):
             raise ValueError(
                 f"{entry.description} names no weights; give checkpoint_path, or set pretrained=False for random "
                 "ones"

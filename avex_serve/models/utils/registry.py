@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +23,7 @@ OFFICIAL_MODELS = Path(__file__).parents[2] / "official_models"
 ModelClass = Callable[..., nn.Module]
 _Class = TypeVar("_Class", bound=ModelClass)
 
-# Architectures by ModelSpec.name.
-_MODEL_CLASSES: dict[str, ModelClass] = {
+_ARCHITECTURES: dict[str, ModelClass] = {
     "beats": BEATsModel,
     "eat_hf": EATModel,
     "efficientnet": EfficientNetModel,
@@ -43,8 +41,29 @@ class ModelEntry:
     class_mapping_path: str | None = None  # path or URI of the labels of the checkpoint's classifier
     sha256: str | None = None  # hex, of the checkpoint as it was published
 
+    @property
+    def name(self) -> str:
+        """Name of its architecture, as its spec has it."""
+        return self.spec.name
 
-_REGISTERED: dict[str, ModelEntry] = {}
+
+# Architectures by ModelSpec.name, and models by name; both under avex's names, and filled by `initialize_registry`.
+_MODEL_CLASSES: dict[str, ModelClass] = {}
+_MODEL_REGISTRY: dict[str, ModelEntry] = {}
+
+
+def initialize_registry() -> None:
+    """Register the official models and the architectures again, over any others of their names; others stay.
+
+    Importing this module has done it.
+    """
+    _MODEL_CLASSES.update(_ARCHITECTURES)
+    _MODEL_REGISTRY.update({path.stem: read_model_yaml(path) for path in sorted(OFFICIAL_MODELS.glob("*.yml"))})
+
+
+def is_own_architecture(name: str) -> bool:
+    """Whether the architecture of that name is one of those here, and not one that a program registered."""
+    return name in _ARCHITECTURES and _MODEL_CLASSES.get(name) is _ARCHITECTURES[name]
 
 
 def get_model_spec(name: str) -> ModelSpec | None:
@@ -64,7 +83,7 @@ def get_checkpoint_path(name: str) -> str | None:
 
 def get_entry(name: str) -> ModelEntry | None:
     """The registered model, or None."""
-    return _REGISTERED.get(name) or _official().get(name)
+    return _MODEL_REGISTRY.get(name)
 
 
 def list_models() -> dict[str, dict[str, Any]]:
@@ -73,7 +92,7 @@ def list_models() -> dict[str, dict[str, Any]]:
     Each has ``description``, ``model_type`` (the architecture), ``checkpoint_path``, ``has_trained_classifier``,
     ``num_classes`` (None unless the label map is on this machine) and ``licence``.
     """
-    return {name: _summary(entry) for name, entry in sorted({**_official(), **_REGISTERED}.items())}
+    return {name: _summary(entry) for name, entry in sorted(_MODEL_REGISTRY.items())}
 
 
 def describe_model(name: str, verbose: bool = False) -> dict[str, Any]:
@@ -93,6 +112,9 @@ def describe_model(name: str, verbose: bool = False) -> dict[str, Any]:
         "pretrained": spec.pretrained,
         "device": spec.device,
         "has_audio_config": spec.audio_config is not None,
+        "has_eat_config": spec.eat_cfg is not None,
+        "has_text_model": spec.text_model_name is not None,
+        "is_pretraining_mode": bool(spec.pretraining_mode),
         "class_mapping_path": entry.class_mapping_path,
         **_summary(entry),
     }
@@ -124,7 +146,7 @@ def register_model(
     """
     if get_entry(name) is not None:
         logger.warning("model %r is registered already; it is replaced", name)
-    _REGISTERED[name] = ModelEntry(
+    _MODEL_REGISTRY[name] = ModelEntry(
         model_spec.model_copy(deep=True),
         f"registered {model_spec.name} model",
         checkpoint_path,
@@ -233,11 +255,6 @@ def _told_classes(summary: Mapping[str, Any]) -> str:
     return f"{summary['num_classes']} classes" if summary["num_classes"] else "trained"
 
 
-@cache
-def _official() -> dict[str, ModelEntry]:
-    return {path.stem: read_model_yaml(path) for path in sorted(OFFICIAL_MODELS.glob("*.yml"))}
-
-
 def __getattr__(name: str) -> Any:
     # avex has it here. It builds models, and what builds them imports this module.
     if name == "list_model_layers":
@@ -245,3 +262,6 @@ def __getattr__(name: str) -> Any:
 
         return list_model_layers
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+initialize_registry()
