@@ -105,6 +105,17 @@ _WITHOUT_EFFECT = {
 }
 
 
+# What can be tapped of a block by name; the empty part is its output.
+_ATTENTION_PARTS = (
+    ".self_attn.q_proj",
+    ".self_attn.k_proj",
+    ".self_attn.v_proj",
+    ".self_attn.out_proj",
+    ".self_attn",
+)
+_BLOCK_PARTS = (*_ATTENTION_PARTS, ".self_attn_layer_norm", ".fc1", ".fc2", ".final_layer_norm", "")
+
+
 class GatedLinear(nn.Module):
     """Gated linear unit with a swish gate: (…, in) → (…, out)."""
 
@@ -139,18 +150,25 @@ class SelfAttention(nn.Module):
             self.grep_linear = nn.Linear(self.head_dim, 8)
             self.grep_a = nn.Parameter(torch.ones(1, self.heads, 1, 1))
 
-    def forward(self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None) -> Tensor:
-        """Attend.
+    def forward(
+        self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None, taps: Taps, name: str
+    ) -> Tensor:
+        """Attend, offering the layers to `taps` under `name`.
 
         Args:
             x: (B, T, D).
             position_bias: (1, heads, T, T), before the gate.
             padding: (B, T) bool, True for tokens that must not be attended to.
+            taps: collects layers.
+            name: under which the layers are offered.
 
         Returns:
             (B, T, D).
         """
-        query, key, value = (self._split(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projected = {part: getattr(self, part)(x) for part in ("q_proj", "k_proj", "v_proj")}
+        for part, output in projected.items():
+            taps(f"{name}.{part}", output)
+        query, key, value = map(self._split, projected.values())
         bias = None if position_bias is None else self._gate(query) * position_bias  # (B, heads, T, T)
         if padding is not None:
             hidden = torch.zeros(padding.shape, dtype=x.dtype, device=x.device).masked_fill(padding, -torch.inf)
@@ -159,7 +177,10 @@ class SelfAttention(nn.Module):
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=self.attention_dropout if self.training else 0.0
         )  # (B, heads, T, head_dim)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+        output = self.out_proj(attended.transpose(1, 2).flatten(2))
+        taps(f"{name}.out_proj", output)
+        taps(name, output)
+        return output
 
     def _split(self, x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:2], self.heads, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
@@ -196,24 +217,28 @@ class Block(nn.Module):
     ) -> Tensor:
         """(B, T, D) → (B, T, D), offering its layers to `taps` under `name`."""
         if self.norm_first:
-            x = x + self._attend(self.self_attn_layer_norm(x), position_bias, padding, taps, name)
-            x = x + self._feed_forward(self.final_layer_norm(x), taps, name)
+            normed = self.self_attn_layer_norm(x)
+            taps(f"{name}.self_attn_layer_norm", normed)
+            x = x + self._attend(normed, position_bias, padding, taps, name)
+            normed = self.final_layer_norm(x)
+            taps(f"{name}.final_layer_norm", normed)
+            x = x + self._feed_forward(normed, taps, name)
         else:
             attended = self._attend(x, position_bias, padding, taps, name)
             x = self.self_attn_layer_norm(x * self.residual_scale + attended)
+            taps(f"{name}.self_attn_layer_norm", x)
             fed = self._feed_forward(x, taps, name)
             if taps.complete:  # nothing after this is asked for
                 return x
             x = self.final_layer_norm(x * self.residual_scale + fed)
+            taps(f"{name}.final_layer_norm", x)
         taps(name, x)
         return x
 
     def _attend(
         self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None, taps: Taps, name: str
     ) -> Tensor:
-        attended = self.self_attn(x, position_bias, padding)
-        taps(f"{name}.self_attn", attended)
-        return self.dropout(attended)
+        return self.dropout(self.self_attn(x, position_bias, padding, taps, f"{name}.self_attn"))
 
     def _feed_forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
         hidden = self.fc1(x)
@@ -261,9 +286,12 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, padding: Tensor | None, taps: Taps, name: str) -> Tensor:
         """(B, T, D) → (B, T, D); stops early once `taps` has everything."""
-        x = x + self.pos_conv(x.transpose(1, 2)).transpose(1, 2)
+        positions = self.pos_conv(x.transpose(1, 2))  # (B, D, T)
+        taps(f"{name}.pos_conv", positions)
+        x = x + positions.transpose(1, 2)
         if not self.cfg.layer_norm_first:
             x = self.layer_norm(x)
+            taps(f"{name}.layer_norm", x)
         x = self.dropout(x)
         bias = self.fixed_position_bias if self.fixed_position_bias is not None else self._position_bias(x.shape[1])
         for i, block in enumerate(self.layers):
@@ -275,6 +303,7 @@ class Encoder(nn.Module):
                 return x
         if self.cfg.layer_norm_first:
             x = self.layer_norm(x)
+            taps(f"{name}.layer_norm", x)
         taps(name, x)
         return x
 
@@ -295,7 +324,7 @@ class Encoder(nn.Module):
         # LayerDrop, in training only. A block that is tapped always runs: without it there is no embedding.
         return (
             self.training
-            and not taps.wants(layer, f"{layer}.fc1", f"{layer}.fc2", f"{layer}.self_attn")
+            and not taps.wants(*(f"{layer}{part}" for part in _BLOCK_PARTS))
             and float(torch.rand(())) < self.cfg.encoder_layerdrop
         )
 
@@ -401,19 +430,19 @@ class BEATs(nn.Module):
             )
         taps = Taps([name]) if taps is None else taps
         patches = self.patch_embedding(self.preprocess(wave)[:, None])  # (B, E, time, frequency)
-        x = self.layer_norm(patches.flatten(2).transpose(1, 2))  # (B, T, E): all frequencies of a time step
-        taps(f"{name}.layer_norm", x)
+        taps(f"{name}.patch_embedding", patches)
+        normed = self.layer_norm(patches.flatten(2).transpose(1, 2))  # (B, T, E): all frequencies of a time step
         padding = None if padding_mask is None else self.token_mask(padding_mask, wave.shape[-1])
-        if self.post_extract_proj is not None:
-            x = self.post_extract_proj(x)
-        projected = x
-        x = self.dropout_input(x)
+        projected = normed if self.post_extract_proj is None else self.post_extract_proj(normed)
+        x = self.dropout_input(projected)
         if padding is not None:
             x = x.masked_fill(padding[..., None], 0)
+        taps(f"{name}.dropout_input", x)
         # Offered with its padded tokens zeroed: so does avex, whose hook holds the tensor that is zeroed in place.
         # In training dropout makes another tensor of it, and the hook holds the one before.
-        before_dropout = self.training and self.dropout_input.p > 0
-        taps(f"{name}.post_extract_proj", projected if before_dropout else x)
+        held = projected if self.training and self.dropout_input.p > 0 else x
+        taps(f"{name}.layer_norm", held if self.post_extract_proj is None else normed)
+        taps(f"{name}.post_extract_proj", held)
         if not taps.complete:
             x = self.encoder(x, padding, taps, f"{name}.encoder")
         taps(name, x)
@@ -442,8 +471,10 @@ class BEATsModel(ModelBase):
     """BEATs as a model: waveform to token features, or to logits if it has a classifier.
 
     Layers: ``backbone.post_extract_proj`` and ``backbone.encoder.layers.{i}.fc2`` are discoverable. By name also
-    ``backbone`` and ``backbone.encoder`` (the output), ``backbone.layer_norm``, and of each block
-    ``backbone.encoder.layers.{i}`` (its output), ``….self_attn`` and ``….fc1``.
+    ``backbone`` and ``backbone.encoder`` (the output), ``backbone.patch_embedding``, ``backbone.layer_norm``,
+    ``backbone.dropout_input``, ``backbone.encoder.pos_conv``, ``backbone.encoder.layer_norm``, and of each block
+    ``backbone.encoder.layers.{i}`` (its output), ``….self_attn`` with its ``.q_proj``, ``.k_proj``, ``.v_proj`` and
+    ``.out_proj``, ``….self_attn_layer_norm``, ``….fc1`` and ``….final_layer_norm``.
     """
 
     def __init__(
@@ -502,8 +533,10 @@ class BEATsModel(ModelBase):
 
     def tappable_layers(self) -> list[str]:
         """See `ModelBase.tappable_layers`."""
-        parts = [f"{block}{part}" for block in self._blocks() for part in ("", ".self_attn", ".fc1")]
-        return [*self.get_model_layers(), "backbone", "backbone.layer_norm", "backbone.encoder", *parts]
+        first = ["post_extract_proj"] if self.backbone.post_extract_proj is not None else []
+        parts = ["patch_embedding", "layer_norm", *first, "dropout_input", "encoder.pos_conv", "encoder.layer_norm"]
+        blocks = [f"{block}{part}" for block in self._blocks() for part in _BLOCK_PARTS]
+        return [*(f"backbone.{part}" for part in parts), *blocks, "backbone.encoder", BACKBONE]
 
     def taps(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None) -> dict[str, Tensor]:
         """See `ModelBase.taps`."""
@@ -519,7 +552,7 @@ class BEATsModel(ModelBase):
         """See `ModelBase.specialise`."""
         self.classifier = self.backbone.predictor = None
         self.backbone.fbank.specialise(samples)
-        blocks = blocks_needed(self._blocks(), layers, output={"backbone", "backbone.encoder"})
+        blocks = blocks_needed(self._blocks(), layers, output=self._outputs())
         self.backbone.encoder.specialise(self.backbone.tokens(samples), blocks)
 
     def process_audio(self, x: Tensor) -> Tensor:
@@ -544,6 +577,11 @@ class BEATsModel(ModelBase):
             return self.classifier(features.mean(dim=1))
         valid = (~padding).sum(dim=1, keepdim=True).clamp(min=1)
         return self.classifier(features.masked_fill(padding[..., None], 0).sum(dim=1) / valid)
+
+    def _outputs(self) -> set[str]:
+        """Names that mean what comes after all blocks."""
+        last = {"backbone.encoder.layer_norm"} if self.backbone.cfg.layer_norm_first else set()
+        return {BACKBONE, "backbone.encoder", *last}
 
     def _blocks(self) -> list[str]:
         return [f"backbone.encoder.layers.{i}" for i in range(len(self.backbone.encoder.layers))]

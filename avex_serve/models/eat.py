@@ -39,7 +39,8 @@ _NORM_STD = 4.569
 _BLOCKS = "backbone.model.blocks"
 # What can be tapped of a block, in the order in which it is computed.
 _ATTENTION = (".attn.qkv", ".attn.proj", ".attn")
-_BLOCK_PARTS = (*_ATTENTION, ".norm1", ".mlp.fc1", ".mlp.fc2", ".mlp", ".norm2", "")
+_BLOCK_PARTS = (*_ATTENTION, ".norm1", ".mlp.fc1", ".mlp.act", ".mlp.fc2", ".mlp", ".norm2", "")
+_FIRST_PARTS = ("local_encoder.proj", "local_encoder", "pre_norm")
 
 
 class EATConfig(BaseModel):
@@ -101,7 +102,9 @@ class FeedForward(nn.Module):
         """(B, T, D) → (B, T, D), offering its layers to `taps` under `name`."""
         hidden = self.fc1(x)
         taps(f"{name}.fc1", hidden)
-        x = self.fc2(F.gelu(hidden))
+        hidden = F.gelu(hidden)
+        taps(f"{name}.act", hidden)
+        x = self.fc2(hidden)
         taps(f"{name}.fc2", x)
         taps(name, x)
         return x
@@ -137,9 +140,16 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(1, cfg.embed_dim, kernel_size=_PATCH, stride=_PATCH)
 
-    def forward(self, spectrogram: Tensor) -> Tensor:
-        """(B, frames, mel bins) → (B, patches, D): all frequencies of a time step, then the next step."""
-        return self.proj(spectrogram[:, None]).flatten(2).transpose(1, 2)
+    def forward(self, spectrogram: Tensor, taps: Taps, name: str) -> Tensor:
+        """(B, frames, mel bins) → (B, patches, D): all frequencies of a time step, then the next step.
+
+        Offers its layers to `taps` under `name`.
+        """
+        projected = self.proj(spectrogram[:, None])  # (B, D, time steps, bands)
+        taps(f"{name}.proj", projected)
+        patches = projected.flatten(2).transpose(1, 2)
+        taps(name, patches)
+        return patches
 
 
 class FixedPositions(nn.Module):
@@ -169,7 +179,8 @@ class EAT(nn.Module):
 
     def forward(self, spectrogram: Tensor, taps: Taps, name: str) -> Tensor:
         """(B, frames, mel bins) → (B, T, D), offering its layers to `taps` under `name`; stops early as they do."""
-        x = self.local_encoder(spectrogram) + self.fixed_positional_encoder(self.patches)
+        patches = self.local_encoder(spectrogram, taps, f"{name}.local_encoder")
+        x = patches + self.fixed_positional_encoder(self.patches)
         # The class token has no position.
         x = torch.cat([self.extra_tokens.expand(x.shape[0], -1, -1), x], dim=1)
         x = self.pre_norm(x)
@@ -210,6 +221,7 @@ class Backbone(nn.Module):
         """(B, frames, mel bins) → (B, T, D), offering its layers to `taps`; the pass stops once it has them all."""
         taps = Taps([BACKBONE]) if taps is None else taps
         x = self.model(spectrogram, taps, f"{BACKBONE}.model")
+        taps(f"{BACKBONE}.model", x)
         taps(BACKBONE, x)
         return x
 
@@ -236,9 +248,10 @@ class EATModel(ModelBase):
     A clip has 513 tokens, however long it is: it is padded or cut to 10.24 s. Padding masks make no difference to
     the tokens, as in avex.
 
-    Layers: ``backbone.model.blocks.{i}.attn.proj`` are discoverable. By name also ``backbone`` (the output),
+    Layers: ``backbone.model.blocks.{i}.attn.proj`` are discoverable. By name also ``backbone`` and
+    ``backbone.model`` (the output), ``backbone.model.local_encoder`` with its ``.proj``,
     ``backbone.model.pre_norm``, and of each block ``backbone.model.blocks.{i}`` (its output), ``….attn``,
-    ``….attn.qkv``, ``….norm1``, ``….mlp``, ``….mlp.fc1``, ``….mlp.fc2`` and ``….norm2``.
+    ``….attn.qkv``, ``….norm1``, ``….mlp``, ``….mlp.fc1``, ``….mlp.act``, ``….mlp.fc2`` and ``….norm2``.
     """
 
     def __init__(
@@ -310,7 +323,8 @@ class EATModel(ModelBase):
     def tappable_layers(self) -> list[str]:
         """See `ModelBase.tappable_layers`."""
         parts = [f"{block}{part}" for block in self._blocks() for part in _BLOCK_PARTS]
-        return ["backbone.model.pre_norm", *parts, BACKBONE]
+        first = [f"backbone.model.{part}" for part in _FIRST_PARTS]
+        return [*first, *parts, "backbone.model", BACKBONE]
 
     def taps(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None) -> dict[str, Tensor]:
         """See `ModelBase.taps`; the mask makes no difference."""
@@ -333,9 +347,9 @@ class EATModel(ModelBase):
         self.classifier = None
         self.front_end.specialise(samples)
         names = self._blocks()
-        blocks = blocks_needed(names, layers, output={BACKBONE})
+        blocks = blocks_needed(names, layers, output={"backbone.model", BACKBONE})
         last = names[blocks - 1] if blocks else None
-        rest = {BACKBONE, *(f"{last}{part}" for part in _BLOCK_PARTS if part not in _ATTENTION)}
+        rest = {"backbone.model", BACKBONE, *(f"{last}{part}" for part in _BLOCK_PARTS if part not in _ATTENTION)}
         self.backbone.model.specialise(blocks, attention_last=last is not None and rest.isdisjoint(layers))
 
     def process_audio(self, x: Tensor) -> Tensor:

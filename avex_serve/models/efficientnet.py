@@ -87,6 +87,9 @@ class ConvNorm(nn.ModuleList):
             return x
         for part in rest:
             x = part(x)
+        # In avex the activation works in place, so a hook at the norm holds what comes after it.
+        for i in range(1, len(self)):
+            taps(f"{name}.{i}", x)
         taps(name, x)
         return x
 
@@ -102,7 +105,16 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
         means = x.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
-        x = x * self.fc2(nn.functional.silu(self.fc1(means))).sigmoid()
+        taps(f"{name}.avgpool", means)
+        squeezed = nn.functional.silu(self.fc1(means))
+        # In avex the activation works in place, so a hook before it holds what comes after it.
+        taps(f"{name}.fc1", squeezed)
+        taps(f"{name}.activation", squeezed)
+        widened = self.fc2(squeezed)
+        taps(f"{name}.fc2", widened)
+        gains = widened.sigmoid()
+        taps(f"{name}.scale_activation", gains)
+        x = x * gains
         taps(name, x)
         return x
 
@@ -123,20 +135,35 @@ class Bottleneck(nn.Module):
             ]
         )
         self.residual = stride == 1 and inputs == stage.channels
+        self.last_part = len(self.block) - 1
         self.dropped = dropped
 
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
         """(B, C, H, W) → (B, C', H / stride, W / stride), rounded up."""
         found = self.block(x, taps, f"{name}.block")
-        if taps.complete:
+        # In avex the residual is added in place, so hooks at the end of the branch hold the sum.
+        held = self._ends(name) & taps.found.keys() if self.residual and not self._drops() else set()
+        if taps.complete and not held:
             return found
-        x = x + self._drop(found) if self.residual else found
+        if self.residual:
+            x = x + self._drop(found)
+            taps(f"{name}.stochastic_depth", x)
+        else:
+            x = found
+        taps.found.update(dict.fromkeys(held, x))
         taps(name, x)
         return x
 
+    def _ends(self, name: str) -> set[str]:
+        last = f"{name}.block.{self.last_part}"
+        return {f"{name}.block", last, f"{last}.1"}
+
+    def _drops(self) -> bool:
+        return self.training and self.dropped > 0
+
     def _drop(self, x: Tensor) -> Tensor:
         # Stochastic depth, in training only: the branch of some clips is left out, the others' is scaled up.
-        if not self.training or self.dropped == 0:
+        if not self._drops():
             return x
         kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.dropped
         return x * kept / (1 - self.dropped)
@@ -188,9 +215,10 @@ class EfficientNetModel(ModelBase):
     Layers are convolutions, before their norm. Discoverable are the first, ``model.features.0.0``, the last,
     ``model.features.8.0``, and those that end the bottlenecks, ``model.features.{i}.{j}.block.3.0``. Blocks of the
     first stage don't widen, so theirs is called ``….block.2.0`` and is, as in avex, not among them. By name also all
-    other convolutions, the parts that they belong to, such as ``model.features.{i}`` (output of a stage) and
-    ``model.features.{i}.{j}`` (of a block), ``model.avgpool`` (mean over frequency and time), and ``backbone`` (the
-    last feature map).
+    other parts of torchvision's network, such as ``model.features.{i}`` (output of a stage),
+    ``model.features.{i}.{j}`` (of a block), norms, activations and the members of the gains, ``model.avgpool`` (mean
+    over frequency and time), and ``backbone`` (the last feature map). Where torchvision works in place, a layer is
+    what its hook holds afterwards: the end of a branch, ``….block``, includes the residual.
 
     Padding masks are accepted and, as in avex, not used: convolutions have nothing to mask.
     """
@@ -311,11 +339,12 @@ class EfficientNetModel(ModelBase):
     def _parts(self) -> list[str]:
         """Names of all parts that offer their output, in the order of a pass."""
         names = []
-        for name, module in self.model.named_modules(prefix="model"):
-            if isinstance(module, Chain | ConvNorm | SqueezeExcite | Bottleneck):
-                names.append(name)
-            if isinstance(module, ConvNorm):
-                names.append(f"{name}.0")
+        for name, module in self.model.features.named_modules(prefix="model.features"):
+            names.append(name)
+            if isinstance(module, SqueezeExcite):
+                names += [f"{name}.{part}" for part in ("avgpool", "activation", "scale_activation")]
+            if isinstance(module, Bottleneck) and module.residual:
+                names.append(f"{name}.stochastic_depth")
         return names
 
 
@@ -325,10 +354,12 @@ def _cut(chain: nn.ModuleList, name: str, layers: Iterable[str]) -> None:
     if name in layers or not inside:
         return
     deepest = max(int(layer.partition(".")[0]) for layer in inside)
+    if isinstance(chain, ConvNorm) and deepest > 0:  # norm and activation go together
+        return
     del chain[deepest + 1 :]
     part, part_name = chain[deepest], f"{name}.{deepest}"
     if isinstance(part, Bottleneck):
-        if part_name not in layers:
+        if {part_name, f"{part_name}.stochastic_depth"}.isdisjoint(layers):
             _cut(part.block, f"{part_name}.block", layers)
     elif isinstance(part, nn.ModuleList):
         _cut(part, part_name, layers)

@@ -5,9 +5,12 @@ import warnings
 import pytest
 import torch
 
-from avex_serve.configs import ProbeConfig
+from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
 from avex_serve.models.custom import adapt
+from avex_serve.models.efficientnet import Bottleneck
+from avex_serve.models.passes import tap_by_hooks
 from avex_serve.models.probes import build_probe_from_config
+from avex_serve.models.utils.factory import build_model_from_spec
 from tests.models.backbones import TINY, noise
 
 with warnings.catch_warnings():
@@ -21,9 +24,13 @@ with warnings.catch_warnings():
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+# Without what draws random numbers in training.
+STEADY = {**TINY, "encoder_layerdrop": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
+
+
 def beats():
     audio = avex.configs.AudioConfig(representation="raw", normalize=False, target_length_seconds=1)
-    spec = avex.configs.ModelSpec(name="beats", pretrained=False, audio_config=audio, init_config=TINY)
+    spec = avex.configs.ModelSpec(name="beats", pretrained=False, audio_config=audio, init_config=STEADY)
     return avex.build_model_from_spec(spec, "cpu")
 
 
@@ -64,6 +71,44 @@ def test_layers_masks_and_the_length_of_a_clip_are_avexs(model):
         torch.testing.assert_close(found[name], embedding, rtol=0, atol=0)
     assert adapt(model).get_model_layers() == names
     assert adapt(model).clip_samples == 16000
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_layer_of_ours_is_what_avex_hooks(model, training, masked):
+    torch.manual_seed(0)
+    ours = build_ours(model)
+    modules = dict(model.named_modules())
+    # A model that gives features doesn't run its pooling in avex.
+    names = [name for name in ours.tappable_layers() if name in modules and name != "model.avgpool"]
+    assert len(names) > 20
+    mask = None
+    if masked:
+        mask = torch.zeros(3, 16000, dtype=torch.bool)
+        mask[1, 8000:] = True
+    with torch.no_grad():
+        theirs = tap_by_hooks(model.train(training), noise(3), names, mask)
+        found = ours.train(training).taps(noise(3), names, mask)
+    for name in names:
+        torch.testing.assert_close(
+            found[name], theirs[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def build_ours(theirs):
+    """Our model with the weights of avex's, and without what draws random numbers in training."""
+    name = "beats" if hasattr(theirs, "backbone") else "efficientnet"
+    for part in theirs.modules():
+        if type(part).__name__ == "StochasticDepth":
+            part.p = 0.0
+    audio = AudioConfig(representation="raw") if name == "beats" else AudioConfig(n_fft=800, hop_length=160)
+    init = STEADY if name == "beats" else None
+    model = build_model_from_spec(ModelSpec(name=name, audio_config=audio, init_config=init), "cpu")
+    for part in model.modules():
+        if isinstance(part, Bottleneck):
+            part.dropped = 0.0
+    model.load_state_dict(theirs.state_dict(), strict=False)
+    return model
 
 
 def test_a_batch_as_large_as_a_clip_has_tokens_equals_its_clips_one_by_one():

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 import avex_serve
 from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
 from avex_serve.models.checkpoints import fingerprint
-from avex_serve.models.efficientnet import Bottleneck
+from avex_serve.models.efficientnet import Bottleneck, ConvNorm, SqueezeExcite
 from avex_serve.models.layers import Taps
 from avex_serve.models.probes import build_probe_from_config
 from avex_serve.models.utils.factory import build_model_from_spec
@@ -51,9 +51,34 @@ def test_a_variant_has_as_many_parameters_as_torchvisions(variant, parameters):
     assert all(name.startswith("model.") for name in model.state_dict())
 
 
+def in_place(modules):
+    """Layers that torchvision changes after their module has run, and what they are then."""
+    changed = {}
+    for name, module in modules.items():
+        if isinstance(module, ConvNorm) and len(module) == 3:
+            changed[f"{name}.1"] = name
+        if isinstance(module, SqueezeExcite):
+            changed[f"{name}.fc1"] = f"{name}.activation"
+        if isinstance(module, Bottleneck) and module.residual:
+            last = f"{name}.block.{len(module.block) - 1}"
+            changed |= dict.fromkeys([f"{name}.block", last, f"{last}.1", f"{name}.stochastic_depth"], name)
+    return changed
+
+
+def test_a_layer_that_torchvision_changes_in_place_is_what_it_is_in_the_end(model):
+    changed = in_place(dict(model.named_modules()))
+    found = taps(model, noise(1), model.tappable_layers())
+    assert {"model.features.2.1.block", "model.features.0.1", "model.features.1.0.block.1.fc1"} <= changed.keys()
+    for layer, same in changed.items():
+        assert torch.equal(found[layer], found[same])
+        # Alone as well, where the pass would end before the change.
+        torch.testing.assert_close(taps(model, noise(1), [layer])[layer], found[layer], rtol=0, atol=0)
+
+
 def test_a_layer_is_what_a_hook_on_that_module_would_hold(model):
     wave, held = noise(1), {}
-    layers = [name for name in model.tappable_layers() if name not in ("backbone", "model.avgpool")]
+    modules = dict(model.named_modules())
+    layers = [name for name in model.tappable_layers() if name in modules and name not in in_place(modules)]
     hooks = [
         model.get_submodule(name).register_forward_hook(lambda _m, _i, out, name=name: held.update({name: out}))
         for name in layers
@@ -341,6 +366,12 @@ def test_checkpoints_without_a_classifier_give_features(tmp_path, model):
             ["model.features.3", "model.features.2.0"],
             {f"model.features.3.1.block.3.1.{n}" for n in ("weight", "bias")},
         ),
+        (["model.features.0.1"], {"model.features.0.1.weight", "model.features.0.1.bias"}),
+        (
+            ["model.features.2.1.stochastic_depth", "model.features.2.1.block.0.0"],
+            {f"model.features.2.1.block.3.1.{n}" for n in ("weight", "bias")},
+        ),
+        (["model.features.2.1.block.3"], {f"model.features.2.1.block.3.1.{n}" for n in ("weight", "bias")}),
         (["model.avgpool"], {f"model.features.8.1.{n}" for n in ("weight", "bias")}),
         (["backbone"], {f"model.features.8.1.{n}" for n in ("weight", "bias")}),
     ],
