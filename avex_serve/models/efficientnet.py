@@ -10,7 +10,7 @@ layers and its own name, and offers its output under it.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -165,8 +165,9 @@ class Bottleneck(nn.Module):
         # Stochastic depth, in training only: the branch of some clips is left out, the others' is scaled up.
         if not self._drops():
             return x
-        kept = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.dropped
-        return x * kept / (1 - self.dropped)
+        # Drawn as torchvision draws it, so a seed gives the same.
+        kept = torch.empty(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - self.dropped)
+        return x * kept.div_(1 - self.dropped)
 
 
 class EfficientNet(nn.Module):
@@ -259,6 +260,7 @@ class EfficientNetModel(ModelBase):
         self.return_features_only = return_features_only or num_classes is None
         classes = _IMAGENET_CLASSES if return_features_only or num_classes is None else num_classes
         self.model = EfficientNet(efficientnet_variant, classes)
+        self.channels = 3  # of the image, all the same
         self.to(device)
 
     @property
@@ -275,8 +277,10 @@ class EfficientNetModel(ModelBase):
         """See `ModelBase.tappable_layers`."""
         return [*self._parts(), "model.avgpool", BACKBONE]
 
-    def taps(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """See `ModelBase.taps`; the mask is not used."""
+    def taps(
+        self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None, *, as_if_alone: bool = False
+    ) -> dict[str, Tensor]:
+        """See `ModelBase.taps`; the mask is not used: a clip's minimum and maximum, and convolutions, know none."""
         taps = Taps(layers)
         self.model(self.process_audio(wave), taps)
         return taps.found
@@ -295,13 +299,6 @@ class EfficientNetModel(ModelBase):
         padded = nn.functional.pad(padded, (0, stride * tokens - frames), value=True)
         return padded.reshape(-1, tokens, stride).all(dim=-1)
 
-    def specialise(self, samples: int, layers: Sequence[str]) -> None:
-        """See `ModelBase.specialise`."""
-        self.model.classifier = None
-        self._front_end().specialise(samples)
-        if not {"model.avgpool", BACKBONE} & set(layers):  # else the last feature map is needed
-            _cut(self.model.features, "model.features", layers)
-
     def process_audio(self, x: Tensor) -> Tensor:
         """The spectrogram of waveforms (B, S) or (S,) as an image, (B, 3, n_mels, frames) in [0, 1].
 
@@ -315,7 +312,7 @@ class EfficientNetModel(ModelBase):
                 f"{wave.shape[-1]} samples are too few: the spectrogram takes {front_end.shortest_samples}; pad the "
                 "clip"
             )
-        return front_end(wave)[:, None].expand(-1, 3, -1, -1)
+        return front_end(wave)[:, None].expand(-1, self.channels, -1, -1)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """The last feature map (B, 1280, n_mels / 32, frames / 32), rounded up, or logits (B, classes) of its mean.
@@ -346,23 +343,6 @@ class EfficientNetModel(ModelBase):
             if isinstance(module, Bottleneck) and module.residual:
                 names.append(f"{name}.stochastic_depth")
         return names
-
-
-def _cut(chain: nn.ModuleList, name: str, layers: Iterable[str]) -> None:
-    """Drop what comes after the deepest of the layers, in place."""
-    inside = [layer.removeprefix(f"{name}.") for layer in layers if layer.startswith(f"{name}.")]
-    if name in layers or not inside:
-        return
-    deepest = max(int(layer.partition(".")[0]) for layer in inside)
-    if isinstance(chain, ConvNorm) and deepest > 0:  # norm and activation go together
-        return
-    del chain[deepest + 1 :]
-    part, part_name = chain[deepest], f"{name}.{deepest}"
-    if isinstance(part, Bottleneck):
-        if {part_name, f"{part_name}.stochastic_depth"}.isdisjoint(layers):
-            _cut(part.block, f"{part_name}.block", layers)
-    elif isinstance(part, nn.ModuleList):
-        _cut(part, part_name, layers)
 
 
 Model = EfficientNetModel  # avex's name

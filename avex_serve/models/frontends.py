@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from avex_serve.configs import AudioConfig
+from avex_serve.models.masks import beyond, valid_lengths
 from avex_serve.models.tracing import is_tracing
 
 WindowName = Literal["povey", "hanning"]
@@ -27,17 +28,14 @@ class KaldiFbank(nn.Module):
     HTK compatibility, which only says where that one stands, makes no difference).
     Source: Kaldi, feat/feature-window.cc and feat/mel-computations.cc; defaults as avex 1.4 uses them for BEATs.
 
-    The power spectrum is taken in one of two ways, `spectrum`:
-
-    - ``fft``: what avex does, to the last bits of its rounding. The log-mel of a nearly empty band *is* rounding
-      noise, so only the same algorithm gives the same numbers there.
-    - ``matmul``: a product with the DFT matrix, for exported graphs: onnxruntime has a fast matrix product, but
-      no fast DFT. It is the more exact of the two.
+    Attributes:
+        power: from frames and window to their power spectrum. It is a module of its own, since an exported graph
+            takes the spectrum in another way.
+        fixed_samples: length of the waveforms, if all have the same: in a traced graph sizes are no numbers.
     """
 
     window: Tensor  # (win_length,)
     mel_fb: Tensor  # (n_fft // 2 + 1, num_mel_bins)
-    dft: Tensor  # (win_length, 2 * (n_fft // 2 + 1)): cosines, then negative sines
 
     def __init__(
         self,
@@ -67,14 +65,12 @@ class KaldiFbank(nn.Module):
         self.win_length = int(sample_frequency * frame_length / 1000)
         self.hop_length = int(sample_frequency * frame_shift / 1000)
         self.n_fft = 1 << (self.win_length - 1).bit_length()
-        self.preemphasis = preemphasis
-        self.spectrum: Literal["fft", "matmul"] = "fft"
-        self.fixed_samples: int | None = None  # of a graph for clips of one length
+        self.power: nn.Module = FramePower(self.n_fft, preemphasis)
+        self.fixed_samples: int | None = None
         mel = kaldi_mel_filters(self.n_fft, num_mel_bins, sample_frequency, low_frequency)
         # Some of avex's checkpoints hold these two, under these names.
         self.register_buffer("window", _WINDOWS[window](self.win_length), persistent=in_state)
         self.register_buffer("mel_fb", mel, persistent=in_state)
-        self.register_buffer("dft", dft_matrix(self.win_length, self.n_fft), persistent=False)
 
     def frames(self, samples: int) -> int:
         """How many frames a waveform of that many samples has."""
@@ -86,28 +82,35 @@ class KaldiFbank(nn.Module):
         Kaldi's own waveforms are in the range of 16-bit integers, which matters for the floor alone.
         """
         with full_precision(wave):
-            frames = self._frame(wave.float())  # (B, F, win_length)
-            frames = frames - frames.mean(dim=-1, keepdim=True)
-            previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
-            frames = (frames - self.preemphasis * previous) * self.window
-            energies = self._power(frames) @ self.mel_fb  # (B, F, num_mel_bins)
-            return energies.clamp(min=_FLOOR).log()
-
-    def specialise(self, samples: int) -> None:
-        """Fix the length of the waveforms and take the spectrum as a product, for an exported graph."""
-        self.spectrum = "matmul"
-        self.fixed_samples = samples
+            power = self.power(self._frame(wave.float()), self.window)  # (B, F, n_fft // 2 + 1)
+            return (power @ self.mel_fb).clamp(min=_FLOOR).log()
 
     def _frame(self, wave: Tensor) -> Tensor:
         samples = wave.shape[-1] if self.fixed_samples is None else self.fixed_samples
         return cut_frames(wave, samples, self.frames(samples), self.win_length, self.hop_length)
 
-    def _power(self, frames: Tensor) -> Tensor:
-        if self.spectrum == "fft":
-            spectrum = torch.fft.rfft(frames, n=self.n_fft)
-            return spectrum.abs().pow(2.0)
-        real, imaginary = (frames @ self.dft).chunk(2, dim=-1)  # (B, F, n_fft // 2 + 1) each
-        return real * real + imaginary * imaginary
+
+class FramePower(nn.Module):
+    """Kaldi's power spectrum of a frame: without its mean, pre-emphasised, windowed, by FFT.
+
+    The log-mel of a nearly empty band is the rounding noise of the transform, so only the same algorithm gives the
+    same numbers as avex there.
+    """
+
+    def __init__(self, n_fft: int, preemphasis: float) -> None:
+        super().__init__()
+        self.n_fft = n_fft
+        self.preemphasis = preemphasis
+
+    def forward(self, frames: Tensor, window: Tensor) -> Tensor:
+        """(B, F, win_length) → (B, F, n_fft // 2 + 1)."""
+        return torch.fft.rfft(self.prepare(frames, window), n=self.n_fft).abs().pow(2.0)
+
+    def prepare(self, frames: Tensor, window: Tensor) -> Tensor:
+        """What is transformed: (…, win_length) of the same shape. It is linear in the frames."""
+        frames = frames - frames.mean(dim=-1, keepdim=True)
+        previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
+        return (frames - self.preemphasis * previous) * window
 
 
 class EATFrontEnd(nn.Module):
@@ -143,8 +146,12 @@ class EATFrontEnd(nn.Module):
         """Samples that fill all frames: what it hears of a clip at most."""
         return self.fbank.win_length + (self.frames - 1) * self.fbank.hop_length
 
-    def forward(self, wave: Tensor) -> Tensor:
+    def forward(self, wave: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Normalised log-mel features (B, frames, mel_bins), float32, of waveforms (B, S) in [-1, 1] at 16 kHz.
+
+        Args:
+            wave: the waveforms.
+            padding_mask: (B, S) bool, True where padded: to give each clip the features that it has alone.
 
         Raises:
             AssertionError: less than one window; the type that avex raises.
@@ -155,25 +162,24 @@ class EATFrontEnd(nn.Module):
             )
         wave = wave.float()
         # Every frame loses its own mean later: this only makes the rounding avex's, as nearly empty bands need it.
-        wave = wave - wave.mean(dim=-1, keepdim=True)
+        if padding_mask is None:
+            wave = wave - wave.mean(dim=-1, keepdim=True)
+        else:
+            samples = valid_lengths(padding_mask)[:, None]
+            wave = wave - wave.masked_fill(padding_mask, 0).sum(dim=-1, keepdim=True) / samples.clamp(min=1)
         features = self.fbank(wave[:, : self.longest_samples])
         # Padded by as much as could lack and then cut: a traced graph can't ask for the number of frames.
         features = nn.functional.pad(features, (0, 0, 0, self.frames - 1))[:, : self.frames]
+        if padding_mask is not None:
+            features = features.masked_fill(self.padded_frames(padding_mask)[..., None], 0)
         return (features - self.mean) / (2 * self.std)
 
-    def specialise(self, samples: int) -> None:
-        """Fix the length of the clips, for an exported graph."""
-        self.fbank.specialise(min(samples, self.longest_samples))
-
-    def valid_frames(self, padding_mask: Tensor) -> Tensor:
-        """Frames (B, frames) bool that hear at least one sample which is not padding.
-
-        Args:
-            padding_mask: (B, S) bool, True where padded.
-        """
-        valid = (~padding_mask[:, : self.longest_samples].bool()).float()[:, None]  # (B, 1, S)
-        heard = nn.functional.max_pool1d(valid, self.fbank.win_length, self.fbank.hop_length)[:, 0]
-        return nn.functional.pad(heard, (0, self.frames - heard.shape[1])) > 0
+    def padded_frames(self, padding_mask: Tensor) -> Tensor:
+        """Frames (B, frames) bool that the clips alone wouldn't have, of a mask (B, S), True where padded."""
+        frames = 1 + (valid_lengths(padding_mask) - self.fbank.win_length).div(
+            self.fbank.hop_length, rounding_mode="floor"
+        )
+        return beyond(frames, self.frames)
 
 
 class AudioProcessor:
@@ -215,16 +221,14 @@ class Spectrogram(nn.Module):
     minimum and maximum become 0 and 1; digital silence is 0 throughout. Source: avex 1.4 (AudioProcessor), which
     takes the filters of torchaudio's MelScale with its defaults.
 
-    The transform is taken by FFT as in avex. In an exported graph it is a folded product (see `folded_dft`), a
-    quarter of the work of the plain matrix; `specialise` makes it so.
+    Attributes:
+        power: from windowed frames to their power spectrum, as `KaldiFbank.power`.
+        fixed_samples: see `KaldiFbank`.
+        settings: what makes the features, as text.
     """
 
     window: Tensor  # (n_fft,)
     filters: Tensor | None  # (n_fft // 2 + 1, F), or None without
-    cos_even: Tensor
-    cos_odd: Tensor
-    sin_even: Tensor
-    sin_odd: Tensor
 
     def __init__(self, config: AudioConfig) -> None:
         """Build the constant buffers.
@@ -254,8 +258,8 @@ class Spectrogram(nn.Module):
             f"{bins} at {config.sample_rate} Hz, n_fft {self.n_fft}, hop {self.hop_length}, {config.window} window "
             f"of {win_length}, center {self.center}, normalize {self.normalize}"
         )
-        self.folded = False
-        self.fixed_samples: int | None = None  # of a graph for clips of one length
+        self.power: nn.Module = Power()
+        self.fixed_samples: int | None = None
         window = {"hann": torch.hann_window, "hamming": torch.hamming_window}[config.window](win_length)
         left = (self.n_fft - win_length) // 2  # a shorter window sits in the middle, as in torch.stft
         window = nn.functional.pad(window, (left, self.n_fft - win_length - left))
@@ -272,22 +276,6 @@ class Spectrogram(nn.Module):
         """How many frames a waveform of that many samples has."""
         reflected = 2 * (self.n_fft // 2) if self.center else 0
         return 1 + (samples + reflected - self.n_fft) // self.hop_length
-
-    def specialise(self, samples: int | None = None) -> None:
-        """Fold the transform, in place, for an exported graph; for clips of one length if it is given.
-
-        Raises:
-            ValueError: a transform of odd length, which can't be folded.
-        """
-        if self.n_fft % 2:
-            raise ValueError(f"audio_config.n_fft is {self.n_fft}; to export, expected an even number")
-        self.folded = True
-        self.fixed_samples = samples
-        order = torch.tensor(_folded_bins(self.n_fft), device=self.window.device)
-        # Filters are put into the order of the transform; without any, the transform is put into theirs.
-        self.filters = torch.eye(len(order))[order] if self.filters is None else self.filters[order]
-        for name, tensor in folded_dft(self.n_fft).items():
-            self.register_buffer(name, tensor.to(self.window.device), persistent=False)
 
     def forward(self, wave: Tensor) -> Tensor:
         """Features (B, F, frames) of waveforms (B, S) in [-1, 1], in float32."""
@@ -307,19 +295,16 @@ class Spectrogram(nn.Module):
         return cut_frames(wave, samples + 2 * reflected, count, self.n_fft, self.hop_length)
 
     def _filtered(self, frames: Tensor) -> Tensor:
-        power = self._folded_power(frames) if self.folded else torch.fft.rfft(frames).abs().pow(2.0)
+        power = self.power(frames)
         return power if self.filters is None else power @ self.filters
 
-    def _folded_power(self, frames: Tensor) -> Tensor:
-        half = self.n_fft // 2
-        first = frames[..., : half + 1]  # samples 0 to half
-        mirrored = nn.functional.pad(frames[..., half + 1 :].flip(-1), (1, 1))  # sample n_fft - n beside sample n
-        even, odd = first + mirrored, first - mirrored  # what cosines and sines see
-        cosines = even[..., ::2] @ self.cos_even, even[..., 1::2] @ self.cos_odd
-        sines = odd[..., 1::2] @ self.sin_odd, odd[..., ::2] @ self.sin_even
-        low = (cosines[0] + cosines[1]).square() + (sines[0] + sines[1]).square()  # (B, F, n_fft // 4 + 1)
-        high = (cosines[0] - cosines[1]).square() + (sines[0] - sines[1]).square()
-        return torch.cat([low, high[..., : half - half // 2]], dim=-1)  # (B, F, n_fft // 2 + 1)
+
+class Power(nn.Module):
+    """Power spectrum of windowed frames, by FFT."""
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(B, F, n_fft) → (B, F, n_fft // 2 + 1)."""
+        return torch.fft.rfft(frames).abs().pow(2.0)
 
 
 def full_precision(wave: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -371,14 +356,6 @@ def kaldi_mel_filters(n_fft: int, n_mels: int, sample_rate: float, low: float) -
     return nn.functional.pad(triangles, (0, 1)).T.contiguous()
 
 
-def dft_matrix(length: int, n_fft: int) -> Tensor:
-    """(length, 2 * (n_fft // 2 + 1)) float32: the real DFT of `length` samples, zero-padded to n_fft."""
-    sample = torch.arange(length, dtype=torch.float64)[:, None]
-    frequency = torch.arange(n_fft // 2 + 1, dtype=torch.float64)[None, :]
-    angle = 2 * math.pi * sample * frequency / n_fft
-    return torch.cat([torch.cos(angle), -torch.sin(angle)], dim=1).to(torch.float32)
-
-
 def htk_mel_filters(n_fft: int, n_mels: int, sample_rate: int) -> Tensor:
     """HTK's triangular mel filters (n_fft // 2 + 1, n_mels) from 0 Hz to half the sample rate.
 
@@ -392,27 +369,6 @@ def htk_mel_filters(n_fft: int, n_mels: int, sample_rate: int) -> Tensor:
     left, centre, right = (edges[i : i + n_mels] for i in range(3))
     triangles = torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre))
     return triangles.clamp(min=0)
-
-
-def folded_dft(n_fft: int) -> dict[str, Tensor]:
-    """The real DFT of an even number of samples as four matrices, float32.
-
-    Cosines are the same for samples n and n_fft - n, sines opposite: so sums and differences of the two take half
-    the rows. At frequency n_fft / 2 - k they are those at k, with the sign of every other row turned: so even and
-    odd rows apart take half the columns. Each matrix is (about n_fft / 4, n_fft // 4 + 1).
-    """
-    half = n_fft // 2
-    sample = torch.arange(half + 1, dtype=torch.float64)[:, None]
-    angle = 2 * math.pi * sample * torch.arange(half // 2 + 1, dtype=torch.float64) / n_fft
-    cos, sin = angle.cos().to(torch.float32), angle.sin().to(torch.float32)
-    sin[-1] = 0  # sample half belongs to no sine; sin(pi k) is not quite 0 in floating point
-    return {"cos_even": cos[::2], "cos_odd": cos[1::2], "sin_even": sin[::2], "sin_odd": sin[1::2]}
-
-
-def _folded_bins(n_fft: int) -> list[int]:
-    """Frequencies in the order of the folded transform: up to a quarter of n_fft, then from half of it down."""
-    half = n_fft // 2
-    return [*range(half // 2 + 1), *range(half, half // 2, -1)]
 
 
 def _mel(hertz: float) -> float:

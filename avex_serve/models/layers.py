@@ -1,7 +1,7 @@
 """Layers by name: resolving what a user writes, and collecting what a forward pass computes."""
 
 import difflib
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -49,21 +49,6 @@ def last_layer(layers: Sequence[str]) -> str:
     if layers:
         return layers[-1]
     raise ValueError("the model has no layers, so there is no last_layer; name a layer")
-
-
-def blocks_needed(blocks: Sequence[str], layers: Iterable[str], output: Set[str]) -> int:
-    """How many of the blocks, which run one after another, the layers need: up to the last one tapped.
-
-    Args:
-        blocks: names of the blocks in order.
-        layers: names of the layers that are tapped.
-        output: those names that mean what comes after all blocks.
-    """
-    layers = set(layers)
-    if layers & output:
-        return len(blocks)
-    tapped = [i for i, block in enumerate(blocks) if any(f"{name}.".startswith(f"{block}.") for name in layers)]
-    return max(tapped, default=-1) + 1
 
 
 def _at(layers: Sequence[str], index: int) -> str:

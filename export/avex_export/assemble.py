@@ -3,13 +3,14 @@
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 import avex_serve
+from avex_export.passes import rewrite
 from avex_export.recipes import Recipe
 from avex_serve.bundle import parse_labels
 from avex_serve.errors import ExportError, NotFoundError
@@ -102,12 +103,11 @@ def eager_graph(assembly: Assembly) -> Graph:
     return graph(assembly.probe).eval()
 
 
-def export_graph(assembly: Assembly) -> Graph:
-    """A copy of the graph, made fit for export: constant parts baked in, parts that aren't tapped dropped."""
+def export_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
+    """A copy of the graph, rewritten by all passes but those left out; see `avex_export.passes`."""
     probe = copy.deepcopy(assembly.probe).eval()
     if assembly.clip_samples is not None:
-        assert probe.base_model is not None
-        probe.base_model.specialise(assembly.clip_samples, probe.layers)
+        rewrite(probe, assembly.clip_samples, without)
     graph = EmbeddingGraph if assembly.clip_samples is None else AudioGraph
     return graph(probe).eval().requires_grad_(False)
 

@@ -1,0 +1,103 @@
+"""Pooling before the last tapped operator: it is linear, so the mean of its outputs is its output for the mean."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from avex_export.passes.transformers import MergedAttention
+from avex_serve.models import beats, eat, efficientnet
+from avex_serve.models.layers import BACKBONE
+from avex_serve.models.probes import Probe
+
+
+class MeanOverTime(nn.Module):
+    """(B, T, D) → (B, 1, D), or (B, C, H, W) → (B, C, H, 1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean over time, whose axis stays."""
+        return x.mean(dim=1 if x.ndim == 3 else 3, keepdim=True)
+
+
+class FirstToken(nn.Module):
+    """(B, T, D) → (B, 1, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The first token, as a sequence of one."""
+        return x[:, :1]
+
+
+def pool_before_tapped_operator(probe: Probe, samples: int) -> bool:
+    """Aggregate, in place, before the operator of the deepest tapped layer, where the pass ends.
+
+    That is BEATs' ``fc2``, EAT's ``attn.proj`` or EfficientNet's last convolution, 1 x 1. The layer that is tapped
+    then has one step of time. A mean commutes with any linear operator, the first token with any that looks at
+    tokens one by one.
+    """
+    model, layers = probe.base_model, probe.layers
+    if probe.aggregation not in ("mean", "cls_token"):
+        return False
+    if isinstance(model, beats.BEATsModel):
+        return _pool_beats(model, layers, probe.aggregation)
+    if isinstance(model, eat.EATModel):
+        return _pool_eat(model, layers, probe.aggregation)
+    if isinstance(model, efficientnet.EfficientNetModel) and probe.aggregation == "mean":
+        return _pool_efficientnet(model, layers)
+    return False
+
+
+class _Then(nn.Module):
+    """One thing after the other; the first may be a function."""
+
+    def __init__(self, first: Callable[[Tensor], Tensor], second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Both."""
+        return self.second(self.first(x))
+
+
+def _pool_beats(model: beats.BEATsModel, layers: Sequence[str], how: str) -> bool:
+    block = _last_block(model.backbone.encoder.layers, "backbone.encoder.layers", layers, {"fc2"})
+    if block is None or {BACKBONE, "backbone.encoder", "backbone.encoder.layer_norm"} & set(layers):
+        return False
+    if how == "mean":
+        block.activation = _Then(block.activation, MeanOverTime())
+    else:
+        block.fc1 = _Then(FirstToken(), block.fc1)
+    return True
+
+
+def _pool_eat(model: eat.EATModel, layers: Sequence[str], how: str) -> bool:
+    block = _last_block(model.backbone.model.blocks, "backbone.model.blocks", layers, {"attn.proj", "attn"})
+    if block is None or {BACKBONE, "backbone.model"} & set(layers):
+        return False
+    attention = block.attn
+    name = "out" if isinstance(attention, MergedAttention) else "proj"
+    pool = MeanOverTime() if how == "mean" else FirstToken()
+    setattr(attention, name, _Then(pool, getattr(attention, name)))
+    return True
+
+
+def _last_block(blocks: nn.ModuleList, name: str, layers: Sequence[str], parts: set[str]) -> Any:
+    """The deepest tapped block, if nothing of it is tapped but these parts, else None."""
+    inside = [layer.removeprefix(f"{name}.").partition(".") for layer in layers if layer.startswith(f"{name}.")]
+    deepest = max((int(number) for number, _, _ in inside), default=-1)
+    tapped = {part for number, _, part in inside if int(number) == deepest}
+    return blocks[deepest] if tapped and tapped <= parts else None
+
+
+def _pool_efficientnet(model: efficientnet.EfficientNetModel, layers: Sequence[str]) -> bool:
+    modules = dict(model.named_modules())
+    order = list(modules)
+    deepest = max(layers, key=lambda layer: order.index(layer) if layer in modules else len(order))
+    convolution = modules.get(deepest)
+    if not all(isinstance(modules.get(layer), nn.Conv2d) for layer in layers):
+        return False  # parts of the network end later than they begin
+    if not (isinstance(convolution, nn.Conv2d) and convolution.kernel_size == convolution.stride == (1, 1)):
+        return False
+    part = modules[deepest.rpartition(".")[0]]
+    assert isinstance(part, efficientnet.ConvNorm)
+    part[0] = _Then(MeanOverTime(), convolution)
+    return True
