@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 from avex_serve.configs import Aggregation, AudioConfig
 from avex_serve.models.aggregation import concatenate
 from avex_serve.models.frontends import AudioProcessor
+from avex_serve.models.hooks import frozen, keep_listening, measure_batch_axes, tap_by_hooks
 from avex_serve.models.layers import BACKBONE, last_layer, resolve_layers
-from avex_serve.models.passes import frozen, keep_listening, measure_batch_axes, tap_by_hooks
 from avex_serve.models.tracing import is_tracing
 
 
@@ -21,7 +21,7 @@ class ModelBase(nn.Module):
     """A backbone: waveforms in, embeddings by layer name out.
 
     The architectures here say which layers they have and compute them without hooks: they override
-    `get_model_layers`, `tappable_layers`, `taps` and `specialise`. A subclass with no more than `forward`, as avex's
+    `get_model_layers`, `tappable_layers` and `taps`. A subclass with no more than `forward`, as avex's
     documentation shows them, works too: its layers are its linear submodules, any submodule can be named, and `taps`
     listens to them during one forward pass. Everything else follows: the surface that avex's models have
     (`get_model_layers`, `register_hooks_for_layers`, `extract_embeddings`).
@@ -32,9 +32,11 @@ class ModelBase(nn.Module):
         label_mapping: ``{"label_to_index": …, "index_to_label": …}`` of a loaded classifier, else None.
         checkpoint_uri: URI that its weights were loaded from, with the hub's revision; None for local files.
         trunk_name: name of the submodule that makes the embeddings; checkpoints may leave it out of their names.
+        fills_clips: whether short clips are filled up inside the model, so that a layer has steps that hear nothing.
     """
 
     trunk_name: ClassVar[str] = "backbone"
+    fills_clips: ClassVar[bool] = False
 
     def __init__(self, device: str = "cpu", audio_config: AudioConfig | Mapping[str, Any] | None = None) -> None:
         """Start a model.
@@ -56,7 +58,7 @@ class ModelBase(nn.Module):
         self._hooks: dict[str, RemovableHandle] = {}
         self._hook_outputs: dict[str, Tensor] = {}
         self._layer_names: list[str] = []
-        self._batch_axes: dict[str, int] | None = None  # fixed by `specialise`, on a copy
+        self._batch_axes: dict[str, int] | None = None  # see `fix_batch_axes`
 
     @property
     def called_module(self) -> nn.Module:
@@ -76,13 +78,17 @@ class ModelBase(nn.Module):
         """Every name that `taps` knows: the discoverable layers and those that must be named."""
         return [BACKBONE, *(name for name, _ in self.called_module.named_modules() if name)]
 
-    def taps(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None) -> dict[str, Tensor]:
+    def taps(
+        self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None, *, as_if_alone: bool = False
+    ) -> dict[str, Tensor]:
         """Outputs of layers by name, batch first.
 
         Args:
             wave: (B, S) or (S,) in [-1, 1] at the model's sample rate.
             layers: names among `tappable_layers`.
             padding_mask: (B, S) bool, True where a sample is padding.
+            as_if_alone: use the mask so that each clip gets what it would get alone and without padding, in the
+                steps that `token_mask` leaves, as far as the architecture can; else use it as avex does.
 
         Returns:
             (B, T, D) of a sequence, (B, C, H, W) of a feature map.
@@ -126,21 +132,19 @@ class ModelBase(nn.Module):
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
         """The padding mask (B, S) brought to the time steps of an embedding, (B, tokens).
 
+        True for those that the clip alone, without padding, wouldn't have.
+
         Raises:
             NotImplementedError: the architecture doesn't honour masks.
         """
         raise NotImplementedError(f"{type(self).__name__} has no padding mask at the level of tokens")
 
-    def specialise(self, samples: int, layers: Sequence[str]) -> None:
-        """Make this copy fit for an exported graph, in place: clips of so many samples, and only these layers.
+    def fix_batch_axes(self, samples: int, layers: Sequence[str]) -> None:
+        """Find out once where the batch is in the layers, for clips of so many samples; see `taps`.
 
-        Parts that the layers don't need are dropped. The numbers change by rounding only. The copy can't be
-        trained or saved any more.
+        In a traced graph the size of the batch is no number that could tell.
         """
-        if self.audio_spectrogram is not None:
-            self.audio_spectrogram.specialise()
-        # In a graph the size of the batch is no number that could tell where the batch is.
-        if not self._has_own_extraction():
+        if type(self).taps is ModelBase.taps and not self._has_own_extraction():
             silence = self._batch(torch.zeros(1, samples))
             self._batch_axes = measure_batch_axes(self.called_module, silence, layers)
 

@@ -20,7 +20,8 @@ from torch.nn.utils import parametrizations
 from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase, refuse_pretrained
 from avex_serve.models.frontends import KaldiFbank
-from avex_serve.models.layers import BACKBONE, Taps, blocks_needed
+from avex_serve.models.layers import BACKBONE, Taps
+from avex_serve.models.masks import beyond, valid_lengths
 from avex_serve.models.tracing import is_tracing
 
 # The waveform is scaled to the range of 16-bit integers, as Kaldi expects it.
@@ -225,15 +226,18 @@ class Block(nn.Module):
             x = x + self._feed_forward(normed, taps, name)
         else:
             attended = self._attend(x, position_bias, padding, taps, name)
-            x = self.self_attn_layer_norm(x * self.residual_scale + attended)
+            x = self.self_attn_layer_norm(self._scaled(x) + attended)
             taps(f"{name}.self_attn_layer_norm", x)
             fed = self._feed_forward(x, taps, name)
             if taps.complete:  # nothing after this is asked for
                 return x
-            x = self.final_layer_norm(x * self.residual_scale + fed)
+            x = self.final_layer_norm(self._scaled(x) + fed)
             taps(f"{name}.final_layer_norm", x)
         taps(name, x)
         return x
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
 
     def _attend(
         self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None, taps: Taps, name: str
@@ -279,7 +283,7 @@ class Encoder(nn.Module):
             nn.Embedding(cfg.num_buckets, cfg.encoder_attention_heads) if cfg.relative_position_embedding else None
         )
         self.layers = nn.ModuleList([Block(cfg, table) for _ in range(cfg.encoder_layers)])
-        self.fixed_position_bias: Tensor | None = None
+        self.fixed_position_bias: Tensor | None = None  # (1, heads, T, T), where all clips have T tokens
         self._initialise(table)
         self.layer_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(cfg.dropout)
@@ -293,7 +297,7 @@ class Encoder(nn.Module):
             x = self.layer_norm(x)
             taps(f"{name}.layer_norm", x)
         x = self.dropout(x)
-        bias = self.fixed_position_bias if self.fixed_position_bias is not None else self._position_bias(x.shape[1])
+        bias = self.fixed_position_bias if self.fixed_position_bias is not None else self.position_bias(x.shape[1])
         for i, block in enumerate(self.layers):
             layer = f"{name}.layers.{i}"
             x = _shrink_gradient(x, self.cfg.layer_wise_gradient_decay_ratio)
@@ -307,19 +311,6 @@ class Encoder(nn.Module):
         taps(name, x)
         return x
 
-    def specialise(self, tokens: int, blocks: int) -> None:
-        """Fix the number of tokens and keep so many blocks only; see `ModelBase.specialise`."""
-        # Not by remove_parametrizations, which breaks the modules that this one was copied from.
-        self.pos_conv[0] = _plain_convolution(self.pos_conv[0])
-        with torch.no_grad():
-            bias = self._position_bias(tokens)
-        del self.fixed_position_bias
-        self.register_buffer("fixed_position_bias", bias, persistent=False)
-        self.layers = self.layers[:blocks]
-        for block in self.layers:
-            assert isinstance(block, Block)
-            block.self_attn.relative_attention_bias = None
-
     def _dropped(self, taps: Taps, layer: str) -> bool:
         # LayerDrop, in training only. A block that is tapped always runs: without it there is no embedding.
         return (
@@ -328,7 +319,10 @@ class Encoder(nn.Module):
             and float(torch.rand(())) < self.cfg.encoder_layerdrop
         )
 
-    def _position_bias(self, tokens: int) -> Tensor | None:
+    def position_bias(self, tokens: int) -> Tensor | None:
+        """The bias of the attention by relative position (1, heads, T, T), before the gate; None without one."""
+        if not self.layers:
+            return None
         block = self.layers[0]
         assert isinstance(block, Block)
         table = block.self_attn.relative_attention_bias
@@ -407,22 +401,21 @@ class BEATs(nn.Module):
         return (features - self.cfg.fbank_mean) / (2 * self.cfg.fbank_std)
 
     def forward(
-        self, wave: Tensor, padding_mask: Tensor | None = None, taps: Taps | None = None, name: str = BACKBONE
-    ) -> tuple[Tensor, Tensor | None]:
+        self, wave: Tensor, padding: Tensor | None = None, taps: Taps | None = None, name: str = BACKBONE
+    ) -> Tensor:
         """Token features.
 
         Args:
             wave: (B, S) in [-1, 1].
-            padding_mask: (B, S) bool, True where padded.
+            padding: (B, T) bool, True for padded tokens.
             taps: collects layers; the pass stops once it has them all.
             name: under which the layers are offered.
 
         Returns:
-            (B, T, D) and the mask (B, T), or None without one.
+            (B, T, D).
 
         Raises:
             RuntimeError: fewer samples than one patch.
-            ValueError: a mask of another length than the waveform.
         """
         if not is_tracing() and wave.shape[-1] < self.shortest_samples:
             raise RuntimeError(
@@ -432,7 +425,6 @@ class BEATs(nn.Module):
         patches = self.patch_embedding(self.preprocess(wave)[:, None])  # (B, E, time, frequency)
         taps(f"{name}.patch_embedding", patches)
         normed = self.layer_norm(patches.flatten(2).transpose(1, 2))  # (B, T, E): all frequencies of a time step
-        padding = None if padding_mask is None else self.token_mask(padding_mask, wave.shape[-1])
         projected = normed if self.post_extract_proj is None else self.post_extract_proj(normed)
         x = self.dropout_input(projected)
         if padding is not None:
@@ -446,10 +438,10 @@ class BEATs(nn.Module):
         if not taps.complete:
             x = self.encoder(x, padding, taps, f"{name}.encoder")
         taps(name, x)
-        return x, padding
+        return x
 
     def token_mask(self, padding_mask: Tensor, samples: int) -> Tensor:
-        """The mask (B, S) brought to tokens (B, T): a token is padded if everything it hears is.
+        """The mask (B, S) brought to tokens (B, T) by avex's rule: a token is padded if all of its samples are.
 
         First to frames (S // frames samples each), then to tokens (frames // tokens each), remainders cut off.
 
@@ -538,22 +530,26 @@ class BEATsModel(ModelBase):
         blocks = [f"{block}{part}" for block in self._blocks() for part in _BLOCK_PARTS]
         return [*(f"backbone.{part}" for part in parts), *blocks, "backbone.encoder", BACKBONE]
 
-    def taps(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None) -> dict[str, Tensor]:
+    def taps(
+        self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None, *, as_if_alone: bool = False
+    ) -> dict[str, Tensor]:
         """See `ModelBase.taps`."""
         taps = Taps(layers)
-        self.backbone(self.process_audio(wave), padding_mask, taps)
+        wave = self.process_audio(wave)
+        padding = None
+        if padding_mask is not None:
+            padding = self.backbone.token_mask(padding_mask, wave.shape[-1])  # checks it too
+            padding = self.token_mask(padding_mask, padding.shape[1]) if as_if_alone else padding
+        self.backbone(wave, padding, taps)
         return taps.found
 
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
-        """See `ModelBase.token_mask`."""
-        return self.backbone.token_mask(padding_mask, padding_mask.shape[1])
-
-    def specialise(self, samples: int, layers: Sequence[str]) -> None:
-        """See `ModelBase.specialise`."""
-        self.classifier = self.backbone.predictor = None
-        self.backbone.fbank.specialise(samples)
-        blocks = blocks_needed(self._blocks(), layers, output=self._outputs())
-        self.backbone.encoder.specialise(self.backbone.tokens(samples), blocks)
+        """See `ModelBase.token_mask`; of a clip shorter than one patch the first time step is left."""
+        cfg, fbank = self.backbone.cfg, self.backbone.fbank
+        samples = valid_lengths(padding_mask)
+        frames = 1 + (samples - fbank.win_length).div(fbank.hop_length, rounding_mode="floor")
+        steps = frames.div(cfg.input_patch_size, rounding_mode="floor").clamp(min=1)
+        return beyond(steps * (cfg.num_mel_bins // cfg.input_patch_size), tokens)
 
     def process_audio(self, x: Tensor) -> Tensor:
         """See `ModelBase.process_audio`; NatureLM's waveforms are clamped to [-1, 1]."""
@@ -568,20 +564,18 @@ class BEATsModel(ModelBase):
             padding_mask: (B, S) bool, True where padded.
 
         Raises:
-            ValueError, RuntimeError: see `BEATs.forward`.
+            ValueError: a mask of another length than the waveform.
+            RuntimeError: see `BEATs.forward`.
         """
-        features, padding = self.backbone(self.process_audio(x), padding_mask)
+        wave = self.process_audio(x)
+        padding = None if padding_mask is None else self.backbone.token_mask(padding_mask, wave.shape[-1])
+        features = self.backbone(wave, padding)
         if self.classifier is None:
             return features
         if padding is None:
             return self.classifier(features.mean(dim=1))
         valid = (~padding).sum(dim=1, keepdim=True).clamp(min=1)
         return self.classifier(features.masked_fill(padding[..., None], 0).sum(dim=1) / valid)
-
-    def _outputs(self) -> set[str]:
-        """Names that mean what comes after all blocks."""
-        last = {"backbone.encoder.layer_norm"} if self.backbone.cfg.layer_norm_first else set()
-        return {BACKBONE, "backbone.encoder", *last}
 
     def _blocks(self) -> list[str]:
         return [f"backbone.encoder.layers.{i}" for i in range(len(self.backbone.encoder.layers))]
@@ -598,14 +592,6 @@ def _shrink_gradient(x: Tensor, ratio: float) -> Tensor:
         return x
     held = x.detach()
     return held + ratio * (x - held)
-
-
-def _plain_convolution(normed: nn.Module) -> nn.Conv1d:
-    assert isinstance(normed, nn.Conv1d)
-    (kernel,) = normed.kernel_size
-    plain = nn.Conv1d(normed.in_channels, normed.out_channels, kernel, padding=kernel // 2, groups=normed.groups)
-    plain.load_state_dict({"weight": normed.weight, "bias": _bias(normed)})
-    return plain
 
 
 def _bias(convolution: nn.Conv1d) -> Tensor:

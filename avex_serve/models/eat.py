@@ -10,7 +10,7 @@ of 160 ms.
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.frontends import EATFrontEnd
-from avex_serve.models.layers import BACKBONE, Taps, blocks_needed
+from avex_serve.models.layers import BACKBONE, Taps
 
 logger = logging.getLogger(__name__)
 
@@ -191,16 +191,6 @@ class EAT(nn.Module):
             x = block(x, taps, f"{name}.blocks.{i}")
         return x
 
-    def specialise(self, blocks: int, *, attention_last: bool) -> None:
-        """Keep so many blocks, of the last one only the attention if that is all it is needed for."""
-        table = self.fixed_positional_encoder
-        table.positions = nn.Parameter(table(self.patches).detach().clone(), requires_grad=False)
-        self.blocks = self.blocks[:blocks]
-        if attention_last:
-            last = self.blocks[-1]
-            assert isinstance(last, Block)
-            del last.norm1, last.mlp, last.norm2
-
     def _initialise(self) -> None:
         # As ViT and data2vec 2.0: a narrow normal distribution, no biases.
         nn.init.normal_(self.extra_tokens, std=0.02)
@@ -253,6 +243,8 @@ class EATModel(ModelBase):
     ``backbone.model.pre_norm``, and of each block ``backbone.model.blocks.{i}`` (its output), ``….attn``,
     ``….attn.qkv``, ``….norm1``, ``….mlp``, ``….mlp.fc1``, ``….mlp.act``, ``….mlp.fc2`` and ``….norm2``.
     """
+
+    fills_clips: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -326,31 +318,23 @@ class EATModel(ModelBase):
         first = [f"backbone.model.{part}" for part in _FIRST_PARTS]
         return [*first, *parts, "backbone.model", BACKBONE]
 
-    def taps(self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """See `ModelBase.taps`; the mask makes no difference."""
+    def taps(
+        self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None, *, as_if_alone: bool = False
+    ) -> dict[str, Tensor]:
+        """See `ModelBase.taps`; the mask makes no difference unless `as_if_alone`."""
         taps = Taps(layers)
-        self.backbone(self.process_audio(wave), taps)
+        wave = self._waveform(wave)
+        self.backbone(self.front_end(wave, padding_mask if as_if_alone else None), taps)
         return taps.found
 
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
-        """See `ModelBase.token_mask`: a token is padded if everything it hears is padding or lies beyond the clip.
+        """See `ModelBase.token_mask`: a token is padded if all of its frames are padding or lie beyond the clip.
 
         The class token, which hears everything, is not.
         """
-        frames = self.front_end.valid_frames(padding_mask)  # (B, frames)
-        heard = frames.reshape(len(frames), -1, _PATCH).any(dim=-1)  # (B, time steps)
-        padded = ~heard.repeat_interleave(_BANDS, dim=1)
-        return F.pad(padded, (1, 0), value=False)
-
-    def specialise(self, samples: int, layers: Sequence[str]) -> None:
-        """See `ModelBase.specialise`."""
-        self.classifier = None
-        self.front_end.specialise(samples)
-        names = self._blocks()
-        blocks = blocks_needed(names, layers, output={"backbone.model", BACKBONE})
-        last = names[blocks - 1] if blocks else None
-        rest = {"backbone.model", BACKBONE, *(f"{last}{part}" for part in _BLOCK_PARTS if part not in _ATTENTION)}
-        self.backbone.model.specialise(blocks, attention_last=last is not None and rest.isdisjoint(layers))
+        padded = self.front_end.padded_frames(padding_mask)  # (B, frames)
+        padded = padded.reshape(len(padded), -1, _PATCH).all(dim=-1)  # (B, time steps)
+        return F.pad(padded.repeat_interleave(_BANDS, dim=1), (1, 0), value=False)
 
     def process_audio(self, x: Tensor) -> Tensor:
         """Normalised log-mel features (B, frames, mel bins) of the waveform (B, S) or (S,), on the model's device.

@@ -8,7 +8,7 @@ import torch
 from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
 from avex_serve.models.custom import adapt
 from avex_serve.models.efficientnet import Bottleneck
-from avex_serve.models.passes import tap_by_hooks
+from avex_serve.models.hooks import tap_by_hooks
 from avex_serve.models.probes import build_probe_from_config
 from avex_serve.models.utils.factory import build_model_from_spec
 from tests.models.backbones import TINY, noise

@@ -1,4 +1,3 @@
-import copy
 import math
 
 import numpy as np
@@ -150,7 +149,7 @@ def test_a_mask_hides_padded_tokens_from_the_others():
     model, wave, mask = tiny_beats(), noise(2), half_padded()
     loud = wave.clone()
     loud[1, RATE * 3 // 4 :] += 0.5 * torch.randn(RATE // 4)
-    tokens = model.token_mask(mask, 48)
+    tokens = model.backbone.token_mask(mask, RATE)
     assert tokens.shape == (2, 48)
     assert not tokens[0].any()
     assert tokens[1].sum() == 48 - 25  # half of a second keeps 25 tokens, as in avex
@@ -169,10 +168,11 @@ def test_a_mask_of_another_length_is_refused(shape):
 def test_logits_are_of_the_mean_over_valid_tokens():
     model, wave, mask = tiny_beats(num_classes=5), noise(2), half_padded()
     with torch.no_grad():
-        features, tokens = model.backbone(wave, mask)
+        tokens = model.backbone.token_mask(mask, RATE)
+        features = model.backbone(wave, tokens)
         means = torch.stack([row[~padded].mean(dim=0) for row, padded in zip(features, tokens, strict=True)])
         torch.testing.assert_close(model(wave, mask), model.classifier(means))
-        torch.testing.assert_close(model(wave), model.classifier(model.backbone(wave)[0].mean(dim=1)))
+        torch.testing.assert_close(model(wave), model.classifier(model.backbone(wave).mean(dim=1)))
 
 
 @pytest.mark.parametrize("convert", [torch.Tensor.double, torch.Tensor.half, lambda wave: wave[0]])
@@ -201,20 +201,6 @@ def test_naturelm_clamps_the_waveform():
     with torch.no_grad():
         torch.testing.assert_close(model(wave), tiny_beats()(wave.clamp(-1, 1)))
         assert not torch.allclose(model(wave), tiny_beats()(wave))
-
-
-def test_a_specialised_copy_gives_the_same_numbers_and_leaves_the_original_alone():
-    model, wave = tiny_beats(finetuned_model=True), noise(2)
-    expected = taps(model, wave, ALL[:2])
-    special = copy.deepcopy(model)
-    special.specialise(RATE, ALL[:2])
-    for layer, value in taps(special, wave, ALL[:2]).items():
-        torch.testing.assert_close(value, expected[layer], rtol=1e-4, atol=1e-4)
-    names = set(special.state_dict())
-    assert not any("layers.1." in name or "predictor" in name for name in names)
-    torch.testing.assert_close(
-        taps(model, wave, [LAST])[LAST], taps(tiny_beats(finetuned_model=True), wave, [LAST])[LAST]
-    )
 
 
 def test_avexs_way_to_embeddings():

@@ -12,7 +12,7 @@ from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.custom import adapt
 from avex_serve.models.frontends import Spectrogram
-from avex_serve.models.passes import tap_by_hooks
+from avex_serve.models.hooks import tap_by_hooks
 from avex_serve.models.probes import LinearProbe, LSTMProbe, build_probe_from_config, load_probe, save_probe
 from tests.models.backbones import noise
 

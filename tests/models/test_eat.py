@@ -1,4 +1,3 @@
-import copy
 import math
 
 import numpy as np
@@ -265,27 +264,17 @@ def half_padded(rows=2, samples=RATE):
     return mask
 
 
-def heard(token):
-    """Samples that a patch hears, frame by frame."""
-    return [range(160 * frame, 160 * frame + 400) for frame in range(16 * (token // 8), 16 * (token // 8) + 16)]
-
-
 @pytest.mark.parametrize("samples", [400, 2559, 2719, 2720, 9000, RATE, 20000])
-def test_a_token_is_padded_if_it_hears_padding_only(samples):
-    mask = torch.ones(4, samples, dtype=torch.bool)
-    mask[0] = False
-    mask[1, : samples // 2] = False
-    mask[2, samples - 1] = False
+def test_a_token_is_padded_if_the_clip_alone_has_none_of_its_frames(samples):
+    lengths = [samples, samples // 2, 0]
+    mask = torch.stack([torch.arange(samples) >= length for length in lengths])
     padded = tiny_eat().token_mask(mask, TOKENS)
-    assert padded.shape == (4, TOKENS)
+    assert padded.shape == (3, TOKENS)
     assert not padded[:, 0].any()
-    assert padded[3, 1:].all()
-    for row in range(3):
-        valid = set((~mask[row]).nonzero().flatten().tolist())
-        for token in range(TOKENS - 1):
-            frames = [frame for frame in heard(token) if frame.stop <= samples]
-            expected = not any(valid.intersection(frame) for frame in frames)
-            assert bool(padded[row, token + 1]) == expected, (row, token)
+    for row, length in enumerate(lengths):
+        frames = 0 if length < 400 else 1 + (length - 400) // 160
+        expected = [16 * (token // 8) >= frames for token in range(TOKENS - 1)]
+        assert padded[row, 1:].tolist() == expected
 
 
 def test_a_mask_makes_no_difference_to_the_tokens():
@@ -297,6 +286,9 @@ def test_a_mask_makes_no_difference_to_the_tokens():
         torch.testing.assert_close(masked[layer], plain[layer], rtol=0, atol=0)
 
 
+HEADS = {"num_heads": 4, "attention_dim": 8, "num_layers": 1}
+
+
 def probe_on(model, **fields):
     torch.manual_seed(0)
     return build_probe_from_config(
@@ -304,16 +296,17 @@ def probe_on(model, **fields):
     ).eval()
 
 
-def test_a_probe_leaves_padded_tokens_out_if_it_is_asked_to():
-    model, wave, mask = tiny_eat(), noise(2), half_padded()
-    plain, excluding = probe_on(model), probe_on(model, extra_config={"exclude_padding": True})
-    tokens = taps(model, wave, [LAST])[LAST]
-    padded = model.token_mask(mask, TOKENS)
-    assert 0 < padded[1].sum() < TOKENS
-    means = torch.stack([row[~out].mean(dim=0) for row, out in zip(tokens, padded, strict=True)])
+@pytest.mark.parametrize("fields", [{}, {"probe_type": "attention", "aggregation": "none", **HEADS}], ids=str)
+def test_a_clip_has_the_same_logits_padded_and_alone_if_padding_is_excluded(fields):
+    model, wave, mask = tiny_eat(), noise(2) + 0.1, half_padded()
+    wave[1, RATE // 2 :] = 0
+    plain, excluding = probe_on(model, **fields), probe_on(model, extra_config={"exclude_padding": True}, **fields)
     with torch.no_grad():
-        torch.testing.assert_close(excluding(wave, mask), excluding.classifier(means))
-        torch.testing.assert_close(plain(wave, mask), plain.classifier(tokens.mean(dim=1)))
+        for probe in (plain, excluding):
+            together, alone = probe(wave, mask), torch.cat([probe(wave[:1]), probe(wave[1:, : RATE // 2])])
+            assert torch.allclose(together, alone, atol=1e-4) == (probe is excluding)
+        # What the clip is filled up with is left out without a mask too.
+        torch.testing.assert_close(excluding(wave), excluding(wave, torch.zeros_like(mask)))
 
 
 def test_a_mask_of_another_length_is_refused_where_it_matters():
@@ -350,41 +343,6 @@ def test_probes_on_other_layers(layer):
     probe = probe_on(model, target_layers=[layer])
     with torch.no_grad():
         torch.testing.assert_close(probe(wave), probe.classifier(taps(model, wave, [layer])[layer].mean(dim=1)))
-
-
-KEPT = {
-    ("backbone.model.pre_norm",): (0, ()),
-    (ALL[0],): (1, ()),
-    (ALL[0], "backbone.model.blocks.0.attn.qkv"): (1, ()),
-    ("backbone.model.blocks.0.mlp.fc1",): (1, (0,)),
-    ("backbone.model.blocks.0",): (1, (0,)),
-    (LAST, "backbone.model.blocks.0"): (2, (0,)),
-    tuple(ALL): (2, (0,)),
-    ("backbone",): (2, (0, 1)),
-}
-
-
-@pytest.mark.parametrize(("layers", "kept"), KEPT.items(), ids=str)
-@pytest.mark.parametrize("samples", [RATE // 2, 2 * RATE])
-def test_a_specialised_copy_gives_the_same_numbers_without_what_is_dead(layers, kept, samples):
-    model, wave = tiny_eat(num_classes=3), noise(2, seconds=samples / RATE)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    expected = taps(model, wave, layers)
-    special = copy.deepcopy(model)
-    special.specialise(samples, layers)
-    for layer, value in taps(special, wave, layers).items():
-        same(value, expected[layer])
-    blocks, fed = kept
-    names = set(special.state_dict())
-    assert special.backbone.model.fixed_positional_encoder.positions.shape == (1, TOKENS - 1, 32)
-    assert "classifier.weight" not in names
-    for i in (0, 1):
-        prefix = f"backbone.model.blocks.{i}"
-        assert (f"{prefix}.attn.proj.weight" in names) == (i < blocks)
-        for part in ("norm1", "mlp.fc1", "norm2"):
-            assert (f"{prefix}.{part}.weight" in names) == (i in fed)
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------------

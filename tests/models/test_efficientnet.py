@@ -355,41 +355,6 @@ def test_checkpoints_without_a_classifier_give_features(tmp_path, model):
         avex_serve.load_model(effnet_spec(), checkpoint_path=str(path))
 
 
-@pytest.mark.parametrize(
-    ("layers", "left"),
-    [
-        ([LAST, FIRST], {"model.features.8.0.weight"}),
-        (["model.features.2.1.block.0.0"], {"model.features.2.1.block.0.0.weight"}),
-        (["model.features.2.1.block.3.0", FIRST], {"model.features.2.1.block.3.0.weight"}),
-        (["model.features.2.0"], {f"model.features.2.0.block.3.1.{n}" for n in ("weight", "bias")}),
-        (
-            ["model.features.3", "model.features.2.0"],
-            {f"model.features.3.1.block.3.1.{n}" for n in ("weight", "bias")},
-        ),
-        (["model.features.0.1"], {"model.features.0.1.weight", "model.features.0.1.bias"}),
-        (
-            ["model.features.2.1.stochastic_depth", "model.features.2.1.block.0.0"],
-            {f"model.features.2.1.block.3.1.{n}" for n in ("weight", "bias")},
-        ),
-        (["model.features.2.1.block.3"], {f"model.features.2.1.block.3.1.{n}" for n in ("weight", "bias")}),
-        (["model.avgpool"], {f"model.features.8.1.{n}" for n in ("weight", "bias")}),
-        (["backbone"], {f"model.features.8.1.{n}" for n in ("weight", "bias")}),
-    ],
-    ids=str,
-)
-def test_a_specialised_copy_gives_the_same_numbers_and_ends_with_the_deepest_layer(model, layers, left):
-    wave = noise(2)
-    special = copy.deepcopy(model)
-    special.specialise(RATE, layers)
-    expected = taps(model, wave, layers)
-    for layer, value in taps(special, wave, layers).items():
-        scale = float(expected[layer].abs().max())
-        torch.testing.assert_close(value, expected[layer], rtol=0, atol=1e-4 * scale)
-    names = [name for name, _ in special.named_parameters()]
-    assert set(names[-len(left) :]) == left
-    assert LAST in model.get_model_layers()
-
-
 def test_the_fingerprint_tells_apart_what_the_weights_do_not():
     variants = [{}, {"hop_length": 200}, {"n_mels": 32}, {"window": "hamming"}, {"normalize": False}]
     prints = set()

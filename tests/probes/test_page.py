@@ -72,11 +72,8 @@ class MyModel(ModelBase):
     def tappable_layers(self):
         return self.get_model_layers()
 
-    def taps(self, wave, layers, padding_mask=None):
+    def taps(self, wave, layers, padding_mask=None, *, as_if_alone=False):
         return {"layer_12": self.layer(self.process_audio(wave)[:, ::1600, None])}
-
-    def specialise(self, samples, layers):
-        """Nothing to bake in."""
 
     @property
     def clip_samples(self):

@@ -233,6 +233,19 @@ def test_excluding_padding_online_brings_the_mask_of_samples_to_the_head(kind):
     assert not torch.allclose(answers[True][1], answers[False][1], atol=1e-3)
 
 
+@pytest.mark.parametrize("samples", [2800, 5000, RATE // 2])
+@pytest.mark.parametrize("kind", [*SEQUENCE_HEADS, "linear"])
+def test_a_clip_has_the_same_logits_padded_and_alone_if_padding_is_excluded(kind, samples):
+    processing = {"aggregation": "none"} if kind != "linear" else {"aggregation": "mean"}
+    model, wave = tiny_beats(), noise(2)
+    mask = torch.zeros(2, RATE, dtype=torch.bool)
+    mask[1, samples:], wave[1, samples:] = True, 0
+    probe = build(kind, model, extra_config=EXCLUDE, **processing)
+    together = logits(probe, wave, mask)
+    torch.testing.assert_close(together[:1], logits(probe, wave[:1]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[1:], logits(probe, wave[1:, :samples]), rtol=1e-4, atol=1e-5)
+
+
 # -- building ------------------------------------------------------------------------------------------------------
 
 

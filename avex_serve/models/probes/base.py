@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from avex_serve.configs import Aggregation, InputProcessing, ProbeConfig
 from avex_serve.models.aggregation import aggregate, time_steps
 from avex_serve.models.base_model import ModelBase, unpack_audio
-from avex_serve.models.passes import frozen
+from avex_serve.models.hooks import frozen
 from avex_serve.models.tracing import is_tracing
 
 Shape = tuple[int, ...]  # of one clip's embedding, without the batch: (D,), (T, D) or (C, H, W)
@@ -202,14 +202,17 @@ class Probe(nn.Module, ABC):
         if not isinstance(x, Tensor | Mapping):
             raise ValueError(f"the input is a {type(x).__name__}; expected a waveform (batch, samples)")
         wave, mask = unpack_audio(x, padding_mask)
-        if mask is None or not self.exclude_padding:  # avex gives the mask to the backbone alone
+        # avex gives the mask to the backbone alone.
+        if not self.exclude_padding or (mask is None and not self.base_model.fills_clips):
             embeddings = self._embed(wave, mask)
             return embeddings, [None] * len(embeddings)
+        as_if_alone = mask is not None
+        mask = torch.zeros_like(wave, dtype=torch.bool) if mask is None else mask
         expected = tuple(wave.shape) if wave.ndim == 2 else (1, *wave.shape)
         if tuple(mask.shape) != expected:
             raise ValueError(f"padding_mask has shape {tuple(mask.shape)}; expected {expected}, as the waveform")
         with self._gradients():
-            tapped = self.base_model.taps(wave, self.layers, mask)
+            tapped = self.base_model.taps(wave, self.layers, mask, as_if_alone=as_if_alone)
         found = [tapped[name] for name in self.layers]
         # Layers of a convolutional network differ in length.
         paddings = [self.base_model.token_mask(mask, time_steps(embedding)) for embedding in found]
