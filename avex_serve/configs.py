@@ -97,8 +97,9 @@ class ProbeConfig(BaseModel):
     - ``online_training=False`` needs ``freeze_backbone=True``.
 
     ``input_processing`` acts only if it was set: left alone, an aggregated embedding passes, a linear or mlp
-    head flattens what is not aggregated, and a sequence head takes it as a sequence. Copies must keep the
-    difference, so write a config with ``model_dump(exclude_unset=True)``.
+    head flattens what is not aggregated, and a sequence head takes it as a sequence. A mapping of all fields, as
+    avex and ``model_dump()`` write it, leaves it alone too where it says the default ``pooled``; to keep a choice of
+    it, write a config with ``model_dump(exclude_unset=True)``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -169,6 +170,8 @@ class ProbeConfig(BaseModel):
         if not isinstance(data, Mapping):
             return data
         filled = dict(data)
+        if filled.keys() >= cls.model_fields.keys() and filled["input_processing"] == "pooled":
+            del filled["input_processing"]  # a dump of all fields, such as avex writes: the default, not a choice
         if filled.get("input_processing") == "sequence":
             filled.setdefault("aggregation", "none")
         if filled.get("probe_type") == "attention" and filled.get("num_layers") is None:

@@ -31,6 +31,8 @@ def main() -> None:
     """Read, cut, embed, write."""
     args = parse_arguments()
     files = args.recordings or write_recordings()
+    if missing := [str(path) for path in files if not path.is_file()]:
+        raise SystemExit(f"no recordings: {', '.join(missing)}; give files, such as FOLDER/*.wav")
     base = load_model(args.model, return_features_only=True)
     assert base.audio_config is not None
     rate = base.audio_config.sample_rate

@@ -3,7 +3,10 @@
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +20,7 @@ StateDict = dict[str, Tensor]
 # Wrappers around a state dict, and prefixes that training frameworks put before every name. Some modules' own names
 # begin with ``model.``, so a prefix is taken off only where the names fit better without it.
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
-_PREFIXES = ("module.", "model.")
+_PREFIXES = ("module.", "model.", "_orig_mod.")
 
 # Names that differ between writers of the same tensor: pattern → name in our modules.
 _RENAMES = (
@@ -33,40 +36,48 @@ _RENAMES = (
 _UNUSED = re.compile(r"(^|\.)modality_encoders\.IMAGE\.decoder\.")
 
 # A head for another task, which an embedding doesn't pass through. Inside of a backbone these words mean nothing.
-_CLASSIFIER = re.compile(r"^(module\.|model\.)*(classifier|head|classification_head)\.")
+_CLASSIFIER = re.compile(r"^(module\.|model\.|_orig_mod\.)*(classifier|head|classification_head)\.")
 # Constant buffers that some checkpoints hold and the module computes if they don't.
 _COMPUTED = re.compile(r"(^|\.)fbank\.(window|mel_fb)$")
 
 
-def read_state_dict(path: Path) -> StateDict:
-    """The tensors of a checkpoint by name: safetensors, or a torch file that holds nothing but tensors.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds."""
+
+    state: StateDict
+    num_classes: int | None  # of the classifier, if the file says so beside the tensors
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint: safetensors, or a torch file that holds nothing but tensors, numbers and text.
 
     Wrappers of training frameworks are taken off; names stay as they are, see `brought_to`.
 
     Raises:
         ValueError: empty, truncated, or no state dict.
     """
-    if path.stat().st_size == 0:
-        raise ValueError(f"checkpoint {path} is empty (0 bytes); get it again")
-    try:
-        if path.suffix == ".safetensors":
-            content: object = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"checkpoint {path} can't be read ({error}); it may be truncated: get it again") from error
-    except Exception as error:  # torch.load wraps a refused pickle in pickle.UnpicklingError
-        raise ValueError(
-            f"checkpoint {path} holds more than tensors ({error}); save its state dict as safetensors"
-        ) from error
+    content = _read(path)
+    told = _told_classes(content)
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"checkpoint {path} holds no state dict; expected names and tensors")
+    if not isinstance(content, Mapping):
+        raise ValueError(f"checkpoint {path} holds a {type(content).__name__}; expected names and tensors")
+    others = sorted(str(name) for name, value in content.items() if not isinstance(value, Tensor))
+    if others:
+        raise ValueError(
+            f"checkpoint {path} holds no state dict: beside tensors there are {_some(others)}; expected tensors "
+            f"only, or a mapping with them under {' or '.join(_WRAPPERS)}"
+        )
     if not content:
         raise ValueError(f"checkpoint {path} holds no tensors; get it again")
-    return {name: tensor for name, tensor in content.items() if not _UNUSED.search(name)}
+    return Checkpoint({n: tensor for n, tensor in content.items() if not _UNUSED.search(n)}, told)
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """The tensors of a checkpoint by name; see `read_checkpoint`."""
+    return read_checkpoint(path).state
 
 
 def load_backbone(model: ModelBase, state: StateDict, source: str, *, keep_classifier: bool) -> None:
@@ -102,10 +113,9 @@ def brought_to(own: Iterable[str], state: StateDict, trunk: str | None = None) -
     """
     names = {name: name for name in state}
     candidates = [names, _renamed(names)]
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in names.values()):
-            names = {given: name.removeprefix(prefix) for given, name in names.items()}
-            candidates.append(_renamed(names))
+    while prefixes := [p for p in _PREFIXES if names and all(name.startswith(p) for name in names.values())]:
+        names = {given: name.removeprefix(prefixes[0]) for given, name in names.items()}
+        candidates.append(_renamed(names))
     if trunk is not None:
         candidates += [change(trunk, each) for each in candidates for change in (_inside, _outside)]
     known = set(own)
@@ -144,8 +154,8 @@ def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
 
 def count_classes(state: StateDict) -> int | None:
     """Classes of the checkpoint's classifier, the rows of its last matrix, or None if it has none."""
-    matrices = [name for name in sorted(state) if _CLASSIFIER.match(name) and state[name].ndim == 2]
-    return state[matrices[-1]].shape[0] if matrices else None
+    matrices = [name for name in state if _CLASSIFIER.match(name) and state[name].ndim == 2]
+    return state[max(matrices, key=_natural)].shape[0] if matrices else None
 
 
 def fingerprint(module: ModelBase) -> str:
@@ -163,12 +173,51 @@ def fingerprint(module: ModelBase) -> str:
     return digest.hexdigest()
 
 
+def _read(path: Path) -> Any:
+    """What the file holds. Its beginning says what it is, whatever its name says."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not start:
+        raise ValueError(f"checkpoint {path} is empty (0 bytes); get it again")
+    try:
+        if start[8:] == b"{":  # the length of a header, and the header
+            return load_file(path)
+        if start[:2] in (b"PK", b"\x80\x02"):  # a zip archive, or a pickle as torch wrote it before
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"an object of {refused[1]}" if refused else "objects"
+        raise ValueError(
+            f"checkpoint {path} holds more than tensors: {what}, not loaded since it could run code; save its "
+            "state dict as safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"checkpoint {path} can't be read ({error}); it may be truncated: get it again") from error
+    raise ValueError(
+        f"checkpoint {path} is neither safetensors nor a torch file; it begins with {start!r}: get it again"
+    )
+
+
+def _told_classes(content: Any) -> int | None:
+    # As avex's trainer and others write it.
+    places = [content] if isinstance(content, Mapping) else []
+    places += [place["model_config"] for place in places if isinstance(place.get("model_config"), Mapping)]
+    found = [place["num_classes"] for place in places if isinstance(place.get("num_classes"), int)]
+    return found[0] if found else None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key to sort by, in which 10 comes after 9."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
 def _refuse_placeholder(state: StateDict, source: str) -> None:
     """Raise ValueError for what a failed upload or an unfinished download leaves: no values, or only zeros."""
     empty = sorted(name for name, tensor in state.items() if tensor.numel() == 0)
     if empty:
         raise ValueError(f"{source} has {len(empty)} tensors of size zero: {_some(empty)}; get it again")
-    if not any(tensor.any() for tensor in state.values()):
+    weights = [tensor for tensor in state.values() if tensor.is_floating_point()]
+    if not any(tensor.any() for tensor in weights):
         raise ValueError(f"{source} holds nothing but zeros in {len(state)} tensors; get it again")
 
 

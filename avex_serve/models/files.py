@@ -42,6 +42,8 @@ def resolve_file(uri: str, kind: str = "Checkpoint", *, sha256: str | None = Non
     elif scheme in _CLOUD:
         path = _from_cloud(uri, scheme, kind)
     elif scheme in ("", "file"):
+        if scheme and urlparse(uri).netloc not in ("", "localhost"):
+            raise ValueError(f"{uri!r} names a host; expected file:///absolute/path, or a path without file://")
         path = Path(unquote(urlparse(uri).path) if scheme else uri).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"{kind} not found: {path}; check the path")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from avex_export.assemble import Graph
 from avex_export.tracing import quiet_tracing
+from avex_serve.errors import ExportError
 
 
 def write_onnx(graph: Graph, example: Tensor, path: Path, input_name: str, metadata: Mapping[str, str]) -> None:
@@ -24,15 +25,22 @@ def write_onnx(graph: Graph, example: Tensor, path: Path, input_name: str, metad
     with quiet_tracing():
         # No optimiser: onnxscript's deletes additions of small constants, which silence needs; onnxruntime
         # optimises when it loads.
-        program = torch.onnx.export(
-            graph,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=(dynamic,),
-            input_names=[input_name],
-            optimize=False,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                graph,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=(dynamic,),
+                input_names=[input_name],
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            cause = str(error.__cause__ or error).strip().splitlines()
+            raise ExportError(
+                f"the model can't be written as ONNX: {cause[0] if cause else error}. A forward pass may use no "
+                "numbers that depend on the batch, such as len(x) (use x.shape[0]); or export --format torchscript"
+            ) from error
     assert program is not None
     model = _rename_outputs(program.model_proto, graph.outputs)
     _forget_where_it_was_made(model.graph)

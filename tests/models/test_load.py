@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import avex_serve
 from avex_serve.configs import ModelSpec
 from avex_serve.models.base_model import ModelBase
-from avex_serve.models.checkpoints import load_backbone, read_state_dict
+from avex_serve.models.checkpoints import count_classes, load_backbone, read_state_dict
 from tests.hub import REVISION, hub_cache, use_cache
 from tests.models.backbones import noise, tiny_beats, tiny_spec
 
@@ -49,6 +49,7 @@ FORMS = {
     "data parallel": lambda s: {f"module.{n}": t for n, t in s.items()},
     "lightning": lambda s: {f"model.{n}": t for n, t in s.items()},
     "data parallel in lightning": lambda s: {f"module.model.{n}": t for n, t in s.items()},
+    "lightning in data parallel, compiled": lambda s: {f"model.module._orig_mod.{n}": t for n, t in s.items()},
 }
 
 
@@ -322,3 +323,59 @@ class Inner(ModelBase):
 
     def forward(self, x, padding_mask=None):
         return self.model.classifier(self.model.features(x[:, :100]))
+
+
+def test_what_a_file_is_is_told_by_its_beginning(tmp_path, model, spec):
+    save_file(state(model), tmp_path / "weights.bin")
+    assert_same(avex_serve.load_model(spec, checkpoint_path=str(tmp_path / "weights.bin")), model)
+    for name, content, message in (
+        ("page.pt", b"<!DOCTYPE html><html>", "neither safetensors nor a torch file; it begins with b'<!DOCTYPE'"),
+        ("zero.safetensors", None, "holds nothing but zeros"),
+    ):
+        path = tmp_path / name
+        if content is None:
+            counts = {n: torch.zeros_like(t) for n, t in state(model).items()} | {"steps": torch.tensor(1)}
+            save_file(counts, path)
+        else:
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            avex_serve.load_model(spec, checkpoint_path=str(path))
+    torch.save({**state(model), "lr": 0.1}, tmp_path / "mixed.pt")
+    with pytest.raises(ValueError, match=r"beside tensors there are lr; expected tensors only"):
+        avex_serve.load_model(spec, checkpoint_path=str(tmp_path / "mixed.pt"))
+    with pytest.raises(ValueError, match=r"names a host; expected file:///absolute/path"):
+        avex_serve.load_model(spec, checkpoint_path="file://weights.bin")
+
+
+class Guessing(ModelBase):
+    """A class that can't leave its head out, which no checkpoint's names give away."""
+
+    name = "guessing"
+
+    def __init__(self, num_classes, device="cpu"):
+        super().__init__(device=device)
+        self.top = torch.nn.Linear(4, num_classes)
+
+    def forward(self, x, padding_mask=None):
+        return self.top(x[:, :4])
+
+
+@pytest.mark.parametrize("place", [lambda n: {"num_classes": n}, lambda n: {"model_config": {"num_classes": n}}])
+def test_the_number_of_classes_may_stand_beside_the_tensors(tmp_path, clean_registry, place):
+    avex_serve.register_model_class(Guessing)
+    torch.save({"model_state_dict": Guessing(7).state_dict(), **place(7)}, tmp_path / "checkpoint.pt")
+    loaded = avex_serve.load_model(ModelSpec(name="guessing"), checkpoint_path=str(tmp_path / "checkpoint.pt"))
+    assert loaded(noise(2)).shape == (2, 7)
+
+
+def test_a_classifier_may_have_many_parts():
+    names = {f"classifier.{i}.weight": torch.zeros(i + 2, 3) for i in (0, 2, 10)}
+    assert count_classes(names) == 12
+
+
+def test_the_spec_of_a_registered_model_is_that_model(tmp_path, clean_registry, model, spec):
+    save_file(state(model), tmp_path / "checkpoint.safetensors")
+    avex_serve.register_model("mine", spec, str(tmp_path / "checkpoint.safetensors"))
+    assert_same(avex_serve.load_model(avex_serve.get_model_spec("mine")), model)
+    avex_serve.register_model("twin", spec)  # which of the two is meant is not known
+    assert avex_serve.load_model(spec).checkpoint_uri is None

@@ -123,3 +123,14 @@ def test_yaml_that_is_no_configuration(tmp_path, text):
         load_probe_config(str(path))
     with pytest.raises(FileNotFoundError):
         load_probe_config(tmp_path / "missing.yml")
+
+
+def test_a_dump_of_all_fields_sets_nothing():
+    config = ProbeConfig(target_layers=["last_layer"], aggregation="none")
+    copy = ProbeConfig(**config.model_dump())
+    assert "input_processing" not in copy.model_fields_set
+    assert ProbeConfig.model_validate_json(config.model_dump_json()) == config
+    chosen = ProbeConfig(target_layers=["last_layer"], aggregation="none", input_processing="pooled")
+    assert "input_processing" in ProbeConfig(**chosen.model_dump(exclude_unset=True)).model_fields_set
+    flat = ProbeConfig(target_layers=["last_layer"], aggregation="none", input_processing="flatten")
+    assert "input_processing" in ProbeConfig(**flat.model_dump()).model_fields_set

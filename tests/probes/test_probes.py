@@ -384,3 +384,9 @@ def test_a_probe_tells_what_it_is_made_of():
     plain = LinearProbe(None, ["a"], 3, feature_mode=True, input_dim=8)
     assert plain.debug_info()["has_layer_weights"] is False
     assert "No learned weights" in plain.get_learned_weights_table()
+
+
+def test_a_probe_of_two_layers_is_not_answered_from_one():
+    probe = LinearProbe(None, ["a", "b"], 3, feature_mode=True, input_dim=[(4,), (4,)], aggregation="none")
+    with pytest.raises(RuntimeError, match="1 embeddings for a probe built for 2"):
+        probe([torch.randn(2, 4)])

@@ -252,7 +252,7 @@ class Probe(nn.Module, ABC):
         return embedding
 
     def _merge(self, embeddings: list[Tensor]) -> Tensor:
-        if len(embeddings) == 1:
+        if len(embeddings) == 1 == len(self.input_dim):
             return embeddings[0]
         if len(embeddings) != len(self.input_dim):
             raise RuntimeError(

@@ -6,7 +6,7 @@ from typing import Any
 
 from avex_serve.configs import ModelSpec
 from avex_serve.models.base_model import ModelBase
-from avex_serve.models.checkpoints import count_classes, load_backbone, read_state_dict
+from avex_serve.models.checkpoints import count_classes, load_backbone, read_checkpoint
 from avex_serve.models.custom import Backbone, adapt
 from avex_serve.models.files import resolve_file, with_revision
 from avex_serve.models.utils.factory import build_model_from_spec, takes
@@ -32,7 +32,7 @@ def load_model(
     """Load a backbone with its weights, in eval mode. The registry stays as it is.
 
     Args:
-        model: a registered name, a YAML file, or a spec.
+        model: a registered name, a YAML file, or a spec; one that equals a single registered model's is that model.
         device: where to put it.
         checkpoint_path: weights to load instead of the model's own: a path, ``file://``, ``hf://``, ``s3://`` or
             ``gs://``.
@@ -64,8 +64,10 @@ def load_model(
         return build_model_from_spec(entry.spec, device, **_head_arguments(entry.spec, None, keep=False))
     own = checkpoint_path is None
     path = resolve_file(uri, sha256=entry.sha256 if own else None)
-    state = read_state_dict(path)
-    classes = count_classes(state)
+    checkpoint = read_checkpoint(path)
+    state, classes = checkpoint.state, count_classes(checkpoint.state)
+    if classes is None and not takes(entry.spec, "return_features_only"):
+        classes = checkpoint.num_classes  # of a head under a name of its own
     keep = classes is not None and not return_features_only
     loaded = build_model_from_spec(entry.spec, device, **_head_arguments(entry.spec, classes, keep=keep))
     load_backbone(loaded, state, f"checkpoint {uri}", keep_classifier=keep)
@@ -133,6 +135,10 @@ def list_model_layers(model: str | ModelBase | Backbone, device: str = "cpu") ->
 def find_entry(model: str | Path | ModelSpec) -> ModelEntry:
     """The model that a name, a YAML file or a spec means; errors as in `load_model`."""
     if isinstance(model, ModelSpec):
+        registered = [get_entry(name) for name in list_models()]
+        same = [entry for entry in registered if entry is not None and entry.spec == model]
+        if len(same) == 1:
+            return same[0]
         return ModelEntry(model, f"{model.name} from a spec", None, licence="unknown")
     if not isinstance(model, str | Path):
         raise TypeError(f"Unsupported model type: {type(model)}. Expected str, Path, or ModelSpec.")
