@@ -25,6 +25,8 @@ class OnnxBackend:
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # The fused kernel is slower on a CPU than an addition and a layer norm (bench/README.md).
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), sess_options=options, providers=["CPUExecutionProvider"]

@@ -2,13 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from avex_export.assemble import Assembly, Request, assemble, eager_graph, export_graph
 from avex_export.card import model_card
 from avex_export.onnx_graph import write_onnx
+from avex_export.passes import EXTERNAL_DATA
+from avex_export.profile import Gain, gains_document, gains_table, profile
 from avex_export.torchscript import write_torchscript
 from avex_export.verify import TOLERANCE, Verification, example_batch, verify
 from avex_serve.bundle import (
@@ -49,6 +51,9 @@ def export_bundle(
     activation: Activation = "sigmoid",
     recordings: Sequence[Path] = (),
     say: Callable[[str], None] = print,
+    *,
+    without: Collection[str] = (),
+    profiled: bool = False,
 ) -> Manifest:
     """Export a probe into a bundle: whole, verified, or not at all.
 
@@ -59,6 +64,8 @@ def export_bundle(
         activation: what turns the logits into scores.
         recordings: real audio to verify on as well.
         say: where progress goes.
+        without: passes to leave out, see `avex_export.passes`.
+        profiled: whether to measure what each pass buys.
 
     Raises:
         ExportError: it can't be assembled, or a format doesn't answer as the eager module does.
@@ -69,7 +76,7 @@ def export_bundle(
         progress(f"assemble {request.recipe.name}")
         assembly = assemble(request)
         progress(f"{assembly.model}: {len(assembly.probe.layers)} layers tapped, {len(assembly.labels)} labels")
-        backends = _write_formats(assembly, folder, formats, progress)
+        backends = _write_formats(assembly, folder, formats, without, progress)
         progress("verify against the eager module")
         torchscript = folder / TORCHSCRIPT if "torchscript" in formats else None
         verification = verify(eager_graph(assembly), assembly, backends, torchscript, recordings)
@@ -78,20 +85,30 @@ def export_bundle(
             raise ExportError(
                 f"a format differs from the eager module by more than {TOLERANCE:g} (✗ above); nothing was written"
             )
-        manifest = _seal(assembly, folder, verification, activation)
+        gains = profile(assembly, without, progress) if profiled else []
+        if gains:
+            say(gains_table(gains))
+        manifest = _seal(assembly, folder, verification, activation, gains)
     progress(f"wrote {output}")
     return manifest
 
 
 def _write_formats(
-    assembly: Assembly, folder: Path, formats: Sequence[str], progress: Progress
+    assembly: Assembly, folder: Path, formats: Sequence[str], without: Collection[str], progress: Progress
 ) -> dict[str, Backend]:
-    graph, example = export_graph(assembly), example_batch(assembly, 2)
+    graph, example = export_graph(assembly, without), example_batch(assembly, 2)
     names = list(graph.outputs)
     backends: dict[str, Backend] = {}
     if "onnx" in formats:
         progress("write ONNX")
-        write_onnx(graph, example, folder / ONNX, _input_name(assembly), _onnx_metadata(assembly))
+        write_onnx(
+            graph,
+            example,
+            folder / ONNX,
+            _input_name(assembly),
+            _onnx_metadata(assembly),
+            external_data=EXTERNAL_DATA not in without,
+        )
         backends["onnx"] = OnnxBackend(folder / ONNX, _input_name(assembly), names)
     if "torchscript" in formats:
         progress("write TorchScript")
@@ -100,8 +117,11 @@ def _write_formats(
     return backends
 
 
-def _seal(assembly: Assembly, folder: Path, verification: Verification, activation: Activation) -> Manifest:
-    (folder / VERIFICATION).write_text(json.dumps(verification.document(), indent=1) + "\n", "utf-8")
+def _seal(
+    assembly: Assembly, folder: Path, verification: Verification, activation: Activation, gains: list[Gain]
+) -> Manifest:
+    document = verification.document() | ({"passes": gains_document(gains)} if gains else {})
+    (folder / VERIFICATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     (folder / CARD).write_text(model_card(assembly, verification, activation), "utf-8")
     config = assembly.probe.config
     assert config is not None
