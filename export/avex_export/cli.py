@@ -38,7 +38,9 @@ def _run(arguments: argparse.Namespace) -> None:
         raise InputError("nothing to export: give --probe, or --list to see what there is")
     try:
         if arguments.list:
-            _list()
+            from avex_export.listing import listing
+
+            print(listing())
         elif arguments.explain:
             _explain(arguments)
         else:
@@ -95,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--explain", action="store_true", help="tell which passes make the graph fast; write nothing"
     )
     parser.add_argument("--profile", action="store_true", help="measure what each pass buys on this machine")
-    parser.add_argument("--list", action="store_true", help="list the named variants and the models")
+    parser.add_argument("--list", action="store_true", help="list probes, backbones and formats")
     return parser
 
 
@@ -176,18 +178,6 @@ def _export(arguments: argparse.Namespace) -> None:
     if not manifest.trained:
         print("avex-export: the head has random weights: its answers mean nothing", file=sys.stderr)
     print(f"serve it: AVEX_BUNDLE={output} bentoml serve avex_serve.service:AvexService")
-
-
-def _list() -> None:
-    from avex_export.recipes import variants
-    from avex_serve.models.utils.registry import list_models
-
-    print("probes (--probe):")
-    for name, line in variants().items():
-        print(f"  {name:18} {line}")
-    print("models (--model):")
-    for name, model in list_models().items():
-        print(f"  {name:38} {model['description']}")
 
 
 def _positive(text: str) -> float:

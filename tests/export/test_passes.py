@@ -173,10 +173,13 @@ def test_a_copy_is_for_clips_of_one_length(models, name, samples):
     assert_same(embeddings(special, wave), embeddings(probe, wave))
 
 
+@pytest.mark.parametrize("fields", [{}, {"aggregation": "none", "input_processing": "pooled"}], ids=str)
 @pytest.mark.parametrize("name", ["beats", "eat", "efficientnet"])
-def test_the_mean_is_taken_before_the_last_operator(models, name):
-    special, applied = rewritten(probe_on(models[name], ["last_layer"]))
+def test_the_mean_is_taken_before_the_last_operator(models, name, fields):
+    probe = probe_on(models[name], ["last_layer"], **fields)
+    special, applied = rewritten(probe)
     assert "pooling" in applied
+    assert_same(embeddings(special, noise(2)), embeddings(probe, noise(2)))
     assert sum(isinstance(part, MeanOverTime) for part in special.modules()) == 1
 
 

@@ -35,13 +35,15 @@ def pool_before_tapped_operator(probe: Probe, samples: int) -> bool:
     tokens one by one.
     """
     model, layers = probe.base_model, probe.layers
-    if probe.aggregation not in ("mean", "cls_token"):
+    pooled = probe.aggregation == "none" and probe.input_processing == "pooled"
+    how = "mean" if pooled else probe.aggregation
+    if how not in ("mean", "cls_token"):
         return False
     if isinstance(model, beats.BEATsModel):
-        return _pool_beats(model, layers, probe.aggregation)
+        return _pool_beats(model, layers, how)
     if isinstance(model, eat.EATModel):
-        return _pool_eat(model, layers, probe.aggregation)
-    if isinstance(model, efficientnet.EfficientNetModel) and probe.aggregation == "mean":
+        return _pool_eat(model, layers, how)
+    if isinstance(model, efficientnet.EfficientNetModel) and how == "mean":
         return _pool_efficientnet(model, layers)
     return False
 
