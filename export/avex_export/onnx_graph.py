@@ -1,6 +1,7 @@
 """ONNX: by torch.export, with a dynamic batch, our names, and the metadata that other tools read."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from avex_export.assemble import Graph
-from avex_export.tracing import quiet_tracing
+from avex_export.passes.transformers import MergedAttention
+from avex_export.tracing import dynamic_axes, quiet_tracing
 from avex_serve.errors import ExportError
 
 # Beyond so many bytes of weights they go into a file of their own, which is mapped instead of read twice.
@@ -41,10 +43,7 @@ def write_onnx(
     Raises:
         ExportError: the graph can't be exported.
     """
-    dynamic = {0: torch.export.Dim.DYNAMIC}
-    if example.ndim == 3 and graph.probe.takes_sequence:
-        dynamic[1] = torch.export.Dim.DYNAMIC
-    with quiet_tracing():
+    with quiet_tracing(), _attention_in_parts(graph):
         # No optimiser: onnxscript's deletes additions of small constants, which silence needs; onnxruntime
         # optimises when it loads.
         try:
@@ -52,7 +51,7 @@ def write_onnx(
                 graph,
                 (example,),
                 dynamo=True,
-                dynamic_shapes=(dynamic,),
+                dynamic_shapes=(dynamic_axes(graph, example),),
                 input_names=[input_name],
                 optimize=False,
                 verbose=False,
@@ -75,6 +74,18 @@ def write_onnx(
     else:
         onnx.save_model(model, path)
     onnx.checker.check_model(path)
+
+
+@contextlib.contextmanager
+def _attention_in_parts(graph: Graph) -> Iterator[None]:
+    parts = [part for part in graph.modules() if isinstance(part, MergedAttention)]
+    for part in parts:
+        part.fused = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.fused = True
 
 
 def _rename_outputs(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto:
