@@ -127,7 +127,7 @@ def read_evidence(bundle: Bundle) -> tuple[Record, list[Case]]:
                 "or install the avex-serve that made it"
             )
         record = Record.model_validate(raw)
-        with np.load(arrays, allow_pickle=False) as stored:
+        with arrays.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return record, [_case(entry, i, stored) for i, entry in enumerate(record.cases)]
     except (ValidationError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise BundleError(f"the evidence in {bundle.directory} can't be read ({error}); export again") from None
@@ -151,10 +151,11 @@ def _case(entry: CaseEntry, i: int, stored: Mapping[str, np.ndarray]) -> Case:
 
 def _packed(samples: np.ndarray) -> np.ndarray:
     """As int16 if every sample is one of a 16-bit file, else as it is."""
+    if np.abs(samples).max() > 1:
+        return samples
     scaled = samples * np.float32(INT16_SCALE)
-    if (scaled == np.rint(scaled)).all() and scaled.min() >= -INT16_SCALE and scaled.max() < INT16_SCALE:
-        return scaled.astype(np.int16)
-    return samples
+    whole = (scaled == np.rint(scaled)).all() and scaled.max() < INT16_SCALE
+    return scaled.astype(np.int16) if whole else samples
 
 
 def _unpacked(stored: np.ndarray) -> np.ndarray:

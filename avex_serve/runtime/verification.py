@@ -231,7 +231,7 @@ def table(checks: Sequence[Check], skipped: Sequence[str] = ()) -> str:
     others = any(check.decisions is not None and check.decisions.differ for check in checks)
     lines += ["", *_LEGEND, *(_OTHERS_LEGEND if others else ())]
     lines += _NOISE_LEGEND if any(check.by_float64 for check in checks) else ()
-    return "\n".join([*lines, *skipped])
+    return "\n".join([*(line.rstrip() for line in lines), *skipped])
 
 
 def _rows(title: str, unit: str, checks: Sequence[Check]) -> list[str]:

@@ -1,5 +1,6 @@
 """The model card: the README.md of a bundle."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,6 +93,8 @@ your machine, without torch: `avex-serve verify .`
 
 ```
 {verification.table()}
+
+{verification.machine.lines()}
 ```
 """
 
@@ -115,5 +118,5 @@ def _calls(assembly: Assembly, fields: Mapping[str, Any]) -> str:
     known = {"name": assembly.name, "labels": len(assembly.labels), "input": spec["name"]}
     if assembly.clip_samples is None:
         return _EMBEDDING_CALLS.format(**known, example=tuple(2 if size == -1 else size for size in spec["shape"]))
-    activation = None if fields["activation"] == "none" else fields["activation"]
-    return _AUDIO_CALLS.format(**known, activation=repr(activation))
+    activation = None if fields["activation"] == "none" else json.dumps(fields["activation"])
+    return _AUDIO_CALLS.format(**known, activation=activation)

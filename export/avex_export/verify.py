@@ -13,7 +13,7 @@ from avex_serve.bundle import TORCHSCRIPT, Bundle, Manifest
 from avex_serve.runtime.backend import Backend
 from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.evidence import Case, CaseEntry, Check, Record, write_evidence
-from avex_serve.runtime.machine import this_machine
+from avex_serve.runtime.machine import Machine, this_machine
 from avex_serve.runtime.onnx_backend import OnnxBackend
 from avex_serve.runtime.verification import TOLERANCE, run_case, table
 
@@ -28,6 +28,7 @@ class Verification:
     checks: tuple[Check, ...]
     cases: tuple[Case, ...]  # those that the bundle carries
     skipped: tuple[str, ...]  # what was not compared or is not kept, and why
+    machine: Machine  # on which it ran
 
     @property
     def passed(self) -> bool:
@@ -41,7 +42,7 @@ class Verification:
     def write(self, folder: Path) -> None:
         """Put the evidence into a bundle that is being made."""
         record = Record(
-            machine=this_machine(),
+            machine=self.machine,
             optimisation=OnnxBackend.optimisation.name,
             tolerance=TOLERANCE,
             passed=self.passed,
@@ -88,7 +89,7 @@ def verify(
     kept = _kept(cases)
     if len(kept) < len(cases):
         skipped.append(f"not kept in the bundle: {len(cases) - len(kept)} recordings, for their size")
-    return Verification(tuple(checks), tuple(kept), tuple(skipped))
+    return Verification(tuple(checks), tuple(kept), tuple(skipped), this_machine())
 
 
 def _kept(cases: Sequence[Case]) -> list[Case]:
