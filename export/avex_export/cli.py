@@ -81,7 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input-dim", type=_shape, metavar="D|T,D", help="with --offline: shape of one embedding")
     parser.add_argument("--allow-untrained", action="store_true", help="export a head with random weights")
     parser.add_argument(
-        "--verify-audio", type=Path, nargs="+", default=[], help="recordings to verify on (default: synthetic ones)"
+        "--verify-audio",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="recordings to verify on (default: synthetic ones)",
     )
     parser.add_argument("--list", action="store_true", help="list the named variants and the models")
     return parser
