@@ -4,7 +4,9 @@
     labels.json            {label: index}, avex's flat format
     model.onnx             the graph for onnxruntime
     model.torchscript.pt   the same graph for torch
-    verification.json      errors of each format against the eager module
+    verification.json      errors of each format against the eager module, and on what they were found
+    verification.npz       inputs with the eager module's answers, to verify the bundle anywhere; see
+                           `avex_serve.runtime.evidence`
     README.md              the model card
 
 Reading checks that the bundle is whole: every listed file is there with its sha256, the labels are as many as
@@ -31,6 +33,7 @@ LABELS = "labels.json"
 ONNX = "model.onnx"
 TORCHSCRIPT = "model.torchscript.pt"
 VERIFICATION = "verification.json"
+EVIDENCE = "verification.npz"
 CARD = "README.md"
 
 # Names stand in URLs (/v2/models/{name}) and in metric labels.

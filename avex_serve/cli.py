@@ -1,4 +1,4 @@
-"""``avex-serve``: answers from a bundle without a server, and the demo."""
+"""``avex-serve``: answers from a bundle without a server, its verification, and the demo."""
 
 import argparse
 import io
@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from avex_serve.errors import AvexServeError
+from avex_serve.errors import AvexServeError, VerificationError
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import open_bundle
 from avex_serve.runtime.results import Prediction
+from avex_serve.runtime.verification import verify_bundle
 from avex_serve.version import __version__
 
 
@@ -24,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "predict":
             return _predict(arguments)
+        if arguments.command == "verify":
+            return _verify(arguments)
         from avex_serve.demo.run import run_demo
 
         run_demo()
@@ -48,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--probe", help="which head of the bundle to ask")
     predict.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     predict.add_argument("--json", action="store_true", help="one line of JSON a file: the service's, with the file")
+    verify = commands.add_parser("verify", help="run the evidence that a bundle carries again, on this machine")
+    verify.add_argument("bundle", type=Path, help="made by avex-export")
+    verify.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     commands.add_parser("demo", help="export the demo probe, serve it and ask it over HTTP and gRPC")
     return parser
 
@@ -72,6 +78,17 @@ def _predict(arguments: argparse.Namespace) -> int:
                 continue
             print(_json(path, prediction) if arguments.json else _table(path, prediction), flush=True)
     return code
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    report, passed = verify_bundle(arguments.bundle, arguments.device)
+    print(report)
+    if not passed:
+        raise VerificationError(
+            f"{arguments.bundle} answers otherwise here than its evidence says (✗ above); copy it again, or tell "
+            "its makers with this table"
+        )
+    return 0
 
 
 def _json(path: Path, prediction: Prediction) -> str:

@@ -8,7 +8,8 @@
     ├── UnsupportedError      this bundle can't answer that        400  UNIMPLEMENTED        exit 2
     ├── BundleError           the folder is no whole bundle        500  FAILED_PRECONDITION  exit 3
     ├── DependencyError       an optional package is missing       500  FAILED_PRECONDITION  exit 3
-    └── ExportError           the exporter can't or won't go on    500  INTERNAL             exit 4
+    ├── ExportError           the exporter can't or won't go on    500  INTERNAL             exit 4
+    └── VerificationError     a bundle answers otherwise here      500  INTERNAL             exit 5
 
 Each knows its HTTP status, its gRPC status (by name, so that grpc need not be imported) and the exit code of a
 command. A message says what was wrong, what was expected and the remedy. The probe API mirrors avex instead
@@ -76,3 +77,9 @@ class ExportError(AvexServeError):
     """The exporter can't, or for good reason won't, go on."""
 
     exit_code = 4
+
+
+class VerificationError(AvexServeError):
+    """A bundle doesn't answer on this machine as its evidence says."""
+
+    exit_code = 5

@@ -17,6 +17,7 @@ from tests.service.conftest import running_server
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CARD = re.findall(r"```python\n(.*?)```", (DEMO_BUNDLE / "README.md").read_text(), re.DOTALL)
 SHELL = re.findall(r"`(avex-(?:export|serve) [^`\n]+)`|^(avex-(?:export|serve) .+)$", README, re.MULTILINE)
 
 
@@ -41,8 +42,8 @@ def test_training_saving_and_opening(workplace):
 
 def test_clients(workplace):
     with running_server(workplace / "server", AVEX_BUNDLE=str(DEMO_BUNDLE)) as server:
-        by_bentoml, by_triton = {}, {}
-        for code, names in zip(PYTHON[2:], (by_bentoml, by_triton), strict=True):
+        by_bentoml, by_triton, by_card = {}, {}, {}
+        for code, names in zip((*PYTHON[2:], CARD[0]), (by_bentoml, by_triton, by_card), strict=True):
             for old, new in (
                 ("http://localhost:3000", server.url),
                 ("localhost:3001", server.grpc),
@@ -52,10 +53,12 @@ def test_clients(workplace):
             exec(compile(code, "README", "exec"), names)
         by_bentoml["client"]._temp_dir.cleanup()  # which closing forgets
         by_triton["client"].close()
+        by_card["client"].close()
     assert by_triton["scores"].shape == (2, 10)
+    np.testing.assert_array_equal(by_card["scores"], by_triton["scores"])
 
 
-@pytest.mark.parametrize("command", sorted({a or b for a, b in SHELL} - {"avex-serve predict"}))
+@pytest.mark.parametrize("command", sorted({a or b for a, b in SHELL} - {"avex-serve predict", "avex-serve verify"}))
 def test_commands_are_understood(command):
     program, *arguments = shlex.split(command.split("    #")[0])
     {"avex-export": export_parser, "avex-serve": serve_parser}[program]().parse_args(arguments)

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 
 from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase, refuse_pretrained
-from avex_serve.models.frontends import KaldiFbank
+from avex_serve.models.frontends import KaldiFbank, precise
 from avex_serve.models.layers import BACKBONE, Taps
 from avex_serve.models.masks import beyond, valid_lengths
 from avex_serve.models.tracing import is_tracing
@@ -397,7 +397,7 @@ class BEATs(nn.Module):
 
     def preprocess(self, wave: Tensor) -> Tensor:
         """Normalised log-mel features (B, frames, mel bins) of a waveform (B, S) in [-1, 1], in float32."""
-        features = self.fbank(wave.float() * _INT16_SCALE)
+        features = self.fbank(precise(wave, self.fbank.window) * _INT16_SCALE)
         return (features - self.cfg.fbank_mean) / (2 * self.cfg.fbank_std)
 
     def forward(

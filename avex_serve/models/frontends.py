@@ -82,7 +82,7 @@ class KaldiFbank(nn.Module):
         Kaldi's own waveforms are in the range of 16-bit integers, which matters for the floor alone.
         """
         with full_precision(wave):
-            power = self.power(self._frame(wave.float()), self.window)  # (B, F, n_fft // 2 + 1)
+            power = self.power(self._frame(precise(wave, self.window)), self.window)  # (B, F, n_fft // 2 + 1)
             return (power @ self.mel_fb).clamp(min=_FLOOR).log()
 
     def _frame(self, wave: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class EATFrontEnd(nn.Module):
             raise AssertionError(
                 f"{wave.shape[-1]} samples are too few: one frame takes {self.fbank.win_length}; pad the clip"
             )
-        wave = wave.float()
+        wave = precise(wave, self.fbank.window)
         # Every frame loses its own mean later: this only makes the rounding avex's, as nearly empty bands need it.
         if padding_mask is None:
             wave = wave - wave.mean(dim=-1, keepdim=True)
@@ -280,7 +280,9 @@ class Spectrogram(nn.Module):
     def forward(self, wave: Tensor) -> Tensor:
         """Features (B, F, frames) of waveforms (B, S) in [-1, 1], in float32."""
         with full_precision(wave):
-            features = self._filtered(self._frame(wave.float()) * self.window).transpose(1, 2)  # (B, F, frames)
+            features = self._filtered(self._frame(precise(wave, self.window)) * self.window).transpose(
+                1, 2
+            )  # (B, F, frames)
         if not self.normalize:
             return features
         features = (features + _LOG_OFFSET).log()
@@ -313,6 +315,11 @@ def full_precision(wave: Tensor) -> contextlib.AbstractContextManager[object]:
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
+
+
+def precise(wave: Tensor, like: Tensor) -> Tensor:
+    """The waveform in float32, or in float64 if the module, of which `like` is a buffer, was brought to that."""
+    return wave.to(torch.promote_types(like.dtype, torch.float32))
 
 
 def cut_frames(wave: Tensor, samples: int, count: int, length: int, hop: int) -> Tensor:

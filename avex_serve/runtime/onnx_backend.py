@@ -18,10 +18,12 @@ class OnnxBackend:
     device = "cpu"
     format = "onnx"
     max_batch = 1
+    optimisation = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
 
     def __init__(self, path: Path, input_name: str, output_names: list[str]) -> None:
         """Load the graph; BundleError if onnxruntime can't, or if it is not the manifest's."""
         options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = self.optimisation
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

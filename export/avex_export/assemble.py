@@ -151,6 +151,9 @@ def assemble(request: Request) -> Assembly:
         raise ExportError(f"the probe {recipe.name} can't be built on {model}: {error}") from error
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise ExportError(str(error)) from error
+    licence = entry.licence
+    if request.offline and request.model is None and (saved is None or saved.model is None):
+        model, licence = "unknown", "unknown"  # it may have been trained on the embeddings of any backbone
     return Assembly(
         name=recipe.name,
         probe=probe.eval(),
@@ -158,7 +161,7 @@ def assemble(request: Request) -> Assembly:
         trained=state_file is not None,
         model=model,
         checkpoint=_checkpoint(probe, saved),
-        licence=entry.licence,
+        licence=licence,
         embedding_fingerprint=_embedding_fingerprint(probe, saved),
         clip_samples=clip_samples,
         sample_rate=sample_rate,

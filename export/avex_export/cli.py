@@ -89,7 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--offline", action="store_true", help="the head alone, for clients that bring embeddings")
     parser.add_argument("--input-dim", type=_shape, metavar="D|T,D", help="with --offline: shape of one embedding")
     parser.add_argument("--allow-untrained", action="store_true", help="export a head with random weights")
-    parser.add_argument("--verify-audio", type=Path, nargs="+", default=[], help="recordings to verify on as well")
+    parser.add_argument(
+        "--verify-audio",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        help="recordings to verify on (default: synthetic ones)",
+    )
     parser.add_argument(
         "--without", action="append", default=[], metavar="PASS", help="leave out a pass (see --explain)"
     )

@@ -2,23 +2,25 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from avex_export.assemble import Assembly, Request, assemble, eager_graph, export_graph
 from avex_export.card import model_card
+from avex_export.cases import example_batch
 from avex_export.onnx_graph import write_onnx
 from avex_export.passes import EXTERNAL_DATA
-from avex_export.profile import Gain, gains_document, gains_table, profile
+from avex_export.profile import gains_table, profile
 from avex_export.torchscript import write_torchscript
-from avex_export.verify import TOLERANCE, Verification, example_batch, verify
+from avex_export.verify import Verification, verify
 from avex_serve.bundle import (
     CARD,
     MANIFEST,
     ONNX,
     TORCHSCRIPT,
-    VERIFICATION,
     Activation,
     Manifest,
     atomic_directory,
@@ -28,6 +30,7 @@ from avex_serve.errors import ExportError
 from avex_serve.runtime.backend import Backend
 from avex_serve.runtime.onnx_backend import OnnxBackend
 from avex_serve.runtime.torch_backend import TorchBackend
+from avex_serve.runtime.verification import TOLERANCE
 
 FORMATS = ("onnx", "torchscript")
 
@@ -62,13 +65,15 @@ def export_bundle(
         output: the bundle's folder; a bundle that is there is replaced.
         formats: among `FORMATS`.
         activation: what turns the logits into scores.
-        recordings: real audio to verify on as well.
+        recordings: real audio to verify on, in place of synthetic sounds.
         say: where progress goes.
         without: passes to leave out, see `avex_export.passes`.
         profiled: whether to measure what each pass buys.
 
     Raises:
         ExportError: it can't be assembled, or a format doesn't answer as the eager module does.
+        AudioError: a recording that can't be read.
+        NotFoundError: a recording that is not there.
         FileExistsError: the output folder holds something else.
     """
     progress = Progress(say)
@@ -78,17 +83,18 @@ def export_bundle(
         progress(f"{assembly.model}: {len(assembly.probe.layers)} layers tapped, {len(assembly.labels)} labels")
         backends = _write_formats(assembly, folder, formats, without, progress)
         progress("verify against the eager module")
-        torchscript = folder / TORCHSCRIPT if "torchscript" in formats else None
-        verification = verify(eager_graph(assembly), assembly, backends, torchscript, recordings)
+        fields = _fields(assembly, activation)
+        draft = Manifest(**fields, labels=len(assembly.labels), files={})
+        verification = verify(eager_graph(assembly), assembly, draft, folder, backends, recordings)
         say(verification.table())
         if not verification.passed:
             raise ExportError(
                 f"a format differs from the eager module by more than {TOLERANCE:g} (✗ above); nothing was written"
             )
-        gains = profile(assembly, without, progress) if profiled else []
-        if gains:
-            say(gains_table(gains))
-        manifest = _seal(assembly, folder, verification, activation, gains)
+        if profiled:
+            verification = replace(verification, gains=tuple(profile(assembly, without, progress)))
+            say(gains_table(verification.gains))
+        manifest = _seal(assembly, folder, verification, fields)
     progress(f"wrote {output}")
     return manifest
 
@@ -117,12 +123,14 @@ def _write_formats(
     return backends
 
 
-def _seal(
-    assembly: Assembly, folder: Path, verification: Verification, activation: Activation, gains: list[Gain]
-) -> Manifest:
-    document = verification.document() | ({"passes": gains_document(gains)} if gains else {})
-    (folder / VERIFICATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
-    (folder / CARD).write_text(model_card(assembly, verification, activation), "utf-8")
+def _seal(assembly: Assembly, folder: Path, verification: Verification, fields: Mapping[str, Any]) -> Manifest:
+    verification.write(folder)
+    (folder / CARD).write_text(model_card(assembly, verification, fields), "utf-8")
+    return seal_bundle(folder, assembly.labels, fields)
+
+
+def _fields(assembly: Assembly, activation: Activation) -> dict[str, Any]:
+    """What the manifest says of the bundle."""
     config = assembly.probe.config
     assert config is not None
     probe = {
@@ -135,7 +143,7 @@ def _seal(
     if assembly.clip_samples is not None:
         audio = {"sample_rate": assembly.sample_rate, "window_samples": assembly.clip_samples}
         outputs.append({"name": "embedding", "shape": (-1, assembly.probe.input_width)})
-    fields = {
+    return {
         "name": assembly.name,
         "kind": "embedding" if audio is None else "audio",
         "model": assembly.model,
@@ -149,7 +157,6 @@ def _seal(
         "embedding_fingerprint": assembly.embedding_fingerprint,
         "tools": {name: version(name) for name in ("avex-serve", "onnx", "onnxruntime", "torch")},
     }
-    return seal_bundle(folder, assembly.labels, fields)
 
 
 def _input_name(assembly: Assembly) -> str:
@@ -169,6 +176,7 @@ def _onnx_metadata(assembly: Assembly) -> dict[str, str]:
         "classes": json.dumps(list(assembly.labels), ensure_ascii=False),
         "class_outputs_key": "logits",
         "avex_serve.model": assembly.model,
+        "avex_serve.licence": assembly.licence,
         "avex_serve.trained": json.dumps(assembly.trained),
     }
     if assembly.clip_samples is not None and assembly.sample_rate is not None:

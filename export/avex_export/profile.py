@@ -3,29 +3,19 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from avex_export.assemble import Assembly, export_graph
+from avex_export.cases import example_batch
 from avex_export.onnx_graph import write_onnx
-from avex_export.verify import example_batch
+from avex_serve.runtime.evidence import Gain
 from avex_serve.runtime.onnx_backend import OnnxBackend
 
 _ROUNDS = 9  # of which the median counts
-
-
-@dataclass(frozen=True)
-class Gain:
-    """What one pass does to the graph."""
-
-    name: str
-    speedup: float  # time without it over time with it, all others applied
-    difference: float  # largest, of the logits, relative to the largest one or to 1
 
 
 def profile(assembly: Assembly, without: Collection[str] = (), tell: Callable[[str], None] = print) -> list[Gain]:
@@ -58,21 +48,16 @@ def profile(assembly: Assembly, without: Collection[str] = (), tell: Callable[[s
                 times[name].append(time.perf_counter() - started)
     return [
         Gain(
-            name,
-            statistics.median(slow / fast for slow, fast in zip(times[name], times[""], strict=True)),
-            float(np.abs(logits[name] - logits[""]).max() / max(1.0, np.abs(logits[""]).max())),
+            name=name,
+            speedup=statistics.median(slow / fast for slow, fast in zip(times[name], times[""], strict=True)),
+            difference=float(np.abs(logits[name] - logits[""]).max() / max(1.0, np.abs(logits[""]).max())),
         )
         for name in applied
     ]
 
 
-def gains_table(gains: list[Gain]) -> str:
+def gains_table(gains: Sequence[Gain]) -> str:
     """As text."""
     lines = [f"{'pass':16} {'speed-up':>8} {'difference':>11}"]
     lines += [f"{gain.name:16} {gain.speedup:8.3f} {gain.difference:11.1e}" for gain in gains]
     return "\n".join(lines)
-
-
-def gains_document(gains: list[Gain]) -> list[dict[str, Any]]:
-    """As JSON, for the bundle."""
-    return [asdict(gain) for gain in gains]

@@ -41,8 +41,9 @@ def untrained(export, model, labels, tmp_path):
 def test_variants_are_verified_on_every_input_in_both_formats(untrained, name):
     out = untrained(name)
     assert "✗" not in out
-    assert out.count("✓") == 11  # five inputs and batches in two formats, and the meta device
-    for row in (f"noise                        {STEPS}", "digital silence", "shapes on device meta"):
+    assert out.count("✓") == 23  # five kinds of clips, noise in three batches, four recordings, and the meta device
+    assert "not compared" not in out  # with float64 either
+    for row in (f"noise                           {STEPS}", "digital silence", "shapes on device meta"):
         assert row in out
 
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import signal
 import subprocess
@@ -14,9 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 import avex_serve
+from avex_export.assemble import Assembly, eager_graph
+from avex_export.cases import make_cases
 from avex_export.recipes import variants
 from avex_serve import open_bundle
 from avex_serve.bundle import read_bundle
+from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, save_probe
 from tests.export.conftest import LABELS, UNTRAINED
@@ -69,8 +73,15 @@ def test_variants_answer_as_the_eager_module_in_both_formats(tmp_path, export, t
     code, out, err = export("--probe", folder, "--output", output)
     assert (code, err) == (0, "")
     assert "✗" not in out
-    assert out.count("✓") == 11  # five inputs and batches in two formats, and the meta device
-    for row in ("noise                       48", "digital silence", "chirp in noise", "shapes on device meta"):
+    assert out.count("✓") == 23  # five kinds of clips, noise in three batches, four recordings, and the meta device
+    assert "not compared" not in out  # with float64 either
+    for row in (
+        "noise                          48",
+        "digital silence",
+        "noise of one bit",
+        "full scale",
+        "shapes on device meta",
+    ):
         assert row in out
     for form in ("onnx", "torchscript"):
         only_keep(output, form)
@@ -100,7 +111,9 @@ def test_a_bundle_holds_what_it_should(tmp_path, export, trained, model):
         "--probe", folder, "--output", output, "--verify-audio", recording, "--activation", "softmax"
     )
     assert code == 0
-    assert "real.wav" in out
+    for row in ("short: real.wav             1", "exact: real.wav             1", "long: real.wav              3"):
+        assert row in out
+    assert "synthetic" not in out
     bundle = read_bundle(output)
     assert sorted(path.name for path in output.iterdir()) == [
         "README.md",
@@ -109,6 +122,7 @@ def test_a_bundle_holds_what_it_should(tmp_path, export, trained, model):
         "model.onnx",
         "model.torchscript.pt",
         "verification.json",
+        "verification.npz",
     ]
     manifest = bundle.manifest
     assert bundle.labels == LABELS
@@ -123,10 +137,71 @@ def test_a_bundle_holds_what_it_should(tmp_path, export, trained, model):
     verification = json.loads((output / "verification.json").read_text())
     assert verification["passed"] is True
     assert {check["format"] for check in verification["checks"]} == {"onnx", "torchscript"}
+    assert verification["optimisation"] == "ORT_ENABLE_ALL"
+    assert verification["machine"]["versions"]["torch"] == torch.__version__
+    assert verification["machine"]["cpu"]
     card = (output / "README.md").read_text()
-    for part in ("bat, bee, bird", "CC0-1.0", "digital silence", "not trained"):
-        assert (part in card) == (part != "not trained")
+    for part in (", ".join(LABELS), "CC0-1.0", "digital silence", "long: real.wav", 'activation_layer="softmax"'):
+        assert part in card
+    assert "not trained" not in card
     assert [path.name for path in output.parent.iterdir()] == ["bundle"]
+
+
+def test_what_was_verified_is_verified_again(tmp_path, export, trained, capsys):
+    probe, folder = trained("lstm_all")
+    export("--probe", folder, "--output", tmp_path / "bundle")
+    for form in ("onnx", "torchscript"):
+        only_keep(tmp_path / "bundle", form)
+        assert serve(["verify", str(tmp_path / "bundle")]) == 0
+        out = capsys.readouterr().out
+        assert (out.count("✓"), out.count(f" {form} "), "✗" in out) == (11, 11, False)
+    with np.load(tmp_path / "bundle" / "verification.npz") as evidence:
+        clips = torch.from_numpy(evidence["0/input"] / np.float32(32768))
+        with torch.no_grad():
+            np.testing.assert_allclose(evidence["0/eager/logits"], probe(clips), rtol=0, atol=1e-5)
+            exact = copy.deepcopy(probe).double()(clips.double())
+        np.testing.assert_allclose(evidence["0/float64/logits"], exact, rtol=0, atol=1e-12)
+
+
+def test_several_recordings_and_those_too_long_to_keep(tmp_path, export, trained, capsys):
+    _, folder = trained()
+    paths = [tmp_path / f"{rate}.wav" for rate in (RATE, 22050, 2_000_000)]
+    for path in paths:
+        rate = int(path.stem)
+        soundfile.write(path, 0.1 * np.random.default_rng(rate).standard_normal(round(1.3 * rate)), rate)
+    code, out, _ = export(
+        *("--probe", folder, "--output", tmp_path / "bundle", "--format", "onnx", "--verify-audio", *paths)
+    )
+    assert code == 0
+    assert out.count("✓") == 12
+    for row in ("long: 16000.wav             3", "22050.wav                   2", "2000000.wav                 2"):
+        assert row in out
+    assert "not kept in the bundle: 1 recordings, for their size" in out
+    assert serve(["verify", str(tmp_path / "bundle")]) == 0
+    assert capsys.readouterr().out.count("✓") == 11
+    for name, message in (("nowhere.wav", "no such file"), ("labels.json", "can't be decoded")):
+        (tmp_path / "labels.json").write_text("{}" * 50)
+        code, _, err = export("--probe", folder, "--output", tmp_path / "b", "--verify-audio", tmp_path / name)
+        assert code == 2
+        assert message in err
+
+
+def test_a_backbone_that_computes_in_float32_alone_is_compared_in_that():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = torch.nn.Linear(160, 8)
+
+        def forward(self, wave):
+            return self.mix(wave.float().unflatten(1, (-1, 160)))
+
+    config = ProbeConfig(target_layers=["mix"], aggregation="mean")
+    probe = build_probe_from_config(config, 5, "cpu", base_model=Own(), target_length=RATE).eval()
+    assembly = Assembly("x", probe, LABELS, True, "own", None, "CC0", None, RATE, RATE)
+    cases, skipped = make_cases(eager_graph(assembly), assembly, ())
+    assert {case.exact for case in cases} == {None}
+    assert len(skipped) == 1
+    assert skipped[0].startswith("not compared with float64: ")
 
 
 def test_the_onnx_file_says_what_other_tools_ask(tmp_path, export, trained):
@@ -230,6 +305,23 @@ def test_audio_and_head_alone_agree_on_what_makes_the_embedding(tmp_path, export
     with open_bundle(tmp_path / "audio") as whole, open_bundle(tmp_path / "head") as rest:
         outputs = whole.infer(noise(2).numpy())
         np.testing.assert_allclose(rest.infer(outputs["embedding"])["logits"], outputs["logits"], atol=1e-5)
+
+
+def test_the_licence_of_the_backbone_holds_for_all_that_is_made_of_it(tmp_path, export, trained):
+    _, folder = trained()
+    head = build_probe_from_config(ProbeConfig(target_layers=["last_layer"]), 5, "cpu", input_dim=32)
+    save_probe(head, tmp_path / "anyones", labels=LABELS)
+    for name, probe, more, licence in (
+        ("audio", folder, (), "CC0-1.0"),
+        ("head", folder, ("--offline", "--input-dim", "32"), "CC0-1.0"),
+        ("anyones", tmp_path / "anyones", ("--offline",), "unknown"),
+    ):
+        export("--probe", probe, "--output", tmp_path / name, "--format", "onnx", *more)
+        assert read_bundle(tmp_path / name).manifest.licence == licence
+        assert f"Licence of the weights: {licence}" in (tmp_path / name / "README.md").read_text()
+        metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / name / "model.onnx").metadata_props}
+        assert metadata["avex_serve.licence"] == licence
+    assert read_bundle(tmp_path / "anyones").manifest.model == "unknown"
 
 
 def test_random_heads_are_marked(tmp_path, export, model, labels):
@@ -436,7 +528,7 @@ def test_labels_given_twice_are_told_before_the_export(tmp_path, export, trained
 
 
 def test_the_probe_is_left_as_it_was(trained):
-    from avex_export.assemble import Assembly, eager_graph, export_graph
+    from avex_export.assemble import export_graph
 
     probe, _ = trained("lstm_all")
     wave = noise(2)

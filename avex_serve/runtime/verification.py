@@ -1,0 +1,261 @@
+"""Verification: a bundle's answers against its evidence, and the table of it.
+
+The exporter runs this on the bundle that it writes, ``avex-serve verify`` on the bundle where it arrived.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from avex_serve.bundle import Activation
+from avex_serve.errors import BundleError, TensorError
+from avex_serve.runtime.engine import Engine, open_bundle
+from avex_serve.runtime.evidence import Case, Check, Decisions, Errors, Outputs, read_evidence
+from avex_serve.runtime.machine import Machine, this_machine
+from avex_serve.runtime.results import Prediction, Selection, score_scale
+
+# Largest error that passes, relative to the largest output or to 1, whichever is more: float32 through a
+# transformer and two ways to take a spectrum.
+TOLERANCE = 1e-4
+# Where the eager module itself is further than that from its own computation in float64, a format may be this many
+# times as far from it: both are off by rounding, each in its own way.
+NOISE_FACTOR = 2.0
+
+
+def run_case(engine: Engine, case: Case) -> Iterator[Check]:
+    """Compare the engine's graph, or its whole way for a recording, with what the eager module answered."""
+    if case.sample_rate is None:
+        for rows in case.batches:
+            yield _check_clips(engine, case, rows)
+    else:
+        yield _check_recording(engine, case, case.sample_rate)
+
+
+def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu") -> tuple[str, bool]:
+    """Run a bundle's evidence again on this machine.
+
+    Args:
+        directory: made by ``avex-export``.
+        device: as in `open_bundle`.
+
+    Returns:
+        what came out as text (the table, and both machines), and whether everything agrees.
+
+    Raises:
+        BundleError: not a whole bundle, or without evidence.
+        DependencyError: torch or CUDA is needed and missing.
+        InputError: an unknown device.
+    """
+    with open_bundle(directory, device) as engine:
+        record, cases = read_evidence(engine.bundle)
+        _check_fit(engine, cases)
+        checks = [check for case in cases for check in run_case(engine, case)]
+    passed = all(check.passed for check in checks)
+    machines = f"{_machine('exported on', record.machine)}\n{_machine('verified on', this_machine())}"
+    return f"{table(checks)}\n\n{machines}", passed
+
+
+def _machine(title: str, machine: Machine) -> str:
+    return f"{title}: " + machine.lines().replace("\n", "\n" + " " * (len(title) + 2))
+
+
+# -- one case -----------------------------------------------------------------------------------------------------
+
+
+def _check_clips(engine: Engine, case: Case, rows: int) -> Check:
+    """The clips through the graph, as one batch in which they come again and again until it has that many rows."""
+    which = np.arange(rows) % len(case.input)
+    found = engine.backend.run(case.input[which])
+    eager = {name: value[which] for name, value in case.eager.items()}
+    exact = None if case.exact is None else {name: value[which] for name, value in case.exact.items()}
+    threshold = None if engine.manifest.activation == "softmax" else 0.0
+    return _check(engine, case.name, found, eager, exact, decided_by="logits", threshold=threshold)
+
+
+def _check_recording(engine: Engine, case: Case, sample_rate: int) -> Check:
+    """The recording the whole way: what `Engine.predict` and `Engine.embed` answer."""
+    try:
+        prediction = engine.predict(case.input, sample_rate, top_k=len(engine.labels))
+        spans, embeddings = engine.embed(case.input, sample_rate)
+    except TensorError:  # an output that is not finite
+        found: Outputs = {}
+    else:
+        windows = spans if case.spans is not None and np.array_equal(spans, case.spans) else np.empty((0, 2))
+        found = {"scores": _scores(prediction, windows, engine.labels), "embedding": embeddings}
+    activation = engine.manifest.activation
+    eager, exact = _scored(case.eager, activation), None if case.exact is None else _scored(case.exact, activation)
+    threshold = Selection.of(score_scale(activation), None, None).threshold
+    return _check(engine, case.name, found, eager, exact, decided_by="scores", threshold=threshold, whole_way=True)
+
+
+def _scores(prediction: Prediction, spans: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+    """Scores (N, C) of a prediction that reports every label of every window; NaN where it reports none."""
+    scores = np.full((len(spans), len(labels)), np.nan)
+    row = {(start, end): i for i, (start, end) in enumerate(spans.tolist())}
+    column = {label: i for i, label in enumerate(labels)}
+    for detection in prediction.detections:
+        if (span := (detection.start, detection.end)) in row:
+            scores[row[span], column[detection.label]] = detection.score
+    return scores
+
+
+def _scored(outputs: Outputs, activation: Activation) -> Outputs:
+    """With scores in place of the logits, in float64 by the textbook: not by the code that serves."""
+    logits = outputs["logits"].astype(np.float64)
+    if activation == "sigmoid":
+        with np.errstate(over="ignore"):
+            scores = 1 / (1 + np.exp(-logits))
+    elif activation == "softmax":
+        scores = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        scores /= scores.sum(axis=-1, keepdims=True)
+    else:
+        scores = logits
+    return {"scores": scores, **{name: value for name, value in outputs.items() if name != "logits"}}
+
+
+def _check(
+    engine: Engine,
+    name: str,
+    found: Outputs,
+    eager: Outputs,
+    exact: Outputs | None,
+    *,
+    decided_by: str,
+    threshold: float | None,
+    whole_way: bool = False,
+) -> Check:
+    errors, passed, by_float64 = {}, True, set()
+    for output, value in eager.items():
+        errors[output] = _errors(found.get(output), value, None if exact is None else exact[output])
+        if not _within(errors[output].eager, TOLERANCE):
+            passed &= _is_noise(errors[output])
+            by_float64.add(output)
+    reference = exact[decided_by] if decided_by in by_float64 and exact is not None else eager[decided_by]
+    decisions = None
+    if errors[decided_by].eager is not None:
+        decisions = _decide(found[decided_by], reference, threshold)
+    return Check(
+        input=name,
+        rows=len(eager[decided_by]),
+        format=engine.backend.format,
+        whole_way=whole_way,
+        errors=errors,
+        decisions=decisions,
+        by_float64=passed and bool(by_float64),
+        passed=passed,
+    )
+
+
+def _errors(found: np.ndarray | None, eager: np.ndarray, exact: np.ndarray | None) -> Errors:
+    return Errors(
+        eager=_distance(found, eager),
+        float64=None if exact is None else _distance(found, exact),
+        own=None if exact is None else _distance(eager, exact),
+    )
+
+
+def _distance(found: np.ndarray | None, expected: np.ndarray) -> float | None:
+    """Largest difference relative to the largest expected value or to 1; None for another shape, or not finite."""
+    if found is None or found.shape != expected.shape:
+        return None
+    if not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        return None
+    return float(np.abs(found.astype(np.float64) - expected).max() / _scale(expected))
+
+
+def _scale(expected: np.ndarray) -> float:
+    return max(1.0, float(np.abs(expected).max()))
+
+
+def _within(error: float | None, limit: float) -> bool:
+    return error is not None and error <= limit
+
+
+def _is_noise(errors: Errors) -> bool:
+    """Whether float32 itself is off by more than the tolerance, and the format by hardly more than that."""
+    return errors.own is not None and errors.own > TOLERANCE and _within(errors.float64, NOISE_FACTOR * errors.own)
+
+
+def _decide(found: np.ndarray, expected: np.ndarray, threshold: float | None) -> Decisions:
+    """How many rows (N, C) name another label first, or others at all, and by how much.
+
+    This needs no limit of its own: an error of e carries two labels past each other only if they are within 2 e, and
+    one over the threshold only if it is within e of it.
+    """
+    rows = np.arange(len(found))
+    best, expected_best = found.argmax(axis=1), expected.argmax(axis=1)
+    differ, margins = best != expected_best, expected[rows, expected_best] - expected[rows, best]
+    if threshold is not None:
+        crossed = (found >= threshold) != (expected >= threshold)
+        differ |= crossed.any(axis=1)
+        margins = np.maximum(margins, np.where(crossed, np.abs(expected - threshold), 0).max(axis=1))
+    return Decisions(compared=len(found), differ=int(differ.sum()), margin=float(margins.max()))
+
+
+def _check_fit(engine: Engine, cases: Sequence[Case]) -> None:
+    """Raise BundleError unless the evidence is of this bundle's inputs and outputs."""
+    expected = {spec.name: spec.shape[1:] for spec in engine.manifest.outputs}
+    for case in cases:
+        for outputs in (case.eager, case.eager if case.exact is None else case.exact):
+            if (found := {name: value.shape[1:] for name, value in outputs.items()}) != expected:
+                raise BundleError(
+                    f"the evidence for {case.name!r} is of {found}; the manifest says {expected}; export again"
+                )
+        if case.sample_rate is None:
+            engine.check_input(case.input)
+
+
+# -- the table ----------------------------------------------------------------------------------------------------
+
+_LEGEND = (
+    "eager: largest error against the module that was exported, relative to the largest value or to 1",
+    "float64: the same against that module in float64; own: what the module itself is off from float64",
+    "named: whether the best label and those above the threshold are the module's",
+)
+_OTHERS_LEGEND = (
+    "other (…): that many rows were named otherwise, for labels so close to each other or the threshold",
+)
+_NOISE_LEGEND = (
+    f"≈: the module itself is off by more than {TOLERANCE:g} there, the format by no more than {NOISE_FACTOR:g} "
+    "times as much",
+)
+
+
+def table(checks: Sequence[Check], skipped: Sequence[str] = ()) -> str:
+    """All checks as text, at most 117 characters wide."""
+    groups = [[check for check in checks if check.whole_way is whole_way] for whole_way in (False, True)]
+    lines = _rows("clips through the graph", "rows", groups[0])
+    if groups[1]:
+        lines += ["", *_rows("recordings, the whole way", "windows", groups[1])]
+    others = any(check.decisions is not None and check.decisions.differ for check in checks)
+    lines += ["", *_LEGEND, *(_OTHERS_LEGEND if others else ())]
+    lines += _NOISE_LEGEND if any(check.by_float64 for check in checks) else ()
+    return "\n".join([*(line.rstrip() for line in lines), *skipped])
+
+
+def _rows(title: str, unit: str, checks: Sequence[Check]) -> list[str]:
+    outputs = list(dict.fromkeys(output for check in checks for output in check.errors))
+    lines = [f"{title:46}" + "".join(f"{output + ' error':^27}" for output in outputs)]
+    columns = f"{'eager':>9}{'float64':>9}{'own':>9}" * len(outputs)
+    lines.append(f"{'input':26}{unit:>7}  {'format':11}{columns}  named")
+    for check in checks:
+        numbers = "".join(_numbers(check.errors.get(output)) for output in outputs)
+        mark = "≈" if check.by_float64 else "✓" if check.passed else "✗"
+        lines.append(
+            f"{check.input[:25]:26}{check.rows:7}  {check.format:11}{numbers}  {_named(check.decisions):16}  {mark}"
+        )
+    return lines
+
+
+def _numbers(errors: Errors | None) -> str:
+    found = (None,) * 3 if errors is None else (errors.eager, errors.float64, errors.own)
+    return "".join(f"{'–':>9}" if error is None else f"{error:9.1e}" for error in found)
+
+
+def _named(decisions: Decisions | None) -> str:
+    if decisions is None:
+        return "–"
+    if not decisions.differ:
+        return "as eager"
+    return f"{decisions.differ} other ({decisions.margin:.0e})"
