@@ -154,7 +154,7 @@ def test_what_was_verified_is_verified_again(tmp_path, export, trained, capsys):
         only_keep(tmp_path / "bundle", form)
         assert serve(["verify", str(tmp_path / "bundle")]) == 0
         out = capsys.readouterr().out
-        assert (out.count("✓"), out.count(f" {form} "), "✗" in out) == (11, 11, False)
+        assert (out.count("✓"), out.count(f" {form}  "), "✗" in out) == (11, 11, False)
     with np.load(tmp_path / "bundle" / "verification.npz") as evidence:
         clips = torch.from_numpy(evidence["0/input"] / np.float32(32768))
         with torch.no_grad():
@@ -191,6 +191,9 @@ def test_a_backbone_that_computes_in_float32_alone_is_compared_in_that():
         def __init__(self):
             super().__init__()
             self.mix = torch.nn.Linear(160, 8)
+
+        def get_model_layers(self):
+            return ["mix"]
 
         def forward(self, wave):
             return self.mix(wave.float().unflatten(1, (-1, 160)))
@@ -310,11 +313,11 @@ def test_audio_and_head_alone_agree_on_what_makes_the_embedding(tmp_path, export
 def test_the_licence_of_the_backbone_holds_for_all_that_is_made_of_it(tmp_path, export, trained):
     _, folder = trained()
     head = build_probe_from_config(ProbeConfig(target_layers=["last_layer"]), 5, "cpu", input_dim=32)
-    save_probe(head, tmp_path / "anyones", labels=LABELS)
+    save_probe(head, tmp_path / "any_head", labels=LABELS)
     for name, probe, more, licence in (
         ("audio", folder, (), "CC0-1.0"),
         ("head", folder, ("--offline", "--input-dim", "32"), "CC0-1.0"),
-        ("anyones", tmp_path / "anyones", ("--offline",), "unknown"),
+        ("anyones", tmp_path / "any_head", ("--offline",), "unknown"),
     ):
         export("--probe", probe, "--output", tmp_path / name, "--format", "onnx", *more)
         assert read_bundle(tmp_path / name).manifest.licence == licence
