@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test format train-demo clean
+.PHONY: help demo test bench format train-demo clean
 
 help:
 	@echo "make demo        export the demo probe, serve it and ask it over HTTP and gRPC"
@@ -26,7 +26,17 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
+
+# avex needs gigabytes of its own; a Python that has it already can be named: make bench AVEX=…/bin/python
+AVEX ?= .bench/avex/bin/python
+
+.bench/avex/bin/python:
+	$(PYTHON) -m venv .bench/avex
+	$@ -m pip install --quiet avex==1.4.0 'torch==2.9.*' 'torchaudio==2.9.*' 'torchvision==0.24.*'
+
+bench: $(INSTALLED) $(AVEX)
+	$(BIN)/python bench/run.py --avex $(AVEX) --write docs/performance.md
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -1,10 +1,14 @@
 """Fixtures that every part uses."""
 
+import os
 import warnings
 
 import pytest
 
 from tests.bundles import make_audio_bundle, make_embedding_bundle
+
+# Tests run side by side, a process for each core: threads inside of one would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 with warnings.catch_warnings():
     # BentoML itself uses what pydantic and pathspec call deprecated, when it is imported and a service is defined.

@@ -80,6 +80,14 @@ class Check(_Document):
     passed: bool
 
 
+class Gain(_Document):
+    """What one pass of the exporter does to the ONNX graph."""
+
+    name: str
+    speedup: float  # time without it over time with it, on the exporting machine
+    difference: float  # largest, of the logits, relative to the largest one or to 1
+
+
 class Record(_Document):
     """The content of ``verification.json``."""
 
@@ -91,6 +99,7 @@ class Record(_Document):
     cases: tuple[CaseEntry, ...]  # those whose arrays are in verification.npz
     checks: tuple[Check, ...]
     skipped: tuple[str, ...]  # what was not compared or not kept, and why
+    passes: tuple[Gain, ...] = ()  # if they were profiled
 
 
 def write_evidence(folder: Path, record: Record, cases: Sequence[Case]) -> None:

@@ -27,6 +27,12 @@ class OnnxBackend:
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # The fused kernel is slower on a CPU than an addition and a layer norm.
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
+        if path.with_name(f"{path.name}.data").is_file():
+            # Buffers of a large graph take less memory, and no more time, if each goes back to the system once it
+            # is done with; a graph of small ones gets slower.
+            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), sess_options=options, providers=["CPUExecutionProvider"]

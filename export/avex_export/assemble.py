@@ -73,6 +73,7 @@ class AudioGraph(nn.Module):
     def __init__(self, probe: Probe) -> None:
         super().__init__()
         self.probe = probe
+        self.passes: tuple[str, ...] = ()  # those that were applied
 
     def forward(self, waveform: Tensor) -> tuple[Tensor, ...]:
         """(B, S) → (B, C), (B, D)."""
@@ -88,6 +89,7 @@ class EmbeddingGraph(nn.Module):
     def __init__(self, probe: Probe) -> None:
         super().__init__()
         self.probe = probe
+        self.passes: tuple[str, ...] = ()
 
     def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
         """(B, D) or (B, T, D) → (B, C)."""
@@ -106,10 +108,11 @@ def eager_graph(assembly: Assembly) -> Graph:
 def export_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
     """A copy of the graph, rewritten by all passes but those left out; see `avex_export.passes`."""
     probe = copy.deepcopy(assembly.probe).eval()
+    kind = EmbeddingGraph if assembly.clip_samples is None else AudioGraph
+    graph = kind(probe)
     if assembly.clip_samples is not None:
-        rewrite(probe, assembly.clip_samples, without)
-    graph = EmbeddingGraph if assembly.clip_samples is None else AudioGraph
-    return graph(probe).eval().requires_grad_(False)
+        graph.passes = tuple(rewrite(probe, assembly.clip_samples, without))
+    return graph.eval().requires_grad_(False)
 
 
 def assemble(request: Request) -> Assembly:

@@ -2,13 +2,18 @@
 
 import argparse
 import contextlib
+import difflib
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from avex_serve.errors import AvexServeError, DependencyError, InputError
+
+if TYPE_CHECKING:
+    from avex_export.assemble import Request
 
 _BUNDLES = Path("export") / "bundles"
 
@@ -29,11 +34,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.probe is None and not arguments.list:
+    if arguments.probe is None and not (arguments.list or arguments.explain):
         raise InputError("nothing to export: give --probe, or --list to see what there is")
     try:
         if arguments.list:
-            _list()
+            from avex_export.listing import listing
+
+            print(listing())
+        elif arguments.explain:
+            _explain(arguments)
         else:
             _export(arguments)
     except ModuleNotFoundError as error:
@@ -88,13 +97,52 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="recordings to verify on (default: synthetic ones)",
     )
-    parser.add_argument("--list", action="store_true", help="list the named variants and the models")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="PASS", help="leave out a pass (see --explain)"
+    )
+    parser.add_argument(
+        "--explain", action="store_true", help="tell which passes make the graph fast; write nothing"
+    )
+    parser.add_argument("--profile", action="store_true", help="measure what each pass buys on this machine")
+    parser.add_argument("--list", action="store_true", help="list probes, backbones and formats")
     return parser
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _explain(arguments: argparse.Namespace) -> None:
+    from avex_export.assemble import assemble, export_graph
+    from avex_export.passes import SUMMARIES
+
+    applied = None
+    if arguments.probe is not None:
+        applied = export_graph(assemble(_request(arguments)), _without(arguments)).passes
+    print("passes, in order:")
+    for name, summary in SUMMARIES.items():
+        print(f"  {name:14} {summary}{_told(name, applied, arguments.without)}")
+
+
+def _told(name: str, applied: Sequence[str] | None, without: Sequence[str]) -> str:
+    from avex_export.passes import EXTERNAL_DATA
+
+    if name in without:
+        return " [left out]"
+    if applied is None or name == EXTERNAL_DATA:
+        return ""
+    return " [applied]" if name in applied else " [nothing to do]"
+
+
+def _without(arguments: argparse.Namespace) -> list[str]:
+    from avex_export.passes import SUMMARIES
+
+    for name in arguments.without:
+        if name not in SUMMARIES:
+            close = difflib.get_close_matches(name, SUMMARIES, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise InputError(f"--without {name}: no such pass; {hint}there are {', '.join(SUMMARIES)}")
+    return list(arguments.without)
+
+
+def _request(arguments: argparse.Namespace) -> "Request":
     from avex_export.assemble import Request
-    from avex_export.export import FORMATS, export_bundle
     from avex_export.recipes import find_recipe
 
     try:
@@ -105,7 +153,7 @@ def _export(arguments: argparse.Namespace) -> None:
         raise InputError("--input-dim is for --offline; an audio bundle takes its shapes from the backbone")
     if arguments.clip_seconds is not None and arguments.offline:
         raise InputError("--clip-seconds is for audio; with --offline clients bring embeddings")
-    request = Request(
+    return Request(
         recipe=recipe,
         model=arguments.model,
         weights=arguments.weights,
@@ -115,24 +163,28 @@ def _export(arguments: argparse.Namespace) -> None:
         input_dim=arguments.input_dim,
         allow_untrained=arguments.allow_untrained,
     )
-    output = arguments.output or _BUNDLES / recipe.name
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from avex_export.export import FORMATS, export_bundle
+
+    request = _request(arguments)
+    if arguments.profile and arguments.offline:
+        raise InputError("--profile measures passes, of which a head alone has none; leave out --offline")
+    output = arguments.output or _BUNDLES / request.recipe.name
     formats = tuple(dict.fromkeys(arguments.format or FORMATS))
-    manifest = export_bundle(request, output, formats, arguments.activation, arguments.verify_audio)
+    manifest = export_bundle(
+        request,
+        output,
+        formats,
+        arguments.activation,
+        arguments.verify_audio,
+        without=_without(arguments),
+        profiled=arguments.profile,
+    )
     if not manifest.trained:
         print("avex-export: the head has random weights: its answers mean nothing", file=sys.stderr)
     print(f"serve it: AVEX_BUNDLE={output} bentoml serve avex_serve.service:AvexService")
-
-
-def _list() -> None:
-    from avex_export.recipes import variants
-    from avex_serve.models.utils.registry import list_models
-
-    print("probes (--probe):")
-    for name, line in variants().items():
-        print(f"  {name:18} {line}")
-    print("models (--model):")
-    for name, model in list_models().items():
-        print(f"  {name:38} {model['description']}")
 
 
 def _positive(text: str) -> float:

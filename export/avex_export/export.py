@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from avex_export.assemble import Assembly, Request, assemble, eager_graph, expor
 from avex_export.card import model_card
 from avex_export.cases import example_batch
 from avex_export.onnx_graph import write_onnx
+from avex_export.passes import EXTERNAL_DATA
+from avex_export.profile import gains_table, profile
 from avex_export.torchscript import write_torchscript
 from avex_export.verify import Verification, verify
 from avex_serve.bundle import (
@@ -51,6 +54,9 @@ def export_bundle(
     activation: Activation = "sigmoid",
     recordings: Sequence[Path] = (),
     say: Callable[[str], None] = print,
+    *,
+    without: Collection[str] = (),
+    profiled: bool = False,
 ) -> Manifest:
     """Export a probe into a bundle: whole, verified, or not at all.
 
@@ -61,6 +67,8 @@ def export_bundle(
         activation: what turns the logits into scores.
         recordings: real audio to verify on, in place of synthetic sounds.
         say: where progress goes.
+        without: passes to leave out, see `avex_export.passes`.
+        profiled: whether to measure what each pass buys.
 
     Raises:
         ExportError: it can't be assembled, or a format doesn't answer as the eager module does.
@@ -73,7 +81,7 @@ def export_bundle(
         progress(f"assemble {request.recipe.name}")
         assembly = assemble(request)
         progress(f"{assembly.model}: {len(assembly.probe.layers)} layers tapped, {len(assembly.labels)} labels")
-        backends = _write_formats(assembly, folder, formats, progress)
+        backends = _write_formats(assembly, folder, formats, without, progress)
         progress("verify against the eager module")
         fields = _fields(assembly, activation)
         draft = Manifest(**fields, labels=len(assembly.labels), files={})
@@ -83,20 +91,30 @@ def export_bundle(
             raise ExportError(
                 f"a format differs from the eager module by more than {TOLERANCE:g} (✗ above); nothing was written"
             )
+        if profiled:
+            verification = replace(verification, gains=tuple(profile(assembly, without, progress)))
+            say(gains_table(verification.gains))
         manifest = _seal(assembly, folder, verification, fields)
     progress(f"wrote {output}")
     return manifest
 
 
 def _write_formats(
-    assembly: Assembly, folder: Path, formats: Sequence[str], progress: Progress
+    assembly: Assembly, folder: Path, formats: Sequence[str], without: Collection[str], progress: Progress
 ) -> dict[str, Backend]:
-    graph, example = export_graph(assembly), example_batch(assembly, 2)
+    graph, example = export_graph(assembly, without), example_batch(assembly, 2)
     names = list(graph.outputs)
     backends: dict[str, Backend] = {}
     if "onnx" in formats:
         progress("write ONNX")
-        write_onnx(graph, example, folder / ONNX, _input_name(assembly), _onnx_metadata(assembly))
+        write_onnx(
+            graph,
+            example,
+            folder / ONNX,
+            _input_name(assembly),
+            _onnx_metadata(assembly),
+            external_data=EXTERNAL_DATA not in without,
+        )
         backends["onnx"] = OnnxBackend(folder / ONNX, _input_name(assembly), names)
     if "torchscript" in formats:
         progress("write TorchScript")

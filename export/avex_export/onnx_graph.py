@@ -1,6 +1,7 @@
 """ONNX: by torch.export, with a dynamic batch, our names, and the metadata that other tools read."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import onnx
@@ -9,20 +10,40 @@ import torch
 from torch import Tensor
 
 from avex_export.assemble import Graph
-from avex_export.tracing import quiet_tracing
+from avex_export.passes.transformers import MergedAttention
+from avex_export.tracing import dynamic_axes, quiet_tracing
 from avex_serve.errors import ExportError
 
+# Beyond so many bytes of weights they go into a file of their own, which is mapped instead of read twice.
+_LARGE = 64 * 2**20
 
-def write_onnx(graph: Graph, example: Tensor, path: Path, input_name: str, metadata: Mapping[str, str]) -> None:
+
+def write_onnx(
+    graph: Graph,
+    example: Tensor,
+    path: Path,
+    input_name: str,
+    metadata: Mapping[str, str],
+    *,
+    external_data: bool = True,
+) -> None:
     """Export the graph on an example batch (B, …) and write it.
 
     The batch is dynamic; of an example with three axes the second one, time, is dynamic as well if the head reads
     sequences.
+
+    Args:
+        graph: what to export.
+        example: one batch.
+        path: the file; weights that are large in all go into ``PATH.data`` beside it.
+        input_name: of the graph.
+        metadata: the graph's properties.
+        external_data: whether they may.
+
+    Raises:
+        ExportError: the graph can't be exported.
     """
-    dynamic = {0: torch.export.Dim.DYNAMIC}
-    if example.ndim == 3 and graph.probe.takes_sequence:
-        dynamic[1] = torch.export.Dim.DYNAMIC
-    with quiet_tracing():
+    with quiet_tracing(), _attention_in_parts(graph):
         # No optimiser: onnxscript's deletes additions of small constants, which silence needs; onnxruntime
         # optimises when it loads.
         try:
@@ -30,7 +51,7 @@ def write_onnx(graph: Graph, example: Tensor, path: Path, input_name: str, metad
                 graph,
                 (example,),
                 dynamo=True,
-                dynamic_shapes=(dynamic,),
+                dynamic_shapes=(dynamic_axes(graph, example),),
                 input_names=[input_name],
                 optimize=False,
                 verbose=False,
@@ -45,8 +66,26 @@ def write_onnx(graph: Graph, example: Tensor, path: Path, input_name: str, metad
     model = _rename_outputs(program.model_proto, graph.outputs)
     _forget_where_it_was_made(model.graph)
     onnx.helper.set_model_props(model, dict(metadata))
-    onnx.checker.check_model(model)
-    path.write_bytes(model.SerializeToString())
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if external_data and size > _LARGE:
+        data = path.with_name(f"{path.name}.data")
+        onnx.save_model(model, path, save_as_external_data=True, location=data.name)
+        data.chmod(path.stat().st_mode)  # onnx makes it readable for its writer alone
+    else:
+        onnx.save_model(model, path)
+    onnx.checker.check_model(path)
+
+
+@contextlib.contextmanager
+def _attention_in_parts(graph: Graph) -> Iterator[None]:
+    parts = [part for part in graph.modules() if isinstance(part, MergedAttention)]
+    for part in parts:
+        part.fused = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.fused = True
 
 
 def _rename_outputs(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto:

@@ -1,12 +1,16 @@
-"""What both exporters need of torch while they look at a graph."""
+"""What the exporters need of torch while they look at a graph."""
 
 import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
+
+from avex_export.assemble import Graph
 
 
 @contextlib.contextmanager
@@ -35,3 +39,11 @@ def quiet_tracing() -> Iterator[None]:
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
             logger.setLevel(level)
+
+
+def dynamic_axes(graph: Graph, example: Tensor) -> dict[int, Any]:
+    """The axes of the input that are dynamic for torch.export: the batch, and time if the head reads sequences."""
+    axes = {0: torch.export.Dim.DYNAMIC}
+    if example.ndim == 3 and graph.probe.takes_sequence:
+        axes[1] = torch.export.Dim.DYNAMIC
+    return axes

@@ -12,7 +12,7 @@ from avex_export.torchscript import meta_shapes
 from avex_serve.bundle import TORCHSCRIPT, Bundle, Manifest
 from avex_serve.runtime.backend import Backend
 from avex_serve.runtime.engine import Engine
-from avex_serve.runtime.evidence import Case, CaseEntry, Check, Record, write_evidence
+from avex_serve.runtime.evidence import Case, CaseEntry, Check, Gain, Record, write_evidence
 from avex_serve.runtime.machine import Machine, this_machine
 from avex_serve.runtime.onnx_backend import OnnxBackend
 from avex_serve.runtime.verification import TOLERANCE, run_case, table
@@ -29,6 +29,7 @@ class Verification:
     cases: tuple[Case, ...]  # those that the bundle carries
     skipped: tuple[str, ...]  # what was not compared or is not kept, and why
     machine: Machine  # on which it ran
+    gains: tuple[Gain, ...] = ()  # of the passes, if they were profiled
 
     @property
     def passed(self) -> bool:
@@ -49,6 +50,7 @@ class Verification:
             cases=tuple(CaseEntry(name=c.name, sample_rate=c.sample_rate, batches=c.batches) for c in self.cases),
             checks=self.checks,
             skipped=self.skipped,
+            passes=self.gains,
         )
         write_evidence(folder, record, self.cases)
 

@@ -42,6 +42,13 @@ PASSES = (
 )
 
 
+# Not a rewriting of modules, but of the file: large weights beside it.
+EXTERNAL_DATA = "external-data"
+SUMMARIES = {each.name: each.summary for each in PASSES} | {
+    EXTERNAL_DATA: "write large weights of the ONNX graph beside it, to be mapped instead of read"
+}
+
+
 def rewrite(probe: Probe, samples: int, without: Collection[str] = ()) -> list[str]:
     """Make a copy of a probe fit for export, in place, for clips of so many samples.
 
@@ -57,4 +64,4 @@ def rewrite(probe: Probe, samples: int, without: Collection[str] = ()) -> list[s
     return [each.name for each in PASSES if each.name not in without and each.apply(probe, samples)]
 
 
-__all__ = ["PASSES", "Pass", "rewrite"]
+__all__ = ["EXTERNAL_DATA", "PASSES", "SUMMARIES", "Pass", "rewrite"]

@@ -36,47 +36,56 @@ def fold_fourier_transform(probe: Probe, samples: int) -> bool:
 class ProductFramePower(FramePower):
     """Kaldi's power spectrum of a frame, step by step, and the transform as a product."""
 
-    dft: Tensor  # (win_length, 2 * (n_fft // 2 + 1)): cosines, then sines
-
     def __init__(self, fbank: KaldiFbank) -> None:
         power = fbank.power
         assert isinstance(power, FramePower)
         super().__init__(power.n_fft, power.preemphasis)
-        self.register_buffer("dft", dft_matrix(fbank.win_length, power.n_fft).float())
+        self.transform = Transform(*dft_matrices(fbank.win_length, power.n_fft))
 
     def forward(self, frames: Tensor, window: Tensor) -> Tensor:
         """(B, F, win_length) → (B, F, n_fft // 2 + 1)."""
-        return squared_magnitude(self.prepare(frames, window) @ self.dft)
+        return self.transform(self.prepare(frames, window))
 
 
 class FoldedFramePower(nn.Module):
-    """Kaldi's power spectrum of a frame as one product: all that comes before it is linear in the samples."""
-
-    matrix: Tensor  # (win_length, 2 * (n_fft // 2 + 1))
+    """Kaldi's power spectrum of a frame as the transform alone: all before it is linear in the samples."""
 
     def __init__(self, power: FramePower, window: Tensor) -> None:
         super().__init__()
-        length = len(window)
-        prepared = power.prepare(torch.eye(length, dtype=torch.float64), window.double())
-        self.register_buffer("matrix", (prepared @ dft_matrix(length, power.n_fft)).float())
+        prepared = power.prepare(torch.eye(len(window), dtype=torch.float64), window.double())
+        self.transform = Transform(*(prepared @ matrix for matrix in dft_matrices(len(window), power.n_fft)))
 
     def forward(self, frames: Tensor, window: Tensor) -> Tensor:
         """(B, F, win_length) → (B, F, n_fft // 2 + 1); the window is in the matrix."""
-        return squared_magnitude(frames @ self.matrix)
+        return self.transform(frames)
 
 
 class ProductPower(nn.Module):
-    """Power spectrum of windowed frames as one product."""
-
-    dft: Tensor  # (n_fft, 2 * (n_fft // 2 + 1))
+    """Power spectrum of windowed frames by the transform's matrices."""
 
     def __init__(self, n_fft: int) -> None:
         super().__init__()
-        self.register_buffer("dft", dft_matrix(n_fft, n_fft).float())
+        self.transform = Transform(*dft_matrices(n_fft, n_fft))
 
     def forward(self, frames: Tensor) -> Tensor:
         """(B, F, n_fft) → (B, F, n_fft // 2 + 1)."""
-        return squared_magnitude(frames @ self.dft)
+        return self.transform(frames)
+
+
+class Transform(nn.Module):
+    """Squared magnitude of a linear transform with two matrices, of cosines and of sines, (N, F) each."""
+
+    cosines: Tensor
+    sines: Tensor
+
+    def __init__(self, cosines: Tensor, sines: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("cosines", cosines.float())
+        self.register_buffer("sines", sines.float())
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(…, N) → (…, F)."""
+        return (frames @ self.cosines).square() + (frames @ self.sines).square()
 
 
 class FoldedPower(nn.Module):
@@ -126,14 +135,8 @@ def folded_bins(n_fft: int) -> list[int]:
     return [*range(half // 2 + 1), *range(half, half // 2, -1)]
 
 
-def dft_matrix(length: int, n_fft: int) -> Tensor:
-    """(length, 2 * (n_fft // 2 + 1)) float64: the real DFT of `length` samples, zero-padded to n_fft."""
+def dft_matrices(length: int, n_fft: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (length, n_fft // 2 + 1) float64: the real DFT of `length` samples, zero-padded to n_fft."""
     sample = torch.arange(length, dtype=torch.float64)[:, None]
     angle = 2 * math.pi * sample * torch.arange(n_fft // 2 + 1, dtype=torch.float64) / n_fft
-    return torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
-
-
-def squared_magnitude(spectrum: Tensor) -> Tensor:
-    """(…, 2 * N), cosines and then sines, to (…, N)."""
-    cosines, sines = spectrum.chunk(2, dim=-1)
-    return cosines * cosines + sines * sines
+    return torch.cos(angle), torch.sin(angle)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from avex_serve.models import beats, eat
 from avex_serve.models.layers import BACKBONE, Taps
 from avex_serve.models.probes import Probe
-from avex_serve.models.tracing import is_tracing
 
 # Parts of a block that are merged into others, so they can't be tapped any more.
 _PROJECTIONS = (".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj", ".attn.qkv")
@@ -27,7 +26,7 @@ def bake_position_bias(probe: Probe, samples: int) -> bool:
     with torch.no_grad():
         bias = encoder.position_bias(model.backbone.tokens(samples))
     del encoder.fixed_position_bias
-    encoder.register_buffer("fixed_position_bias", bias, persistent=False)
+    encoder.register_buffer("fixed_position_bias", None if bias is None else bias.contiguous(), persistent=False)
     for block in encoder.layers:
         assert isinstance(block, beats.Block)
         block.self_attn.relative_attention_bias = None
@@ -85,6 +84,7 @@ class MergedAttention(nn.Module):
         """
         super().__init__()
         self.projection, self.out, self.heads = _linear(rows), out, heads
+        self.fused = True  # one operator for the attention; ONNX is better off with its parts
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(B, T, D) → queries, keys and values (B, heads, T, head_dim), and what comes after them (B, T, …)."""
@@ -95,6 +95,15 @@ class MergedAttention(nn.Module):
             for i in range(3)
         )
         return query, key, value, projected[..., 3 * width :]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention of scaled queries, (B, heads, T, head_dim) each, to (B, T, heads * head_dim)."""
+        if self.fused:
+            attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+        else:
+            scores = query @ key.transpose(-1, -2)
+            attended = (scores if bias is None else scores + bias).softmax(dim=-1) @ value
+        return attended.transpose(1, 2).flatten(2)
 
 
 class BEATsAttention(MergedAttention):
@@ -128,7 +137,7 @@ class BEATsAttention(MergedAttention):
             hidden = torch.zeros(padding.shape, dtype=x.dtype, device=x.device).masked_fill(padding, -torch.inf)
             hidden = hidden[:, None, None, :]
             bias = hidden if bias is None else bias + hidden
-        output = self.out(_attend(query, key, value, bias))
+        output = self.out(self.attend(query, key, value, bias))
         taps(f"{name}.out_proj", output)
         taps(name, output)
         return output
@@ -146,20 +155,10 @@ class EATAttention(MergedAttention):
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
         """As `avex_serve.models.eat.SelfAttention.forward`."""
         query, key, value, _ = self.project(x)
-        output = self.out(_attend(query, key, value, None))
+        output = self.out(self.attend(query, key, value, None))
         taps(f"{name}.proj", output)
         taps(name, output)
         return output
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention of scaled queries, (B, heads, T, head_dim) each, to (B, T, heads * head_dim)."""
-    if is_tracing():  # TorchScript is for CUDA, which has fused kernels
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
-    else:
-        scores = query @ key.transpose(-1, -2)
-        attended = (scores if bias is None else scores + bias).softmax(dim=-1) @ value
-    return attended.transpose(1, 2).flatten(2)
 
 
 @dataclass

@@ -1,0 +1,63 @@
+"""Profiling: what each pass buys on this machine, and by how much it moves the numbers."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from avex_export.assemble import Assembly, export_graph
+from avex_export.cases import example_batch
+from avex_export.onnx_graph import write_onnx
+from avex_serve.runtime.evidence import Gain
+from avex_serve.runtime.onnx_backend import OnnxBackend
+
+_ROUNDS = 9  # of which the median counts
+
+
+def profile(assembly: Assembly, without: Collection[str] = (), tell: Callable[[str], None] = print) -> list[Gain]:
+    """Compare the graph with all passes to the graphs without each, on one clip and one thread.
+
+    The graphs take turns, so what else the machine does hits all of them; the median of the rounds counts.
+
+    Args:
+        assembly: what is exported; its input is audio.
+        without: passes that are left out of all of them.
+        tell: where progress goes.
+    """
+    applied = export_graph(assembly, without).passes
+    batch = example_batch(assembly, 1).numpy()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avex-profile-")))
+        backends = {}
+        for i, name in enumerate(["", *applied]):
+            tell(f"profile: build {f'without {name}' if name else 'with all passes'} ({i + 1}/{len(applied) + 1})")
+            path = folder / f"{i}.onnx"
+            graph = export_graph(assembly, {*without, name})
+            write_onnx(graph, example_batch(assembly, 2), path, "input", {})
+            backends[name] = OnnxBackend(path, "input", list(graph.outputs))
+        times: dict[str, list[float]] = {name: [] for name in backends}
+        logits = {name: backend.run(batch)["logits"] for name, backend in backends.items()}
+        for _ in range(_ROUNDS):
+            for name, backend in backends.items():
+                started = time.perf_counter()
+                backend.run(batch)
+                times[name].append(time.perf_counter() - started)
+    return [
+        Gain(
+            name=name,
+            speedup=statistics.median(slow / fast for slow, fast in zip(times[name], times[""], strict=True)),
+            difference=float(np.abs(logits[name] - logits[""]).max() / max(1.0, np.abs(logits[""]).max())),
+        )
+        for name in applied
+    ]
+
+
+def gains_table(gains: Sequence[Gain]) -> str:
+    """As text."""
+    lines = [f"{'pass':16} {'speed-up':>8} {'difference':>11}"]
+    lines += [f"{gain.name:16} {gain.speedup:8.3f} {gain.difference:11.1e}" for gain in gains]
+    return "\n".join(lines)
