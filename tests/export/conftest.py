@@ -9,6 +9,11 @@ UNTRAINED = "avex-export: the head has random weights: its answers mean nothing\
 LABELS = ("bat", "bee", "bird", "frog", "wind")
 
 
+def row(name, rows):
+    """How a row of the table of a verification begins."""
+    return f"{name:26}{rows:7}  "
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """Path of the YAML file; `tiny_beats(seed=5)` are its weights."""

@@ -9,7 +9,7 @@ from avex_serve import open_bundle
 from avex_serve.bundle import read_bundle
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, load_probe, save_probe
-from tests.export.conftest import LABELS, UNTRAINED
+from tests.export.conftest import LABELS, UNTRAINED, row
 from tests.models.backbones import effnet, effnet_spec, noise, write_model
 
 # 32 mel bins leave one frequency in the last layer: heads on all layers stay small.
@@ -43,8 +43,8 @@ def test_variants_are_verified_on_every_input_in_both_formats(untrained, name):
     assert "✗" not in out
     assert out.count("✓") == 23  # five kinds of clips, noise in three batches, four recordings, and the meta device
     assert "not compared" not in out  # with float64 either
-    for row in (f"noise                           {STEPS}", "digital silence", "shapes on device meta"):
-        assert row in out
+    for part in (row("noise", STEPS), "digital silence", "shapes on device meta"):
+        assert part in out
 
 
 def test_a_batch_in_onnx_is_its_rows_and_silence_is_finite(untrained, tmp_path):
