@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 CALIBRATION_CLIPS = 12
 HELD_OUT_CLIPS = 24
 # Fewer than that tell nothing about the distances between clips.
-LEAST_CLIPS = 16
+LEAST_CLIPS = 12
 # Of a large folder, files spread over it evenly.
 _FILES = 200
 # Clips of the calibration that don't come from the recordings: sounds and noise at another level.
