@@ -89,7 +89,7 @@ class Quantisation(_Strict):
 
     kind: Literal["int8"]
     file: FileName
-    weight_bits: Literal[7] = Field(7, description="so that no CPU's 16-bit sums overflow")
+    weight_bits: Literal[7] = Field(description="so that no CPU's 16-bit sums overflow")
     products: int = Field(gt=0, description="how many are in integers")
     calibration: str = Field(description="on what it was calibrated and judged")
     agreement: Agreement

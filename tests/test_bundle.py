@@ -40,6 +40,19 @@ FIELDS = {
     "embedding_fingerprint": "0123456789abcdef" * 4,
     "tools": {"torch": "2.8"},
 }
+INT8 = {
+    "kind": "int8",
+    "weight_bits": 7,
+    "products": 3,
+    "calibration": "sounds",
+    "agreement": {
+        "clips": 9,
+        "cosine": 1.0,
+        "centred_cosine": 0.99,
+        "lowest_centred_cosine": 0.9,
+        "decisions": 1.0,
+    },
+}
 UNICODE = ("Zaunkönig", "夜鶯", 'a "quoted"\n\\ 🐦')
 
 
@@ -68,7 +81,7 @@ def test_reads_what_was_written(tmp_path):
         (folder / ONNX).write_bytes(b"graph")
         (folder / ONNX_INT8).write_bytes(b"small graph")
         (folder / "README.md").write_text("card")
-        quantisation = {"kind": "int8", "file": ONNX_INT8, "weight_bits": 7, "calibration": "sounds"}
+        quantisation = {"file": ONNX_INT8, **INT8}
         sealed = seal_bundle(folder, UNICODE, FIELDS | {"quantisation": quantisation})
     bundle = read_bundle(str(tmp_path / "full"))
     assert bundle.manifest == sealed

@@ -81,7 +81,10 @@ def int8_bundle(bundle):
     for tensor in model.graph.initializer:
         tensor.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(tensor), tensor.name))
     replace_file(bundle, ONNX_INT8, model.SerializeToString())
-    return change_manifest(bundle, quantisation={"kind": "int8", "file": ONNX_INT8, "calibration": "sounds"})
+    figures = ("cosine", "centred_cosine", "lowest_centred_cosine", "decisions")
+    agreement = {"clips": 9, **dict.fromkeys(figures, 1.0)}
+    quantisation = {"kind": "int8", "file": ONNX_INT8, "weight_bits": 7, "products": 2, "calibration": "sounds"}
+    return change_manifest(bundle, quantisation=quantisation | {"agreement": agreement})
 
 
 @pytest.mark.parametrize(

@@ -77,5 +77,10 @@ def add_int8(
     agreement = compare(exact, rounded, clips.held_out, activation)
     check(agreement)
     return Quantisation(
-        kind="int8", file=path.name, products=products, calibration=clips.source, agreement=agreement
+        kind="int8",
+        file=path.name,
+        weight_bits=7,
+        products=products,
+        calibration=clips.source,
+        agreement=agreement,
     )
