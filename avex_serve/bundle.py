@@ -3,6 +3,7 @@
     manifest.json          what this is: see `Manifest`
     labels.json            {label: index}, avex's flat format
     model.onnx             the graph for onnxruntime
+    model_int8.onnx        the same graph with its products in 8-bit integers, if asked for
     model.torchscript.pt   the same graph for torch
     verification.json      errors of each format against the eager module, and on what they were found
     verification.npz       inputs with the eager module's answers, to verify the bundle anywhere; see
@@ -31,6 +32,7 @@ SCHEMA_VERSION: Final = 1
 MANIFEST = "manifest.json"
 LABELS = "labels.json"
 ONNX = "model.onnx"
+ONNX_INT8 = "model_int8.onnx"
 TORCHSCRIPT = "model.torchscript.pt"
 VERIFICATION = "verification.json"
 EVIDENCE = "verification.npz"
@@ -72,6 +74,27 @@ class ProbeInfo(_Strict):
     trained: bool = Field(description="False: random weights, for trying the software")
 
 
+class Agreement(_Strict):
+    """How far a graph of less precision agrees with float32 on clips that it was not calibrated on."""
+
+    clips: int = Field(gt=0)
+    cosine: float = Field(description="of the embeddings, mean over the clips")
+    centred_cosine: float = Field(description="the same of the embeddings less float32's mean embedding")
+    lowest_centred_cosine: float = Field(description="of a clip")
+    decisions: float = Field(description="share of those that are the same")
+
+
+class Quantisation(_Strict):
+    """A graph of less precision beside the float32 one."""
+
+    kind: Literal["int8"]
+    file: FileName
+    weight_bits: Literal[7] = Field(description="so that no CPU's 16-bit sums overflow")
+    products: int = Field(gt=0, description="how many are in integers")
+    calibration: str = Field(description="on what it was calibrated and judged")
+    agreement: Agreement
+
+
 class Manifest(_Strict):
     """What a bundle is; the content of ``manifest.json``."""
 
@@ -87,6 +110,7 @@ class Manifest(_Strict):
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     activation: Activation = Field(description="turns logits into scores")
     labels: int = Field(gt=0, description="how many labels, the width of the logits")
+    quantisation: Quantisation | None = Field(None, description="None: there is no graph but in float32")
     licence: str = Field(description="licence of the weights")
     embedding_fingerprint: Sha256 | None = Field(
         None, description="digest of what makes the embedding: backbone, weights, layers; None: unknown"
@@ -101,6 +125,8 @@ class Manifest(_Strict):
         width = self.output("logits").shape[-1]
         if width != self.labels:
             raise ValueError(f"{self.labels} labels for logits of width {width}")
+        if self.quantisation is not None and self.quantisation.file not in self.files:
+            raise ValueError(f"the {self.quantisation.kind} graph {self.quantisation.file} is not among the files")
         if self.audio is not None and self.inputs[0].shape != (-1, self.audio.window_samples):
             raise ValueError(
                 f"input of shape {self.inputs[0].shape} for windows of {self.audio.window_samples} samples"

@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
     predict.add_argument("--probe", help="which head of the bundle to ask")
     predict.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    predict.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
     predict.add_argument("--json", action="store_true", help="one line of JSON a file: the service's, with the file")
     verify = commands.add_parser("verify", help="run the evidence that a bundle carries again, on this machine")
     verify.add_argument("bundle", type=Path, help="made by avex-export")
@@ -61,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 def _predict(arguments: argparse.Namespace) -> int:
     """Answer for each file; one that can't be read doesn't keep the others from being answered."""
     code = 0
-    with open_bundle(arguments.bundle, arguments.device) as engine:
+    with open_bundle(arguments.bundle, arguments.device, precision=arguments.precision) as engine:
         if not engine.manifest.trained:
             print("avex-serve: the head has random weights: its answers mean nothing", file=sys.stderr)
         for path in arguments.files:

@@ -74,7 +74,7 @@ def _value_info(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
 def copy_bundle(source: Path, target: Path, **changes) -> Path:
     """A copy whose manifest has other values in the given fields, unchecked."""
     shutil.copytree(source, target)
-    return _change_manifest(target, changes)
+    return change_manifest(target, **changes)
 
 
 def replace_file(bundle: Path, name: str, content: bytes | None) -> Path:
@@ -87,7 +87,7 @@ def replace_file(bundle: Path, name: str, content: bytes | None) -> Path:
     else:
         path.write_bytes(content)
         files[name] = sha256_of(path)
-    return _change_manifest(bundle, {"files": files})
+    return change_manifest(bundle, files=files)
 
 
 def weights(bundle: Path) -> list[np.ndarray]:
@@ -95,7 +95,8 @@ def weights(bundle: Path) -> list[np.ndarray]:
     return [numpy_helper.to_array(tensor) for tensor in onnx.load(str(bundle / ONNX)).graph.initializer]
 
 
-def _change_manifest(bundle: Path, changes: dict) -> Path:
+def change_manifest(bundle: Path, **changes) -> Path:
+    """Give the manifest other values in these fields, unchecked."""
     path = bundle / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
     return bundle

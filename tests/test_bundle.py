@@ -10,6 +10,7 @@ from avex_serve.bundle import (
     LABELS,
     MANIFEST,
     ONNX,
+    ONNX_INT8,
     TORCHSCRIPT,
     atomic_directory,
     dump_labels,
@@ -39,6 +40,19 @@ FIELDS = {
     "embedding_fingerprint": "0123456789abcdef" * 4,
     "tools": {"torch": "2.8"},
 }
+INT8 = {
+    "kind": "int8",
+    "weight_bits": 7,
+    "products": 3,
+    "calibration": "sounds",
+    "agreement": {
+        "clips": 9,
+        "cosine": 1.0,
+        "centred_cosine": 0.99,
+        "lowest_centred_cosine": 0.9,
+        "decisions": 1.0,
+    },
+}
 UNICODE = ("Zaunkönig", "夜鶯", 'a "quoted"\n\\ 🐦')
 
 
@@ -65,17 +79,21 @@ def refuses(folder, *expected):
 def test_reads_what_was_written(tmp_path):
     with atomic_directory(tmp_path / "full", marker=MANIFEST) as folder:
         (folder / ONNX).write_bytes(b"graph")
+        (folder / ONNX_INT8).write_bytes(b"small graph")
         (folder / "README.md").write_text("card")
-        sealed = seal_bundle(folder, UNICODE, FIELDS)
+        quantisation = {"file": ONNX_INT8, **INT8}
+        sealed = seal_bundle(folder, UNICODE, FIELDS | {"quantisation": quantisation})
     bundle = read_bundle(str(tmp_path / "full"))
     assert bundle.manifest == sealed
     assert bundle.labels == UNICODE
     assert bundle.digest == hashlib.sha256((tmp_path / "full" / MANIFEST).read_bytes()).hexdigest()
     assert bundle.manifest.files == {
         name: hashlib.sha256((tmp_path / "full" / name).read_bytes()).hexdigest()
-        for name in (ONNX, LABELS, "README.md")
+        for name in (ONNX, ONNX_INT8, LABELS, "README.md")
     }
-    written = bundle.manifest.model_dump(exclude={"schema_version", "labels", "files"})
+    assert bundle.manifest.quantisation is not None
+    assert bundle.manifest.quantisation.model_dump() == quantisation
+    written = bundle.manifest.model_dump(exclude={"schema_version", "labels", "files", "quantisation"})
     expected = json.loads(json.dumps(FIELDS | {"audio": FIELDS["audio"] | {"resampler": "soxr_hq"}}))
     for spec in expected["inputs"] + expected["outputs"]:
         spec["dtype"] = "float32"

@@ -118,6 +118,7 @@ def test_a_folder_that_is_no_bundle(tmp_path, files):
         (["--overlap", "-1"], "overlap is -1.0"),
         (["--probe", "mlp"], "no probe 'mlp'"),
         (["--device", "tpu"], "--device"),
+        (["--precision", "int4"], "--precision"),
         (["--unknown"], "--unknown"),
     ],
 )

@@ -2,12 +2,14 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
 from avex_serve.bundle import ONNX, TORCHSCRIPT, Bundle
 from avex_serve.errors import BundleError, DependencyError, InputError
+
+Precision = Literal["auto", "float32", "int8"]
 
 
 class Backend(Protocol):
@@ -22,22 +24,34 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(bundle: Bundle, device: str = "auto") -> Backend:
+def open_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") -> Backend:
     """The backend for a device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript), ``auto`` (cuda where it works).
 
-    A bundle exported without ONNX is run by TorchScript on the CPU too, if torch is installed.
+    A bundle exported without ONNX is run by TorchScript on the CPU too, if torch is installed. The precision
+    ``auto`` is int8 on the CPU where the bundle has it, since who exported it asked for that, and else float32.
 
     Raises:
-        InputError: an unknown device.
+        InputError: an unknown device or precision, or int8 on CUDA.
         DependencyError: torch or CUDA is needed and missing.
         BundleError: the bundle holds no graph for that device.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device {device!r}; expected auto, cpu or cuda")
+    if precision not in get_args(Precision):
+        raise InputError(f"precision {precision!r}; expected {', '.join(get_args(Precision))}")
+    if precision == "int8":
+        if device == "cuda":
+            raise InputError("precision int8 is for device cpu; cuda runs float32")
+        device = "cpu"
     onnx, torchscript = bundle.path(ONNX), bundle.path(TORCHSCRIPT)
     if device == "auto":
         device = "cuda" if torchscript is not None and _cuda_works() else "cpu"
     names = [output.name for output in bundle.manifest.outputs]
+    int8 = bundle.manifest.quantisation
+    if precision == "int8" and int8 is None:
+        raise BundleError(f"{bundle.directory} holds no int8 graph; export it again with --quantize int8")
+    if int8 is not None and precision != "float32":
+        onnx = bundle.path(int8.file)
     if device == "cpu" and onnx is not None:
         from avex_serve.runtime.onnx_backend import OnnxBackend
 

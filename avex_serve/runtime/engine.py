@@ -274,17 +274,18 @@ def _chunks(batch: np.ndarray, size: int) -> Iterator[np.ndarray]:
     return (batch[start : start + size] for start in range(0, len(batch), size))
 
 
-def open_bundle(directory: str | os.PathLike[str], device: str = "auto") -> Engine:
+def open_bundle(directory: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto") -> Engine:
     """Open a bundle: check that it is whole and load its graph.
 
     Args:
         directory: made by ``avex-export``.
         device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript) or ``auto`` (cuda where it works).
+        precision: ``float32``, ``int8`` or ``auto`` (int8 on the CPU where the bundle has it).
 
     Raises:
-        BundleError: not a whole bundle, or no graph in it for that device.
+        BundleError: not a whole bundle, or no graph in it for that device and precision.
         DependencyError: torch or CUDA is needed and missing.
-        InputError: an unknown device.
+        InputError: an unknown device or precision.
     """
     bundle = read_bundle(Path(directory))
-    return Engine(bundle, open_backend(bundle, device))
+    return Engine(bundle, open_backend(bundle, device, precision))

@@ -44,7 +44,7 @@ class AvexService:
     @cached_property
     def engine(self) -> Engine:
         """The engine, opened on first use: BentoML's supervisor, which imports this module too, does without."""
-        return open_bundle(self.settings.bundle, self.settings.device)
+        return open_bundle(self.settings.bundle, self.settings.device, precision=self.settings.precision)
 
     @bentoml.api
     def predict(

@@ -23,6 +23,7 @@ class Settings(BaseModel):
 
     bundle: Path = Field(DEMO_BUNDLE, description="the folder to serve; by default the demo bundle of this package")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "int8"] = "auto"
     # All interfaces, as BentoML's HTTP does by default.
     grpc_host: IPvAnyAddress = Field(default="0.0.0.0", description="IPv4 or IPv6 address")  # type: ignore[assignment]
     grpc_port: int = Field(3001, ge=1, le=65535)

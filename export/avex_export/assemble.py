@@ -47,6 +47,8 @@ class Request:
     offline: bool = False
     input_dim: tuple[int, ...] | None = None  # (D,) or (T, D)
     allow_untrained: bool = False
+    int8: bool = False  # a graph in 8-bit integers too
+    calibration: Path | None = None  # a folder of recordings for it; None: built-in sounds
 
 
 @dataclass(frozen=True)

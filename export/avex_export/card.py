@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from avex_export.assemble import Assembly
+from avex_export.int8 import gates
 from avex_export.verify import Verification
+from avex_serve.bundle import Agreement
 
 # More labels than this are in labels.json alone.
 _LISTED = 100
@@ -96,6 +98,15 @@ your machine, without torch: `avex-serve verify .`
 
 {verification.machine.lines()}
 ```
+{_int8(fields.get("quantisation"))}"""
+
+
+def _int8(quantisation: Mapping[str, Any] | None) -> str:
+    if quantisation is None:
+        return ""
+    return f"""
+On a CPU the graph in 8-bit integers is served, unless `AVEX_PRECISION=float32` is set. It was calibrated on
+{quantisation["calibration"]}; {gates.text(Agreement(**quantisation["agreement"]))}.
 """
 
 

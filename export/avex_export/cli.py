@@ -85,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
         "--activation", choices=("sigmoid", "softmax", "none"), default="sigmoid", help="of the scores"
     )
     parser.add_argument("--format", choices=("onnx", "torchscript"), action="append", help="default: both")
+    parser.add_argument("--quantize", choices=("int8",), help="add a graph in 8-bit integers, for BEATs and EAT")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="with --quantize: recordings (default: built-in sounds)"
+    )
     parser.add_argument("--output", type=Path, help=f"the bundle's folder (default: {_BUNDLES}/NAME)")
     parser.add_argument("--offline", action="store_true", help="the head alone, for clients that bring embeddings")
     parser.add_argument("--input-dim", type=_shape, metavar="D|T,D", help="with --offline: shape of one embedding")
@@ -153,6 +157,8 @@ def _request(arguments: argparse.Namespace) -> "Request":
         raise InputError("--input-dim is for --offline; an audio bundle takes its shapes from the backbone")
     if arguments.clip_seconds is not None and arguments.offline:
         raise InputError("--clip-seconds is for audio; with --offline clients bring embeddings")
+    if arguments.calibration is not None and arguments.quantize is None:
+        raise InputError("--calibration is for --quantize int8; without it nothing is calibrated")
     return Request(
         recipe=recipe,
         model=arguments.model,
@@ -162,6 +168,8 @@ def _request(arguments: argparse.Namespace) -> "Request":
         offline=arguments.offline,
         input_dim=arguments.input_dim,
         allow_untrained=arguments.allow_untrained,
+        int8=arguments.quantize == "int8",
+        calibration=arguments.calibration,
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from avex_export.assemble import Assembly, Request, assemble, eager_graph, export_graph
 from avex_export.card import model_card
 from avex_export.cases import example_batch
+from avex_export.int8 import gates
+from avex_export.int8.build import add_int8, refuse_unfit
 from avex_export.onnx_graph import write_onnx
 from avex_export.passes import EXTERNAL_DATA
 from avex_export.profile import gains_table, profile
@@ -20,6 +22,7 @@ from avex_serve.bundle import (
     CARD,
     MANIFEST,
     ONNX,
+    ONNX_INT8,
     TORCHSCRIPT,
     Activation,
     Manifest,
@@ -71,7 +74,8 @@ def export_bundle(
         profiled: whether to measure what each pass buys.
 
     Raises:
-        ExportError: it can't be assembled, or a format doesn't answer as the eager module does.
+        ExportError: it can't be assembled, a format doesn't answer as the eager module does, or int8 is too far off.
+        InputError: too few recordings to calibrate on.
         AudioError: a recording that can't be read.
         NotFoundError: a recording that is not there.
         FileExistsError: the output folder holds something else.
@@ -81,6 +85,8 @@ def export_bundle(
         progress(f"assemble {request.recipe.name}")
         assembly = assemble(request)
         progress(f"{assembly.model}: {len(assembly.probe.layers)} layers tapped, {len(assembly.labels)} labels")
+        if request.int8:
+            refuse_unfit(assembly, formats)
         backends = _write_formats(assembly, folder, formats, without, progress)
         progress("verify against the eager module")
         fields = _fields(assembly, activation)
@@ -94,6 +100,12 @@ def export_bundle(
         if profiled:
             verification = replace(verification, gains=tuple(profile(assembly, without, progress)))
             say(gains_table(verification.gains))
+        if request.int8:
+            progress("round to int8, and compare on clips held out")
+            path, metadata, exact = folder / ONNX_INT8, _onnx_metadata(assembly), backends["onnx"]
+            rounded = add_int8(assembly, path, metadata, exact, activation, request.calibration, without)
+            say(gates.text(rounded.agreement))
+            fields["quantisation"] = rounded.model_dump()
         manifest = _seal(assembly, folder, verification, fields)
     progress(f"wrote {output}")
     return manifest

@@ -7,14 +7,15 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from avex_serve import open_bundle
-from avex_serve.bundle import ONNX, TORCHSCRIPT
+from avex_serve.bundle import ONNX, ONNX_INT8, TORCHSCRIPT
 from avex_serve.errors import BundleError, DependencyError, InputError
 from avex_serve.runtime import backend as backends
-from tests.bundles import DIM, SAMPLE_RATE, WINDOW, copy_bundle, replace_file, weights
+from tests.bundles import DIM, SAMPLE_RATE, WINDOW, change_manifest, copy_bundle, replace_file, weights
 
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
@@ -71,6 +72,43 @@ def test_refuses_an_unknown_device(audio_bundle, device):
 def test_onnx_serves_on_the_cpu(audio_bundle, device):
     with open_bundle(str(audio_bundle), device) as engine:
         assert (engine.backend.device, engine.backend.format) == ("cpu", "onnx")
+
+
+@pytest.fixture
+def int8_bundle(bundle):
+    """With a second graph, told apart by an embedding twice as large."""
+    model = onnx.load(str(bundle / ONNX))
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(tensor), tensor.name))
+    replace_file(bundle, ONNX_INT8, model.SerializeToString())
+    figures = ("cosine", "centred_cosine", "lowest_centred_cosine", "decisions")
+    agreement = {"clips": 9, **dict.fromkeys(figures, 1.0)}
+    quantisation = {"kind": "int8", "file": ONNX_INT8, "weight_bits": 7, "products": 2, "calibration": "sounds"}
+    return change_manifest(bundle, quantisation=quantisation | {"agreement": agreement})
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "factor"),
+    [("cpu", "auto", 2), ("cpu", "int8", 2), ("auto", "int8", 2), ("cpu", "float32", 1)],
+)
+def test_int8_serves_on_the_cpu_unless_float32_is_asked_for(int8_bundle, engine, device, precision, factor):
+    batch = np.random.default_rng(0).normal(size=(2, WINDOW)).astype(np.float32)
+    with open_bundle(int8_bundle, device, precision=precision) as served:
+        assert served.backend.device == "cpu"
+        found, expected = served.infer(batch)["embedding"], engine.infer(batch)["embedding"]
+    np.testing.assert_allclose(found, factor * expected, rtol=1e-5)
+
+
+def test_precisions_that_are_not_there(audio_bundle, int8_bundle):
+    with pytest.raises(InputError, match="precision 'int4'; expected auto, float32, int8"):
+        open_bundle(audio_bundle, precision="int4")
+    with pytest.raises(BundleError, match="holds no int8 graph; export it again with --quantize int8"):
+        open_bundle(audio_bundle, precision="int8")
+    with pytest.raises(InputError, match="precision int8 is for device cpu"):
+        open_bundle(int8_bundle, "cuda", precision="int8")
+    replace_file(int8_bundle, ONNX_INT8, None)
+    with pytest.raises(BundleError, match=r"int8 graph model_int8.onnx is not among the files"):
+        open_bundle(int8_bundle)
 
 
 @needs_no_cuda

@@ -7,7 +7,7 @@ from avex_serve.service.settings import DEMO_BUNDLE, Settings
 def test_defaults():
     settings = Settings.from_environment({"AVEX_BUNDLE": "", "AVEX_PORT_3000_TCP": "tcp://10.0.0.1:3000"})
     assert settings.bundle == DEMO_BUNDLE
-    assert settings.device == "auto"
+    assert settings.device == settings.precision == "auto"
     assert settings.grpc_address == "0.0.0.0:3001"
 
 
@@ -16,12 +16,13 @@ def test_every_setting(tmp_path):
         {
             "AVEX_BUNDLE": str(tmp_path),
             "AVEX_DEVICE": "cpu",
+            "AVEX_PRECISION": "float32",
             "AVEX_GRPC_HOST": "::1",
             "AVEX_GRPC_PORT": "4001",
         }
     )
     assert settings.bundle == tmp_path
-    assert settings.device == "cpu"
+    assert (settings.device, settings.precision) == ("cpu", "float32")
     assert settings.grpc_address == "[::1]:4001"
 
 

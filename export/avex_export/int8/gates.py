@@ -1,0 +1,66 @@
+"""Gates: whether the int8 graph answers enough like float32 to be shipped."""
+
+import math
+
+import numpy as np
+
+from avex_serve.bundle import Activation, Agreement
+from avex_serve.errors import ExportError
+from avex_serve.runtime.backend import Backend
+
+# Means over the clips held out. The centred cosine is the hard one: embeddings of a transformer have most of their
+# length in common, and what tells clips apart is the rest.
+COSINE = 0.998
+CENTRED_COSINE = 0.99
+DECISIONS = 0.98
+
+
+def text(agreement: Agreement) -> str:
+    """The figures with their gates."""
+    return (
+        f"int8 against float32 on {agreement.clips} clips held out: cosine {agreement.cosine:.4f} (gate {COSINE}), "
+        f"centred cosine {agreement.centred_cosine:.4f} (gate {CENTRED_COSINE}), lowest of a clip "
+        f"{agreement.lowest_centred_cosine:.4f}, same decisions {agreement.decisions:.1%} (gate {DECISIONS:.0%})"
+    )
+
+
+def check(agreement: Agreement) -> None:
+    """Raise ExportError with the figures unless all gates are passed."""
+    figures = agreement.cosine, agreement.centred_cosine, agreement.decisions
+    gates = COSINE, CENTRED_COSINE, DECISIONS
+    # NaN is above no gate.
+    if not all(figure >= gate for figure, gate in zip(figures, gates, strict=True)):
+        raise ExportError(
+            f"{text(agreement)}: this model can't be served in int8. Calibrate on recordings like those to be "
+            "served (--calibration DIR), or export without --quantize; nothing was written"
+        )
+
+
+def compare(exact: Backend, rounded: Backend, clips: np.ndarray, activation: Activation) -> Agreement:
+    """Run both graphs on clips (M, S), one by one as the service does."""
+    runs = [[backend.run(clip[None]) for clip in clips] for backend in (exact, rounded)]
+    expected, found = (
+        {name: np.concatenate([run[name] for run in answers]).astype(np.float64) for name in answers[0]}
+        for answers in runs
+    )
+    embeddings = [outputs["embedding"].reshape(len(clips), -1) for outputs in (expected, found)]
+    mean = embeddings[0].mean(axis=0)
+    centred = _cosines(*(embedding - mean for embedding in embeddings))
+    decided = [_decisions(outputs["logits"], activation) for outputs in (expected, found)]
+    return Agreement(
+        clips=len(clips),
+        cosine=float(_cosines(*embeddings).mean()),
+        centred_cosine=float(centred.mean()),
+        lowest_centred_cosine=float(centred.min()),
+        decisions=float((decided[0] == decided[1]).mean()),
+    )
+
+
+def _cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return np.where(norms > 0, (first * second).sum(axis=1) / np.maximum(norms, math.ulp(0.0)), 0.0)
+
+
+def _decisions(logits: np.ndarray, activation: Activation) -> np.ndarray:
+    """The label of each clip, or of each label whether it is heard: a score of 0.5, a logit of 0."""
+    return logits.argmax(axis=-1) if activation == "softmax" else logits >= 0

@@ -1,0 +1,338 @@
+"""Int8: how products are rounded, what comes of a whole model, and what is refused."""
+
+import numpy as np
+import onnx
+import pytest
+import soundfile
+import torch
+from torch import nn
+
+from avex_export.int8 import gates
+from avex_export.int8.clips import built_in, from_recordings
+from avex_export.int8.products import Int8Linear, quantise
+from avex_export.int8.rounding import compensated, nearest, steps
+from avex_export.passes import rewrite
+from avex_serve import open_bundle
+from avex_serve.bundle import read_bundle
+from avex_serve.configs import ProbeConfig
+from avex_serve.errors import ExportError, InputError
+from avex_serve.models.probes import build_probe_from_config
+from avex_serve.runtime.onnx_backend import OnnxBackend
+from tests.export.conftest import UNTRAINED
+from tests.models.backbones import (
+    RATE,
+    effnet,
+    effnet_spec,
+    noise,
+    tiny_beats,
+    tiny_eat,
+    tiny_eat_spec,
+    write_model,
+)
+from tests.shared import shared
+
+INT8 = ("--allow-untrained", "--format", "onnx", "--quantize", "int8")
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+# Rounding
+
+
+@pytest.fixture
+def product():
+    """A weight, and inputs with channels that go together, as a norm's output has them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 64, generator=generator)
+    inputs = torch.randn(500, 16, generator=generator) @ torch.randn(16, 64, generator=generator)
+    return weight, inputs + 0.1 * torch.randn(500, 64, generator=generator)
+
+
+def test_rounding_that_compensates_answers_better_than_the_nearest_integers(product):
+    weight, inputs = product
+    step = steps(weight)
+    near, best = nearest(weight, step), compensated(weight, step, inputs)
+    for integers in (near, best):
+        assert torch.equal(integers, integers.round())
+        assert integers.abs().max() <= 64
+    errors = [relative(inputs @ (each * step[:, None]).T, inputs @ weight.T) for each in (near, best)]
+    assert errors[1] < 0.5 * errors[0]
+    # Neither input nor weight is changed, and channels that are always zero do no harm.
+    inputs[:, 3] = 0
+    weight[5] = 0
+    integers = compensated(weight, steps(weight), inputs)
+    assert torch.isfinite(integers).all()
+    assert not integers[5].any()
+
+
+# Whole models
+
+MODELS = {
+    "beats": tiny_beats,
+    "beats with norms first": lambda: tiny_beats(layer_norm_first=True, deep_norm=False),
+    "beats with gated units": lambda: tiny_beats(activation_fn="glu", deep_norm=False),
+    "eat": tiny_eat,
+}
+BEATS_BLOCK = "backbone.encoder.layers.0"
+
+
+@torch.no_grad()
+def with_outliers(model):
+    """Give every norm inside the blocks channels 30 times as large as the others, which their readers take back."""
+    beats = hasattr(model.backbone, "encoder")
+    for block in model.backbone.encoder.layers if beats else model.backbone.model.blocks:
+        norm, reader = (block.self_attn_layer_norm, block.fc1) if beats else (block.norm1, block.mlp.fc1)
+        if isinstance(reader, nn.Linear):
+            norm.weight[3:5] *= 30
+            reader.weight[:, 3:5] /= 20
+    return model
+
+
+@pytest.mark.parametrize("layers", [("last_layer",), ("all",)], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_rounded_model_answers_nearly_as_before(name, layers):
+    model = with_outliers(MODELS[name]())
+    config = ProbeConfig(target_layers=list(layers), aggregation="mean")
+    probe = build_probe_from_config(config, 5, "cpu", base_model=model).eval()
+    rewrite(probe, RATE)
+    clips = built_in(RATE, RATE)
+    heard, asked = torch.from_numpy(clips.calibration), torch.from_numpy(clips.held_out)
+    with torch.no_grad():
+        expected = probe.combine(asked)[0]
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        products = quantise(probe, heard)
+        found = probe.combine(asked)[0]
+    rounded = [part for part in probe.modules() if isinstance(part, Int8Linear)]
+    assert len(rounded) == products >= 5
+    assert all(part.weight.abs().max() <= 64 for part in rounded)
+    mean = expected.mean(dim=0)
+    assert nn.functional.cosine_similarity(found - mean, expected - mean).min() > 0.99
+    assert not torch.equal(found, expected)
+    # What isn't a product of a block is left alone.
+    after = model.state_dict()
+    kept = [key for key in before if key in after and ("patch" in key or "norm" in key or "local_encoder" in key)]
+    assert kept
+    assert all(torch.equal(after[key], before[key]) for key in kept)
+
+
+@pytest.fixture(scope="module")
+def eat_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("eat") / "eat.yml"
+    return write_model(path, tiny_eat(seed=5), tiny_eat_spec())
+
+
+@pytest.fixture(scope="module")
+def effnet_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("effnet") / "effnet.yml"
+    return write_model(path, effnet(), effnet_spec())
+
+
+@pytest.mark.parametrize("kind", ["beats", "eat"])
+def test_a_bundle_with_int8_serves_it_on_the_cpu(tmp_path, export, model, eat_model, labels, kind):
+    path = model if kind == "beats" else eat_model
+    output = tmp_path / "bundle"
+    code, out, err = export("--probe", "linear_last", "--model", path, "--labels", labels, *INT8, "--output", output)
+    assert (code, err) == (0, UNTRAINED)
+    assert "int8 against float32 on 24 clips held out: cosine" in out
+
+    manifest = read_bundle(output).manifest
+    assert manifest.quantisation is not None
+    assert manifest.quantisation.file == "model_int8.onnx"
+    assert manifest.quantisation.calibration == "built-in sounds"
+    agreement = manifest.quantisation.agreement
+    assert agreement.clips == 24
+    assert agreement.cosine > 0.9995
+    assert agreement.centred_cosine > 0.999
+    assert agreement.decisions > 0.99
+    card = (output / "README.md").read_text()
+    assert "AVEX_PRECISION=float32" in card
+    assert "int8 against float32 on 24 clips held out" in card
+
+    graph = onnx.load(str(output / "model_int8.onnx")).graph
+    operators = [node.op_type for node in graph.node]
+    # Two blocks of four products, but for those behind the pooling.
+    assert (
+        operators.count("MatMulInteger")
+        == operators.count("DynamicQuantizeLinear")
+        == manifest.quantisation.products
+    )
+    assert manifest.quantisation.products == {"beats": 7, "eat": 5}[kind]
+    integers = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    assert max(np.abs(weight.astype(int)).max() for weight in integers) == 64
+
+    wave = noise(1, seconds=3.0, seed=9)[0].numpy()
+    embeddings = {}
+    for precision in ("auto", "int8", "float32"):
+        with open_bundle(output, "cpu", precision=precision) as engine:
+            embeddings[precision] = engine.embed(wave, RATE).embeddings
+    np.testing.assert_array_equal(embeddings["auto"], embeddings["int8"])
+    assert not np.array_equal(embeddings["auto"], embeddings["float32"])
+    assert np.abs(embeddings["auto"] - embeddings["float32"]).max() < 0.02 * np.abs(embeddings["float32"]).max()
+
+
+def test_the_graph_computes_what_the_calibration_did(tmp_path, model, labels):
+    from avex_export.assemble import Request, assemble, export_graph
+    from avex_export.onnx_graph import write_onnx
+    from avex_export.recipes import find_recipe
+
+    request = Request(find_recipe("linear_all"), str(model), labels=labels, allow_untrained=True)
+    graph = export_graph(assemble(request))
+    assert quantise(graph.probe, noise(4)) == 8
+    write_onnx(graph, noise(2), tmp_path / "int8.onnx", "waveform", {})
+    backend = OnnxBackend(tmp_path / "int8.onnx", "waveform", ["logits", "embedding"])
+    for clip in (noise(1, seed=3), torch.zeros(1, RATE)):
+        with torch.no_grad():
+            expected = dict(zip(graph.outputs, graph(clip), strict=True))
+        found = backend.run(clip.numpy())
+        # A value between two levels may fall to either side: then a level is the difference.
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value.numpy(), atol=0.01 * float(value.abs().max()), rtol=0)
+
+
+# Gates
+
+
+class Answers:
+    """A backend that gives the same answers whatever it hears."""
+
+    device, format, max_batch = "cpu", "onnx", 1
+
+    def __init__(self, embeddings, logits):
+        self._rows = iter(zip(embeddings, logits, strict=True))
+
+    def run(self, batch):
+        embedding, logits = next(self._rows)
+        return {"embedding": embedding[None], "logits": logits[None]}
+
+
+@pytest.mark.parametrize(
+    ("fault", "figures"),
+    [
+        (None, (1.0, 1.0, 1.0)),
+        ("far from the mean", (0.9998, 0.95, 1.0)),
+        ("other decisions", (1.0, 1.0, 0.9)),
+        ("not a number", None),
+    ],
+)
+def test_the_gates_refuse_with_the_figures(fault, figures):
+    random = np.random.default_rng(0)
+    common, own = 30 * random.normal(size=(1, 400)), random.normal(size=(10, 400))
+    logits = random.normal(size=(10, 5))
+    embeddings = found = common + own
+    answered = logits.copy()
+    if fault == "far from the mean":
+        found = embeddings + 0.33 * random.normal(size=(10, 400))
+    elif fault == "other decisions":
+        answered[3] *= -1
+    elif fault == "not a number":
+        found = np.full_like(embeddings, np.nan)
+    clips = np.zeros((10, 8), np.float32)
+    agreement = gates.compare(Answers(embeddings, logits), Answers(found, answered), clips, "sigmoid")
+    if figures is not None:
+        measured = agreement.cosine, agreement.centred_cosine, agreement.decisions
+        assert measured == pytest.approx(figures, abs=0.01)
+    if fault is None:
+        gates.check(agreement)
+        return
+    with pytest.raises(ExportError, match=r"centred cosine .* \(gate 0.99\).*; nothing was written"):
+        gates.check(agreement)
+
+
+def test_decisions_of_a_softmax_are_the_best_label():
+    logits = np.array([[1.0, 2.0], [3.0, 1.0]])
+    embeddings = np.eye(2)
+    other = np.array([[6.0, 7.0], [3.0, 6.0]])
+    agreement = gates.compare(
+        Answers(embeddings, logits), Answers(embeddings, other), np.zeros((2, 8), np.float32), "softmax"
+    )
+    assert agreement.decisions == 0.5
+
+
+def test_a_model_below_a_gate_is_refused_and_nothing_is_written(tmp_path, export, model, labels, monkeypatch):
+    monkeypatch.setattr(gates, "CENTRED_COSINE", 1.1)
+    code, out, err = export(
+        "--probe", "linear_last", "--model", model, "--labels", labels, *INT8, "--output", tmp_path / "bundle"
+    )
+    assert code == 4
+    assert "int8" not in out.replace("round to int8", "")
+    assert "can't be served in int8" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "EFFNET"], "EfficientNet has no int8 graph: on CPUs with AVX2 alone"),
+        (["--model", "BEATS", "--format", "torchscript"], "export --format onnx as well"),
+        (["--model", "BEATS", "--offline", "--input-dim", "32"], "--quantize is for audio"),
+    ],
+)
+def test_refuses_what_has_no_int8_graph(tmp_path, export, model, effnet_model, labels, arguments, message):
+    paths = {"EFFNET": effnet_model, "BEATS": model}
+    given = [paths.get(argument, argument) for argument in arguments]
+    code, _, err = export(
+        "--probe", "linear_last", "--labels", labels, "--allow-untrained", "--quantize", "int8", *given,
+        "--output", tmp_path / "bundle",
+    )  # fmt: skip
+    assert code == 4
+    assert message in err
+
+
+# Recordings to calibrate on
+
+
+def write_recording(path, seconds, seed=0, rate=RATE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave = 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * rate))
+    soundfile.write(path, wave, rate)
+
+
+def test_recordings_are_searched_for_and_split(tmp_path):
+    write_recording(tmp_path / "a.wav", 20.0)
+    write_recording(tmp_path / "deeper" / "b.FLAC", 300.0, seed=1, rate=8000)
+    (tmp_path / "notes.txt").write_text("no audio")
+    clips = from_recordings(tmp_path, RATE, RATE)
+    assert clips.calibration.shape == (12, RATE)
+    assert clips.held_out.shape == (24, RATE)
+    assert clips.calibration.dtype == clips.held_out.dtype == np.float32
+    heard = {clip.tobytes() for clip in clips.calibration}
+    assert not any(clip.tobytes() in heard for clip in clips.held_out)
+    assert clips.source == "92 clips of the recordings"
+
+
+def test_too_few_recordings_are_refused(tmp_path):
+    with pytest.raises(InputError, match="is not a folder"):
+        from_recordings(tmp_path / "none", RATE, RATE)
+    write_recording(tmp_path / "a.wav", 11.0)
+    with pytest.raises(InputError, match=r"holds 11 clips of 1 s; expected at least 12"):
+        from_recordings(tmp_path, RATE, RATE)
+
+
+def test_a_calibration_without_quantisation_is_refused(tmp_path, export):
+    code, _, err = export("--probe", "linear_last", "--calibration", tmp_path)
+    assert code == 2
+    assert "--calibration is for --quantize int8" in err
+
+
+def test_built_in_sounds_have_the_clips_length_at_any_rate():
+    for samples, rate in ((8000, 16000), (96000, 32000), (4000, 8000)):
+        clips = built_in(samples, rate)
+        assert clips.calibration.shape == (12, samples)
+        assert clips.held_out.shape == (24, samples)
+
+
+@pytest.mark.slow
+def test_a_trained_model_calibrated_on_real_recordings(tmp_path, export):
+    output = tmp_path / "bundle"
+    code, _, err = export(
+        "--probe", "linear_last", "--format", "onnx", "--quantize", "int8", "--calibration", shared("audio"),
+        "--output", output,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    quantisation = read_bundle(output).manifest.quantisation
+    assert quantisation is not None
+    assert "clips of the recordings" in quantisation.calibration
+    assert quantisation.agreement.centred_cosine > 0.999
+    assert quantisation.agreement.decisions == 1.0
