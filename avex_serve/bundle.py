@@ -5,6 +5,7 @@
     model.onnx             the graph for onnxruntime
     model_int8.onnx        the same graph with its products in 8-bit integers, if asked for
     model.torchscript.pt   the same graph for torch
+    model.pt2              the same as torch.export writes it, to be compiled; if asked for
     verification.json      errors of each format against the eager module, and on what they were found
     verification.npz       inputs with the eager module's answers, to verify the bundle anywhere; see
                            `avex_serve.runtime.evidence`
@@ -34,6 +35,7 @@ LABELS = "labels.json"
 ONNX = "model.onnx"
 ONNX_INT8 = "model_int8.onnx"
 TORCHSCRIPT = "model.torchscript.pt"
+PT2 = "model.pt2"
 VERIFICATION = "verification.json"
 EVIDENCE = "verification.npz"
 CARD = "README.md"
@@ -108,6 +110,7 @@ class Manifest(_Strict):
     audio: AudioSpec | None = Field(None, description="for kind audio")
     inputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
+    half: bool = Field(False, description="whether the TorchScript graph is in float16, but for its front end")
     activation: Activation = Field(description="turns logits into scores")
     labels: int = Field(gt=0, description="how many labels, the width of the logits")
     quantisation: Quantisation | None = Field(None, description="None: there is no graph but in float32")

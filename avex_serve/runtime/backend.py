@@ -16,7 +16,7 @@ class Backend(Protocol):
     """Runs one graph. Calls from several threads at once are allowed."""
 
     device: str  # "cpu" or "cuda"
-    format: str  # "onnx" or "torchscript"
+    format: str  # "onnx", "torchscript" or, in half precision, "torch-half"
     max_batch: int  # rows a call takes best
 
     def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
@@ -61,17 +61,17 @@ def open_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") 
             f"{bundle.directory} holds no graph for {device}; export it again with "
             f"--format {'torchscript' if device == 'cuda' else 'onnx'}"
         )
-    return _open_torch(torchscript, names, device)
+    return _open_torch(torchscript, names, device, half=bundle.manifest.half)
 
 
-def _open_torch(path: Path, names: list[str], device: str) -> Backend:
+def _open_torch(path: Path, names: list[str], device: str, *, half: bool) -> Backend:
     if not _torch_installed():
         raise DependencyError(
             f"{path.name} on {device} needs torch, which is not installed; pip install 'avex-serve[cuda]'"
         )
     from avex_serve.runtime.torch_backend import TorchBackend
 
-    return TorchBackend(path, names, device)
+    return TorchBackend(path, names, device, half=half)
 
 
 def _torch_installed() -> bool:

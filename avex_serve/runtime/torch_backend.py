@@ -16,9 +16,7 @@ def cuda_is_available() -> bool:
 class TorchBackend:
     """A traced module on one device."""
 
-    format = "torchscript"
-
-    def __init__(self, path: Path, output_names: list[str], device: str) -> None:
+    def __init__(self, path: Path, output_names: list[str], device: str, *, half: bool = False) -> None:
         """Load the module; DependencyError without CUDA where it is asked for, BundleError for a bad file."""
         if device == "cuda" and not cuda_is_available():
             raise DependencyError("device cuda was asked for, but torch sees no CUDA device; use cpu or auto")
@@ -27,6 +25,7 @@ class TorchBackend:
         except RuntimeError as error:
             raise BundleError(f"torch can't load {path}: {error}") from error
         self.device = device
+        self.format = "torch-half" if half else "torchscript"
         self.max_batch = 16 if device == "cuda" else 1
         self._output_names = output_names
 
@@ -36,4 +35,4 @@ class TorchBackend:
         # torch warns of read-only arrays, which those made from received bytes are.
         owned = np.require(batch, requirements=("C", "W"))
         outputs = self._module(torch.from_numpy(owned).to(self.device))
-        return {name: tensor.cpu().numpy() for name, tensor in zip(self._output_names, outputs, strict=True)}
+        return {name: tensor.float().cpu().numpy() for name, tensor in zip(self._output_names, outputs, strict=True)}

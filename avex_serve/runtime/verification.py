@@ -18,9 +18,16 @@ from avex_serve.runtime.results import Prediction, Selection, score_scale
 # Largest error that passes, relative to the largest output or to 1, whichever is more: float32 through a
 # transformer and two ways to take a spectrum.
 TOLERANCE = 1e-4
+# Of half precision, whose numbers have eleven bits: a few roundings of a network that is as deep.
+_HALF_TOLERANCE = 2e-2
 # Where the eager module itself is further than that from its own computation in float64, a format may be this many
 # times as far from it: both are off by rounding, each in its own way.
 NOISE_FACTOR = 2.0
+
+
+def tolerance_of(format_: str) -> float:
+    """The largest error that passes in a format, relative to the largest output or to 1, whichever is more."""
+    return _HALF_TOLERANCE if format_ == "torch-half" else TOLERANCE
 
 
 def run_case(engine: Engine, case: Case) -> Iterator[Check]:
@@ -129,7 +136,7 @@ def _check(
     errors, passed, by_float64 = {}, True, set()
     for output, value in eager.items():
         errors[output] = _errors(found.get(output), value, None if exact is None else exact[output])
-        if not _within(errors[output].eager, TOLERANCE):
+        if not _within(errors[output].eager, tolerance_of(engine.backend.format)):
             passed &= _is_noise(errors[output])
             by_float64.add(output)
     reference = exact[decided_by] if decided_by in by_float64 and exact is not None else eager[decided_by]

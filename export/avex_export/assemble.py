@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import avex_serve
 from avex_export.passes import rewrite
+from avex_export.passes.half import halve
 from avex_export.recipes import Recipe
 from avex_serve.bundle import parse_labels
 from avex_serve.errors import ExportError, NotFoundError
@@ -47,6 +48,7 @@ class Request:
     offline: bool = False
     input_dim: tuple[int, ...] | None = None  # (D,) or (T, D)
     allow_untrained: bool = False
+    half: bool = False  # the TorchScript graph in float16
     int8: bool = False  # a graph in 8-bit integers too
     calibration: Path | None = None  # a folder of recordings for it; None: built-in sounds
 
@@ -65,6 +67,7 @@ class Assembly:
     embedding_fingerprint: str | None
     clip_samples: int | None  # None: the input is embeddings
     sample_rate: int | None
+    half: bool = False  # whether the TorchScript graph is in float16
 
 
 class AudioGraph(nn.Module):
@@ -117,6 +120,20 @@ def export_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
     return graph.eval().requires_grad_(False)
 
 
+def half_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
+    """A copy of the graph as `export_graph` makes it, in float16 but for its front end.
+
+    Raises:
+        ExportError: a head alone, or a backbone whose front end is not known.
+    """
+    graph = export_graph(assembly, without)
+    try:
+        halve(graph.probe)
+    except ValueError as error:
+        raise ExportError(f"--half: {error}") from None
+    return graph
+
+
 def assemble(request: Request) -> Assembly:
     """Find the weights and labels, build the probe and load it.
 
@@ -167,6 +184,7 @@ def assemble(request: Request) -> Assembly:
         embedding_fingerprint=_embedding_fingerprint(probe, saved),
         clip_samples=clip_samples,
         sample_rate=sample_rate,
+        half=request.half,
     )
 
 

@@ -84,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--activation", choices=("sigmoid", "softmax", "none"), default="sigmoid", help="of the scores"
     )
-    parser.add_argument("--format", choices=("onnx", "torchscript"), action="append", help="default: both")
+    parser.add_argument(
+        "--format", choices=("onnx", "torchscript", "pt2"), action="append", help="default: onnx and torchscript"
+    )
     parser.add_argument("--quantize", choices=("int8",), help="add a graph in 8-bit integers, for BEATs and EAT")
     parser.add_argument(
         "--calibration", type=Path, metavar="DIR", help="with --quantize: recordings (default: built-in sounds)"
@@ -108,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         "--explain", action="store_true", help="tell which passes make the graph fast; write nothing"
     )
     parser.add_argument("--profile", action="store_true", help="measure what each pass buys on this machine")
+    parser.add_argument("--half", action="store_true", help="TorchScript in float16, for CUDA; the front end is not")
     parser.add_argument("--list", action="store_true", help="list probes, backbones and formats")
     return parser
 
@@ -168,19 +171,22 @@ def _request(arguments: argparse.Namespace) -> "Request":
         offline=arguments.offline,
         input_dim=arguments.input_dim,
         allow_untrained=arguments.allow_untrained,
+        half=arguments.half,
         int8=arguments.quantize == "int8",
         calibration=arguments.calibration,
     )
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from avex_export.export import FORMATS, export_bundle
+    from avex_export.export import USUAL_FORMATS, export_bundle
 
     request = _request(arguments)
     if arguments.profile and arguments.offline:
         raise InputError("--profile measures passes, of which a head alone has none; leave out --offline")
     output = arguments.output or _BUNDLES / request.recipe.name
-    formats = tuple(dict.fromkeys(arguments.format or FORMATS))
+    formats = tuple(dict.fromkeys(arguments.format or USUAL_FORMATS))
+    if arguments.half and "torchscript" not in formats:
+        raise InputError(f"--half is for TorchScript, which --format {' '.join(formats)} leaves out; add it")
     manifest = export_bundle(
         request,
         output,

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from avex_export.assemble import Assembly, Request, assemble, eager_graph, export_graph
+from avex_export.assemble import Assembly, Request, assemble, eager_graph, export_graph, half_graph
 from avex_export.card import model_card
 from avex_export.cases import example_batch
 from avex_export.int8 import gates
@@ -16,6 +16,7 @@ from avex_export.int8.build import add_int8, refuse_unfit
 from avex_export.onnx_graph import write_onnx
 from avex_export.passes import EXTERNAL_DATA
 from avex_export.profile import gains_table, profile
+from avex_export.pt2 import Pt2Backend, write_pt2
 from avex_export.torchscript import write_torchscript
 from avex_export.verify import Verification, verify
 from avex_serve.bundle import (
@@ -23,6 +24,7 @@ from avex_serve.bundle import (
     MANIFEST,
     ONNX,
     ONNX_INT8,
+    PT2,
     TORCHSCRIPT,
     Activation,
     Manifest,
@@ -35,7 +37,8 @@ from avex_serve.runtime.onnx_backend import OnnxBackend
 from avex_serve.runtime.torch_backend import TorchBackend
 from avex_serve.runtime.verification import TOLERANCE
 
-FORMATS = ("onnx", "torchscript")
+FORMATS = ("onnx", "torchscript", "pt2")
+USUAL_FORMATS = ("onnx", "torchscript")
 
 
 class Progress:
@@ -53,7 +56,7 @@ class Progress:
 def export_bundle(
     request: Request,
     output: Path,
-    formats: Sequence[str] = FORMATS,
+    formats: Sequence[str] = USUAL_FORMATS,
     activation: Activation = "sigmoid",
     recordings: Sequence[Path] = (),
     say: Callable[[str], None] = print,
@@ -130,8 +133,13 @@ def _write_formats(
         backends["onnx"] = OnnxBackend(folder / ONNX, _input_name(assembly), names)
     if "torchscript" in formats:
         progress("write TorchScript")
-        write_torchscript(graph, example, folder / TORCHSCRIPT)
-        backends["torchscript"] = TorchBackend(folder / TORCHSCRIPT, names, "cpu")
+        traced = half_graph(assembly, without) if assembly.half else graph
+        write_torchscript(traced, example, folder / TORCHSCRIPT)
+        backends["torchscript"] = TorchBackend(folder / TORCHSCRIPT, names, "cpu", half=assembly.half)
+    if "pt2" in formats:
+        progress("write PT2")
+        write_pt2(graph, example, folder / PT2)
+        backends["pt2"] = Pt2Backend(folder / PT2, names)
     return backends
 
 
@@ -164,6 +172,7 @@ def _fields(assembly: Assembly, activation: Activation) -> dict[str, Any]:
         "audio": audio,
         "inputs": [{"name": _input_name(assembly), "shape": _input_shape(assembly)}],
         "outputs": outputs,
+        "half": assembly.half,
         "activation": activation,
         "licence": assembly.licence,
         "embedding_fingerprint": assembly.embedding_fingerprint,

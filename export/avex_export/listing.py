@@ -12,7 +12,7 @@ def listing() -> str:
         [
             _table("probes (--probe), or a YAML file, or a folder written by save_probe():", _probes()),
             _table("backbones (--model), or a YAML file:", _backbones()),
-            _table("formats (--format, default both):", _FORMATS),
+            _table("formats (--format, by default the first two):", _FORMATS),
             _NEEDED,
         ]
     )
@@ -21,6 +21,13 @@ def listing() -> str:
 _FORMATS = [
     ["onnx", "every probe on every backbone", "served on CPUs by onnxruntime"],
     ["torchscript", "every probe on every backbone", "served on CUDA, and on CPUs where there is no ONNX, by torch"],
+    ["  --half", "BEATs, EAT, EfficientNet", "TorchScript in float16, half the size"],
+    ["pt2", "every probe on every backbone", "not served: to be compiled ahead of time by torch (AOTInductor)"],
+    [
+        "onnx --quantize int8",
+        "BEATs, EAT",
+        "a second ONNX graph in int8, a quarter the size, gated on held-out clips",
+    ],
 ]
 _NEEDED = (
     "A head needs weights: a folder written by save_probe(), or --weights with --labels; the ten variants have\n"
