@@ -370,7 +370,7 @@ def test_a_format_that_differs_leaves_nothing_behind(tmp_path, export, trained, 
     _, folder = trained()
     original = module.export_graph
 
-    def broken(assembly):
+    def broken(assembly, without):
         graph = original(assembly)
         with torch.no_grad():
             graph.probe.classifier.bias.add_(1e-2)
