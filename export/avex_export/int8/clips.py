@@ -1,5 +1,6 @@
 """What the products listen to while they are rounded, and other clips to judge the result on."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -13,8 +14,10 @@ from avex_serve.runtime.windows import plan_windows
 
 _T = TypeVar("_T")
 
-# All are heard at once, so their number is what the calibration takes of memory: 1 GB for BEATs at 10 s.
-CALIBRATION_CLIPS = 12
+# Of a calibration, in as many clips as that makes, but for the limits. All are heard at once, so their number is
+# what it takes of memory: 3 GB for BEATs at 10 s.
+_SECONDS = 80.0
+_FEWEST, _MOST = 8, 24
 HELD_OUT_CLIPS = 24
 # Fewer than that tell nothing about the distances between clips.
 LEAST_CLIPS = 12
@@ -34,7 +37,7 @@ class Clips(NamedTuple):
 
 def built_in(samples: int, rate: int) -> Clips:
     """Synthetic sounds; those held out are of other seeds."""
-    calibration = [*_sounds(samples, rate, range(CALIBRATION_CLIPS - 1)), _noise(samples)]
+    calibration = [*_sounds(samples, rate, range(_wanted(samples, rate) - 1)), _noise(samples)]
     held_out = _sounds(samples, rate, range(1000, 1000 + HELD_OUT_CLIPS))
     return Clips(np.stack(calibration), np.stack(list(held_out)), "built-in sounds")
 
@@ -54,17 +57,21 @@ def from_recordings(folder: Path, samples: int, rate: int) -> Clips:
             f"--calibration {folder} holds {len(clips)} clips of {samples / rate:g} s; expected at least "
             f"{LEAST_CLIPS}, of which half are held out to judge the result on"
         )
-    calibration = _spread(clips[::2], CALIBRATION_CLIPS - _BUILT_IN)
+    calibration = _spread(clips[::2], _wanted(samples, rate) - _BUILT_IN)
     calibration += [*_sounds(samples, rate, range(_BUILT_IN - 1)), _noise(samples)]
     held_out = _spread(clips[1::2], HELD_OUT_CLIPS)
     return Clips(np.stack(calibration), np.stack(held_out), f"{len(clips)} clips of the recordings")
+
+
+def _wanted(samples: int, rate: int) -> int:
+    return max(_FEWEST, min(_MOST, math.ceil(_SECONDS * rate / samples)))
 
 
 def _cut(folder: Path, samples: int, rate: int) -> Iterator[np.ndarray]:
     if not folder.is_dir():
         raise InputError(f"--calibration {folder} is not a folder; give one with recordings")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-    most = -(-4 * (CALIBRATION_CLIPS + HELD_OUT_CLIPS) // max(1, min(len(files), _FILES)))
+    most = -(-4 * HELD_OUT_CLIPS // max(1, min(len(files), _FILES)))
     for path in _spread(files, _FILES):
         recording = audio.decode(path)
         wave = audio.resample(recording.wave, recording.sample_rate, rate)
