@@ -1,6 +1,6 @@
 """Answers with avex-serve: a bundle's graph, clip by clip as the service does, or the probe in eager mode.
 
-python worker_serve.py BUNDLE
+python worker_serve.py BUNDLE PRECISION
 python worker_serve.py --eager FOLDER PROBE
 """
 
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     else:
         from avex_serve import open_bundle
 
-        engine = open_bundle(arguments[0])
+        engine = open_bundle(arguments[0], precision=arguments[1])
 
         def answer(batch: np.ndarray) -> np.ndarray:
             return np.concatenate([engine.infer(row[None])["logits"] for row in batch])
