@@ -235,7 +235,8 @@ PAGE = """# Performance
 
 Made by `make bench`. 10 s clips, full-size backbones with random weights, one thread on each side, float32 but
 where it says int8. Ratios are avex's time over ours, the median of the ratios of neighbouring runs, and in
-brackets the smallest and the largest of them; so above 1 is faster. Of memory and cold start avex's figures stand in brackets.
+brackets the smallest and the largest of them; so above 1 is faster. Of memory and cold start avex's figures stand in
+brackets.
 
 {table}
 

@@ -296,7 +296,6 @@ def test_the_shortest_clip_is_heard(model):
         ({"audio_config": AudioConfig(representation="raw")}, "representation 'mel_spectrogram'"),
         ({"audio_config": AudioConfig(n_fft=800, win_length=802)}, "win_length 802; expected at most"),
         ({"efficientnet_variant": "b2"}, "'b0' or 'b1'"),
-        ({"use_naturelm": True, "audio_config": AudioConfig()}, "use_naturelm"),
     ],
     ids=str,
 )

@@ -178,12 +178,13 @@ def test_classes_are_given_what_they_name(classes):
     assert avex_serve.build_model_from_spec(ModelSpec(name="nameless"), "cpu", num_classes=4).head.out_features == 4
 
 
-def test_fields_of_other_architectures_are_refused_unless_they_say_nothing(classes):
+def test_fields_of_other_architectures_are_left_out_with_a_warning_unless_they_say_nothing(classes, caplog):
     avex_serve.build_model_from_spec(
         ModelSpec(name="my_simple", efficientnet_variant="b0", eat_norm_mean=-4.268), "cpu"
     )
-    with pytest.raises(ValueError, match="use_naturelm=True is nothing that model class 'my_simple' takes"):
-        avex_serve.build_model_from_spec(ModelSpec(name="my_simple", use_naturelm=True), "cpu")
+    assert not caplog.text
+    avex_serve.build_model_from_spec(ModelSpec(name="my_simple", use_naturelm=True), "cpu")
+    assert "use_naturelm=True is nothing that model class 'my_simple' takes, and is left out" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -75,14 +75,15 @@ def takes(model_spec: ModelSpec, argument: str) -> bool:
 
 
 def _options(spec: ModelSpec, cls: ModelClass) -> dict[str, Any]:
-    """The spec's own fields that the class takes; refused are others that say something."""
+    """The spec's own fields that the class takes; a warning for each other one that says something."""
     fields = spec.model_dump(exclude=_NOT_FOR_THE_MODEL, exclude_none=True)
     taken = inspect.signature(cls).parameters
     # A default says nothing: avex's specs carry the fields of every architecture.
     spoken = {name for name, value in fields.items() if value != ModelSpec.model_fields[name].default}
     for name in sorted(spoken - taken.keys()):
-        raise ValueError(
-            f"{name}={fields[name]!r} is nothing that model class '{spec.name}' takes; leave it out of the ModelSpec"
+        logger.warning(
+            "%s=%r is nothing that model class '%s' takes, and is left out; leave it out of the ModelSpec too",
+            *(name, fields[name], spec.name),
         )
     return {name: value for name, value in fields.items() if name in taken}
 
