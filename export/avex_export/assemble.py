@@ -1,17 +1,15 @@
-"""Assembling: from a recipe to a probe with its weights, and from the probe to the graph to export."""
+"""Assembling: from a recipe to a probe with its weights."""
 
-import copy
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import avex_serve
-from avex_export.passes import rewrite
-from avex_export.passes.half import halve
+from avex_export.graph import Assembly
 from avex_export.recipes import Recipe
 from avex_serve.bundle import parse_labels
 from avex_serve.errors import ExportError, NotFoundError
@@ -51,87 +49,6 @@ class Request:
     half: bool = False  # the TorchScript graph in float16
     int8: bool = False  # a graph in 8-bit integers too
     calibration: Path | None = None  # a folder of recordings for it; None: built-in sounds
-
-
-@dataclass(frozen=True)
-class Assembly:
-    """A probe with its weights, ready to become a graph."""
-
-    name: str
-    probe: Probe
-    labels: tuple[str, ...]
-    trained: bool
-    model: str
-    checkpoint: str | None  # of the backbone, as the manifest says it
-    licence: str
-    embedding_fingerprint: str | None
-    clip_samples: int | None  # None: the input is embeddings
-    sample_rate: int | None
-    half: bool = False  # whether the TorchScript graph is in float16
-
-
-class AudioGraph(nn.Module):
-    """Waveform (B, S) → logits (B, C) and pooled embedding (B, D): front end, aggregation and head in one."""
-
-    outputs = ("logits", "embedding")
-
-    def __init__(self, probe: Probe) -> None:
-        super().__init__()
-        self.probe = probe
-        self.passes: tuple[str, ...] = ()  # those that were applied
-
-    def forward(self, waveform: Tensor) -> tuple[Tensor, ...]:
-        """(B, S) → (B, C), (B, D)."""
-        features, padding = self.probe.combine(waveform)
-        return self.probe.classify(features, padding), self.probe.pool(features, padding)
-
-
-class EmbeddingGraph(nn.Module):
-    """Embedding (B, D) or (B, T, D) → logits (B, C)."""
-
-    outputs = ("logits",)
-
-    def __init__(self, probe: Probe) -> None:
-        super().__init__()
-        self.probe = probe
-        self.passes: tuple[str, ...] = ()
-
-    def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
-        """(B, D) or (B, T, D) → (B, C)."""
-        return (self.probe(embedding),)
-
-
-Graph = AudioGraph | EmbeddingGraph
-
-
-def eager_graph(assembly: Assembly) -> Graph:
-    """The graph as the probe itself computes it: what every format is compared to."""
-    graph = EmbeddingGraph if assembly.clip_samples is None else AudioGraph
-    return graph(assembly.probe).eval()
-
-
-def export_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
-    """A copy of the graph, rewritten by all passes but those left out; see `avex_export.passes`."""
-    probe = copy.deepcopy(assembly.probe).eval()
-    kind = EmbeddingGraph if assembly.clip_samples is None else AudioGraph
-    graph = kind(probe)
-    if assembly.clip_samples is not None:
-        graph.passes = tuple(rewrite(probe, assembly.clip_samples, without))
-    return graph.eval().requires_grad_(False)
-
-
-def half_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
-    """A copy of the graph as `export_graph` makes it, in float16 but for its front end.
-
-    Raises:
-        ExportError: a head alone, or a backbone whose front end is not known.
-    """
-    graph = export_graph(assembly, without)
-    try:
-        halve(graph.probe)
-    except ValueError as error:
-        raise ExportError(f"--half: {error}") from None
-    return graph
 
 
 def assemble(request: Request) -> Assembly:

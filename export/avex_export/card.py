@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from avex_export.assemble import Assembly
+from avex_export.graph import Assembly
 from avex_export.int8 import gates
 from avex_export.verify import Verification
 from avex_serve.bundle import Agreement

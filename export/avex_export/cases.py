@@ -10,7 +10,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from avex_export.assemble import Assembly, Graph
+from avex_export.graph import Assembly, Graph
 from avex_serve.demo.sounds import LOWEST_SAMPLE_RATE, make_recording
 from avex_serve.models.aggregation import time_steps
 from avex_serve.runtime import audio

@@ -116,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    from avex_export.assemble import assemble, export_graph
+    from avex_export.assemble import assemble
+    from avex_export.graph import export_graph
     from avex_export.passes import SUMMARIES
 
     applied = None

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from avex_export.assemble import Assembly, Request, assemble, eager_graph, export_graph, half_graph
+from avex_export.assemble import Request, assemble
 from avex_export.card import model_card
 from avex_export.cases import example_batch
+from avex_export.graph import Assembly, eager_graph, export_graph, half_graph
 from avex_export.int8 import gates
 from avex_export.int8.build import add_int8, refuse_unfit
 from avex_export.onnx_graph import write_onnx

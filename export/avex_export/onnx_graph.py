@@ -9,7 +9,7 @@ import onnx.compose
 import torch
 from torch import Tensor
 
-from avex_export.assemble import Graph
+from avex_export.graph import Graph
 from avex_export.passes.transformers import MergedAttention
 from avex_export.tracing import dynamic_axes, quiet_tracing
 from avex_serve.errors import ExportError

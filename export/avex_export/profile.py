@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from avex_export.assemble import Assembly, export_graph
 from avex_export.cases import example_batch
+from avex_export.graph import Assembly, export_graph
 from avex_export.onnx_graph import write_onnx
 from avex_serve.runtime.evidence import Gain
 from avex_serve.runtime.onnx_backend import OnnxBackend

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avex_export.assemble import Graph
+from avex_export.graph import Graph
 from avex_export.tracing import dynamic_axes, quiet_tracing
 
 # What torch notes with each node of where in which file it comes from.

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avex_export.assemble import Graph
+from avex_export.graph import Graph
 from avex_export.tracing import quiet_tracing
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
-from avex_export.assemble import Graph
+from avex_export.graph import Graph
 
 
 @contextlib.contextmanager

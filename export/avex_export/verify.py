@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from avex_export.assemble import Assembly, Graph
 from avex_export.cases import example_batch, make_cases
+from avex_export.graph import Assembly, Graph
 from avex_export.torchscript import meta_shapes
 from avex_serve.bundle import TORCHSCRIPT, Bundle, Manifest
 from avex_serve.runtime.backend import Backend

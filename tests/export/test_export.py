@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 import avex_serve
-from avex_export.assemble import Assembly, eager_graph
 from avex_export.cases import make_cases
+from avex_export.graph import Assembly, eager_graph
 from avex_export.recipes import variants
 from avex_serve import open_bundle
 from avex_serve.bundle import read_bundle
@@ -531,7 +531,7 @@ def test_labels_given_twice_are_told_before_the_export(tmp_path, export, trained
 
 
 def test_the_probe_is_left_as_it_was(trained):
-    from avex_export.assemble import export_graph
+    from avex_export.graph import export_graph
 
     probe, _ = trained("lstm_all")
     wave = noise(2)

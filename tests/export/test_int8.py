@@ -173,7 +173,8 @@ def test_a_bundle_with_int8_serves_it_on_the_cpu(tmp_path, export, model, eat_mo
 
 
 def test_the_graph_computes_what_the_calibration_did(tmp_path, model, labels):
-    from avex_export.assemble import Request, assemble, export_graph
+    from avex_export.assemble import Request, assemble
+    from avex_export.graph import export_graph
     from avex_export.onnx_graph import write_onnx
     from avex_export.recipes import find_recipe
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from avex_export.assemble import Assembly, half_graph
+from avex_export.graph import Assembly, half_graph
 from avex_serve import open_bundle
 from avex_serve.bundle import read_bundle
 from avex_serve.configs import ProbeConfig

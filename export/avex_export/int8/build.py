@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from avex_export.assemble import Assembly, export_graph
 from avex_export.cases import example_batch
+from avex_export.graph import Assembly, export_graph
 from avex_export.int8.clips import built_in, from_recordings
 from avex_export.int8.gates import check, compare
 from avex_export.int8.products import quantise
