@@ -1,5 +1,6 @@
 """Verification: each format against the eager module, through the engine that serves it."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +81,11 @@ def verify(
     cases, skipped = make_cases(graph, assembly, recordings)
     bundle = Bundle(directory=folder, manifest=manifest, labels=assembly.labels, digest="0" * 64)
     checks: list[Check] = []
-    engines = [Engine(bundle, backend) for backend in backends.values()]
-    for case in cases:
-        for engine in engines:
-            checks += run_case(engine, case)
-    for engine in engines:
-        engine.close()
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(Engine(bundle, backend)) for backend in backends.values()]
+        for case in cases:
+            for engine in engines:
+                checks += run_case(engine, case)
     if (folder / TORCHSCRIPT).exists():
         checks.append(_on_meta(graph, assembly, folder / TORCHSCRIPT))
     kept = _kept(cases)
