@@ -34,6 +34,7 @@ FIELDS = {
     "audio": {"sample_rate": 32000, "window_samples": 160},
     "inputs": [{"name": "waveform", "shape": (-1, 160)}],
     "outputs": [{"name": "logits", "shape": (-1, 3)}, {"name": "embedding", "shape": (-1, 768)}],
+    "half": True,
     "activation": "none",
     "licence": "CC-BY-4.0",
     "checkpoint": "hf://owner/repository/model.safetensors@0123",

@@ -167,11 +167,11 @@ def test_a_bundle_without_a_graph_for_the_device(bundle, device, wanted):
 def test_auto_takes_cuda_where_it_works(bundle, torchscript, monkeypatch):
     opened = []
     monkeypatch.setattr(backends, "_cuda_works", lambda: True)
-    monkeypatch.setattr(backends, "_open_torch", lambda *arguments: opened.append(arguments))
+    monkeypatch.setattr(backends, "_open_torch", lambda *arguments, half: opened.append((*arguments, half)))
     with open_bundle(bundle) as engine:
         assert engine.backend.format == "onnx", "there is nothing to run on CUDA"
     open_bundle(replace_file(bundle, TORCHSCRIPT, torchscript)).close()
-    assert opened == [(bundle / TORCHSCRIPT, ["logits", "embedding"], "cuda")]
+    assert opened == [(bundle / TORCHSCRIPT, ["logits", "embedding"], "cuda", False)]
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a CUDA driver")
