@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from avex_export.graph import Assembly, Graph
+from avex_export.progress import bar
 from avex_serve.demo.sounds import LOWEST_SAMPLE_RATE, make_recording
 from avex_serve.models.aggregation import time_steps
 from avex_serve.runtime import audio
@@ -45,12 +46,12 @@ def make_cases(graph: Graph, assembly: Assembly, recordings: Sequence[Path]) -> 
             f"not compared: a batch of {tokens} clips, one for each token of a clip: too large at this clip length"
         )
     cases = [
-        oracle.clips(name, clips, tuple(batches) if len(clips) > 1 else (1,)) for name, clips in _clips(assembly)
+        oracle.clips(name, clips, tuple(batches) if len(clips) > 1 else (1,))
+        for name, clips in bar(list(_clips(assembly)), "compute clips")
     ]
     if assembly.clip_samples is not None and assembly.sample_rate is not None:
-        for name, wave, rate in _waves(
-            assembly.clip_samples / assembly.sample_rate, assembly.sample_rate, recordings
-        ):
+        waves = _waves(assembly.clip_samples / assembly.sample_rate, assembly.sample_rate, recordings)
+        for name, wave, rate in bar(list(waves), "compute recordings"):
             cases.append(oracle.recording(name, wave, rate, assembly.clip_samples, assembly.sample_rate))
     if oracle.why_not_exact is not None:
         skipped.append(f"not compared with float64: the module doesn't compute in it ({oracle.why_not_exact})")

@@ -1,7 +1,6 @@
 """The export itself: assemble, write each format, verify, seal the bundle."""
 
 import json
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,6 +16,7 @@ from avex_export.int8.build import add_int8, refuse_unfit
 from avex_export.onnx_graph import write_onnx
 from avex_export.passes import EXTERNAL_DATA
 from avex_export.profile import gains_table, profile
+from avex_export.progress import Progress
 from avex_export.pt2 import Pt2Backend, write_pt2
 from avex_export.torchscript import write_torchscript
 from avex_export.verify import Verification, verify
@@ -40,18 +40,6 @@ from avex_serve.runtime.verification import TOLERANCE
 
 FORMATS = ("onnx", "torchscript", "pt2")
 USUAL_FORMATS = ("onnx", "torchscript")
-
-
-class Progress:
-    """Tells which step is running and how long each took."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._started = time.monotonic()
-
-    def __call__(self, step: str) -> None:
-        """Announce a step."""
-        self._say(f"[{time.monotonic() - self._started:5.1f} s] {step}")
 
 
 def export_bundle(

@@ -9,6 +9,7 @@ import torch
 
 from avex_export.cases import example_batch, make_cases
 from avex_export.graph import Assembly, Graph
+from avex_export.progress import bar
 from avex_export.torchscript import meta_shapes
 from avex_serve.bundle import TORCHSCRIPT, Bundle, Manifest
 from avex_serve.runtime.backend import Backend
@@ -83,7 +84,7 @@ def verify(
     checks: list[Check] = []
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(Engine(bundle, backend)) for backend in backends.values()]
-        for case in cases:
+        for case in bar(cases, "compare"):
             for engine in engines:
                 checks += run_case(engine, case)
     if (folder / TORCHSCRIPT).exists():
