@@ -16,7 +16,7 @@ class Backend(Protocol):
     """Runs one graph. Calls from several threads at once are allowed."""
 
     device: str  # "cpu" or "cuda"
-    format: str  # "onnx", "torchscript" or, in half precision, "torch-half"
+    format: str  # "onnx", "onnx-int8", "torchscript" or, in half precision, "torch-half"
     max_batch: int  # rows a call takes best
 
     def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
@@ -50,12 +50,13 @@ def open_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") 
     int8 = bundle.manifest.quantisation
     if precision == "int8" and int8 is None:
         raise BundleError(f"{bundle.directory} holds no int8 graph; export it again with --quantize int8")
-    if int8 is not None and precision != "float32":
+    rounded = int8 is not None and precision != "float32"
+    if int8 is not None and rounded:
         onnx = bundle.path(int8.file)
     if device == "cpu" and onnx is not None:
         from avex_serve.runtime.onnx_backend import OnnxBackend
 
-        return OnnxBackend(onnx, bundle.manifest.inputs[0].name, names)
+        return OnnxBackend(onnx, bundle.manifest.inputs[0].name, names, int8=rounded)
     if torchscript is None:
         raise BundleError(
             f"{bundle.directory} holds no graph for {device}; export it again with "

@@ -16,11 +16,10 @@ class OnnxBackend:
     """
 
     device = "cpu"
-    format = "onnx"
     max_batch = 1
     optimisation = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
 
-    def __init__(self, path: Path, input_name: str, output_names: list[str]) -> None:
+    def __init__(self, path: Path, input_name: str, output_names: list[str], *, int8: bool = False) -> None:
         """Load the graph; BundleError if onnxruntime can't, or if it is not the manifest's."""
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = self.optimisation
@@ -46,6 +45,7 @@ class OnnxBackend:
                 f"{path} takes {given} and answers {sorted(answered)}; "
                 f"its manifest says {[input_name]} and {sorted(output_names)}"
             )
+        self.format = "onnx-int8" if int8 else "onnx"
         self._input_name = input_name
         self._output_names = output_names
 

@@ -94,6 +94,7 @@ def int8_bundle(bundle):
 def test_int8_serves_on_the_cpu_unless_float32_is_asked_for(int8_bundle, engine, device, precision, factor):
     batch = np.random.default_rng(0).normal(size=(2, WINDOW)).astype(np.float32)
     with open_bundle(int8_bundle, device, precision=precision) as served:
+        assert served.backend.format == ("onnx" if precision == "float32" else "onnx-int8")
         assert served.backend.device == "cpu"
         found, expected = served.infer(batch)["embedding"], engine.infer(batch)["embedding"]
     np.testing.assert_allclose(found, factor * expected, rtol=1e-5)
