@@ -170,10 +170,31 @@ def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
     Raises:
         BundleError: no bundle there, unknown schema version, a file missing or changed, labels that don't fit.
     """
+    bundle = read_manifest(directory)
+    check_files(bundle)
+    return bundle
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> Bundle:
+    """Read a bundle without looking at the content of its larger files; see `read_bundle`, errors too."""
     try:
         return _read(Path(directory))
     except OSError as error:
         raise BundleError(f"{directory} can't be read as a bundle: {error}") from None
+
+
+def check_files(bundle: Bundle) -> None:
+    """Raise BundleError unless every file of the bundle is what its manifest says."""
+    try:
+        for name, expected in bundle.manifest.files.items():
+            _check_file(bundle.directory / name, expected)
+    except OSError as error:
+        raise BundleError(f"{bundle.directory} can't be read as a bundle: {error}") from None
+
+
+def _check_file(path: Path, expected: str) -> None:
+    if sha256_of(path) != expected:
+        raise BundleError(f"{path} was changed after the export (its sha256 differs); copy the bundle again")
 
 
 def _read(root: Path) -> Bundle:
@@ -197,14 +218,12 @@ def _read(root: Path) -> Bundle:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         raise BundleError(f"{root / MANIFEST} is not a valid manifest: {error}") from None
-    for name, expected in manifest.files.items():
-        path = root / name
-        if not path.is_file():
+    for name in manifest.files:
+        if not (root / name).is_file():
             raise BundleError(f"{root} lacks {name}, which its manifest lists; copy the bundle again")
-        if sha256_of(path) != expected:
-            raise BundleError(f"{path} was changed after the export (its sha256 differs); copy the bundle again")
     if LABELS not in manifest.files:
         raise BundleError(f"{root / MANIFEST} does not list {LABELS}; export again")
+    _check_file(root / LABELS, manifest.files[LABELS])
     labels = parse_labels((root / LABELS).read_bytes(), source=str(root / LABELS))
     if len(labels) != manifest.labels:
         raise BundleError(f"{root / LABELS} has {len(labels)} labels, the model answers {manifest.labels}")

@@ -58,6 +58,7 @@ class ModelBase(nn.Module):
         self._hooks: dict[str, RemovableHandle] = {}
         self._hook_outputs: dict[str, Tensor] = {}
         self._layer_names: list[str] = []
+        self.tap_pooling: nn.Module | None = None  # reduces tapped layers by name, in an exported copy
         self._batch_axes: dict[str, int] | None = None  # see `fix_batch_axes`
 
     @property
@@ -126,6 +127,8 @@ class ModelBase(nn.Module):
             found = self._extracted(wave, layers, padding_mask, aggregation, freeze_backbone)
         else:
             tapped = self.taps(wave, self.resolve_layers(layers), padding_mask)
+            if self.tap_pooling is not None:
+                tapped = self.tap_pooling(tapped)
             found = concatenate([tapped[name] for name in layers], aggregation)
         return [found] if isinstance(found, Tensor) else list(found)
 

@@ -11,8 +11,8 @@ from typing import NamedTuple, Self, TypedDict
 
 import numpy as np
 
-from avex_serve.bundle import AudioSpec, Bundle, Manifest, ProbeInfo, read_bundle
-from avex_serve.errors import NotFoundError, TensorError, UnsupportedError
+from avex_serve.bundle import AudioSpec, Bundle, Manifest, ProbeInfo, check_files, read_manifest
+from avex_serve.errors import BundleError, NotFoundError, TensorError, UnsupportedError
 from avex_serve.runtime import audio, results
 from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.backend import Backend, open_backend
@@ -287,5 +287,13 @@ def open_bundle(directory: str | os.PathLike[str], device: str = "auto", *, prec
         DependencyError: torch or CUDA is needed and missing.
         InputError: an unknown device or precision.
     """
-    bundle = read_bundle(Path(directory))
-    return Engine(bundle, open_backend(bundle, device, precision))
+    bundle = read_manifest(Path(directory))
+    with ThreadPoolExecutor(1, thread_name_prefix="avex-check") as pool:  # large files take as long as loading them
+        checking = pool.submit(check_files, bundle)
+        try:
+            backend = open_backend(bundle, device, precision)
+        except BundleError:
+            checking.result()  # a changed file is the better reason
+            raise
+        checking.result()
+    return Engine(bundle, backend)

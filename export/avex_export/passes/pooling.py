@@ -8,8 +8,17 @@ from torch import Tensor, nn
 
 from avex_export.passes.transformers import MergedAttention
 from avex_serve.models import beats, eat, efficientnet
+from avex_serve.models.base_model import ModelBase
 from avex_serve.models.layers import BACKBONE
 from avex_serve.models.probes import Probe
+
+# Tapped layers that are no sequences of all tokens.
+_OTHERS = (
+    "backbone.patch_embedding",
+    "backbone.encoder.pos_conv",
+    "backbone.model.local_encoder.proj",
+    "backbone.model.local_encoder",
+)
 
 
 class MeanOverTime(nn.Module):
@@ -24,6 +33,18 @@ class MeanOverTime(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The mean over time, whose axis stays."""
         return self.share @ x
+
+
+class PooledTaps(nn.Module):
+    """Tapped sequences by name (B, T, D), some of them reduced to their mean (B, 1, D)."""
+
+    def __init__(self, tokens: int, layers: Sequence[str]) -> None:
+        super().__init__()
+        self.mean, self.layers = MeanOverTime(tokens), tuple(layers)
+
+    def forward(self, tapped: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same names."""
+        return {name: self.mean(x) if name in self.layers else x for name, x in tapped.items()}
 
 
 class MeanOverLastAxis(nn.Module):
@@ -43,7 +64,7 @@ class FirstToken(nn.Module):
 
 
 def pool_before_tapped_operator(probe: Probe, samples: int) -> bool:
-    """Aggregate, in place, before the operator of the deepest tapped layer, where the pass ends.
+    """Aggregate, in place, before the operator of the deepest tapped layer, where the pass ends, and others at once.
 
     That is BEATs' ``fc2``, EAT's ``attn.proj`` or EfficientNet's last convolution, 1 x 1. The layer that is tapped
     then has one step of time. A mean commutes with any linear operator, the first token with any that looks at
@@ -55,9 +76,11 @@ def pool_before_tapped_operator(probe: Probe, samples: int) -> bool:
     if how not in ("mean", "cls_token"):
         return False
     if isinstance(model, beats.BEATsModel):
-        return _pool_beats(model, layers, how, model.backbone.tokens(samples))
+        tokens = model.backbone.tokens(samples)
+        return _pool_taps(model, layers, how, tokens, _pool_beats(model, layers, how, tokens))
     if isinstance(model, eat.EATModel):
-        return _pool_eat(model, layers, how)
+        tokens = model.cfg.patches + 1
+        return _pool_taps(model, layers, how, tokens, _pool_eat(model, layers, how, tokens))
     if isinstance(model, efficientnet.EfficientNetModel) and how == "mean":
         return _pool_efficientnet(model, layers)
     return False
@@ -75,34 +98,47 @@ class _Then(nn.Module):
         return self.second(self.first(x))
 
 
-def _pool_beats(model: beats.BEATsModel, layers: Sequence[str], how: str, tokens: int) -> bool:
-    block = _last_block(model.backbone.encoder.layers, "backbone.encoder.layers", layers, {"fc2"})
+def _pool_taps(model: ModelBase, layers: Sequence[str], how: str, tokens: int, pooled: str | None) -> bool:
+    """Take the means of the sequences among the layers, but for the one that is pooled already, as products."""
+    sequences = [layer for layer in layers if layer != pooled and layer not in _OTHERS]
+    if how == "mean" and sequences:
+        model.tap_pooling = PooledTaps(tokens, sequences)
+        return True
+    return pooled is not None
+
+
+def _pool_beats(model: beats.BEATsModel, layers: Sequence[str], how: str, tokens: int) -> str | None:
+    """Pool before the last tapped layer, and return its name; None if it can't be."""
+    name, block = _last_block(model.backbone.encoder.layers, "backbone.encoder.layers", layers, {"fc2"})
     if block is None or {BACKBONE, "backbone.encoder", "backbone.encoder.layer_norm"} & set(layers):
-        return False
+        return None
     if how == "mean":
         block.activation = _Then(block.activation, MeanOverTime(tokens))
     else:
         block.fc1 = _Then(FirstToken(), block.fc1)
-    return True
+    return name
 
 
-def _pool_eat(model: eat.EATModel, layers: Sequence[str], how: str) -> bool:
-    block = _last_block(model.backbone.model.blocks, "backbone.model.blocks", layers, {"attn.proj", "attn"})
+def _pool_eat(model: eat.EATModel, layers: Sequence[str], how: str, tokens: int) -> str | None:
+    """As `_pool_beats`."""
+    name, block = _last_block(model.backbone.model.blocks, "backbone.model.blocks", layers, {"attn.proj"})
     if block is None or {BACKBONE, "backbone.model"} & set(layers):
-        return False
+        return None
     attention = block.attn
-    name = "out" if isinstance(attention, MergedAttention) else "proj"
-    pool = MeanOverTime(model.cfg.patches + 1) if how == "mean" else FirstToken()
-    setattr(attention, name, _Then(pool, getattr(attention, name)))
-    return True
+    writer = "out" if isinstance(attention, MergedAttention) else "proj"
+    pool = MeanOverTime(tokens) if how == "mean" else FirstToken()
+    setattr(attention, writer, _Then(pool, getattr(attention, writer)))
+    return name
 
 
-def _last_block(blocks: nn.ModuleList, name: str, layers: Sequence[str], parts: set[str]) -> Any:
-    """The deepest tapped block, if nothing of it is tapped but these parts, else None."""
+def _last_block(blocks: nn.ModuleList, name: str, layers: Sequence[str], parts: set[str]) -> tuple[str | None, Any]:
+    """The tapped layer of the deepest tapped block and the block, if nothing of it is tapped but that; else None."""
     inside = [layer.removeprefix(f"{name}.").partition(".") for layer in layers if layer.startswith(f"{name}.")]
     deepest = max((int(number) for number, _, _ in inside), default=-1)
     tapped = {part for number, _, part in inside if int(number) == deepest}
-    return blocks[deepest] if tapped and tapped <= parts else None
+    if len(tapped) != 1 or not tapped <= parts:
+        return None, None
+    return f"{name}.{deepest}.{tapped.pop()}", blocks[deepest]
 
 
 def _pool_efficientnet(model: efficientnet.EfficientNetModel, layers: Sequence[str]) -> bool:
