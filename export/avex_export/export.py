@@ -33,6 +33,7 @@ from avex_serve.bundle import (
     seal_bundle,
 )
 from avex_serve.errors import ExportError
+from avex_serve.runtime import audio
 from avex_serve.runtime.backend import Backend
 from avex_serve.runtime.onnx_backend import OnnxBackend
 from avex_serve.runtime.torch_backend import TorchBackend
@@ -79,6 +80,8 @@ def export_bundle(
         progress(f"{assembly.model}: {len(assembly.probe.layers)} layers tapped, {len(assembly.labels)} labels")
         if request.int8:
             refuse_unfit(assembly, formats)
+        for path in recordings:
+            audio.decode(path)  # a bad one is told before the work begins
         backends = _write_formats(assembly, folder, formats, without, progress)
         progress("verify against the eager module")
         fields = _fields(assembly, activation)
