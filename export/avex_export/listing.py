@@ -26,7 +26,7 @@ _FORMATS = [
     [
         "onnx --quantize int8",
         "BEATs, EAT",
-        "a second ONNX graph in int8, a quarter the size, gated on held-out clips",
+        "a second ONNX graph in int8, a third of the size, gated on held-out clips",
     ],
 ]
 _NEEDED = (

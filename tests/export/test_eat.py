@@ -88,3 +88,20 @@ def test_a_clip_too_short_is_told(tmp_path, export, eat, labels):
     )
     assert code == 4
     assert "one frame takes 400" in err
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"probe_type": "attention", "aggregation": "none", "num_heads": 4, "attention_dim": 8}], ids=str
+)
+def test_a_probe_that_excludes_what_a_clip_is_filled_up_with(tmp_path, export, trained, fields):
+    probe, folder = trained(extra_config={"exclude_padding": True}, **fields)
+    output = tmp_path / "bundle"
+    code, out, _ = export("--probe", folder, "--output", output, "--clip-seconds", 0.5)
+    assert code == 0, out
+    wave = noise(3, seconds=0.5)
+    with torch.no_grad(), open_bundle(output, "cpu") as engine:
+        features, padding = probe.combine(wave)
+        found = engine.infer(wave.numpy())
+        expected = {"logits": probe.classify(features, padding), "embedding": probe.pool(features, padding)}
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value.numpy(), rtol=0, atol=1e-4 * max(1, value.abs().max()))

@@ -173,6 +173,17 @@ def test_a_copy_is_for_clips_of_one_length(models, name, samples):
     assert_same(embeddings(special, wave), embeddings(probe, wave))
 
 
+@pytest.mark.parametrize("aggregation", ["mean", "none"])
+def test_a_probe_that_leaves_out_what_a_clip_is_filled_up_with_still_does(models, aggregation):
+    head = {} if aggregation == "mean" else {"probe_type": "lstm", "lstm_hidden_size": 8, "num_layers": 1}
+    probe = probe_on(models["eat"], ["last_layer"], aggregation, extra_config={"exclude_padding": True}, **head)
+    special, applied = rewritten(probe)
+    assert "pooling" not in applied
+    assert_same(embeddings(special, noise(2)), embeddings(probe, noise(2)))
+    with torch.no_grad():
+        assert_same(special(noise(2)), probe(noise(2)))
+
+
 @pytest.mark.parametrize("fields", [{}, {"aggregation": "none", "input_processing": "pooled"}], ids=str)
 @pytest.mark.parametrize("name", ["beats", "eat", "efficientnet"])
 def test_the_mean_is_taken_before_the_last_operator(models, name, fields):

@@ -148,8 +148,10 @@ class Probe(nn.Module, ABC):
             )
         # The mask of a layer that is as long as the sequence, to which the others were resized. avex drops a mask
         # of another length, and so do we.
-        fitting = (p for p in paddings if p is not None and features.ndim == 3 and p.shape[1] == features.shape[1])
-        return features, next(fitting, None)
+        # Sizes are no numbers while a graph is traced; clips that a model fills up have one length in all layers.
+        given = [p for p in paddings if p is not None and features.ndim == 3]
+        fitting = given if is_tracing() else [p for p in given if p.shape[1] == features.shape[1]]
+        return features, fitting[0] if fitting else None
 
     def pool(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
         """Mean over time of a sequence (B, T, D) → (B, D), without padded steps if the probe excludes them."""
@@ -209,7 +211,7 @@ class Probe(nn.Module, ABC):
         as_if_alone = mask is not None
         mask = torch.zeros_like(wave, dtype=torch.bool) if mask is None else mask
         expected = tuple(wave.shape) if wave.ndim == 2 else (1, *wave.shape)
-        if tuple(mask.shape) != expected:
+        if not is_tracing() and tuple(mask.shape) != expected:
             raise ValueError(f"padding_mask has shape {tuple(mask.shape)}; expected {expected}, as the waveform")
         with self._gradients():
             tapped = self.base_model.taps(wave, self.layers, mask, as_if_alone=as_if_alone)

@@ -71,6 +71,8 @@ def pool_before_tapped_operator(probe: Probe, samples: int) -> bool:
     tokens one by one.
     """
     model, layers = probe.base_model, probe.layers
+    if model is None or (probe.exclude_padding and model.fills_clips):
+        return False  # the probe leaves steps out of the mean
     pooled = probe.aggregation == "none" and probe.input_processing == "pooled"
     how = "mean" if pooled else probe.aggregation
     if how not in ("mean", "cls_token"):
