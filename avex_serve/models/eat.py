@@ -333,7 +333,7 @@ class EATModel(ModelBase):
         The class token, which hears everything, is not.
         """
         padded = self.front_end.padded_frames(padding_mask)  # (B, frames)
-        padded = padded.unflatten(1, (-1, _PATCH)).all(dim=-1)  # (B, time steps)
+        padded = padded.reshape(padded.shape[0], -1, _PATCH).all(dim=-1)  # (B, time steps)
         return F.pad(padded.repeat_interleave(_BANDS, dim=1), (1, 0), value=False)
 
     def process_audio(self, x: Tensor) -> Tensor:
