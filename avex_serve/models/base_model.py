@@ -174,6 +174,11 @@ class ModelBase(nn.Module):
         return self.audio_config.target_length_seconds * self.audio_config.sample_rate
 
     @property
+    def shortest_samples(self) -> int:
+        """The least samples of a clip that the model can hear; 1 if it isn't known to need more."""
+        return 1
+
+    @property
     def last_layer_name(self) -> str:
         """The layer that ``last_layer`` means."""
         return last_layer(self.get_model_layers())

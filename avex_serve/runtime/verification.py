@@ -74,7 +74,8 @@ def _machine(title: str, machine: Machine) -> str:
 def _check_clips(engine: Engine, case: Case, rows: int) -> Check:
     """The clips through the graph, as one batch in which they come again and again until it has that many rows."""
     which = np.arange(rows) % len(case.input)
-    found = engine.backend.run(case.input[which])
+    mask = None if case.padding_mask is None else case.padding_mask[which]
+    found = engine.backend.run(*engine.graph_inputs(case.input[which], mask))
     eager = {name: value[which] for name, value in case.eager.items()}
     exact = None if case.exact is None else {name: value[which] for name, value in case.exact.items()}
     threshold = None if engine.manifest.activation == "softmax" else 0.0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import avex_serve
 from avex_export.graph import Assembly
+from avex_export.lengths import ERRORS, check_clip, check_mask, shortest_clip
 from avex_export.recipes import Recipe
 from avex_serve.bundle import parse_labels
 from avex_serve.errors import ExportError, NotFoundError
@@ -43,6 +44,8 @@ class Request:
     weights: Path | None = None  # of the head: a file, or a saved probe's folder
     labels: Path | None = None
     clip_seconds: float | None = None
+    dynamic_length: bool = False  # a graph for clips of any length
+    padding_mask: bool = False  # a graph that takes a padding mask too
     offline: bool = False
     input_dim: tuple[int, ...] | None = None  # (D,) or (T, D)
     allow_untrained: bool = False
@@ -82,17 +85,22 @@ def assemble(request: Request) -> Assembly:
             probe, clip_samples, sample_rate = _online_probe(request, entry, saved, source, len(labels))
         if state_file is not None:
             load_head(probe, read_state_dict(resolve_file(str(state_file))), str(state_file))
-    except (ValueError, KeyError, RuntimeError, AssertionError) as error:
-        # What the probe API raises, as avex does, for configurations and weights that don't go together.
+    except ERRORS as error:
         raise ExportError(f"the probe {recipe.name} can't be built on {model}: {error}") from error
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise ExportError(str(error)) from error
+    probe.eval()
+    shortest = None
+    if clip_samples is not None:
+        shortest = shortest_clip(probe, clip_samples) if request.dynamic_length else None
+        if request.padding_mask:
+            check_mask(probe, clip_samples)
     licence = entry.licence
     if request.offline and request.model is None and (saved is None or saved.model is None):
         model, licence = "unknown", "unknown"  # it may have been trained on the embeddings of any backbone
     return Assembly(
         name=recipe.name,
-        probe=probe.eval(),
+        probe=probe,
         labels=labels,
         trained=state_file is not None,
         model=model,
@@ -102,6 +110,8 @@ def assemble(request: Request) -> Assembly:
         clip_samples=clip_samples,
         sample_rate=sample_rate,
         half=request.half,
+        shortest_samples=shortest,
+        masked=request.padding_mask,
     )
 
 
@@ -203,6 +213,7 @@ def _online_probe(
         samples = (saved.target_length if saved is not None else None) or config.target_length or base.clip_samples
     if samples < 1:
         raise ExportError(f"--clip-seconds {request.clip_seconds} is less than one sample; give seconds")
+    check_clip(base, samples, rate)
     probe = build_probe_from_config(config, classes, "cpu", base_model=base, target_length=samples)
     return probe, samples, rate
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from avex_export.assemble import Request, assemble
 from avex_export.card import model_card
-from avex_export.cases import example_batch
+from avex_export.cases import example_inputs
 from avex_export.graph import Assembly, eager_graph, export_graph, half_graph
 from avex_export.int8 import gates
 from avex_export.int8.build import add_int8, refuse_unfit
@@ -109,7 +109,7 @@ def export_bundle(
 def _write_formats(
     assembly: Assembly, folder: Path, formats: Sequence[str], without: Collection[str], progress: Progress
 ) -> dict[str, Backend]:
-    graph, example = export_graph(assembly, without), example_batch(assembly, 2)
+    graph, example = export_graph(assembly, without), example_inputs(assembly, 2)
     names = list(graph.outputs)
     backends: dict[str, Backend] = {}
     if "onnx" in formats:
@@ -118,11 +118,11 @@ def _write_formats(
             graph,
             example,
             folder / ONNX,
-            _input_name(assembly),
+            _input_names(assembly),
             _onnx_metadata(assembly),
             external_data=EXTERNAL_DATA not in without,
         )
-        backends["onnx"] = OnnxBackend(folder / ONNX, _input_name(assembly), names)
+        backends["onnx"] = OnnxBackend(folder / ONNX, _input_names(assembly), names)
     if "torchscript" in formats:
         progress("write TorchScript")
         traced = half_graph(assembly, without) if assembly.half else graph
@@ -153,7 +153,11 @@ def _fields(assembly: Assembly, activation: Activation) -> dict[str, Any]:
     audio = None
     outputs = [{"name": "logits", "shape": (-1, len(assembly.labels))}]
     if assembly.clip_samples is not None:
-        audio = {"sample_rate": assembly.sample_rate, "window_samples": assembly.clip_samples}
+        audio = {
+            "sample_rate": assembly.sample_rate,
+            "window_samples": assembly.clip_samples,
+            "shortest_samples": assembly.shortest_samples,
+        }
         outputs.append({"name": "embedding", "shape": (-1, assembly.probe.input_width)})
     return {
         "name": assembly.name,
@@ -162,7 +166,10 @@ def _fields(assembly: Assembly, activation: Activation) -> dict[str, Any]:
         "checkpoint": assembly.checkpoint,
         "probes": [probe],
         "audio": audio,
-        "inputs": [{"name": _input_name(assembly), "shape": _input_shape(assembly)}],
+        "inputs": [
+            {"name": name, "dtype": dtype, "shape": _input_shape(assembly)}
+            for name, dtype in zip(_input_names(assembly), ("float32", "bool"), strict=False)
+        ],
         "outputs": outputs,
         "half": assembly.half,
         "activation": activation,
@@ -172,13 +179,15 @@ def _fields(assembly: Assembly, activation: Activation) -> dict[str, Any]:
     }
 
 
-def _input_name(assembly: Assembly) -> str:
-    return "embedding" if assembly.clip_samples is None else "waveform"
+def _input_names(assembly: Assembly) -> list[str]:
+    if assembly.clip_samples is None:
+        return ["embedding"]
+    return ["waveform", "padding_mask"] if assembly.masked else ["waveform"]
 
 
 def _input_shape(assembly: Assembly) -> tuple[int, ...]:
     if assembly.clip_samples is not None:
-        return (-1, assembly.clip_samples)
+        return (-1, assembly.clip_samples if assembly.shortest_samples is None else -1)
     (shape,) = assembly.probe.input_dim
     return (-1, -1, shape[-1]) if assembly.probe.takes_sequence else (-1, *shape)
 

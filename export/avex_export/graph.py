@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from avex_export.passes import rewrite
+from avex_export.passes import Clips, rewrite
 from avex_export.passes.half import halve
 from avex_serve.errors import ExportError
 from avex_serve.models.probes import Probe
@@ -27,32 +27,38 @@ class Assembly:
     clip_samples: int | None  # None: the input is embeddings
     sample_rate: int | None
     half: bool = False  # whether the TorchScript graph is in float16
+    shortest_samples: int | None = None  # of a clip, where the graph takes clips of any length from there on
+    masked: bool = False  # whether the graph takes a padding mask beside the clips
 
 
 class AudioGraph(nn.Module):
-    """Waveform (B, S) → logits (B, C) and pooled embedding (B, D): front end, aggregation and head in one."""
+    """Waveform (B, S) → logits (B, C) and pooled embedding (B, D): front end, aggregation and head in one.
+
+    Attributes:
+        any_length: whether clips may have any length.
+    """
 
     outputs = ("logits", "embedding")
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, any_length: bool = False) -> None:
         super().__init__()
-        self.probe = probe
+        self.probe, self.any_length = probe, any_length
         self.passes: tuple[str, ...] = ()  # those that were applied
 
-    def forward(self, waveform: Tensor) -> tuple[Tensor, ...]:
-        """(B, S) → (B, C), (B, D)."""
-        features, padding = self.probe.combine(waveform)
+    def forward(self, waveform: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(B, S) and, if clips are padded, (B, S) bool with True where they are → (B, C), (B, D)."""
+        features, padding = self.probe.combine(waveform, padding_mask)
         return self.probe.classify(features, padding), self.probe.pool(features, padding)
 
 
 class EmbeddingGraph(nn.Module):
-    """Embedding (B, D) or (B, T, D) → logits (B, C)."""
+    """Embedding (B, D) or (B, T, D) → logits (B, C); sequences may have any length."""
 
     outputs = ("logits",)
 
     def __init__(self, probe: Probe) -> None:
         super().__init__()
-        self.probe = probe
+        self.probe, self.any_length = probe, probe.takes_sequence
         self.passes: tuple[str, ...] = ()
 
     def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
@@ -65,18 +71,23 @@ Graph = AudioGraph | EmbeddingGraph
 
 def eager_graph(assembly: Assembly) -> Graph:
     """The graph as the probe itself computes it: what every format is compared to."""
-    graph = EmbeddingGraph if assembly.clip_samples is None else AudioGraph
-    return graph(assembly.probe).eval()
+    return _graph(assembly, assembly.probe).eval()
 
 
 def export_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
     """A copy of the graph, rewritten by all passes but those left out; see `avex_export.passes`."""
     probe = copy.deepcopy(assembly.probe).eval()
-    kind = EmbeddingGraph if assembly.clip_samples is None else AudioGraph
-    graph = kind(probe)
+    graph = _graph(assembly, probe)
     if assembly.clip_samples is not None:
-        graph.passes = tuple(rewrite(probe, assembly.clip_samples, without))
+        clips = Clips(assembly.clip_samples, assembly.shortest_samples is not None, assembly.masked)
+        graph.passes = tuple(rewrite(probe, clips, without))
     return graph.eval().requires_grad_(False)
+
+
+def _graph(assembly: Assembly, probe: Probe) -> Graph:
+    if assembly.clip_samples is None:
+        return EmbeddingGraph(probe)
+    return AudioGraph(probe, any_length=assembly.shortest_samples is not None)
 
 
 def half_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:

@@ -11,7 +11,7 @@ from avex_export.int8 import gates
 from avex_export.int8.clips import built_in, from_recordings
 from avex_export.int8.products import Int8Linear, quantise
 from avex_export.int8.rounding import compensated, nearest, steps
-from avex_export.passes import rewrite
+from avex_export.passes import Clips, rewrite
 from avex_serve import open_bundle
 from avex_serve.bundle import read_bundle
 from avex_serve.configs import ProbeConfig
@@ -96,7 +96,7 @@ def test_a_rounded_model_answers_nearly_as_before(name, layers):
     model = with_outliers(MODELS[name]())
     config = ProbeConfig(target_layers=list(layers), aggregation="mean")
     probe = build_probe_from_config(config, 5, "cpu", base_model=model).eval()
-    rewrite(probe, RATE)
+    rewrite(probe, Clips(RATE))
     clips = built_in(RATE, RATE)
     heard, asked = torch.from_numpy(clips.calibration), torch.from_numpy(clips.held_out)
     with torch.no_grad():
@@ -181,8 +181,8 @@ def test_the_graph_computes_what_the_calibration_did(tmp_path, model, labels):
     request = Request(find_recipe("linear_all"), str(model), labels=labels, allow_untrained=True)
     graph = export_graph(assemble(request))
     assert quantise(graph.probe, noise(4)) == 7  # of eight, one is behind the pooling
-    write_onnx(graph, noise(2), tmp_path / "int8.onnx", "waveform", {})
-    backend = OnnxBackend(tmp_path / "int8.onnx", "waveform", ["logits", "embedding"])
+    write_onnx(graph, [noise(2)], tmp_path / "int8.onnx", ["waveform"], {})
+    backend = OnnxBackend(tmp_path / "int8.onnx", ["waveform"], ["logits", "embedding"])
     for clip in (noise(1, seed=3), torch.zeros(1, RATE)):
         with torch.no_grad():
             expected = dict(zip(graph.outputs, graph(clip), strict=True))

@@ -7,6 +7,7 @@ they are applied: later ones build on what earlier ones left.
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from avex_export.passes.clips import Clips
 from avex_export.passes.efficientnet import fold_batch_norms, fold_image_channels
 from avex_export.passes.lowering import lower
 from avex_export.passes.pooling import pool_before_tapped_operator
@@ -22,7 +23,7 @@ class Pass:
 
     name: str
     summary: str
-    apply: Callable[[Probe, int], bool]  # (a probe, samples of a clip) → whether there was anything to do
+    apply: Callable[[Probe, Clips], bool]  # → whether there was anything to do
 
 
 PASSES = (
@@ -49,19 +50,19 @@ SUMMARIES = {each.name: each.summary for each in PASSES} | {
 }
 
 
-def rewrite(probe: Probe, samples: int, without: Collection[str] = ()) -> list[str]:
-    """Make a copy of a probe fit for export, in place, for clips of so many samples.
+def rewrite(probe: Probe, clips: Clips, without: Collection[str] = ()) -> list[str]:
+    """Make a copy of a probe fit for export, in place.
 
     Args:
         probe: a copy, in eval mode; it can't be trained or saved any more.
-        samples: of a clip.
+        clips: that the graph will take.
         without: names of passes to leave out.
 
     Returns:
         The names of the passes that had anything to do.
     """
-    lower(probe, samples)
-    return [each.name for each in PASSES if each.name not in without and each.apply(probe, samples)]
+    lower(probe, clips)
+    return [each.name for each in PASSES if each.name not in without and each.apply(probe, clips)]
 
 
-__all__ = ["EXTERNAL_DATA", "PASSES", "SUMMARIES", "Pass", "rewrite"]
+__all__ = ["EXTERNAL_DATA", "PASSES", "SUMMARIES", "Clips", "Pass", "rewrite"]

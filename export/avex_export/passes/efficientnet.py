@@ -4,11 +4,12 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from avex_export.passes.clips import Clips
 from avex_serve.models.efficientnet import ConvNorm, EfficientNetModel
 from avex_serve.models.probes import Probe
 
 
-def fold_batch_norms(probe: Probe, samples: int) -> bool:
+def fold_batch_norms(probe: Probe, clips: Clips) -> bool:
     """Fold each batch norm into its convolution; one before which the convolution is tapped stays."""
     model = probe.base_model
     if not isinstance(model, EfficientNetModel):
@@ -23,7 +24,7 @@ def fold_batch_norms(probe: Probe, samples: int) -> bool:
     return True
 
 
-def fold_image_channels(probe: Probe, samples: int) -> bool:
+def fold_image_channels(probe: Probe, clips: Clips) -> bool:
     """Give the first convolution the spectrogram once, with its weights summed, instead of three times."""
     model = probe.base_model
     if not isinstance(model, EfficientNetModel):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avex_export.passes.clips import Clips
 from avex_export.passes.transformers import MergedAttention
 from avex_serve.models import beats, eat, efficientnet
 from avex_serve.models.base_model import ModelBase
@@ -24,21 +25,23 @@ _OTHERS = (
 class MeanOverTime(nn.Module):
     """(B, T, D) → (B, 1, D) as a product, which is faster than a mean along an inner axis."""
 
-    share: Tensor  # (1, T)
+    share: Tensor | None  # (1, T), or None of clips of any length
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int | None) -> None:
         super().__init__()
-        self.register_buffer("share", torch.full((1, tokens), 1.0 / tokens))
+        self.register_buffer("share", None if tokens is None else torch.full((1, tokens), 1.0 / tokens))
 
     def forward(self, x: Tensor) -> Tensor:
         """The mean over time, whose axis stays."""
-        return self.share @ x
+        if self.share is not None:
+            return self.share @ x
+        return torch.ones_like(x[:1, :, 0]) @ x / x.shape[1]
 
 
 class PooledTaps(nn.Module):
     """Tapped sequences by name (B, T, D), some of them reduced to their mean (B, 1, D)."""
 
-    def __init__(self, tokens: int, layers: Sequence[str]) -> None:
+    def __init__(self, tokens: int | None, layers: Sequence[str]) -> None:
         super().__init__()
         self.mean, self.layers = MeanOverTime(tokens), tuple(layers)
 
@@ -63,7 +66,7 @@ class FirstToken(nn.Module):
         return x[:, :1]
 
 
-def pool_before_tapped_operator(probe: Probe, samples: int) -> bool:
+def pool_before_tapped_operator(probe: Probe, clips: Clips) -> bool:
     """Aggregate, in place, before the operator of the deepest tapped layer, where the pass ends, and others at once.
 
     That is BEATs' ``fc2``, EAT's ``attn.proj`` or EfficientNet's last convolution, 1 x 1. The layer that is tapped
@@ -71,14 +74,14 @@ def pool_before_tapped_operator(probe: Probe, samples: int) -> bool:
     tokens one by one.
     """
     model, layers = probe.base_model, probe.layers
-    if model is None or (probe.exclude_padding and model.fills_clips):
+    if model is None or (probe.exclude_padding and (model.fills_clips or clips.masked)):
         return False  # the probe leaves steps out of the mean
     pooled = probe.aggregation == "none" and probe.input_processing == "pooled"
     how = "mean" if pooled else probe.aggregation
     if how not in ("mean", "cls_token"):
         return False
     if isinstance(model, beats.BEATsModel):
-        tokens = model.backbone.tokens(samples)
+        tokens = None if clips.any_length else model.backbone.tokens(clips.samples)
         return _pool_taps(model, layers, how, tokens, _pool_beats(model, layers, how, tokens))
     if isinstance(model, eat.EATModel):
         tokens = model.cfg.patches + 1
@@ -100,7 +103,7 @@ class _Then(nn.Module):
         return self.second(self.first(x))
 
 
-def _pool_taps(model: ModelBase, layers: Sequence[str], how: str, tokens: int, pooled: str | None) -> bool:
+def _pool_taps(model: ModelBase, layers: Sequence[str], how: str, tokens: int | None, pooled: str | None) -> bool:
     """Take the means of the sequences among the layers, but for the one that is pooled already, as products."""
     sequences = [layer for layer in layers if layer != pooled and layer not in _OTHERS]
     if how == "mean" and sequences:
@@ -109,7 +112,7 @@ def _pool_taps(model: ModelBase, layers: Sequence[str], how: str, tokens: int, p
     return pooled is not None
 
 
-def _pool_beats(model: beats.BEATsModel, layers: Sequence[str], how: str, tokens: int) -> str | None:
+def _pool_beats(model: beats.BEATsModel, layers: Sequence[str], how: str, tokens: int | None) -> str | None:
     """Pool before the last tapped layer, and return its name; None if it can't be."""
     name, block = _last_block(model.backbone.encoder.layers, "backbone.encoder.layers", layers, {"fc2"})
     if block is None or {BACKBONE, "backbone.encoder", "backbone.encoder.layer_norm"} & set(layers):

@@ -8,11 +8,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from avex_export.passes.clips import Clips
 from avex_serve.models.frontends import FramePower, KaldiFbank, Spectrogram
 from avex_serve.models.probes import Probe
 
 
-def fold_front_end(probe: Probe, samples: int) -> bool:
+def fold_front_end(probe: Probe, clips: Clips) -> bool:
     """See `FoldedFramePower`."""
     parts = [part for part in probe.modules() if isinstance(part, KaldiFbank)]
     for part in parts:
@@ -21,7 +22,7 @@ def fold_front_end(probe: Probe, samples: int) -> bool:
     return bool(parts)
 
 
-def fold_fourier_transform(probe: Probe, samples: int) -> bool:
+def fold_fourier_transform(probe: Probe, clips: Clips) -> bool:
     """See `FoldedPower`; a transform of odd length has no fold."""
     parts = [part for part in probe.modules() if isinstance(part, Spectrogram) and part.n_fft % 2 == 0]
     for part in parts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from avex_export.passes.clips import Clips
 from avex_serve.models import beats, eat
 from avex_serve.models.layers import BACKBONE, Taps
 from avex_serve.models.probes import Probe
@@ -15,7 +16,7 @@ from avex_serve.models.probes import Probe
 _PROJECTIONS = (".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj", ".attn.qkv")
 
 
-def bake_position_bias(probe: Probe, samples: int) -> bool:
+def bake_position_bias(probe: Probe, clips: Clips) -> bool:
     """Make constants of BEATs' relative position bias and of the kernel of its positional convolution."""
     model = probe.base_model
     if not isinstance(model, beats.BEATsModel):
@@ -23,17 +24,52 @@ def bake_position_bias(probe: Probe, samples: int) -> bool:
     encoder = model.backbone.encoder
     # Not by remove_parametrizations, which breaks the modules that this one was copied from.
     encoder.pos_conv[0] = _plain_convolution(encoder.pos_conv[0])
-    with torch.no_grad():
-        bias = encoder.position_bias(model.backbone.tokens(samples))
-    del encoder.fixed_position_bias
-    encoder.register_buffer("fixed_position_bias", None if bias is None else bias.contiguous(), persistent=False)
+    baked = BiasByDistance(encoder) if clips.any_length else FixedBias(encoder, model.backbone.tokens(clips.samples))
+    encoder.baked_position_bias = baked
     for block in encoder.layers:
         assert isinstance(block, beats.Block)
         block.self_attn.relative_attention_bias = None
     return True
 
 
-def merge_projections(probe: Probe, samples: int) -> bool:
+class FixedBias(nn.Module):
+    """The bias of the attention of clips of one length."""
+
+    bias: Tensor | None  # (1, heads, T, T)
+
+    def __init__(self, encoder: beats.Encoder, tokens: int) -> None:
+        super().__init__()
+        with torch.no_grad():
+            bias = encoder.position_bias(torch.empty(1, tokens, 1))
+        self.register_buffer("bias", None if bias is None else bias.contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """(B, T, D) → (1, heads, T, T); None without positions."""
+        return self.bias
+
+
+class BiasByDistance(nn.Module):
+    """The bias of the attention of clips of any length, looked up by the distance between tokens."""
+
+    table: Tensor | None  # (heads, 2 * furthest + 1), from the most behind to the most ahead
+
+    def __init__(self, encoder: beats.Encoder) -> None:
+        super().__init__()
+        # From there on all distances share a bucket.
+        self.furthest = encoder.cfg.max_distance
+        with torch.no_grad():
+            biases = encoder.bias_of(torch.arange(-self.furthest, self.furthest + 1))
+        self.register_buffer("table", None if biases is None else biases.T.contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """(B, T, D) → (1, heads, T, T); None without positions."""
+        if self.table is None:
+            return None
+        distances = beats.relative_distances(x).clamp(-self.furthest, self.furthest) + self.furthest
+        return self.table[:, distances][None]
+
+
+def merge_projections(probe: Probe, clips: Clips) -> bool:
     """See `MergedAttention`; attention whose projections are tapped stays as it is."""
     model = probe.base_model
     if isinstance(model, beats.BEATsModel):
@@ -55,7 +91,7 @@ def merge_projections(probe: Probe, samples: int) -> bool:
     return merged
 
 
-def fold_norms(probe: Probe, samples: int) -> bool:
+def fold_norms(probe: Probe, clips: Clips) -> bool:
     """Fold DeepNorm's scale of the residuals, and the biases that are added to them, into the layer norms.
 
     A norm gives alpha * x + b instead of x, where b is the bias of the branch that is added to it; what else reads
@@ -134,7 +170,7 @@ class BEATsAttention(MergedAttention):
             update, reset = gates.sigmoid().transpose(1, 2)[..., None].chunk(2, dim=1)  # (B, heads, T, 1)
             bias = (update * (reset * self.gate - 1.0) + 2.0) * bias
         if padding is not None:
-            hidden = torch.zeros(padding.shape, dtype=x.dtype, device=x.device).masked_fill(padding, -torch.inf)
+            hidden = torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, -torch.inf)
             hidden = hidden[:, None, None, :]
             bias = hidden if bias is None else bias + hidden
         output = self.out(self.attend(query, key, value, bias))

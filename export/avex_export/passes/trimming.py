@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from avex_export.passes.clips import Clips
 from avex_serve.models.beats import BEATsModel
 from avex_serve.models.eat import EATModel
 from avex_serve.models.efficientnet import Bottleneck, ConvNorm, EfficientNetModel
@@ -11,7 +12,7 @@ from avex_serve.models.layers import BACKBONE
 from avex_serve.models.probes import Probe
 
 
-def drop_dead_layers(probe: Probe, samples: int) -> bool:
+def drop_dead_layers(probe: Probe, clips: Clips) -> bool:
     """Drop, in place, classifiers and what comes after the deepest tapped layer."""
     model, layers = probe.base_model, probe.layers
     if isinstance(model, BEATsModel):
