@@ -177,6 +177,9 @@ def test_refuses_an_unknown_schema_version(tmp_path, audio_bundle, version):
     refuses(folder, f"schema version {version!r}", "reads 1")
 
 
+WAVEFORM = {"name": "waveform", "shape": [-1, WINDOW]}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -198,6 +201,19 @@ def test_refuses_an_unknown_schema_version(tmp_path, audio_bundle, version):
         ({"inputs": []}, "inputs"),
         ({"inputs": [{"name": "waveform", "shape": [-1, 800]}]}, "windows of 1600"),
         ({"inputs": [{"name": "waveform", "shape": [-1, WINDOW], "dtype": "int8"}]}, "dtype"),
+        ({"inputs": [{"name": "waveform", "shape": [-1, -1]}]}, "not (-1, 1600), for windows of 1600"),
+        ({"inputs": [WAVEFORM, WAVEFORM]}, "a second one is a bool mask"),
+        ({"inputs": [{**WAVEFORM, "dtype": "bool"}]}, "a second one is a bool mask"),
+        ({"inputs": [WAVEFORM, {"name": "padding_mask", "shape": [-1, 800], "dtype": "bool"}]}, "their shape"),
+        ({"inputs": [WAVEFORM, *[{**WAVEFORM, "dtype": "bool"}] * 2]}, "inputs"),
+        ({"audio": {"sample_rate": 16000, "window_samples": WINDOW, "shortest_samples": 9}}, "not (-1, -1)"),
+        (
+            {
+                "audio": {"sample_rate": 16000, "window_samples": WINDOW, "shortest_samples": WINDOW + 1},
+                "inputs": [{"name": "waveform", "shape": [-1, -1]}],
+            },
+            "shorter than the shortest clip",
+        ),
         ({"audio": {"sample_rate": 0, "window_samples": WINDOW}}, "sample_rate"),
         ({"audio": {"sample_rate": 16000, "window_samples": WINDOW, "resampler": "linear"}}, "resampler"),
         ({"embedding_fingerprint": "abc"}, "embedding_fingerprint"),
