@@ -11,13 +11,16 @@ from avex_export.passes import PASSES, Clips, rewrite
 from avex_serve import open_bundle
 from avex_serve.bundle import read_bundle
 from avex_serve.cli import main as serve
-from avex_serve.configs import ProbeConfig
+from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
 from avex_serve.errors import TensorError
+from avex_serve.models.base_model import ModelBase
 from avex_serve.models.probes import build_probe_from_config, save_probe
+from avex_serve.models.utils import registry
 from tests.export.conftest import LABELS
 from tests.export.test_export import only_keep
 from tests.models.backbones import RATE, effnet, effnet_spec, noise, tiny_beats, tiny_eat, tiny_eat_spec, write_model
 
+AUDIO = AudioConfig(sample_rate=RATE, representation="raw", target_length_seconds=1)
 PATCH = 2800  # samples of one patch of BEATs
 SPECTRUM = 401  # samples that EfficientNet's spectrogram takes, one more than it reflects
 HEADS = {"num_heads": 2, "attention_dim": 8, "num_layers": 1}
@@ -237,3 +240,90 @@ def test_a_pt2_program_is_bound_to_lengths(export):
     code, _, err = export("--probe", "linear_last", "--dynamic-length", "--format", "pt2")
     assert code == 2
     assert "--dynamic-length is for ONNX and TorchScript" in err
+
+
+class Hops(ModelBase):
+    """A network of one's own, for clips of any length from a frame of 25 ms on."""
+
+    name = "hops"
+
+    def __init__(self, device="cpu", audio_config=None):
+        super().__init__(device=device, audio_config=audio_config)
+        self.frames = torch.nn.Conv1d(1, 8, 400, stride=160)
+        self.mix = torch.nn.Linear(8, 6)
+
+    def forward(self, x):
+        return self.mix(self.frames(x[:, None]).transpose(1, 2))
+
+
+class Late(Hops):
+    """One that looks for something far into the clip."""
+
+    name = "late"
+
+    def forward(self, x):
+        return super().forward(x) + x[:, 9000, None, None]
+
+
+class Steps(ModelBase):
+    """One for clips of whole steps of 1000 samples, which honours a mask."""
+
+    name = "steps"
+
+    def __init__(self, device="cpu", audio_config=None):
+        super().__init__(device=device, audio_config=audio_config)
+        self.embed, self.mix = torch.nn.Linear(1000, 8), torch.nn.Linear(8, 6)
+
+    def forward(self, x, padding_mask=None):
+        steps = self.embed(x.unflatten(1, (-1, 1000)))
+        if padding_mask is not None:
+            steps = steps.masked_fill(padding_mask.unflatten(1, (-1, 1000)).all(dim=-1, keepdim=True), 0)
+        return self.mix(steps)
+
+
+@pytest.fixture
+def own(export, labels, tmp_path, monkeypatch):
+    """Export a random head on a class, a network of one's own."""
+
+    def run(cls, *options):
+        monkeypatch.setattr(registry, "_MODEL_CLASSES", registry._MODEL_CLASSES | {cls.name: cls})
+        torch.manual_seed(0)
+        write_model(tmp_path / "own.yml", cls(audio_config=AUDIO), ModelSpec(name=cls.name, audio_config=AUDIO))
+        arguments = ["--probe", "linear_last", "--model", tmp_path / "own.yml", "--labels", labels]
+        return export(*arguments, "--allow-untrained", "--output", tmp_path / "bundle", *options)
+
+    return run
+
+
+def test_a_network_of_ones_own_for_clips_of_any_length(tmp_path, own):
+    code, out, _ = own(Hops, "--dynamic-length")
+    assert code == 0
+    assert "✗" not in out
+    assert read_bundle(tmp_path / "bundle").manifest.audio.shortest_samples == 400
+    with open_bundle(tmp_path / "bundle") as engine:
+        short = engine.score(noise(1)[0, :5000].numpy(), RATE).scores
+        assert np.abs(short - engine.score(noise(1)[0].numpy(), RATE).scores).max() > 1e-4
+
+
+def test_a_network_of_ones_own_that_honours_a_mask(own):
+    code, out, _ = own(Steps, "--padding-mask")
+    assert code == 0
+    assert "✗" not in out
+    assert "padded clips" in out
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (Steps, ["--dynamic-length"], "clips of 16000 samples, but not of 1001: .*; give --clip-seconds"),
+        (Hops, ["--padding-mask"], "Hops doesn't take one"),
+        (Late, ["--clip-seconds", "0.5"], "index 9000 is out of bounds"),
+        (Hops, ["--clip-seconds", "0.02"], "Kernel size can't be greater than actual input size"),
+    ],
+    ids=str,
+)
+def test_what_a_network_of_ones_own_cannot_is_told_with_its_error(tmp_path, own, cls, options, message):
+    code, _, err = own(cls, *options)
+    assert code == 4
+    assert re.search(message, err), err
+    assert not (tmp_path / "bundle").exists()
