@@ -35,7 +35,8 @@ class MeanOverTime(nn.Module):
         """The mean over time, whose axis stays."""
         if self.share is not None:
             return self.share @ x
-        return torch.ones_like(x[:1, :, 0]) @ x / x.shape[1]
+        # Shares, not a sum that is divided: that would overflow in half precision.
+        return (torch.ones_like(x[:1, :, 0]) / x.shape[1]) @ x
 
 
 class PooledTaps(nn.Module):
