@@ -9,7 +9,8 @@ The model takes the input that its manifest names first, in one of two forms:
 Where the manifest has a second input, ``padding_mask``, it may come with FP32: BOOL of the same shape, true where a
 clip is padded. Without it nothing is.
 
-It answers the outputs of the manifest and ``scores`` (the logits after the activation), one row a window. For BYTES
+It answers the outputs of the manifest and, of each probe, ``scores`` (the logits after the activation; NAME.scores
+beside NAME.logits where there are several), one row a window. For BYTES
 the rows of all recordings follow one another, and the response parameter ``windows`` holds a JSON list of how many
 rows each recording has, e.g. ``"[3, 1]"``. Request parameters: ``overlap`` in seconds (for BYTES) and ``probe``;
 others are ignored, since clients add their own.
@@ -33,7 +34,6 @@ SERVER: Final = "avex-serve"
 FP32: Final = "FP32"
 BYTES: Final = "BYTES"
 BOOL: Final = "BOOL"
-SCORES: Final = "scores"
 # Names as Triton gives them, where it has one.
 PLATFORMS: Final = {"onnx": "onnxruntime_onnx", "torchscript": "pytorch_libtorch"}
 _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
@@ -121,12 +121,13 @@ class Model:
         """What the model takes and answers."""
         manifest = self._engine.manifest
         outputs = [TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.outputs]
+        scores = [TensorMetadata(p.scores, FP32, manifest.output(p.logits).shape) for p in manifest.probes]
         return ModelMetadata(
             name=self.name,
             versions=(self.version,),
             platform=PLATFORMS[self._engine.backend.format],
             inputs=tuple(TensorMetadata(spec.name, _DATATYPES[spec.dtype], spec.shape) for spec in manifest.inputs),
-            outputs=(*outputs, TensorMetadata(SCORES, FP32, manifest.output("logits").shape)),
+            outputs=(*outputs, *scores),
         )
 
     def infer(self, request: InferRequest) -> InferAnswer:
@@ -137,7 +138,8 @@ class Model:
             NotFoundError: no such probe.
             UnsupportedError: recordings for a bundle that takes embeddings.
         """
-        self._engine.probe(request.parameters.probe)
+        if request.parameters.probe is not None:
+            self._engine.probe(request.parameters.probe)
         wanted = self._wanted(request.outputs)
         tensor, mask = self._inputs(request.inputs)
         parameters: dict[str, str] = {}
@@ -146,7 +148,8 @@ class Model:
             parameters["windows"] = json.dumps(windows)
         else:
             outputs = self._engine.infer(tensor.data.reshape(tensor.shape), mask)
-        outputs[SCORES] = activate(outputs["logits"], self._engine.manifest.activation)
+        for probe in self._engine.manifest.probes:
+            outputs[probe.scores] = activate(outputs[probe.logits], probe.activation)
         return InferAnswer({name: outputs[name] for name in wanted}, parameters)
 
     def _wanted(self, names: list[str]) -> list[str]:
@@ -190,7 +193,7 @@ class Model:
             raise TensorError("no recordings; send at least one element")
         answers = [self._engine.infer_recording(*decode(recording), overlap=overlap) for recording in recordings]
         outputs = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
-        return outputs, [len(answer["logits"]) for answer in answers]
+        return outputs, [len(next(iter(answer.values()))) for answer in answers]
 
 
 def server_metadata() -> dict[str, Any]:

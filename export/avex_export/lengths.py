@@ -1,9 +1,10 @@
 """Which clips a probe can hear: how short they may be, whether any longer ones, and whether padded ones."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from avex_export.graph import AudioGraph
 from avex_serve.errors import ExportError
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.efficientnet import EfficientNetModel
@@ -24,16 +25,27 @@ def check_clip(model: ModelBase, samples: int, rate: int) -> None:
         )
 
 
-def shortest_clip(probe: Probe, samples: int) -> int:
-    """Samples of the shortest clip from which on a probe answers clips of any length.
+def shortest_clip(probes: Sequence[Probe], samples: int, headless: bool) -> int:
+    """Samples of the shortest clip from which on probes answer clips of any length.
 
     Args:
-        probe: in eval mode.
-        samples: of a clip that it answers.
+        probes: in eval mode.
+        samples: of a clip that they answer.
+        headless: whether what their heads read is answered, too.
 
     Raises:
-        ExportError: it doesn't.
+        ExportError: they don't.
     """
+    for probe in probes:
+        if headless and probe.takes_sequence:
+            raise ExportError(
+                "--dynamic-length: the embeddings that are answered would be sequences of any length; give "
+                "--clip-seconds instead, or export embeddings that are aggregated"
+            )
+    return max(_shortest_of(probe, samples) for probe in probes)
+
+
+def _shortest_of(probe: Probe, samples: int) -> int:
     model = probe.base_model
     assert model is not None
     if model.fills_clips:
@@ -56,14 +68,23 @@ def shortest_clip(probe: Probe, samples: int) -> int:
     return shortest
 
 
-def check_mask(probe: Probe, samples: int) -> None:
-    """Raise ExportError unless a padding mask makes a difference to what a probe answers to clips of some length."""
-    model = probe.base_model
+def check_mask(probes: Sequence[Probe], samples: int) -> None:
+    """Raise ExportError unless a padding mask makes a difference to what probes answer to clips of some length."""
+    model = probes[0].base_model
     assert model is not None
     if isinstance(model, EfficientNetModel):
         raise ExportError(
             "--padding-mask: EfficientNet has no use for one, its convolutions hear every sample; leave it out"
         )
+    heard = [_hears_mask(probe, samples) for probe in probes]
+    if not any(heard):
+        raise ExportError(
+            f"--padding-mask: it makes no difference to a probe on {_name(model)}; leave it out, or build the "
+            'probe with extra_config {"exclude_padding": true}'
+        )
+
+
+def _hears_mask(probe: Probe, samples: int) -> bool:
     if isinstance(probe, LSTMProbe) and probe.exclude_padding:
         raise ExportError(
             "--padding-mask: an LSTM that excludes padding packs its sequences, which no graph can; leave it out"
@@ -75,12 +96,9 @@ def check_mask(probe: Probe, samples: int) -> None:
     padded = _answer(probe, clip, mask)
     if isinstance(whole, str) or isinstance(padded, str):
         why = whole if isinstance(whole, str) else padded
-        raise ExportError(f"--padding-mask: {_name(model)} doesn't take one ({why}); leave it out")
-    if all(torch.equal(one, other) for one, other in zip(whole, padded, strict=True)):
-        raise ExportError(
-            f"--padding-mask: it makes no difference to this probe on {_name(model)}; leave it out, or build the "
-            'probe with extra_config {"exclude_padding": true}'
-        )
+        assert probe.base_model is not None
+        raise ExportError(f"--padding-mask: {_name(probe.base_model)} doesn't take one ({why}); leave it out")
+    return not all(torch.equal(one, other) for one, other in zip(whole, padded, strict=True))
 
 
 def _found_by_trying(probe: Probe, samples: int) -> int:
@@ -103,7 +121,8 @@ def _refusal(probe: Probe, samples: int) -> str | None:
 @torch.no_grad()
 def _answer(probe: Probe, clip: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...] | str:
     try:
-        return AudioGraph(probe).eval().forward(clip, mask)
+        features, padding = probe.combine(clip, mask)
+        return probe.classify(features, padding), probe.pool(features, padding)
     except ERRORS as error:
         return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".;")
 

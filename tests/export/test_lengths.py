@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from avex_export.passes import PASSES, Clips, rewrite
+from avex_export.passes import PASSES, Target, rewrite
 from avex_serve import open_bundle
 from avex_serve.bundle import read_bundle
 from avex_serve.cli import main as serve
@@ -179,7 +179,7 @@ def test_every_pass_can_be_left_out_of_clips_of_any_length(backbones, name):
     waves = [noise(2, seconds=seconds) for seconds in (0.2, 0.7, 2.3)]
     for without in [(), *([each.name] for each in PASSES), [each.name for each in PASSES]]:
         special = copy.deepcopy(probe)
-        rewrite(special, Clips(RATE, any_length=True), without)
+        rewrite(Target((special,), RATE, any_length=True), without)
         with torch.no_grad():
             for wave in waves:
                 torch.testing.assert_close(special(wave), probe(wave), rtol=0, atol=1e-4)
@@ -187,7 +187,7 @@ def test_every_pass_can_be_left_out_of_clips_of_any_length(backbones, name):
 
 REFUSED = [
     ("eat", {}, ["--dynamic-length"], "EAT cuts or fills every clip to one length itself"),
-    ("eat", {}, ["--padding-mask"], 'no difference to this probe on EAT; .*{"exclude_padding": true}'),
+    ("eat", {}, ["--padding-mask"], 'no difference to a probe on EAT; .*{"exclude_padding": true}'),
     ("efficientnet", {}, ["--padding-mask"], "EfficientNet has no use for one"),
     (
         "beats",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from avex_export.passes import PASSES, Clips, rewrite
+from avex_export.passes import PASSES, Target, rewrite
 from avex_export.passes.pooling import MeanOverLastAxis, MeanOverTime
 from avex_serve.configs import AudioConfig, ProbeConfig
 from avex_serve.models.base_model import ModelBase
@@ -45,12 +45,9 @@ def probe_on(model, layers, aggregation="mean", **fields):
     return build_probe_from_config(config, 5, "cpu", base_model=model).eval()
 
 
-SECOND = Clips(RATE)
-
-
-def rewritten(probe, clips=SECOND, without=()):
+def rewritten(probe, samples=RATE, without=()):
     special = copy.deepcopy(probe)
-    return special, rewrite(special, clips, without)
+    return special, rewrite(Target((special,), samples), without)
 
 
 def assert_same(found, expected, **message):
@@ -171,7 +168,7 @@ def test_what_the_layers_do_not_need_is_left_out(models, case, left):
 @pytest.mark.parametrize("name", ["beats", "eat", "efficientnet"])
 def test_a_copy_is_for_clips_of_one_length(models, name, samples):
     probe = probe_on(models[name], ["last_layer"], target_length=samples)
-    special, _ = rewritten(probe, Clips(samples))
+    special, _ = rewritten(probe, samples)
     wave = noise(3, seconds=samples / RATE)
     assert_same(embeddings(special, wave), embeddings(probe, wave))
 
