@@ -327,3 +327,29 @@ def test_what_a_network_of_ones_own_cannot_is_told_with_its_error(tmp_path, own,
     assert code == 4
     assert re.search(message, err), err
     assert not (tmp_path / "bundle").exists()
+
+
+def test_several_probes_hear_masked_clips_of_any_length_each_in_its_way(tmp_path, export, trained):
+    probes, folders = [], []
+    for name, fields in (("plain", {}), ("excluding", EXCLUDE)):
+        probe, folder = trained("beats", **fields)
+        probes.append(probe)
+        folders += ["--probe", folder.rename(tmp_path / name)]
+    code, out, _ = export(
+        *folders, *("--output", tmp_path / "bundle", "--dynamic-length", "--padding-mask", "--format", "onnx")
+    )
+    assert code == 0
+    assert "✗" not in out
+    wave, mask = noise(3, seconds=0.75), suffix_mask(12000, 12000, 7000, 3000)
+    with torch.no_grad(), open_bundle(tmp_path / "bundle") as engine:
+        found = engine.infer(wave.numpy(), mask.numpy())
+        for name, probe in zip(("plain", "excluding"), probes, strict=True):
+            np.testing.assert_allclose(found[f"{name}.logits"], probe(wave, mask), rtol=0, atol=1e-4)
+
+
+def test_sequences_are_no_embeddings_of_clips_of_any_length(tmp_path, export, trained):
+    _, folder = trained("beats", "lstm", aggregation="none", **SMALL)
+    arguments = ["--embeddings", "--probe", folder, "--output", tmp_path / "bundle", "--dynamic-length"]
+    code, _, err = export(*arguments)
+    assert code == 4
+    assert "would be sequences of any length" in err
