@@ -57,7 +57,7 @@ class TensorSpec(_Strict):
     """Name, type and shape of an input or output; -1 marks a dynamic dimension."""
 
     name: str
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "bool"] = "float32"
     shape: tuple[int, ...] = Field(min_length=1)
 
 
@@ -66,6 +66,9 @@ class AudioSpec(_Strict):
 
     sample_rate: int = Field(gt=0, description="Hz")
     window_samples: int = Field(gt=0, description="samples of one window at that rate")
+    shortest_samples: int | None = Field(
+        None, gt=0, description="of a clip, where the graph takes clips of any length; None: all are of a window's"
+    )
     resampler: Literal["soxr_hq"] = Field("soxr_hq", description="the embeddings depend on it")
 
 
@@ -133,7 +136,9 @@ class Manifest(_Strict):
     probes: tuple[ProbeInfo, ...] = Field(description="the heads; none: the bundle answers embeddings alone")
     embeddings: tuple[EmbeddingInfo, ...] = Field((), description="for kind audio: which outputs are embeddings")
     audio: AudioSpec | None = Field(None, description="for kind audio")
-    inputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=1)
+    inputs: tuple[TensorSpec, ...] = Field(
+        min_length=1, max_length=2, description="waveforms or embeddings; for waveforms a padding mask may follow"
+    )
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     half: bool = Field(False, description="whether the TorchScript graph is in float16, but for its front end")
     quantisation: Quantisation | None = Field(None, description="None: there is no graph but in float32")
@@ -163,11 +168,28 @@ class Manifest(_Strict):
             self.output(name)
         if self.files and self.quantisation is not None and self.quantisation.file not in self.files:
             raise ValueError(f"the {self.quantisation.kind} graph {self.quantisation.file} is not among the files")
-        if self.audio is not None and self.inputs[0].shape != (-1, self.audio.window_samples):
-            raise ValueError(
-                f"input of shape {self.inputs[0].shape} for windows of {self.audio.window_samples} samples"
-            )
+        self._check_inputs()
         return self
+
+    def _check_inputs(self) -> None:
+        audio, (first, *others) = self.audio, self.inputs
+        if audio is not None:
+            expected = (-1, audio.window_samples if audio.shortest_samples is None else -1)
+            if first.shape != expected:
+                raise ValueError(
+                    f"input of shape {first.shape}, not {expected}, for windows of {audio.window_samples} samples"
+                )
+            if (audio.shortest_samples or 0) > audio.window_samples:
+                raise ValueError(f"a window is shorter than the shortest clip: {audio}")
+        if [spec.dtype for spec in self.inputs] != ["float32", "bool"][: len(self.inputs)]:
+            raise ValueError(f"inputs of types {[spec.dtype for spec in self.inputs]}; a second one is a bool mask")
+        if any(audio is None or spec.shape != first.shape for spec in others):
+            raise ValueError(f"a padding mask is for waveforms and has their shape, {first.shape}")
+
+    @property
+    def masked(self) -> bool:
+        """Whether the graph takes a padding mask beside the waveforms."""
+        return len(self.inputs) > 1
 
     @property
     def trained(self) -> bool:

@@ -86,6 +86,50 @@ def make_backbone_bundle(target: Path, name: str = "tiny-embeddings") -> Path:
     )
 
 
+def make_measuring_bundle(target: Path, name: str = "measuring", shortest: int | None = None) -> Path:
+    """Waveforms with a mask, of any length if `shortest` is given, to an embedding that tells what was heard.
+
+    That is: sum and sum of squares of what is not padded, samples that are not padded, samples in all.
+    """
+    samples = WINDOW if shortest is None else -1
+    inputs = [
+        {"name": "waveform", "shape": (-1, samples)},
+        {"name": "padding_mask", "shape": (-1, samples), "dtype": "bool"},
+    ]
+    outputs = [{"name": "logits", "shape": (-1, len(LABELS))}, {"name": "embedding", "shape": (-1, DIM)}]
+    one, axis = numpy_helper.from_array(np.ones(1, np.float32)), numpy_helper.from_array(np.array([1]), "axis")
+    heard = helper.make_node
+    nodes = [
+        heard("Not", ["padding_mask"], ["kept"]),
+        heard("Cast", ["kept"], ["weight"], to=TensorProto.FLOAT),
+        heard("Mul", ["waveform", "weight"], ["sound"]),
+        heard("Mul", ["sound", "sound"], ["power"]),
+        heard("Shape", ["waveform"], ["shape"]),
+        heard("ConstantOfShape", ["shape"], ["ones"], value=one),
+        *(heard("ReduceSum", [each, "axis"], [f"all_{each}"]) for each in ("sound", "power", "weight", "ones")),
+        heard("Concat", [f"all_{each}" for each in ("sound", "power", "weight", "ones")], ["embedding"], axis=1),
+        heard("MatMul", ["embedding", "to_logits"], ["logits"]),
+    ]
+    matrix = np.random.default_rng(0).normal(size=(DIM, len(LABELS))).astype(np.float32) / WINDOW
+    return _write(
+        target,
+        {"linear": LABELS},
+        helper.make_graph(
+            nodes,
+            "measuring",
+            *([_value_info(**spec) for spec in specs] for specs in (inputs, outputs)),
+            [axis, numpy_helper.from_array(matrix, "to_logits")],
+        ),
+        name=name,
+        kind="audio",
+        audio={"sample_rate": SAMPLE_RATE, "window_samples": WINDOW, "shortest_samples": shortest},
+        probes=[{**PROBE, **HEAD}],
+        embeddings=[EMBEDDING],
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
 def _make(target: Path, steps: list[Step], labels: dict | None = None, **fields) -> Path:
     random = np.random.default_rng(0)
     weights = [
@@ -100,19 +144,22 @@ def _make(target: Path, steps: list[Step], labels: dict | None = None, **fields)
         *([_value_info(**spec) for spec in specs] for specs in (inputs, outputs)),
         weights,
     )
+    labels = {"linear": LABELS} if labels is None else labels
+    return _write(target, labels, graph, inputs=inputs, outputs=outputs, **fields)
+
+
+def _write(target: Path, labels: dict, graph: onnx.GraphProto, **fields) -> Path:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     with atomic_directory(target, marker=MANIFEST) as folder:
         onnx.save(model, str(folder / ONNX))
-        seal_bundle(
-            folder,
-            {"linear": LABELS} if labels is None else labels,
-            {**fields, "model": "tiny", "inputs": inputs, "outputs": outputs, "licence": "MIT", "tools": {}},
-        )
+        seal_bundle(folder, labels, {**fields, "model": "tiny", "licence": "MIT", "tools": {}})
     return target
 
 
-def _value_info(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape[1:]])
+def _value_info(name: str, shape: tuple[int, ...], dtype: str = "float32") -> onnx.ValueInfoProto:
+    kind = {"float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}[dtype]
+    sizes = ["time" if size == -1 else size for size in shape[1:]]
+    return helper.make_tensor_value_info(name, kind, ["batch", *sizes])
 
 
 def copy_bundle(source: Path, target: Path, **changes) -> Path:

@@ -65,6 +65,7 @@ INT8 = {
 }
 EMBEDDING = {"output": "embedding", "layers": ["last"]}
 HEAD = PROBE | {"activation": "none", "embedding": "embedding"}
+WAVEFORM = {"name": "waveform", "shape": [-1, WINDOW]}
 UNICODE = ("Zaunkönig", "夜鶯", 'a "quoted"\n\\ 🐦')
 
 
@@ -106,7 +107,9 @@ def test_reads_what_was_written(tmp_path):
     assert bundle.manifest.quantisation is not None
     assert bundle.manifest.quantisation.model_dump() == quantisation
     written = bundle.manifest.model_dump(exclude={"schema_version", "files", "quantisation"})
-    expected = json.loads(json.dumps(FIELDS | {"audio": FIELDS["audio"] | {"resampler": "soxr_hq"}}))
+    expected = json.loads(
+        json.dumps(FIELDS | {"audio": FIELDS["audio"] | {"resampler": "soxr_hq", "shortest_samples": None}})
+    )
     for spec in expected["inputs"] + expected["outputs"]:
         spec["dtype"] = "float32"
     assert json.loads(json.dumps(written)) == expected
@@ -219,6 +222,19 @@ def test_refuses_an_unknown_schema_version(tmp_path, audio_bundle, version):
         ({"inputs": []}, "inputs"),
         ({"inputs": [{"name": "waveform", "shape": [-1, 800]}]}, "windows of 1600"),
         ({"inputs": [{"name": "waveform", "shape": [-1, WINDOW], "dtype": "int8"}]}, "dtype"),
+        ({"inputs": [{"name": "waveform", "shape": [-1, -1]}]}, "not (-1, 1600), for windows of 1600"),
+        ({"inputs": [WAVEFORM, WAVEFORM]}, "a second one is a bool mask"),
+        ({"inputs": [{**WAVEFORM, "dtype": "bool"}]}, "a second one is a bool mask"),
+        ({"inputs": [WAVEFORM, {"name": "padding_mask", "shape": [-1, 800], "dtype": "bool"}]}, "their shape"),
+        ({"inputs": [WAVEFORM, *[{**WAVEFORM, "dtype": "bool"}] * 2]}, "inputs"),
+        ({"audio": {"sample_rate": 16000, "window_samples": WINDOW, "shortest_samples": 9}}, "not (-1, -1)"),
+        (
+            {
+                "audio": {"sample_rate": 16000, "window_samples": WINDOW, "shortest_samples": WINDOW + 1},
+                "inputs": [{"name": "waveform", "shape": [-1, -1]}],
+            },
+            "shorter than the shortest clip",
+        ),
         ({"audio": {"sample_rate": 0, "window_samples": WINDOW}}, "sample_rate"),
         ({"audio": {"sample_rate": 16000, "window_samples": WINDOW, "resampler": "linear"}}, "resampler"),
         ({"files": {}}, "does not list labels.json"),

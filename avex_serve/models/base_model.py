@@ -131,10 +131,10 @@ class ModelBase(nn.Module):
         return [found] if isinstance(found, Tensor) else list(found)
 
     def pooled_taps(
-        self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None
+        self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None, *, as_if_alone: bool = False
     ) -> dict[str, Tensor]:
         """See `taps`; in an exported copy the layers are reduced in time as far as `tap_pooling` does it."""
-        tapped = self.taps(wave, layers, padding_mask)
+        tapped = self.taps(wave, layers, padding_mask, as_if_alone=as_if_alone)
         return tapped if self.tap_pooling is None else self.tap_pooling(tapped)
 
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
@@ -177,6 +177,11 @@ class ModelBase(nn.Module):
                 "give target_length in samples"
             )
         return self.audio_config.target_length_seconds * self.audio_config.sample_rate
+
+    @property
+    def shortest_samples(self) -> int:
+        """The least samples of a clip that the model can hear; 1 if it isn't known to need more."""
+        return 1
 
     @property
     def last_layer_name(self) -> str:

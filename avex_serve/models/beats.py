@@ -172,7 +172,7 @@ class SelfAttention(nn.Module):
         query, key, value = map(self._split, projected.values())
         bias = None if position_bias is None else self._gate(query) * position_bias  # (B, heads, T, T)
         if padding is not None:
-            hidden = torch.zeros(padding.shape, dtype=x.dtype, device=x.device).masked_fill(padding, -torch.inf)
+            hidden = torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, -torch.inf)
             hidden = hidden[:, None, None, :]  # (B, 1, 1, T)
             bias = hidden if bias is None else bias + hidden
         attended = F.scaled_dot_product_attention(
@@ -283,7 +283,8 @@ class Encoder(nn.Module):
             nn.Embedding(cfg.num_buckets, cfg.encoder_attention_heads) if cfg.relative_position_embedding else None
         )
         self.layers = nn.ModuleList([Block(cfg, table) for _ in range(cfg.encoder_layers)])
-        self.fixed_position_bias: Tensor | None = None  # (1, heads, T, T), where all clips have T tokens
+        # From (B, T, D) to the bias of the attention (1, heads, T, T), in an exported copy.
+        self.baked_position_bias: nn.Module | None = None
         self._initialise(table)
         self.layer_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(cfg.dropout)
@@ -297,7 +298,7 @@ class Encoder(nn.Module):
             x = self.layer_norm(x)
             taps(f"{name}.layer_norm", x)
         x = self.dropout(x)
-        bias = self.fixed_position_bias if self.fixed_position_bias is not None else self.position_bias(x.shape[1])
+        bias = self.position_bias(x) if self.baked_position_bias is None else self.baked_position_bias(x)
         for i, block in enumerate(self.layers):
             layer = f"{name}.layers.{i}"
             x = _shrink_gradient(x, self.cfg.layer_wise_gradient_decay_ratio)
@@ -319,8 +320,17 @@ class Encoder(nn.Module):
             and float(torch.rand(())) < self.cfg.encoder_layerdrop
         )
 
-    def position_bias(self, tokens: int) -> Tensor | None:
-        """The bias of the attention by relative position (1, heads, T, T), before the gate; None without one."""
+    def position_bias(self, x: Tensor) -> Tensor | None:
+        """The bias of the attention by relative position (1, heads, T, T), before the gate; None without one.
+
+        Args:
+            x: (B, T, D), of which the number of tokens counts.
+        """
+        biases = self.bias_of(relative_distances(x))  # (T, T, heads)
+        return None if biases is None else biases.permute(2, 0, 1)[None]
+
+    def bias_of(self, distances: Tensor) -> Tensor | None:
+        """The biases (…, heads) of relative positions (…) int64, before the gate; None without any."""
         if not self.layers:
             return None
         block = self.layers[0]
@@ -328,11 +338,7 @@ class Encoder(nn.Module):
         table = block.self_attn.relative_attention_bias
         if table is None:
             return None
-        position = torch.arange(tokens, device=table.weight.device)
-        buckets = relative_buckets(
-            position[None, :] - position[:, None], self.cfg.num_buckets, self.cfg.max_distance
-        )
-        return table(buckets).permute(2, 0, 1)[None]  # (1, heads, T, T)
+        return table(relative_buckets(distances, self.cfg.num_buckets, self.cfg.max_distance))
 
     def _initialise(self, table: nn.Embedding | None) -> None:
         # BERT's initialisation, and DeepNorm's gains on top (DeepNet, figure 2).
@@ -350,6 +356,13 @@ class Encoder(nn.Module):
                 nn.init.xavier_normal_(parameter)
             elif name.endswith((".v_proj.weight", ".out_proj.weight")) or (".fc" in name and parameter.ndim == 2):
                 nn.init.xavier_normal_(parameter, gain=beta)
+
+
+def relative_distances(x: Tensor) -> Tensor:
+    """(B, T, D) → (T, T) int64: how far the token of each column is ahead of that of the row."""
+    # Counted, since arange would tie a traced graph to its device.
+    position = torch.ones_like(x[0, :, 0], dtype=torch.int64).cumsum(dim=0)
+    return position[None, :] - position[:, None]
 
 
 def relative_buckets(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
@@ -448,7 +461,7 @@ class BEATs(nn.Module):
         Raises:
             ValueError: a mask of another length than the waveform.
         """
-        if padding_mask.ndim != 2 or padding_mask.shape[1] != samples:
+        if not is_tracing() and (padding_mask.ndim != 2 or padding_mask.shape[1] != samples):
             raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}; expected (batch, {samples})")
         frames = _all_of_groups(padding_mask.bool(), self.fbank.frames(samples))
         return _all_of_groups(frames, self.tokens(samples))
@@ -518,6 +531,11 @@ class BEATsModel(ModelBase):
         clamped = "clamped" if self.use_naturelm else "as it is"
         return f"{self.backbone.cfg.model_dump_json(exclude=_WITHOUT_EFFECT)} of the waveform {clamped}\n"
 
+    @property
+    def shortest_samples(self) -> int:
+        """See `ModelBase.shortest_samples`: one patch."""
+        return self.backbone.shortest_samples
+
     def get_model_layers(self) -> list[str]:
         """See `ModelBase.get_model_layers`."""
         first = [] if self.backbone.post_extract_proj is None else ["backbone.post_extract_proj"]
@@ -583,7 +601,7 @@ class BEATsModel(ModelBase):
 
 def _all_of_groups(mask: Tensor, groups: int) -> Tensor:
     size = mask.shape[1] // groups
-    return mask[:, : groups * size].reshape(len(mask), groups, size).all(dim=-1)
+    return mask[:, : groups * size].reshape(-1, groups, size).all(dim=-1)
 
 
 def _shrink_gradient(x: Tensor, ratio: float) -> Tensor:

@@ -308,6 +308,11 @@ class EATModel(ModelBase):
             return self.front_end.longest_samples
         return super().clip_samples
 
+    @property
+    def shortest_samples(self) -> int:
+        """See `ModelBase.shortest_samples`: one frame."""
+        return self.front_end.fbank.win_length
+
     def get_model_layers(self) -> list[str]:
         """See `ModelBase.get_model_layers`."""
         return [f"{block}.attn.proj" for block in self._blocks()]

@@ -268,6 +268,11 @@ class EfficientNetModel(ModelBase):
         """See `ModelBase.embedding_settings`."""
         return f"{self._front_end().settings}\n"
 
+    @property
+    def shortest_samples(self) -> int:
+        """See `ModelBase.shortest_samples`: one frame."""
+        return self._front_end().shortest_samples
+
     def get_model_layers(self) -> list[str]:
         """See `ModelBase.get_model_layers`."""
         ends = ("model.features.0.0", f"model.features.{len(_STAGES) + 1}.0")

@@ -31,7 +31,7 @@ class KaldiFbank(nn.Module):
     Attributes:
         power: from frames and window to their power spectrum. It is a module of its own, since an exported graph
             takes the spectrum in another way.
-        fixed_samples: length of the waveforms, if all have the same: in a traced graph sizes are no numbers.
+        fixed_samples: length of the waveforms, if all have the same: a graph is simpler where sizes are numbers.
     """
 
     window: Tensor  # (win_length,)
@@ -74,7 +74,9 @@ class KaldiFbank(nn.Module):
 
     def frames(self, samples: int) -> int:
         """How many frames a waveform of that many samples has."""
-        return 0 if samples < self.win_length else 1 + (samples - self.win_length) // self.hop_length
+        if not is_tracing() and samples < self.win_length:
+            return 0
+        return 1 + (samples - self.win_length) // self.hop_length
 
     def forward(self, wave: Tensor) -> Tensor:
         """Log-mel features (B, frames, num_mel_bins), float32, of waveforms (B, S).
@@ -87,7 +89,7 @@ class KaldiFbank(nn.Module):
 
     def _frame(self, wave: Tensor) -> Tensor:
         samples = wave.shape[-1] if self.fixed_samples is None else self.fixed_samples
-        return cut_frames(wave, samples, self.frames(samples), self.win_length, self.hop_length)
+        return cut_frames(wave, self.frames(samples), self.win_length, self.hop_length)
 
 
 class FramePower(nn.Module):
@@ -294,7 +296,7 @@ class Spectrogram(nn.Module):
         count, reflected = self.frames(samples), self.n_fft // 2 if self.center else 0
         if reflected:
             wave = nn.functional.pad(wave, (reflected, reflected), mode="reflect")
-        return cut_frames(wave, samples + 2 * reflected, count, self.n_fft, self.hop_length)
+        return cut_frames(wave, count, self.n_fft, self.hop_length)
 
     def _filtered(self, frames: Tensor) -> Tensor:
         power = self.power(frames)
@@ -322,14 +324,14 @@ def precise(wave: Tensor, like: Tensor) -> Tensor:
     return wave.to(torch.promote_types(like.dtype, torch.float32))
 
 
-def cut_frames(wave: Tensor, samples: int, count: int, length: int, hop: int) -> Tensor:
-    """The first `count` frames (B, count, length) of a waveform (B, samples), a hop apart.
+def cut_frames(wave: Tensor, count: int, length: int, hop: int) -> Tensor:
+    """The first `count` frames (B, count, length) of a waveform (B, S), a hop apart.
 
     A frame is a few hops side by side: reshape and concatenate instead of `unfold`, which exports as a gather over
     every sample.
     """
     hops = -(-length // hop)
-    wave = nn.functional.pad(wave, (0, max(0, (count + hops - 1) * hop - samples)))
+    wave = nn.functional.pad(wave, (0, hops * hop - length))  # the last hop of the last frame may begin in it
     pieces = [wave[:, i * hop : (i + count) * hop].reshape(-1, count, hop) for i in range(hops)]
     return torch.cat(pieces, dim=-1)[..., :length]
 

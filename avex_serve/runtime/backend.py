@@ -19,8 +19,8 @@ class Backend(Protocol):
     format: str  # "onnx", "onnx-int8", "torchscript" or, in half precision, "torch-half"
     max_batch: int  # rows a call takes best
 
-    def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
-        """Outputs by name for one input batch (B, …) float32; every output has B rows."""
+    def run(self, *inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs by name for one batch (B, …) of each input of the manifest; every output has B rows."""
         ...
 
 
@@ -56,7 +56,7 @@ def open_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") 
     if device == "cpu" and onnx is not None:
         from avex_serve.runtime.onnx_backend import OnnxBackend
 
-        return OnnxBackend(onnx, bundle.manifest.inputs[0].name, names, int8=rounded)
+        return OnnxBackend(onnx, [spec.name for spec in bundle.manifest.inputs], names, int8=rounded)
     if torchscript is None:
         raise BundleError(
             f"{bundle.directory} holds no graph for {device}; export it again with "

@@ -4,7 +4,6 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypedDict
@@ -17,6 +16,9 @@ from avex_serve.runtime import audio, results
 from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.backend import Backend, open_backend
 from avex_serve.runtime.windows import WindowPlan, plan_windows
+
+# One batch (B, …) of each input of the graph.
+Inputs = tuple[np.ndarray, ...]
 
 
 class WindowScores(NamedTuple):
@@ -203,14 +205,27 @@ class Engine:
         ]
         return results.Classification(**self._answer(head), score_scale=scale, results=rows)
 
-    def infer(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+    def infer(self, batch: np.ndarray, padding_mask: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The graph's raw outputs for an input of the manifest's shape, (B, …) float32.
+
+        Args:
+            batch: the input.
+            padding_mask: (B, S) bool, True where a clip is padded; None: nowhere.
 
         Raises:
             TensorError: another shape or type, no rows, or values or results that are not finite.
+            UnsupportedError: a mask, and the bundle takes none.
         """
         self.check_input(batch)
-        return self._outputs(self._names(), _chunks(batch, self.backend.max_batch))
+        if padding_mask is not None:
+            self._check_mask(padding_mask, batch)
+        return self._outputs(self._names(), _chunks(self.graph_inputs(batch, padding_mask), self.backend.max_batch))
+
+    def graph_inputs(self, batch: np.ndarray, padding_mask: np.ndarray | None) -> Inputs:
+        """What the backend runs on: the batch and, if the graph takes one, the mask, by default of no padding."""
+        if not self.manifest.masked:
+            return (batch,)
+        return batch, np.zeros(batch.shape, bool) if padding_mask is None else padding_mask
 
     def infer_recording(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> dict[str, np.ndarray]:
         """The graph's raw outputs for a recording, (N, …) with one row a window; see `predict` for the rest."""
@@ -225,12 +240,32 @@ class Engine:
         )
         if not fits:
             raise TensorError(f"input {spec.name!r} has shape {list(batch.shape)}; expected {list(spec.shape)}")
+        audio = self.manifest.audio
+        if audio is not None and audio.shortest_samples is not None and 0 < batch.shape[1] < audio.shortest_samples:
+            raise TensorError(
+                f"input {spec.name!r} has clips of {batch.shape[1]} samples; the shortest that the model takes has "
+                f"{audio.shortest_samples} ({audio.shortest_samples / audio.sample_rate:g} s); pad with zeros"
+            )
         if batch.dtype != np.float32:
             raise TensorError(f"input {spec.name!r} has type {batch.dtype}; expected float32")
         if batch.size == 0:
             raise TensorError(f"input {spec.name!r} of shape {list(batch.shape)} is empty; send at least one row")
         if not np.isfinite(batch).all():
             raise TensorError(f"input {spec.name!r} holds NaN or infinite values; expected finite ones")
+
+    def _check_mask(self, mask: np.ndarray, batch: np.ndarray) -> None:
+        if not self.manifest.masked:
+            raise UnsupportedError(
+                f"bundle {self.manifest.name} takes no padding mask; leave it out, or export with --padding-mask"
+            )
+        name = self.manifest.inputs[1].name
+        if mask.shape != batch.shape or mask.dtype != np.bool_:
+            raise TensorError(
+                f"input {name!r} has shape {list(mask.shape)} and type {mask.dtype}; expected {list(batch.shape)}, "
+                "as the clips, and bool"
+            )
+        if mask.all(axis=1).any():
+            raise TensorError(f"input {name!r} marks every sample of a clip as padding; leave out such clips")
 
     def probe(self, name: str | None) -> ProbeInfo:
         """The head of that name, the first one for None.
@@ -266,12 +301,12 @@ class Engine:
         known = ", ".join(info.output for info in self.manifest.embeddings)
         raise NotFoundError(f"no embedding {name!r} in bundle {self.manifest.name}; it has {known}")
 
-    def _windows(self, recording: Recording, overlap: float) -> tuple[WindowPlan, Iterator[np.ndarray]]:
+    def _windows(self, recording: Recording, overlap: float) -> tuple[WindowPlan, Iterator[Inputs]]:
         spec = self._audio_spec()
         wave = audio.check_wave(recording.wave)
         wave = audio.resample(wave, recording.sample_rate, spec.sample_rate)
-        plan = plan_windows(wave.size, spec.window_samples, spec.sample_rate, overlap)
-        return plan, _batches(plan.cut(wave), self.backend.max_batch)
+        plan = plan_windows(wave.size, spec.window_samples, spec.sample_rate, overlap, spec.shortest_samples)
+        return plan, plan.batches(wave, self.backend.max_batch, masked=self.manifest.masked)
 
     def _audio_spec(self) -> AudioSpec:
         if self.manifest.audio is None:
@@ -280,13 +315,13 @@ class Engine:
             )
         return self.manifest.audio
 
-    def _stack(self, output: str, batches: Iterable[np.ndarray]) -> np.ndarray:
+    def _stack(self, output: str, batches: Iterable[Inputs]) -> np.ndarray:
         return self._outputs([output], batches)[output]
 
     def _names(self) -> list[str]:
         return [spec.name for spec in self.manifest.outputs]
 
-    def _outputs(self, names: list[str], batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    def _outputs(self, names: list[str], batches: Iterable[Inputs]) -> dict[str, np.ndarray]:
         rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for run in self._run(batches):
             for name in names:
@@ -298,12 +333,12 @@ class Engine:
                 raise TensorError(f"output {name!r} is not finite for this input; audio samples lie in [-1, 1]")
         return outputs
 
-    def _run(self, batches: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    def _run(self, batches: Iterable[Inputs]) -> Iterator[dict[str, np.ndarray]]:
         # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
         ahead = 2 * self._threads
         waiting: deque[Future[dict[str, np.ndarray]]] = deque()
         for batch in batches:
-            waiting.append(self._pool.submit(self.backend.run, batch))
+            waiting.append(self._pool.submit(self.backend.run, *batch))
             if len(waiting) >= ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -336,13 +371,8 @@ def _timing(plan: WindowPlan, overlap: float) -> _TimingFields:
     return {"duration": plan.total / rate, "window": plan.length / rate, "overlap": overlap}
 
 
-def _batches(windows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    while group := list(islice(windows, size)):
-        yield np.stack(group)
-
-
-def _chunks(batch: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    return (batch[start : start + size] for start in range(0, len(batch), size))
+def _chunks(inputs: Inputs, size: int) -> Iterator[Inputs]:
+    return (tuple(batch[start : start + size] for batch in inputs) for start in range(0, len(inputs[0]), size))
 
 
 def open_bundle(directory: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto") -> Engine:

@@ -1,7 +1,8 @@
 """The evidence of a bundle: inputs with the eager module's answers, which travel with it.
 
     verification.json   which cases there are, on what they were computed, what came out (`Record`)
-    verification.npz    of case i: i/input, i/eager/OUTPUT, i/float64/OUTPUT and, of a recording, i/spans
+    verification.npz    of case i: i/input, i/eager/OUTPUT, i/float64/OUTPUT and, of a recording, i/spans, of padded
+                        clips i/padding_mask
 
 Audio whose samples are those of a 16-bit file, as all of ours is, is stored as such.
 """
@@ -37,6 +38,7 @@ class Case:
     spans: np.ndarray | None  # (N, 2) float64, of a recording: start and end of its windows in seconds
     eager: Outputs  # by output, float32: a row a clip or a window, each computed alone
     exact: Outputs | None  # the same in float64; None: the module can't
+    padding_mask: np.ndarray | None = None  # (K, S) bool, of clips: True where padded; None: nowhere
 
 
 class _Document(BaseModel):
@@ -113,6 +115,8 @@ def write_evidence(folder: Path, record: Record, cases: Sequence[Case]) -> None:
         arrays |= {f"{i}/float64/{name}": value for name, value in (case.exact or {}).items()}
         if case.spans is not None:
             arrays[f"{i}/spans"] = case.spans
+        if case.padding_mask is not None:
+            arrays[f"{i}/padding_mask"] = case.padding_mask
     np.savez_compressed(folder / EVIDENCE, allow_pickle=False, **arrays)
 
 
@@ -156,6 +160,7 @@ def _case(entry: CaseEntry, i: int, stored: Mapping[str, np.ndarray]) -> Case:
         spans=stored[f"{i}/spans"] if entry.sample_rate is not None else None,
         eager=outputs("eager"),
         exact=outputs("float64") or None,
+        padding_mask=stored[mask] if (mask := f"{i}/padding_mask") in stored else None,
     )
 
 

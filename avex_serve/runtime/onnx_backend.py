@@ -21,7 +21,7 @@ class OnnxBackend:
     max_batch = 1
     optimisation = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
 
-    def __init__(self, path: Path, input_name: str, output_names: list[str], *, int8: bool = False) -> None:
+    def __init__(self, path: Path, input_names: list[str], output_names: list[str], *, int8: bool = False) -> None:
         """Load the graph; BundleError if onnxruntime can't, or if it is not the manifest's."""
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = self.optimisation
@@ -43,18 +43,18 @@ class OnnxBackend:
         _give_memory_back()
         given = [node.name for node in self._session.get_inputs()]
         answered = {node.name for node in self._session.get_outputs()}
-        if given != [input_name] or not answered.issuperset(output_names):
+        if given != input_names or not answered.issuperset(output_names):
             raise BundleError(
                 f"{path} takes {given} and answers {sorted(answered)}; "
-                f"its manifest says {[input_name]} and {sorted(output_names)}"
+                f"its manifest says {input_names} and {sorted(output_names)}"
             )
         self.format = "onnx-int8" if int8 else "onnx"
-        self._input_name = input_name
+        self._input_names = input_names
         self._output_names = output_names
 
-    def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, *inputs: np.ndarray) -> dict[str, np.ndarray]:
         """See `Backend.run`."""
-        outputs = self._session.run(self._output_names, {self._input_name: batch})
+        outputs = self._session.run(self._output_names, dict(zip(self._input_names, inputs, strict=True)))
         return dict(zip(self._output_names, outputs, strict=True))
 
 

@@ -30,9 +30,9 @@ class TorchBackend:
         self._output_names = output_names
 
     @torch.inference_mode()
-    def run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, *inputs: np.ndarray) -> dict[str, np.ndarray]:
         """See `Backend.run`."""
         # torch warns of read-only arrays, which those made from received bytes are.
-        owned = np.require(batch, requirements=("C", "W"))
-        outputs = self._module(torch.from_numpy(owned).to(self.device))
+        owned = [np.require(batch, requirements=("C", "W")) for batch in inputs]
+        outputs = self._module(*(torch.from_numpy(batch).to(self.device) for batch in owned))
         return {name: tensor.float().cpu().numpy() for name, tensor in zip(self._output_names, outputs, strict=True)}

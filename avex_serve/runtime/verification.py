@@ -99,7 +99,8 @@ def _parts(manifest: Manifest) -> list[_Part]:
 def _check_clips(engine: Engine, case: Case, rows: int) -> Iterator[Check]:
     """The clips through the graph, as one batch in which they come again and again until it has that many rows."""
     which = np.arange(rows) % len(case.input)
-    found = engine.backend.run(case.input[which])
+    mask = None if case.padding_mask is None else case.padding_mask[which]
+    found = engine.backend.run(*engine.graph_inputs(case.input[which], mask))
     eager = {name: value[which] for name, value in case.eager.items()}
     exact = None if case.exact is None else {name: value[which] for name, value in case.exact.items()}
     for part in _parts(engine.manifest):

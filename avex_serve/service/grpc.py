@@ -151,6 +151,8 @@ def _typed_contents(tensor: Any) -> np.ndarray | list[bytes]:
     oip.check_datatype(tensor.name, tensor.datatype)
     if tensor.datatype == oip.BYTES:
         return list(tensor.contents.bytes_contents)
+    if tensor.datatype == oip.BOOL:
+        return np.array(tensor.contents.bool_contents, dtype=bool)
     return np.array(tensor.contents.fp32_contents, dtype=np.float32)
 
 

@@ -1,10 +1,13 @@
 """The Open Inference Protocol (KServe and Triton v2) without a transport: what HTTP and gRPC share.
 
-The model takes the one input that its manifest names, in one of two forms:
+The model takes the input that its manifest names first, in one of two forms:
 
     FP32   the graph's own input, e.g. windows (B, samples)
     BYTES  (recordings,), audio bundles only: each element is an encoded recording (WAV, FLAC, OGG, MP3), which is
            decoded, mixed down, resampled and cut into windows as by ``/predict``
+
+Where the manifest has a second input, ``padding_mask``, it may come with FP32: BOOL of the same shape, true where a
+clip is padded. Without it nothing is.
 
 It answers the outputs of the manifest and, of each probe, ``scores`` (the logits after the activation; NAME.scores
 beside NAME.logits where there are several), one row a window. For BYTES
@@ -30,8 +33,10 @@ from avex_serve.version import __version__
 SERVER: Final = "avex-serve"
 FP32: Final = "FP32"
 BYTES: Final = "BYTES"
+BOOL: Final = "BOOL"
 # Names as Triton gives them, where it has one.
 PLATFORMS: Final = {"onnx": "onnxruntime_onnx", "torchscript": "pytorch_libtorch"}
+_DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 _LENGTH_BYTES: Final = 4  # before each element of a BYTES tensor, little-endian
 
 
@@ -62,7 +67,7 @@ class InputTensor:
     name: str
     datatype: str
     shape: tuple[int, ...]
-    data: np.ndarray | list[bytes]  # (elements,) float32 for FP32, elements for BYTES
+    data: np.ndarray | list[bytes]  # (elements,) float32 for FP32, bool for BOOL; elements for BYTES
 
 
 class InferParameters(BaseModel):
@@ -121,7 +126,7 @@ class Model:
             name=self.name,
             versions=(self.version,),
             platform=PLATFORMS[self._engine.backend.format],
-            inputs=tuple(TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.inputs),
+            inputs=tuple(TensorMetadata(spec.name, _DATATYPES[spec.dtype], spec.shape) for spec in manifest.inputs),
             outputs=(*outputs, *scores),
         )
 
@@ -136,13 +141,13 @@ class Model:
         if request.parameters.probe is not None:
             self._engine.probe(request.parameters.probe)
         wanted = self._wanted(request.outputs)
-        tensor = self._input(request.inputs)
+        tensor, mask = self._inputs(request.inputs)
         parameters: dict[str, str] = {}
         if isinstance(tensor.data, list):
             outputs, windows = self._infer_recordings(tensor.data, request.parameters.overlap)
             parameters["windows"] = json.dumps(windows)
         else:
-            outputs = self._engine.infer(tensor.data.reshape(tensor.shape))
+            outputs = self._engine.infer(tensor.data.reshape(tensor.shape), mask)
         for probe in self._engine.manifest.probes:
             outputs[probe.scores] = activate(outputs[probe.logits], probe.activation)
         return InferAnswer({name: outputs[name] for name in wanted}, parameters)
@@ -154,18 +159,32 @@ class Model:
                 raise InputError(f"no output {name!r}; model {self.name!r} has {', '.join(known)}")
         return names or known
 
-    def _input(self, tensors: list[InputTensor]) -> InputTensor:
-        name = self._engine.manifest.inputs[0].name
-        if [tensor.name for tensor in tensors] != [name]:
+    def _inputs(self, tensors: list[InputTensor]) -> tuple[InputTensor, np.ndarray | None]:
+        """The input, and the padding mask if one came."""
+        name, *others = (spec.name for spec in self._engine.manifest.inputs)
+        given = {tensor.name: tensor for tensor in tensors}
+        if len(given) != len(tensors) or name not in given or not given.keys() <= {name, *others}:
             got = ", ".join(repr(tensor.name) for tensor in tensors) or "none"
-            raise InputError(f"inputs are {got}; expected one, {name!r}")
-        tensor = tensors[0]
-        count = len(tensor.data)
-        if any(size < 0 for size in tensor.shape) or math.prod(tensor.shape) != count:
-            raise TensorError(f"input {name!r} of shape {list(tensor.shape)} comes with {count} elements")
+            raise InputError(f"inputs are {got}; expected one, {name!r}{''.join(f', or {o!r} too' for o in others)}")
+        for tensor in tensors:
+            count = len(tensor.data)
+            if any(size < 0 for size in tensor.shape) or math.prod(tensor.shape) != count:
+                raise TensorError(f"input {tensor.name!r} of shape {list(tensor.shape)} comes with {count} elements")
+        tensor = given[name]
+        if tensor.datatype == BOOL:
+            raise TensorError(f"input {name!r} has type BOOL; expected FP32, or BYTES for encoded recordings")
         if tensor.datatype == BYTES and len(tensor.shape) != 1:
             raise TensorError(f"input {name!r} of type BYTES has shape {list(tensor.shape)}; expected [recordings]")
-        return tensor
+        mask = next((given[other] for other in others if other in given), None)
+        if mask is None:
+            return tensor, None
+        if mask.datatype != BOOL or tensor.datatype != FP32:
+            raise TensorError(
+                f"input {mask.name!r} has type {mask.datatype} beside {tensor.datatype}; expected BOOL beside FP32: "
+                "of recordings it is made here"
+            )
+        assert isinstance(mask.data, np.ndarray)
+        return tensor, mask.data.reshape(mask.shape)
 
     def _infer_recordings(self, recordings: list[bytes], overlap: float) -> tuple[dict[str, np.ndarray], list[int]]:
         if self._engine.manifest.kind != "audio":
@@ -183,13 +202,13 @@ def server_metadata() -> dict[str, Any]:
 
 
 def check_datatype(name: str, datatype: str) -> None:
-    """Raise TensorError for types other than FP32 and BYTES."""
-    if datatype not in (FP32, BYTES):
+    """Raise TensorError for types other than FP32, BYTES and BOOL."""
+    if datatype not in (FP32, BYTES, BOOL):
         raise TensorError(f"input {name!r} has type {datatype!r}; expected FP32, or BYTES for encoded recordings")
 
 
 def from_raw(name: str, datatype: str, raw: bytes) -> np.ndarray | list[bytes]:
-    """The data of a tensor from its raw form: little-endian floats, or elements with their length before each.
+    """The data of a tensor from its raw form: little-endian floats, bytes 0 and 1, or elements after their length.
 
     Raises:
         TensorError: another type, or bytes that don't add up.
@@ -197,10 +216,26 @@ def from_raw(name: str, datatype: str, raw: bytes) -> np.ndarray | list[bytes]:
     check_datatype(name, datatype)
     if datatype == BYTES:
         return _split(name, raw)
+    if datatype == BOOL:
+        flags = np.frombuffer(raw, dtype=np.uint8)
+        if (flags > 1).any():
+            raise TensorError(f"input {name!r} of type BOOL holds bytes other than 0 and 1")
+        return flags.astype(bool)
     if len(raw) % 4:
         raise TensorError(f"input {name!r} has {len(raw)} bytes of data; FP32 needs a multiple of 4")
     # A copy, since a view of the request is neither writable nor aligned.
     return np.frombuffer(raw, dtype="<f4").astype(np.float32)
+
+
+def from_flags(name: str, data: object) -> np.ndarray:
+    """A bool array of the shape in which truth values are nested in lists; TensorError for anything else."""
+    try:
+        array = np.asarray(data)
+    except ValueError:
+        raise TensorError(f"{name} is ragged: lists beside one another differ in length") from None
+    if array.size and array.dtype != np.bool_:
+        raise TensorError(f"{name} holds something else than true and false")
+    return array.astype(bool)
 
 
 def from_numbers(name: str, data: object) -> np.ndarray:

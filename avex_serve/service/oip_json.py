@@ -136,6 +136,8 @@ def _from_json(tensor: _Input) -> np.ndarray | list[bytes]:
         raise TensorError(f"input {tensor.name!r} has no data")
     if tensor.datatype == oip.FP32:
         return oip.from_numbers(f"input {tensor.name!r}", tensor.data).ravel()
+    if tensor.datatype == oip.BOOL:
+        return oip.from_flags(f"input {tensor.name!r}", tensor.data).ravel()
     if not isinstance(tensor.data, list) or not all(isinstance(text, str) for text in tensor.data):
         raise TensorError(f"input {tensor.name!r} of type BYTES: expected a list of strings")
     try:

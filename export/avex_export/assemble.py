@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from avex_export.graph import Assembly, Head
+from avex_export.lengths import ERRORS, check_clip, check_mask, shortest_clip
 from avex_export.sources import DEFAULT_MODEL, Request, Source, find_source
 from avex_serve.errors import ExportError, NotFoundError
 from avex_serve.models.base_model import ModelBase
@@ -43,13 +44,17 @@ def assemble(request: Request) -> Assembly:
         for probe, source in zip(probes, sources, strict=True):
             if source.weights is not None:
                 load_head(probe, read_state_dict(resolve_file(str(source.weights))), str(source.weights))
-    except (ValueError, KeyError, RuntimeError, AssertionError) as error:
-        # What the probe API raises, as avex does, for configurations and weights that don't go together.
+    except ERRORS as error:
         names = ", ".join(recipe.name for recipe in request.recipes)
         raise ExportError(f"the probe {names} can't be built on {model}: {error}") from error
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise ExportError(str(error)) from error
     heads = [_head(request, source, probe) for source, probe in zip(sources, probes, strict=True)]
+    shortest = None
+    if clip_samples is not None:
+        shortest = shortest_clip(probes, clip_samples, request.headless) if request.dynamic_length else None
+        if request.padding_mask:
+            check_mask(probes, clip_samples)
     (saved, *_) = (source.saved for source in sources)
     licence = entry.licence
     if request.offline and request.model is None and (saved is None or saved.model is None):
@@ -65,6 +70,8 @@ def assemble(request: Request) -> Assembly:
         sample_rate=sample_rate,
         half=request.half,
         headless=request.headless,
+        shortest_samples=shortest,
+        masked=request.padding_mask,
     )
 
 
@@ -158,6 +165,7 @@ def _online_probes(request: Request, entry: ModelEntry, sources: Sequence[Source
         raise ExportError(f"model {entry.description} has no audio_config, so its sample rate is unknown; add one")
     rate = base.audio_config.sample_rate
     samples = _one_length(request, sources, rate, lambda: base.clip_samples)
+    check_clip(base, samples, rate)
     build = build_probe_from_config
     probes = [
         build(source.recipe.config, len(source.labels), "cpu", base_model=base, target_length=samples)

@@ -27,8 +27,9 @@ client = triton.InferenceServerClient("localhost:3001")
 audio = triton.InferInput("{input}", [1], "BYTES")
 audio.set_data_from_numpy(np.array([Path("recording.wav").read_bytes()], dtype=np.object_))
 scores = client.infer("{name}", [audio]).as_numpy("{scores}")  # (windows, {labels})
-```
+```"""
 
+_OPENSOUNDSCAPE = """\
 `model.onnx` opens in OpenSoundscape (`pip install 'opensoundscape[onnx]'`):
 
 ```python
@@ -145,8 +146,19 @@ On a CPU the graph in 8-bit integers is served, unless `AVEX_PRECISION=float32` 
 def _takes(assembly: Assembly) -> str:
     if assembly.clip_samples is None or assembly.sample_rate is None:
         return "Takes embeddings that the client brings."
-    seconds = assembly.clip_samples / assembly.sample_rate
-    return f"Hears {seconds:g} s at once, at {assembly.sample_rate} Hz; recordings of other rates are resampled."
+    rate, seconds = assembly.sample_rate, assembly.clip_samples / assembly.sample_rate
+    lines = [f"Hears {seconds:g} s at once, at {rate} Hz; recordings of other rates are resampled."]
+    if assembly.shortest_samples is not None:
+        lines.append(
+            f"The graph takes clips of any length from {assembly.shortest_samples} samples "
+            f"({assembly.shortest_samples / rate:g} s) on, so the last window of a recording is heard at its length."
+        )
+    if assembly.masked:
+        lines.append(
+            "Beside the clips the graph takes `padding_mask`, true where a clip is padded; the last window of a "
+            "recording is masked where it was filled up."
+        )
+    return " ".join(lines)
 
 
 def _labels(assembly: Assembly) -> str:
@@ -164,7 +176,7 @@ def _listed(labels: tuple[str, ...], file: str) -> str:
 
 
 def _calls(manifest: Manifest) -> str:
-    (spec,) = manifest.inputs
+    spec = manifest.inputs[0]
     if not manifest.probes:
         return _EMBED_CALLS
     probe = manifest.probes[0]
@@ -176,4 +188,5 @@ def _calls(manifest: Manifest) -> str:
     if len(manifest.probes) > 1:
         predict = f"'{predict}?probe={probe.name}'"
     every = "" if len(manifest.probes) == 1 else _ALL_PROBES
-    return _AUDIO_CALLS.format(**known, activation=activation, predict=predict, every=every)
+    calls = _AUDIO_CALLS if manifest.masked else f"{_AUDIO_CALLS}\n\n{_OPENSOUNDSCAPE}"  # which has no masks
+    return calls.format(**known, activation=activation, predict=predict, every=every)

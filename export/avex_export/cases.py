@@ -1,8 +1,8 @@
 """What is verified: inputs of every kind, with what the eager module answers to them, in float32 and in float64."""
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ def make_cases(graph: Graph, assembly: Assembly, recordings: Sequence[Path]) -> 
         AudioError: a recording that can't be read.
         NotFoundError: a recording that is not there.
     """
-    oracle = _Oracle(graph)
+    oracle = _Oracle(graph, assembly)
     tokens, skipped = _tokens(assembly), []
     batches = sorted({1, 3, *([tokens] if tokens <= _LARGEST_BATCH else [])})
     if tokens > _LARGEST_BATCH:
@@ -50,10 +50,12 @@ def make_cases(graph: Graph, assembly: Assembly, recordings: Sequence[Path]) -> 
         oracle.clips(name, clips, tuple(batches) if len(clips) > 1 else (1,))
         for name, clips in bar(list(_clips(assembly)), "compute clips")
     ]
+    others = [*_lengths(assembly), *_padded(assembly)]
+    cases += [oracle.clips(name, clips, (1, 3), mask) for name, clips, mask in bar(others, "compute other lengths")]
     if assembly.clip_samples is not None and assembly.sample_rate is not None:
         waves = _waves(assembly.clip_samples / assembly.sample_rate, assembly.sample_rate, recordings)
         for name, wave, rate in bar(list(waves), "compute recordings"):
-            cases.append(oracle.recording(name, wave, rate, assembly.clip_samples, assembly.sample_rate))
+            cases.append(oracle.recording(name, wave, rate, assembly.sample_rate))
     if oracle.why_not_exact is not None:
         skipped.append(f"not compared with float64: the module doesn't compute in it ({oracle.why_not_exact})")
     return cases, skipped
@@ -64,34 +66,54 @@ def example_batch(assembly: Assembly, rows: int) -> Tensor:
     return torch.from_numpy(_noise(assembly, rows))
 
 
+def example_inputs(assembly: Assembly, rows: int) -> tuple[Tensor, ...]:
+    """What a graph takes: `example_batch` and, if it takes a padding mask, one that spares the first clip alone."""
+    batch = example_batch(assembly, rows)
+    if not assembly.masked:
+        return (batch,)
+    lengths = np.linspace(1, 0.5, rows) * batch.shape[1]
+    return batch, torch.from_numpy(_mask(batch.shape[1], lengths))
+
+
 class _Oracle:
     """The eager module, one clip at a time so that clips can't influence each other, and its copy in float64."""
 
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: Graph, assembly: Assembly) -> None:
+        self._graph, self._window, self._masked = graph, assembly.clip_samples, assembly.masked
+        self._shortest = assembly.clip_samples if assembly.shortest_samples is None else assembly.shortest_samples
         self._exact: Graph | None = copy.deepcopy(graph).double()
         self.why_not_exact: str | None = None
 
-    def clips(self, name: str, clips: np.ndarray, batches: tuple[int, ...]) -> Case:
-        """Of clips (K, …) float32."""
-        return Case(name, clips, None, batches, None, *self._answers(torch.from_numpy(clips)))
+    def clips(self, name: str, clips: np.ndarray, batches: tuple[int, ...], mask: np.ndarray | None = None) -> Case:
+        """Of clips (K, …) float32, with their padding if there is any."""
+        masks = [None] * len(clips) if mask is None else list(torch.from_numpy(mask))
+        rows = list(zip(torch.from_numpy(clips), masks, strict=True))
+        return Case(name, clips, None, batches, None, *self._answers(rows), mask)
 
-    def recording(self, name: str, wave: np.ndarray, rate: int, window: int, model_rate: int) -> Case:
+    def recording(self, name: str, wave: np.ndarray, rate: int, model_rate: int) -> Case:
         """Of a recording (S,) float32 at a rate in Hz; what the run time does to it is done here by other code."""
+        assert self._window is not None
+        assert self._shortest is not None
         resampled = wave if rate == model_rate else soxr.resample(wave, rate, model_rate, quality="HQ")
-        count = max(1, math.ceil(len(resampled) / window))
-        padded = torch.nn.functional.pad(torch.from_numpy(resampled), (0, count * window - len(resampled)))
-        starts = np.arange(count) * window
-        spans = np.stack([starts, np.minimum(starts + window, len(resampled))], axis=1) / model_rate
-        return Case(name, wave, rate, (), spans, *self._answers(padded.view(count, window)))
+        pieces = torch.split(torch.from_numpy(resampled), self._window)
+        lengths = np.array([len(piece) for piece in pieces])
+        starts = np.arange(len(pieces)) * self._window
+        spans = np.stack([starts, starts + lengths], axis=1) / model_rate
+        rows: list[_Row] = []
+        for piece in pieces:
+            lacking = max(0, self._shortest - len(piece))
+            padded = torch.nn.functional.pad(piece, (0, lacking))
+            mask = torch.cat([torch.zeros(len(piece)), torch.ones(lacking)]).bool()
+            rows.append((padded, mask if self._masked else None))
+        return Case(name, wave, rate, (), spans, *self._answers(rows))
 
     @torch.no_grad()
-    def _answers(self, clips: Tensor) -> tuple[Outputs, Outputs | None]:
-        eager = _run(self._graph, clips)
+    def _answers(self, rows: list["_Row"]) -> tuple[Outputs, Outputs | None]:
+        eager = _run(self._graph, rows)
         if self._exact is None:
             return eager, None
         try:
-            exact = _run(self._exact, clips.double())
+            exact = _run(self._exact, [(clip.double(), mask) for clip, mask in rows])
             if all(value.dtype == np.float64 for value in exact.values()):
                 return eager, exact
             self.why_not_exact = "its outputs are float32 all the same"
@@ -101,9 +123,12 @@ class _Oracle:
         return eager, None
 
 
-def _run(graph: Graph, clips: Tensor) -> Outputs:
-    rows = [graph(clip[None]) for clip in clips]
-    return {name: torch.cat(outputs).numpy() for name, *outputs in zip(graph.outputs, *rows, strict=True)}
+_Row = tuple[Tensor, Tensor | None]  # a clip or embedding, and its padding
+
+
+def _run(graph: Graph, rows: list[_Row]) -> Outputs:
+    answers = [graph(clip[None]) if mask is None else graph(clip[None], mask[None]) for clip, mask in rows]
+    return {name: torch.cat(outputs).numpy() for name, *outputs in zip(graph.outputs, *answers, strict=True)}
 
 
 # -- inputs -------------------------------------------------------------------------------------------------------
@@ -123,6 +148,33 @@ def _clips(assembly: Assembly) -> Iterator[tuple[str, np.ndarray]]:
     yield "noise of one bit", _sixteen_bit(random.integers(-1, 2, (1, samples)) / INT16_SCALE)
     yield "full scale, clipped", _sixteen_bit(10 * chirp[None])
     yield "chirp in noise", _sixteen_bit(0.5 * chirp + 0.01 * random.standard_normal((1, samples)))
+
+
+def _lengths(assembly: Assembly) -> Iterator[tuple[str, np.ndarray, None]]:
+    """Clips (3, S) of other lengths by name, if the graph takes any."""
+    window, shortest = assembly.clip_samples, assembly.shortest_samples
+    if window is None or shortest is None:
+        return
+    for name, samples in (
+        ("the shortest clips", shortest),
+        ("shorter clips", (shortest + 2 * window) // 3),
+        ("longer clips", round(1.7 * window) + 1),
+    ):
+        yield name, _sixteen_bit(_noise(replace(assembly, clip_samples=samples), 3)), None
+
+
+def _padded(assembly: Assembly) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Clips (3, S) of several lengths, padded with zeros to one, and their masks by name, if the graph takes any."""
+    if not assembly.masked:
+        return
+    clips = _sixteen_bit(_noise(assembly, 3))
+    mask = _mask(clips.shape[1], np.array([0.8, 0.45, 0.1]) * clips.shape[1])
+    yield "padded clips", np.where(mask, np.float32(0), clips), mask
+
+
+def _mask(samples: int, lengths: np.ndarray) -> np.ndarray:
+    """Padding masks (K, samples) of clips of some lengths (K,)."""
+    return np.arange(samples) >= lengths[:, None]
 
 
 def _waves(window: float, rate: int, recordings: Sequence[Path]) -> Iterator[tuple[str, np.ndarray, int]]:

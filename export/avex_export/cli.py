@@ -97,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--labels", type=Path, help="JSON {label: index}, or text with one label a line")
     parser.add_argument("--clip-seconds", type=_positive, help="length of a clip (default: the backbone's)")
     parser.add_argument(
+        "--dynamic-length",
+        action="store_true",
+        help="take clips of any length; recordings are cut to --clip-seconds",
+    )
+    parser.add_argument(
+        "--padding-mask", action="store_true", help="take a padding mask beside the clips, for BEATs and EAT"
+    )
+    parser.add_argument(
         "--activation", choices=("sigmoid", "softmax", "none"), default="sigmoid", help="of the scores"
     )
     parser.add_argument(
@@ -186,6 +194,9 @@ def _request(arguments: argparse.Namespace) -> "Request":
         raise InputError("--input-dim is for --offline; an audio bundle takes its shapes from the backbone")
     if arguments.clip_seconds is not None and arguments.offline:
         raise InputError("--clip-seconds is for audio; with --offline clients bring embeddings")
+    for option in ("dynamic_length", "padding_mask"):
+        if getattr(arguments, option) and arguments.offline:
+            raise InputError(f"--{option.replace('_', '-')} is for audio; with --offline clients bring embeddings")
     if arguments.calibration is not None and arguments.quantize is None:
         raise InputError("--calibration is for --quantize int8; without it nothing is calibrated")
     return Request(
@@ -194,6 +205,8 @@ def _request(arguments: argparse.Namespace) -> "Request":
         weights=arguments.weights,
         labels=arguments.labels,
         clip_seconds=arguments.clip_seconds,
+        dynamic_length=arguments.dynamic_length,
+        padding_mask=arguments.padding_mask,
         offline=arguments.offline,
         input_dim=arguments.input_dim,
         allow_untrained=arguments.allow_untrained,
@@ -236,6 +249,10 @@ def _export(arguments: argparse.Namespace) -> None:
     formats = tuple(dict.fromkeys(arguments.format or USUAL_FORMATS))
     if arguments.half and "torchscript" not in formats:
         raise InputError(f"--half is for TorchScript, which --format {' '.join(formats)} leaves out; add it")
+    if arguments.dynamic_length and "pt2" in formats:
+        raise InputError(
+            "--dynamic-length is for ONNX and TorchScript: a PT2 program is bound to lengths; leave it out"
+        )
     manifest = export_bundle(
         request,
         output,

@@ -11,7 +11,7 @@ import torch
 
 from avex_export.assemble import assemble
 from avex_export.card import model_card
-from avex_export.cases import example_batch
+from avex_export.cases import example_batch, example_inputs
 from avex_export.graph import Assembly, Output, eager_graph, export_graph, half_graph
 from avex_export.int8 import gates
 from avex_export.int8.build import add_int8, refuse_unfit
@@ -114,7 +114,7 @@ def export_bundle(
 def _write_formats(
     assembly: Assembly, folder: Path, formats: Sequence[str], without: Collection[str], progress: Progress
 ) -> dict[str, Backend]:
-    graph, example = export_graph(assembly, without), example_batch(assembly, 2)
+    graph, example = export_graph(assembly, without), example_inputs(assembly, 2)
     names = list(graph.outputs)
     backends: dict[str, Backend] = {}
     if "onnx" in formats:
@@ -123,11 +123,11 @@ def _write_formats(
             graph,
             example,
             folder / ONNX,
-            _input_name(assembly),
+            _input_names(assembly),
             _onnx_metadata(assembly),
             external_data=EXTERNAL_DATA not in without,
         )
-        backends["onnx"] = OnnxBackend(folder / ONNX, _input_name(assembly), names)
+        backends["onnx"] = OnnxBackend(folder / ONNX, _input_names(assembly), names)
     if "torchscript" in formats:
         progress("write TorchScript")
         traced = half_graph(assembly, without) if assembly.half else graph
@@ -156,7 +156,11 @@ def _fields(assembly: Assembly, activation: Activation) -> dict[str, Any]:
     """What the manifest says of the bundle."""
     audio = None
     if assembly.clip_samples is not None:
-        audio = {"sample_rate": assembly.sample_rate, "window_samples": assembly.clip_samples}
+        audio = {
+            "sample_rate": assembly.sample_rate,
+            "window_samples": assembly.clip_samples,
+            "shortest_samples": assembly.shortest_samples,
+        }
     return {
         "name": assembly.name,
         "version": assembly.version,
@@ -166,7 +170,10 @@ def _fields(assembly: Assembly, activation: Activation) -> dict[str, Any]:
         "probes": [] if assembly.headless else [_probe(assembly, i, activation) for i in range(len(assembly.heads))],
         "embeddings": [_embedding(assembly, output) for output in assembly.outputs if output.what != "logits"],
         "audio": audio,
-        "inputs": [{"name": _input_name(assembly), "shape": _input_shape(assembly)}],
+        "inputs": [
+            {"name": name, "dtype": dtype, "shape": _input_shape(assembly)}
+            for name, dtype in zip(_input_names(assembly), ("float32", "bool"), strict=False)
+        ],
         "outputs": [_output(assembly, output) for output in assembly.outputs],
         "half": assembly.half,
         "licence": assembly.licence,
@@ -213,13 +220,15 @@ def _steps(assembly: Assembly, output: Output) -> int:
     return features.shape[1]
 
 
-def _input_name(assembly: Assembly) -> str:
-    return "embedding" if assembly.clip_samples is None else "waveform"
+def _input_names(assembly: Assembly) -> list[str]:
+    if assembly.clip_samples is None:
+        return ["embedding"]
+    return ["waveform", "padding_mask"] if assembly.masked else ["waveform"]
 
 
 def _input_shape(assembly: Assembly) -> tuple[int, ...]:
     if assembly.clip_samples is not None:
-        return (-1, assembly.clip_samples)
+        return (-1, -1 if assembly.any_length else assembly.clip_samples)
     (shape,) = assembly.probe.input_dim
     return (-1, -1, shape[-1]) if assembly.probe.takes_sequence else (-1, *shape)
 

@@ -50,6 +50,8 @@ class Assembly:
     version: str = "1"
     half: bool = False  # whether the TorchScript graph is in float16
     headless: bool = False  # whether only the embeddings that the heads read are answered
+    shortest_samples: int | None = None  # of a clip, where the graph takes clips of any length from there on
+    masked: bool = False  # whether the graph takes a padding mask beside the clips
 
     @property
     def probe(self) -> Probe:
@@ -60,6 +62,11 @@ class Assembly:
     def probes(self) -> tuple[Probe, ...]:
         """All of them."""
         return tuple(head.probe for head in self.heads)
+
+    @property
+    def any_length(self) -> bool:
+        """Whether clips may have any length."""
+        return self.shortest_samples is not None
 
     @property
     def trained(self) -> bool:
@@ -91,27 +98,31 @@ class Assembly:
 
 
 class AudioGraph(nn.Module):
-    """Waveform (B, S) → the outputs; front end, aggregation and heads in one, each probe by itself."""
+    """Waveform (B, S) → the outputs; front end, aggregation and heads in one, each probe by itself.
+
+    If clips are padded, their mask (B, S) comes with them, bool, True where padded.
+    """
 
     def __init__(self, probes: Sequence[Probe], outputs: Sequence[Output]) -> None:
         super().__init__()
         self.probes = nn.ModuleList(probes)
         self.answers = tuple(outputs)
         self.passes: tuple[str, ...] = ()  # those that were applied
+        self.any_length = False  # whether clips may have any length
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Their names."""
         return tuple(output.name for output in self.answers)
 
-    def forward(self, waveform: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, waveform: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """(B, S) → one tensor an output, see `Output`."""
-        combined = self.combine(waveform)
+        combined = self.combine(waveform, padding_mask)
         return tuple(self._answer(output, *combined[output.head]) for output in self.answers)
 
-    def combine(self, waveform: Tensor) -> list[Combined]:
+    def combine(self, waveform: Tensor, padding_mask: Tensor | None = None) -> list[Combined]:
         """What each head reads."""
-        return [self._probe(i).combine(waveform) for i in range(len(self.probes))]
+        return [self._probe(i).combine(waveform, padding_mask) for i in range(len(self.probes))]
 
     def _probe(self, index: int) -> Probe:
         probe = self.probes[index]
@@ -132,23 +143,25 @@ class OnePassGraph(AudioGraph):
         super().__init__(target.probes, outputs)
         self.target = target
 
-    def combine(self, waveform: Tensor) -> list[Combined]:
-        """See `AudioGraph.combine`."""
+    def combine(self, waveform: Tensor, padding_mask: Tensor | None = None) -> list[Combined]:
+        """See `AudioGraph.combine`; if there is a mask, all probes exclude padding or none does."""
         model, probes = self.target.model, self.target.probes
-        tapped = model.pooled_taps(waveform, self.target.layers)
-        # Nothing is padded but what the backbone adds to fill its clips up.
-        nothing = torch.zeros_like(waveform, dtype=torch.bool) if model.fills_clips else None
-        return [probe.combine_taps(tapped, nothing if probe.exclude_padding else None) for probe in probes]
+        as_if_alone = padding_mask is not None and probes[0].exclude_padding
+        tapped = model.pooled_taps(waveform, self.target.layers, padding_mask, as_if_alone=as_if_alone)
+        if padding_mask is None and model.fills_clips:
+            # Nothing is padded but what the backbone adds to fill its clips up.
+            padding_mask = torch.zeros_like(waveform, dtype=torch.bool)
+        return [probe.combine_taps(tapped, padding_mask if probe.exclude_padding else None) for probe in probes]
 
 
 class EmbeddingGraph(nn.Module):
-    """Embedding (B, D) or (B, T, D) → logits (B, C)."""
+    """Embedding (B, D) or (B, T, D) → logits (B, C); sequences may have any length."""
 
     outputs = ("logits",)
 
     def __init__(self, probe: Probe) -> None:
         super().__init__()
-        self.probe = probe
+        self.probe, self.any_length = probe, probe.takes_sequence
         self.passes: tuple[str, ...] = ()
 
     def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
@@ -173,12 +186,16 @@ def export_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
     if assembly.clip_samples is None:
         graph = EmbeddingGraph(probes[0])
     else:
-        target = Target(tuple(probe.eval() for probe in probes), assembly.clip_samples)
+        copies = tuple(probe.eval() for probe in probes)
+        target = Target(copies, assembly.clip_samples, assembly.any_length, assembly.masked)
         passes = rewrite(target, without)
-        # A backbone that extracts embeddings in its own way, for one probe at a time, is asked by the probe.
-        own_way = target.model.has_own_extraction()
+        # A backbone that extracts embeddings in its own way, for one probe at a time, is asked by the probe, and so
+        # is one that hears a mask in two ways.
+        own_way = target.model.has_own_extraction() or (
+            assembly.masked and len({probe.exclude_padding for probe in probes}) > 1
+        )
         graph = AudioGraph(probes, assembly.outputs) if own_way else OnePassGraph(target, assembly.outputs)
-        graph.passes = tuple(passes)
+        graph.passes, graph.any_length = tuple(passes), assembly.any_length
     return graph.eval().requires_grad_(False)
 
 

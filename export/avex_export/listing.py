@@ -28,6 +28,8 @@ _FORMATS = [
         "BEATs, EAT",
         "a second ONNX graph in int8, a third of the size, gated on held-out clips",
     ],
+    ["--dynamic-length", "BEATs, EfficientNet, your own", "ONNX and TorchScript for clips of any length"],
+    ["--padding-mask", "BEATs, EAT excluding padding", "a second input, true where a clip is padded"],
 ]
 _NEEDED = (
     "A head needs weights: a folder written by save_probe(), or --weights with --labels; the ten variants have\n"

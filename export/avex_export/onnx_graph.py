@@ -1,7 +1,7 @@
 """ONNX: by torch.export, with a dynamic batch, our names, and the metadata that other tools read."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -20,23 +20,22 @@ _LARGE = 64 * 2**20
 
 def write_onnx(
     graph: Graph,
-    example: Tensor,
+    example: Sequence[Tensor],
     path: Path,
-    input_name: str,
+    input_names: Sequence[str],
     metadata: Mapping[str, str],
     *,
     external_data: bool = True,
 ) -> None:
-    """Export the graph on an example batch (B, …) and write it.
+    """Export the graph on example inputs and write it.
 
-    The batch is dynamic; of an example with three axes the second one, time, is dynamic as well if the head reads
-    sequences.
+    The batch is dynamic, and so is time if the graph takes any length.
 
     Args:
         graph: what to export.
-        example: one batch.
+        example: a batch (B, …) of each input.
         path: the file; weights that are large in all go into ``PATH.data`` beside it.
-        input_name: of the graph.
+        input_names: of the graph.
         metadata: the graph's properties.
         external_data: whether they may.
 
@@ -49,10 +48,10 @@ def write_onnx(
         try:
             program = torch.onnx.export(
                 graph,
-                (example,),
+                tuple(example),
                 dynamo=True,
-                dynamic_shapes=(dynamic_axes(graph, example),),
-                input_names=[input_name],
+                dynamic_shapes=dynamic_axes(graph, example),
+                input_names=list(input_names),
                 optimize=False,
                 verbose=False,
             )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avex_export.cases import example_batch
+from avex_export.cases import example_inputs
 from avex_export.graph import Assembly, export_graph
 from avex_export.onnx_graph import write_onnx
 from avex_serve.runtime.evidence import Gain
@@ -29,7 +29,8 @@ def profile(assembly: Assembly, without: Collection[str] = (), tell: Callable[[s
         tell: where progress goes.
     """
     applied = export_graph(assembly, without).passes
-    batch = example_batch(assembly, 1).numpy()
+    inputs = [tensor.numpy() for tensor in example_inputs(assembly, 1)]
+    names = [f"input{i}" for i in range(len(inputs))]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avex-profile-")))
         backends = {}
@@ -37,15 +38,15 @@ def profile(assembly: Assembly, without: Collection[str] = (), tell: Callable[[s
             tell(f"profile: build {f'without {name}' if name else 'with all passes'} ({i + 1}/{len(applied) + 1})")
             path = folder / f"{i}.onnx"
             graph = export_graph(assembly, {*without, name})
-            write_onnx(graph, example_batch(assembly, 2), path, "input", {})
-            backends[name] = OnnxBackend(path, "input", list(graph.outputs))
+            write_onnx(graph, example_inputs(assembly, 2), path, names, {})
+            backends[name] = OnnxBackend(path, names, list(graph.outputs))
         times: dict[str, list[float]] = {name: [] for name in backends}
         first = assembly.outputs[0].name
-        answers = {name: backend.run(batch)[first] for name, backend in backends.items()}
+        answers = {name: backend.run(*inputs)[first] for name, backend in backends.items()}
         for _ in range(_ROUNDS):
             for name, backend in backends.items():
                 started = time.perf_counter()
-                backend.run(batch)
+                backend.run(*inputs)
                 times[name].append(time.perf_counter() - started)
     return [
         Gain(

@@ -22,6 +22,8 @@ class Request:
     weights: Path | None = None  # of the one head: a file, or a saved probe's folder
     labels: Path | None = None
     clip_seconds: float | None = None
+    dynamic_length: bool = False  # a graph for clips of any length
+    padding_mask: bool = False  # a graph that takes a padding mask too
     offline: bool = False
     input_dim: tuple[int, ...] | None = None  # (D,) or (T, D)
     allow_untrained: bool = False

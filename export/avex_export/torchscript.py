@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,17 +12,17 @@ from avex_export.graph import Graph
 from avex_export.tracing import quiet_tracing
 
 
-def write_torchscript(graph: Graph, example: Tensor, path: Path) -> None:
-    """Trace the graph on an example batch (B, …) and write it; the batch stays dynamic."""
+def write_torchscript(graph: Graph, example: Sequence[Tensor], path: Path) -> None:
+    """Trace the graph on example inputs, (B, …) each, and write it; the batch stays dynamic."""
     with quiet_tracing():
         # The trace is not checked here: verification compares it on more inputs than the example.
-        traced = torch.jit.trace(graph, (example,), check_trace=False)  # type: ignore[no-untyped-call]
+        traced = torch.jit.trace(graph, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
         archive = io.BytesIO()
         torch.jit.save(traced, archive)
     _copy_without_sources(archive, path)
 
 
-def meta_shapes(path: Path, example: Tensor) -> list[tuple[int, ...]]:
+def meta_shapes(path: Path, example: Sequence[Tensor]) -> list[tuple[int, ...]]:
     """Output shapes of the traced module when it runs on the meta device.
 
     Raises:
@@ -33,7 +34,7 @@ def meta_shapes(path: Path, example: Tensor) -> list[tuple[int, ...]]:
         for part in module.modules():
             for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
                 setattr(part, name, tensor.to("meta"))
-        return [tuple(output.shape) for output in module(example.to("meta"))]
+        return [tuple(output.shape) for output in module(*(each.to("meta") for each in example))]
 
 
 def _copy_without_sources(archive: io.BytesIO, path: Path) -> None:

@@ -3,14 +3,14 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
-from avex_export.graph import EmbeddingGraph, Graph
+from avex_export.graph import Graph
 
 
 @contextlib.contextmanager
@@ -41,9 +41,7 @@ def quiet_tracing() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def dynamic_axes(graph: Graph, example: Tensor) -> dict[int, Any]:
-    """The axes of the input that are dynamic for torch.export: the batch, and time if the head reads sequences."""
-    axes = {0: torch.export.Dim.DYNAMIC}
-    if isinstance(graph, EmbeddingGraph) and graph.probe.takes_sequence:
-        axes[1] = torch.export.Dim.DYNAMIC
-    return axes
+def dynamic_axes(graph: Graph, example: Sequence[Tensor]) -> tuple[dict[int, Any], ...]:
+    """The axes of each input that are dynamic for torch.export: the batch, and time if it may have any length."""
+    axes = (0, 1) if graph.any_length else (0,)
+    return tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for _ in example)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from avex_export.cases import example_batch, make_cases
+from avex_export.cases import example_inputs, make_cases
 from avex_export.graph import Assembly, Graph
 from avex_export.progress import bar
 from avex_export.torchscript import meta_shapes
@@ -107,9 +107,9 @@ def _kept(cases: Sequence[Case]) -> list[Case]:
 
 
 def _on_meta(graph: Graph, assembly: Assembly, torchscript: Path) -> Check:
-    example = example_batch(assembly, 3)
+    example = example_inputs(assembly, 3)
     with torch.no_grad():
-        expected = [tuple(output.shape) for output in graph(example)]
+        expected = [tuple(output.shape) for output in graph(*example)]
     try:
         passed = meta_shapes(torchscript, example) == expected
     except (RuntimeError, NotImplementedError):

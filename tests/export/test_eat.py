@@ -81,15 +81,6 @@ def test_what_is_slow_and_what_comes_after_the_last_tap_is_left_out(tmp_path, ex
     assert positions == (1, TOKENS - 1, 32)
 
 
-def test_a_clip_too_short_is_told(tmp_path, export, eat, labels):
-    code, _, err = export(
-        *("--probe", "linear_last", "--model", eat, "--labels", labels, "--allow-untrained"),
-        *("--output", tmp_path / "bundle", "--clip-seconds", "0.02"),
-    )
-    assert code == 4
-    assert "one frame takes 400" in err
-
-
 @pytest.mark.parametrize(
     "fields", [{}, {"probe_type": "attention", "aggregation": "none", "num_heads": 4, "attention_dim": 8}], ids=str
 )

@@ -438,7 +438,7 @@ def test_list_names_probes_and_models(export):
                 "0.1",
             ],
             4,
-            "one patch takes 2800",
+            "the shortest that BEATs takes has 2800; give --clip-seconds 0.175 or more",
         ),
         (
             ["--probe", "attention_last", "--allow-untrained", "--offline", "--input-dim", "9", "--labels", "L"],

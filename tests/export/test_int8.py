@@ -184,8 +184,8 @@ def test_the_graph_computes_what_the_calibration_did(tmp_path, model, labels):
     request = Request((find_recipe("linear_all"),), str(model), labels=labels, allow_untrained=True)
     graph = export_graph(assemble(request))
     assert quantise(graph, noise(4)) == 7  # of eight, one is behind the pooling
-    write_onnx(graph, noise(2), tmp_path / "int8.onnx", "waveform", {})
-    backend = OnnxBackend(tmp_path / "int8.onnx", "waveform", ["logits", "embedding"])
+    write_onnx(graph, [noise(2)], tmp_path / "int8.onnx", ["waveform"], {})
+    backend = OnnxBackend(tmp_path / "int8.onnx", ["waveform"], ["logits", "embedding"])
     for clip in (noise(1, seed=3), torch.zeros(1, RATE)):
         with torch.no_grad():
             expected = dict(zip(graph.outputs, graph(clip), strict=True))

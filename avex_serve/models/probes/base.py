@@ -287,10 +287,13 @@ class Probe(nn.Module, ABC):
             for embedding, projector in zip(embeddings, self.embedding_projectors, strict=True)
         ]
         if self.takes_sequence:
-            # Sizes are no numbers while a graph is traced; there they are those that the probe was built for.
-            steps = self.built_steps if is_tracing() else [p.shape[1] for p in projected]
-            shortest = min(steps)
-            projected = [p if n == shortest else _resize(p, shortest) for p, n in zip(projected, steps, strict=True)]
+            # Sizes are no numbers while a graph is made; there the same layers are resized as of the clips that the
+            # probe was built for.
+            graph = is_tracing() or torch.compiler.is_exporting()
+            steps = self.built_steps if graph else [p.shape[1] for p in projected]
+            fewest = min(steps)
+            shortest = projected[steps.index(fewest)].shape[1]
+            projected = [p if n == fewest else _resize(p, shortest) for p, n in zip(projected, steps, strict=True)]
         weights = self.layer_weights.softmax(dim=0).unbind()
         return sum(weight * part for weight, part in zip(weights, projected, strict=True))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from avex_export.cases import example_batch
+from avex_export.cases import example_inputs
 from avex_export.graph import Assembly, AudioGraph, export_graph
 from avex_export.int8.clips import built_in, from_recordings
 from avex_export.int8.gates import check, compare
@@ -33,6 +33,8 @@ def refuse_unfit(assembly: Assembly, formats: Collection[str]) -> None:
         )
     if not isinstance(model, BEATsModel | EATModel):
         raise ExportError(f"--quantize int8 is for BEATs and EAT, not {type(model).__name__}; leave out --quantize")
+    if assembly.masked:
+        raise ExportError("--quantize int8 is not calibrated for padded clips; leave out --padding-mask")
     if "onnx" not in formats:
         raise ExportError(
             "--quantize int8 is a graph for onnxruntime and is judged by the float32 one; export "
@@ -72,9 +74,9 @@ def add_int8(
     graph = export_graph(assembly, without)
     assert isinstance(graph, AudioGraph)
     products = quantise(graph, torch.from_numpy(clips.calibration))
-    example = example_batch(assembly, 2)
-    write_onnx(graph, example, path, "waveform", metadata, external_data=EXTERNAL_DATA not in without)
-    rounded = OnnxBackend(path, "waveform", list(graph.outputs))
+    example = example_inputs(assembly, 2)
+    write_onnx(graph, example, path, ["waveform"], metadata, external_data=EXTERNAL_DATA not in without)
+    rounded = OnnxBackend(path, ["waveform"], list(graph.outputs))
     agreement = compare(exact, rounded, clips.held_out, manifest)
     check(agreement)
     return Quantisation(

@@ -24,21 +24,24 @@ _OTHERS = (
 class MeanOverTime(nn.Module):
     """(B, T, D) → (B, 1, D) as a product, which is faster than a mean along an inner axis."""
 
-    share: Tensor  # (1, T)
+    share: Tensor | None  # (1, T), or None of clips of any length
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int | None) -> None:
         super().__init__()
-        self.register_buffer("share", torch.full((1, tokens), 1.0 / tokens))
+        self.register_buffer("share", None if tokens is None else torch.full((1, tokens), 1.0 / tokens))
 
     def forward(self, x: Tensor) -> Tensor:
         """The mean over time, whose axis stays."""
-        return self.share @ x
+        if self.share is not None:
+            return self.share @ x
+        # Shares, not a sum that is divided: that would overflow in half precision.
+        return (torch.ones_like(x[:1, :, 0]) / x.shape[1]) @ x
 
 
 class PooledTaps(nn.Module):
     """Tapped sequences by name (B, T, D), some of them reduced to their mean (B, 1, D)."""
 
-    def __init__(self, tokens: int, layers: Sequence[str]) -> None:
+    def __init__(self, tokens: int | None, layers: Sequence[str]) -> None:
         super().__init__()
         self.mean, self.layers = MeanOverTime(tokens), tuple(layers)
 
@@ -74,7 +77,7 @@ def pool_before_tapped_operator(target: Target) -> bool:
     if how is None:
         return False
     if isinstance(model, beats.BEATsModel):
-        tokens = model.backbone.tokens(target.samples)
+        tokens = None if target.any_length else model.backbone.tokens(target.samples)
         return _pool_taps(model, layers, how, tokens, _pool_beats(model, layers, how, tokens))
     if isinstance(model, eat.EATModel):
         tokens = model.cfg.patches + 1
@@ -96,7 +99,7 @@ class _Then(nn.Module):
         return self.second(self.first(x))
 
 
-def _pool_taps(model: ModelBase, layers: Sequence[str], how: str, tokens: int, pooled: str | None) -> bool:
+def _pool_taps(model: ModelBase, layers: Sequence[str], how: str, tokens: int | None, pooled: str | None) -> bool:
     """Take the means of the sequences among the layers, but for the one that is pooled already, as products."""
     sequences = [layer for layer in layers if layer != pooled and layer not in _OTHERS]
     if how == "mean" and sequences:
@@ -105,7 +108,7 @@ def _pool_taps(model: ModelBase, layers: Sequence[str], how: str, tokens: int, p
     return pooled is not None
 
 
-def _pool_beats(model: beats.BEATsModel, layers: Sequence[str], how: str, tokens: int) -> str | None:
+def _pool_beats(model: beats.BEATsModel, layers: Sequence[str], how: str, tokens: int | None) -> str | None:
     """Pool before the last tapped layer, and return its name; None if it can't be."""
     name, block = _last_block(model.backbone.encoder.layers, "backbone.encoder.layers", layers, {"fc2"})
     if block is None or {BACKBONE, "backbone.encoder", "backbone.encoder.layer_norm"} & set(layers):

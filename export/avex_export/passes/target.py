@@ -9,10 +9,12 @@ from avex_serve.models.probes import Probe
 
 @dataclass(frozen=True)
 class Target:
-    """Copies of probes on one backbone, to be rewritten in place, for clips of so many samples."""
+    """Copies of probes on one backbone, to be rewritten in place, and the clips that they are for."""
 
     probes: tuple[Probe, ...]
-    samples: int
+    samples: int  # of a clip; where they have any length, of one that is long enough for everything
+    any_length: bool = False
+    masked: bool = False  # whether a padding mask comes with the clips
 
     @property
     def model(self) -> ModelBase:
@@ -29,7 +31,8 @@ class Target:
     @property
     def pooling(self) -> Literal["mean", "cls_token"] | None:
         """How all of them reduce time before anything else, if they agree and leave no step out; else None."""
-        if any(probe.exclude_padding for probe in self.probes) and self.model.fills_clips:
+        pads = self.model.fills_clips or self.masked
+        if pads and any(probe.exclude_padding for probe in self.probes):
             return None
         ways = {_pooling(probe) for probe in self.probes}
         (way,) = ways if len(ways) == 1 else (None,)

@@ -23,14 +23,51 @@ def bake_position_bias(target: Target) -> bool:
     encoder = model.backbone.encoder
     # Not by remove_parametrizations, which breaks the modules that this one was copied from.
     encoder.pos_conv[0] = _plain_convolution(encoder.pos_conv[0])
-    with torch.no_grad():
-        bias = encoder.position_bias(model.backbone.tokens(target.samples))
-    del encoder.fixed_position_bias
-    encoder.register_buffer("fixed_position_bias", None if bias is None else bias.contiguous(), persistent=False)
+    if target.any_length:
+        encoder.baked_position_bias = BiasByDistance(encoder)
+    else:
+        encoder.baked_position_bias = FixedBias(encoder, model.backbone.tokens(target.samples))
     for block in encoder.layers:
         assert isinstance(block, beats.Block)
         block.self_attn.relative_attention_bias = None
     return True
+
+
+class FixedBias(nn.Module):
+    """The bias of the attention of clips of one length."""
+
+    bias: Tensor | None  # (1, heads, T, T)
+
+    def __init__(self, encoder: beats.Encoder, tokens: int) -> None:
+        super().__init__()
+        with torch.no_grad():
+            bias = encoder.position_bias(torch.empty(1, tokens, 1))
+        self.register_buffer("bias", None if bias is None else bias.contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """(B, T, D) → (1, heads, T, T); None without positions."""
+        return self.bias
+
+
+class BiasByDistance(nn.Module):
+    """The bias of the attention of clips of any length, looked up by the distance between tokens."""
+
+    table: Tensor | None  # (heads, 2 * furthest + 1), from the most behind to the most ahead
+
+    def __init__(self, encoder: beats.Encoder) -> None:
+        super().__init__()
+        # From there on all distances share a bucket.
+        self.furthest = encoder.cfg.max_distance
+        with torch.no_grad():
+            biases = encoder.bias_of(torch.arange(-self.furthest, self.furthest + 1))
+        self.register_buffer("table", None if biases is None else biases.T.contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """(B, T, D) → (1, heads, T, T); None without positions."""
+        if self.table is None:
+            return None
+        distances = beats.relative_distances(x).clamp(-self.furthest, self.furthest) + self.furthest
+        return self.table[:, distances][None]
 
 
 def merge_projections(target: Target) -> bool:
@@ -134,7 +171,7 @@ class BEATsAttention(MergedAttention):
             update, reset = gates.sigmoid().transpose(1, 2)[..., None].chunk(2, dim=1)  # (B, heads, T, 1)
             bias = (update * (reset * self.gate - 1.0) + 2.0) * bias
         if padding is not None:
-            hidden = torch.zeros(padding.shape, dtype=x.dtype, device=x.device).masked_fill(padding, -torch.inf)
+            hidden = torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, -torch.inf)
             hidden = hidden[:, None, None, :]
             bias = hidden if bias is None else bias + hidden
         output = self.out(self.attend(query, key, value, bias))
