@@ -198,11 +198,18 @@ class Seeing(ModelBase):
     """A model that makes a spectrogram of half of its clip."""
 
     def __init__(self, **audio):
-        super().__init__(audio_config=AudioConfig(n_fft=512, n_mels=32, target_length_seconds=1, **audio))
+        super().__init__(
+            audio_config=AudioConfig(**{"n_fft": 512, "n_mels": 32, "target_length_seconds": 1} | audio)
+        )
         self.fc = nn.Linear(32, 5)
 
     def forward(self, x, padding_mask=None):
         return self.fc(self.process_audio(x[:, : RATE // 2]).transpose(1, 2))
+
+
+def test_a_transform_of_odd_length_has_no_fold():
+    _, applied = rewritten(probe_on(Seeing(n_fft=401).eval(), ["fc"]))
+    assert applied == []
 
 
 def test_a_spectrogram_of_a_model_of_ones_own_is_folded_too():

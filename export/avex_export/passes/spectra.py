@@ -25,12 +25,17 @@ def fold_fourier_transform(target: Target) -> bool:
     """See `FoldedPower`; a transform of odd length has no fold."""
     parts = [part for part in target.model.modules() if isinstance(part, Spectrogram) and part.n_fft % 2 == 0]
     for part in parts:
-        part.power = FoldedPower(part.n_fft)
-        order = torch.tensor(folded_bins(part.n_fft))
-        # Filters are put into the order of the transform; without any, the transform is put into theirs.
-        filters = torch.eye(len(order)) if part.filters is None else part.filters
-        part.filters = filters[order]
+        fold_spectrogram(part)
     return bool(parts)
+
+
+def fold_spectrogram(part: Spectrogram) -> None:
+    """Fold, in place, a transform of even length."""
+    part.power = FoldedPower(part.n_fft)
+    order = torch.tensor(folded_bins(part.n_fft))
+    # Filters are put into the order of the transform; without any, the transform is put into theirs.
+    filters = torch.eye(len(order)) if part.filters is None else part.filters
+    part.filters = filters[order]
 
 
 class ProductFramePower(FramePower):
