@@ -10,6 +10,7 @@ import soundfile
 import soxr
 
 from avex_serve.errors import AudioError, NotFoundError
+from avex_serve.runtime.stages import DECODE, RESAMPLE, stage
 
 BLOCK_FRAMES: Final = 2**20  # 22 s at 48 kHz
 # Recorders lie well within, from infrasound to sonar. A damaged header doesn't, and a rate of 1 Hz would make a
@@ -27,6 +28,7 @@ class Recording(NamedTuple):
     sample_rate: int  # Hz
 
 
+@stage(DECODE)
 def decode(source: bytes | str | os.PathLike[str]) -> Recording:
     """Decode an encoded recording (WAV, FLAC, OGG, MP3: what libsndfile reads) and mix it down to mono.
 
@@ -139,7 +141,8 @@ def resample(wave: Wave, source_rate: int, target_rate: int) -> Wave:
     lowest, highest = RATES
     if not lowest <= source_rate <= highest:
         raise AudioError(f"sample rate {source_rate!r}; expected {lowest} to {highest} Hz")
-    resampled: np.ndarray = soxr.resample(wave, source_rate, target_rate, quality="HQ")
+    with stage(RESAMPLE):
+        resampled: np.ndarray = soxr.resample(wave, source_rate, target_rate, quality="HQ")
     if resampled.size == 0:  # fewer input samples than half an output sample
         raise AudioError(f"{wave.size} samples at {source_rate} Hz are nothing at {target_rate} Hz; send more audio")
     return np.ascontiguousarray(resampled, dtype=np.float32)

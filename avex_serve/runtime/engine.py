@@ -16,6 +16,8 @@ from avex_serve.errors import BundleError, NotFoundError, TensorError, Unsupport
 from avex_serve.runtime import audio, results
 from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.backend import Backend, open_backend
+from avex_serve.runtime.cores import usable_cores
+from avex_serve.runtime.stages import in_pool
 from avex_serve.runtime.windows import WindowPlan, plan_windows
 
 
@@ -39,12 +41,11 @@ class Engine:
     Use it as a context manager, or call `close`. Calls from several threads at once are allowed.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, threads: int | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
         # One call of the backend uses one core: this is where a recording's windows spread over the cores.
-        # Linux alone knows how many of the machine's cores this process may use.
-        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._threads = threads or usable_cores()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="avex-infer")
 
     def __enter__(self) -> Self:
@@ -232,7 +233,7 @@ class Engine:
         ahead = 2 * self._threads
         waiting: deque[Future[dict[str, np.ndarray]]] = deque()
         for batch in batches:
-            waiting.append(self._pool.submit(self.backend.run, batch))
+            waiting.append(self._pool.submit(in_pool(self.backend.run, self.manifest.name), batch))
             if len(waiting) >= ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -274,13 +275,16 @@ def _chunks(batch: np.ndarray, size: int) -> Iterator[np.ndarray]:
     return (batch[start : start + size] for start in range(0, len(batch), size))
 
 
-def open_bundle(directory: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto") -> Engine:
+def open_bundle(
+    directory: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto", threads: int | None = None
+) -> Engine:
     """Open a bundle: check that it is whole and load its graph.
 
     Args:
         directory: made by ``avex-export``.
         device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript) or ``auto`` (cuda where it works).
         precision: ``float32``, ``int8`` or ``auto`` (int8 on the CPU where the bundle has it).
+        threads: that infer side by side; as many as the cores that may be used by default.
 
     Raises:
         BundleError: not a whole bundle, or no graph in it for that device and precision.
@@ -296,4 +300,4 @@ def open_bundle(directory: str | os.PathLike[str], device: str = "auto", *, prec
             checking.result()  # a changed file is the better reason
             raise
         checking.result()
-    return Engine(bundle, backend)
+    return Engine(bundle, backend, threads)
