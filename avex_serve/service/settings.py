@@ -22,11 +22,24 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, validate_default=True)
 
     bundle: Path = Field(DEMO_BUNDLE, description="the folder to serve; by default the demo bundle of this package")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "float32", "int8"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the model runs; auto: on CUDA where it works"
+    )
+    precision: Literal["auto", "float32", "int8"] = Field(
+        "auto", description="which graph runs; auto: int8 on a CPU where the bundle has it"
+    )
     # All interfaces, as BentoML's HTTP does by default.
-    grpc_host: IPvAnyAddress = Field(default="0.0.0.0", description="IPv4 or IPv6 address")  # type: ignore[assignment]
-    grpc_port: int = Field(3001, ge=1, le=65535)
+    grpc_host: IPvAnyAddress = Field(default="0.0.0.0", description="IPv4 or IPv6 address that gRPC listens on")  # type: ignore[assignment]
+    grpc_port: int = Field(3001, ge=1, le=65535, description="port that gRPC listens on")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="threads that infer in each worker; by default the usable cores divided by the workers",
+    )
+    log_format: Literal["text", "json"] = Field("text", description="text as BentoML's, or a JSON document a line")
+    drain_seconds: float = Field(
+        30.0, gt=0, description="the most that running requests get after SIGTERM, in seconds"
+    )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:

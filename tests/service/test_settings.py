@@ -1,7 +1,15 @@
-import pytest
+import json
+import re
+import subprocess
+import sys
 
+import pytest
+from pydantic import Field, SecretStr
+
+from avex_serve.cli import main
 from avex_serve.errors import InputError
 from avex_serve.service.settings import DEMO_BUNDLE, Settings
+from avex_serve.service.settings_list import list_settings, table
 
 
 def test_defaults():
@@ -39,3 +47,50 @@ def test_every_setting(tmp_path):
 def test_bad_value_is_named(name, value):
     with pytest.raises(InputError, match=f"^{name} is '{value}': "):
         Settings.from_environment({name: value})
+
+
+@pytest.fixture
+def asked(monkeypatch, capsys):
+    """`avex-serve settings` with these variables; returns what it printed."""
+
+    def ask(*arguments, **variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert main(["settings", *arguments]) == 0
+        return capsys.readouterr().out
+
+    return ask
+
+
+def test_command_prints_every_setting(asked, tmp_path):
+    settings = json.loads(asked("--json", AVEX_BUNDLE=str(tmp_path), AVEX_THREADS="3"))
+    listed = {setting["variable"]: setting for setting in settings}
+    assert set(listed) == {f"AVEX_{name.upper()}" for name in Settings.model_fields}
+    assert all(setting["description"] for setting in settings)
+    assert (listed["AVEX_BUNDLE"]["value"], listed["AVEX_BUNDLE"]["default"]) == (str(tmp_path), str(DEMO_BUNDLE))
+    assert (listed["AVEX_THREADS"]["value"], listed["AVEX_THREADS"]["default"]) == (3, None)
+    table = asked()
+    assert all(name in table and setting["description"] in table for name, setting in listed.items())
+    assert re.search(r"^AVEX_THREADS +3 +none ", table, re.MULTILINE)
+
+
+def test_command_names_a_bad_value(monkeypatch, capsys):
+    monkeypatch.setenv("AVEX_DRAIN_SECONDS", "soon")
+    assert main(["settings"]) == 2
+    assert "AVEX_DRAIN_SECONDS is 'soon'" in capsys.readouterr().err
+
+
+def test_secrets_are_not_shown():
+    class Secretive(Settings):
+        token: SecretStr | None = Field(None, description="a key")
+
+    shown = {each.variable: each for each in list_settings({"AVEX_TOKEN": "hush"}, Secretive)}
+    assert shown["AVEX_TOKEN"].value == "(set)"
+    assert shown["AVEX_TOKEN"].default is None
+    assert "hush" not in table(list(shown.values()))
+
+
+def test_command_imports_no_server():
+    heavy = {"bentoml", "grpc", "numpy", "onnxruntime", "soundfile", "starlette"}
+    code = f"import sys, avex_serve.cli as cli; cli.main(['settings']); sys.exit(bool({heavy} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
