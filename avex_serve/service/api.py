@@ -9,32 +9,47 @@ paths are answered by `avex_serve.service.http`.
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import bentoml
+from anyio import to_thread
 
 from avex_serve.bundle import read_bundle
 from avex_serve.errors import AvexServeError
 from avex_serve.runtime.audio import decode
+from avex_serve.runtime.cores import threads_of_worker
 from avex_serve.runtime.engine import Engine, open_bundle
 from avex_serve.runtime.results import Classification, Embedding, Prediction
+from avex_serve.runtime.warmup import warm_up
+from avex_serve.service.drain import Drain, DrainingGrpc, DrainingHttp
 from avex_serve.service.grpc import GrpcServer, check_port_is_free
 from avex_serve.service.http import OwnRoutes
+from avex_serve.service.logs import configure_logs
+from avex_serve.service.metrics import Metrics
+from avex_serve.service.observe import ObservedGrpc, ObservedHttp, Observer
 from avex_serve.service.oip import from_numbers
+from avex_serve.service.pages import Pages
 from avex_serve.service.settings import Settings
+from avex_serve.service.tracing import Tracing
 
 logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the information of loggers that are not its own
 
 STARTUP_FAILED: Final = 3  # exit code, uvicorn's for this case
 
 
-@bentoml.service
+# Metrics and the log of requests are ours: see docs/decisions/operation.md.
+@bentoml.service(metrics={"enabled": False}, logging={"access": {"enabled": False}})
 class AvexService:
     """Names the sounds in recordings, with the bundle that AVEX_BUNDLE points at."""
 
     _grpc: GrpcServer | None = None
+
+    def __init__(self) -> None:
+        if bentoml.server_context.worker_index is not None:  # in BentoML's server, not in somebody's program
+            configure_logs(self.settings.log_format)
 
     @cached_property
     def settings(self) -> Settings:
@@ -44,7 +59,37 @@ class AvexService:
     @cached_property
     def engine(self) -> Engine:
         """The engine, opened on first use: BentoML's supervisor, which imports this module too, does without."""
-        return open_bundle(self.settings.bundle, self.settings.device, precision=self.settings.precision)
+        settings = self.settings
+        threads = settings.threads or threads_of_worker(_workers())
+        return open_bundle(settings.bundle, settings.device, precision=settings.precision, threads=threads)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """The metrics of this process."""
+        return Metrics(self.served)
+
+    @cached_property
+    def tracing(self) -> Tracing:
+        """The spans of this process."""
+        return Tracing.from_environment()
+
+    @cached_property
+    def observer(self) -> Observer:
+        """What notes each request."""
+        return Observer(self.metrics, self.tracing)
+
+    @cached_property
+    def drain(self) -> Drain:
+        """What ends this process in order."""
+        return Drain(self.settings.drain_seconds)
+
+    def served(self) -> AbstractContextManager[list[Engine]]:
+        """The engines that are served, lent for the length of a block."""
+        return nullcontext([self.engine])
+
+    async def __is_ready__(self) -> bool:
+        """What BentoML asks for `/readyz`. Before the models have answered once, nothing is answered at all."""
+        return not self.drain.draining
 
     @bentoml.api
     def predict(
@@ -81,6 +126,7 @@ class AvexService:
         """Before any worker starts: refuse bad settings, a bundle that is not whole and a port that is taken."""
         try:
             settings = Settings.from_environment()
+            configure_logs(settings.log_format)
             read_bundle(settings.bundle)
             check_port_is_free(settings)
         except AvexServeError as error:
@@ -91,11 +137,15 @@ class AvexService:
         """In each worker: open the engine, serve gRPC beside HTTP and say what is served."""
         try:
             engine = self.engine
-            self._grpc = await GrpcServer.start(engine, self.settings)
+            await to_thread.run_sync(warm_up, engine)
+            observer, drain = self.observer, self.drain
+            interceptors = [ObservedGrpc(observer), DrainingGrpc(drain)]
+            self._grpc = await GrpcServer.start(engine, self.settings, lambda: not drain.draining, interceptors)
         except AvexServeError as error:
             logger.error("can't start: %s", error)
             # An exception would be printed with its traceback, once by Starlette and once more by uvicorn.
             os._exit(STARTUP_FAILED)
+        drain.on_signals(self._grpc.announce_end)
         _announce(engine, self.settings)
 
     @bentoml.on_shutdown
@@ -104,6 +154,20 @@ class AvexService:
         if self._grpc is not None:
             await self._grpc.stop()
         self.engine.close()
+        await to_thread.run_sync(self.tracing.close)
+
+
+def _workers() -> int:
+    """How many processes serve, as BentoML is configured; 1 outside of its server."""
+    if bentoml.server_context.worker_index is None:
+        return 1
+    # BentoML tells a worker its own number and not how many there are.
+    from bentoml._internal.configuration.containers import BentoMLContainer
+    from bentoml._internal.resource import system_resources
+
+    services = BentoMLContainer.config.services.get()
+    workers = (services.get(AvexService.name) or {}).get("workers") or 1
+    return int(system_resources()["cpu"]) or 1 if workers == "cpu_count" else int(workers)
 
 
 def _announce(engine: Engine, settings: Settings) -> None:
@@ -122,10 +186,18 @@ def _announce(engine: Engine, settings: Settings) -> None:
         logger.warning("bundle %s has random weights: its answers mean nothing", manifest.name)
 
 
-def _current_engine() -> Engine:
-    service: Any = bentoml.get_current_service()
-    engine: Engine = service.engine
-    return engine
+def _current() -> Any:
+    return bentoml.get_current_service()
 
 
-AvexService.add_asgi_middleware(OwnRoutes, engine=_current_engine)
+AvexService.add_asgi_middleware(ObservedHttp, observer=lambda: _current().observer)
+AvexService.add_asgi_middleware(DrainingHttp, drain=lambda: _current().drain)
+AvexService.add_asgi_middleware(
+    Pages,
+    served=lambda: _current().served(),
+    metrics=lambda: _current().metrics,
+    grpc_port=lambda: _current().settings.grpc_port,
+)
+AvexService.add_asgi_middleware(
+    OwnRoutes, engine=lambda: _current().engine, ready=lambda: not _current().drain.draining
+)

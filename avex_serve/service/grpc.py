@@ -2,7 +2,7 @@
 
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("bentoml.avex_serve")
 MAX_REQUEST_BYTES: Final = 128 * 2**20
 # A status travels in a header, and clients take 8 KiB of headers: a longer one would arrive as another error.
 MAX_DETAILS: Final = 1000
-GRACE_SECONDS: Final = 10.0  # that running calls get at shutdown
+GRACE_SECONDS: Final = 1.0  # for answers to leave: calls have ended by then, see `avex_serve.service.drain`
 
 Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
@@ -38,21 +38,34 @@ class GrpcServer:
         self._health = servicer
 
     @classmethod
-    async def start(cls, engine: Engine, settings: Settings) -> "GrpcServer":
+    async def start(
+        cls,
+        engine: Engine,
+        settings: Settings,
+        ready: Callable[[], bool],
+        interceptors: Sequence[grpc.aio.ServerInterceptor],
+    ) -> "GrpcServer":
         """Serve the engine.
+
+        Args:
+            engine: what answers.
+            settings: where to listen.
+            ready: whether the service takes requests.
+            interceptors: what each call passes, the first one first.
 
         Raises:
             InputError: the address can't be listened on.
         """
         server = grpc.aio.server(
+            interceptors=interceptors,
             options=[
                 ("grpc.so_reuseport", 1),  # workers share the port
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
                 ("grpc.max_send_message_length", -1),
-            ]
+            ],
         )
         servicer = health.aio.HealthServicer()
-        server.add_generic_rpc_handlers((_inference(oip.Model(engine)), _health(servicer)))
+        server.add_generic_rpc_handlers((_inference(oip.Model(engine), ready), _health(servicer)))
         try:
             server.add_insecure_port(settings.grpc_address)
         except RuntimeError as error:
@@ -62,9 +75,12 @@ class GrpcServer:
             await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
         return cls(server, servicer)
 
-    async def stop(self) -> None:
-        """Say NOT_SERVING, let running calls end, and stop."""
+    async def announce_end(self) -> None:
+        """Say NOT_SERVING to whoever asks for the health or watches it."""
         await self._health.enter_graceful_shutdown()
+
+    async def stop(self) -> None:
+        """Stop; streams of watchers are cut off."""
         await self._server.stop(GRACE_SECONDS)
 
 
@@ -89,21 +105,22 @@ def check_port_is_free(settings: Settings) -> None:
 class _Servicer:
     """The methods of the protocol."""
 
-    def __init__(self, model: oip.Model) -> None:
+    def __init__(self, model: oip.Model, ready: Callable[[], bool]) -> None:
         self._model = model
+        self._ready = ready
 
     async def server_live(self, _: Any) -> Message:
         return message_class("ServerLiveResponse")(live=True)
 
     async def server_ready(self, _: Any) -> Message:
-        return message_class("ServerReadyResponse")(ready=True)
+        return message_class("ServerReadyResponse")(ready=self._ready())
 
     async def server_metadata(self, _: Any) -> Message:
         return message_class("ServerMetadataResponse")(**oip.server_metadata())
 
     async def model_ready(self, request: Any) -> Message:
         self._model.check_name(request.name, request.version)
-        return message_class("ModelReadyResponse")(ready=True)
+        return message_class("ModelReadyResponse")(ready=self._ready())
 
     async def model_metadata(self, request: Any) -> Message:
         self._model.check_name(request.name, request.version)
@@ -162,8 +179,8 @@ def _parameters(request: Any) -> dict[str, Any]:
     return values
 
 
-def _inference(model: oip.Model) -> grpc.GenericRpcHandler:
-    servicer = _Servicer(model)
+def _inference(model: oip.Model, ready: Callable[[], bool]) -> grpc.GenericRpcHandler:
+    servicer = _Servicer(model, ready)
     methods: dict[str, Callable[[Any], Awaitable[Message]]] = {
         "ServerLive": servicer.server_live,
         "ServerReady": servicer.server_ready,

@@ -48,10 +48,17 @@ class OwnRoutes:
     to the handlers that it covers.
     """
 
-    def __init__(self, app: ASGIApp, engine: Callable[[], Engine]) -> None:
-        """`engine` is called with each request, for the engine is opened after the application is built."""
+    def __init__(self, app: ASGIApp, engine: Callable[[], Engine], ready: Callable[[], bool]) -> None:
+        """Both are called with each request, for the engine is opened after the application is built.
+
+        Args:
+            app: what answers other requests.
+            engine: what answers these.
+            ready: whether the service takes requests.
+        """
         self._app = app
         self._engine = engine
+        self._is_ready = ready
         self._router = ExceptionMiddleware(
             Router(self._routes(), default=self._pass_on, redirect_slashes=False),
             {HTTPException: _answer_fault, Exception: _answer_fault},
@@ -117,14 +124,15 @@ class OwnRoutes:
         return JSONResponse({"live": True})
 
     async def _ready(self, _: Request) -> Response:
-        # HTTP is answered only after the engine was opened.
-        return JSONResponse({"ready": True})
+        ready = self._is_ready()
+        return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
 
     async def _model_metadata(self, request: Request) -> Response:
         return JSONResponse(oip_json.dump_metadata(self._model(request).metadata()))
 
     async def _model_ready(self, request: Request) -> Response:
-        return JSONResponse({"name": self._model(request).name, "ready": True})
+        ready = self._is_ready()
+        return JSONResponse({"name": self._model(request).name, "ready": ready}, status_code=200 if ready else 503)
 
     async def _infer(self, request: Request) -> Response:
         model = self._model(request)
