@@ -95,10 +95,10 @@ def test_what_was_accepted_is_answered(tmp_path, audio_bundle, audio_engine, lon
         assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
         watch = health.Watch(health_pb2.HealthCheckRequest())  # an open stream must not hold the end up
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
-        loads = [pool.submit(load, server) for load in (load_http, load_http, load_grpc)]
         by_http = [pool.submit(predict, server, long, overlap=OVERLAP, top_k=1, threshold=0.6) for _ in range(2)]
         by_grpc = [pool.submit(infer, server, long, OVERLAP) for _ in range(2)]
         wait_until_in_progress(server, 4)
+        loads = [pool.submit(load, server) for load in (load_http, load_http, load_grpc)]
         while "right" not in outcomes:
             time.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
