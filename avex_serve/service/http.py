@@ -2,7 +2,8 @@
 
 BentoML's handlers of the same paths are never reached over the network: see docs/decisions/serving-own-routes.md.
 
-    POST /predict, /embed           the audio as the body, or as the file ``audio`` of a multipart form
+    POST /predict, /predict_all,    the audio as the body, or as the file ``audio`` of a multipart form
+         /embed
     POST /classify                  JSON, for embedding bundles
     /v2…                            the Open Inference Protocol
 
@@ -28,13 +29,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from avex_serve.errors import AvexServeError, InputError, NotFoundError
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine
-from avex_serve.runtime.results import Classification, Embedding, Prediction
+from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service import oip, oip_json
-from avex_serve.service.options import ClassifyRequest, EmbedOptions, PredictOptions, validated
+from avex_serve.service.options import (
+    AudioOptions,
+    ClassifyRequest,
+    EmbedOptions,
+    PredictAllOptions,
+    PredictOptions,
+    validated,
+)
 
 logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the information of loggers that are not its own
 
-Options = TypeVar("Options", bound=EmbedOptions)
+Options = TypeVar("Options", bound=AudioOptions)
 
 AUDIO_FIELD: Final = "audio"
 MODEL: Final = "/v2/models/{name}"
@@ -72,6 +80,7 @@ class OwnRoutes:
     def _routes(self) -> list[Route]:
         routes = [
             Route("/predict", self._predict, methods=["POST"]),
+            Route("/predict_all", self._predict_all, methods=["POST"]),
             Route("/embed", self._embed, methods=["POST"]),
             Route("/classify", self._classify, methods=["POST"]),
             Route("/v2", self._server_metadata),
@@ -98,6 +107,14 @@ class OwnRoutes:
             return self._engine().predict(*decode(audio), **options.model_dump())
 
         return _document(await to_thread.run_sync(predict))
+
+    async def _predict_all(self, request: Request) -> Response:
+        audio, options = await _read_audio(request, PredictAllOptions)
+
+        def predict_all() -> Predictions:
+            return Predictions(predictions=self._engine().predict_all(*decode(audio), **options.model_dump()))
+
+        return _document(await to_thread.run_sync(predict_all))
 
     async def _embed(self, request: Request) -> Response:
         audio, options = await _read_audio(request, EmbedOptions)

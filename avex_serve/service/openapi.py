@@ -11,14 +11,20 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from avex_serve.runtime.results import Classification, Embedding, Prediction
+from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service.options import ClassifyRequest
 from avex_serve.version import __version__
 
 Options = Mapping[str, tuple[str, dict[str, Any]]]  # name: description and schema
 
 VERSION: Final = "3.1.0"
-_DOCUMENTS: Final[tuple[type[BaseModel], ...]] = (Prediction, Embedding, Classification, ClassifyRequest)
+_DOCUMENTS: Final[tuple[type[BaseModel], ...]] = (
+    Prediction,
+    Predictions,
+    Embedding,
+    Classification,
+    ClassifyRequest,
+)
 _REFERENCE: Final = "#/components/schemas/{model}"
 _BINARY: Final = {"type": "string", "contentMediaType": "application/octet-stream"}
 _NUMBER: Final[dict[str, Any]] = {
@@ -27,11 +33,18 @@ _NUMBER: Final[dict[str, Any]] = {
 _COUNT: Final[dict[str, Any]] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["", "null"]}]}
 _NAME: Final[dict[str, Any]] = {"type": "string"}
 _OVERLAP: Final[Options] = {"overlap": ("seconds that neighbouring windows share; less than a window", _NUMBER)}
-_PREDICT: Final[Options] = {
+_PREDICT_ALL: Final[Options] = {
     "threshold": ("lowest score to report; 0.5 unless top_k is given", _NUMBER),
     "top_k": ("report at most so many labels a window", _COUNT),
-    "probe": ("which head of the bundle to ask; its first one by default", _NAME),
     **_OVERLAP,
+}
+_PREDICT: Final[Options] = {
+    **_PREDICT_ALL,
+    "probe": ("which head of the bundle to ask; its first one by default", _NAME),
+}
+_EMBED: Final[Options] = {
+    **_OVERLAP,
+    "output": ("which embedding of the bundle; its first one by default", _NAME),
 }
 
 
@@ -73,7 +86,8 @@ def paths() -> dict[str, Any]:
             }
         },
         "/predict": _recording("Name the sounds in a recording", _PREDICT, "Prediction"),
-        "/embed": _recording("The pooled embeddings of a recording, one a window", _OVERLAP, "Embedding"),
+        "/predict_all": _recording("What all heads of a bundle hear in a recording", _PREDICT_ALL, "Predictions"),
+        "/embed": _recording("Embeddings of a recording, one a window", _EMBED, "Embedding"),
         "/classify": {
             "post": {
                 "summary": "Ask an embedding bundle about embeddings, (batch, dim) or (batch, time, dim)",

@@ -90,7 +90,7 @@ def describe(engine: Engine) -> dict[str, Any]:
         "name": manifest.name,
         "version": manifest.version,
         "kind": manifest.kind,
-        "labels": len(engine.labels),
+        "labels": {probe.name: len(engine.labels(probe.name)) for probe in manifest.probes},
         "trained": manifest.trained,
         "licence": manifest.licence,
         "format": engine.backend.format,
@@ -113,7 +113,8 @@ def _page(models: list[dict[str, Any]], base: str, grpc: str) -> str:
     names = list(models[0]) if models else []
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(model[name]))}</td>" for name in names) + "</tr>" for model in models
+        "<tr>" + "".join(f"<td>{html.escape(_cell(model[name]))}</td>" for name in names) + "</tr>"
+        for model in models
     )
     commands = "\n".join(_commands(models, base))
     return f"""<!DOCTYPE html>
@@ -128,14 +129,19 @@ def _page(models: list[dict[str, Any]], base: str, grpc: str) -> str:
 """
 
 
+def _cell(value: Any) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in value.items()) if isinstance(value, dict) else str(value)
+
+
 def _commands(models: list[dict[str, Any]], base: str) -> list[str]:
     commands = []
-    if any(model["kind"] == "audio" for model in models):
+    if any(model["kind"] == "audio" and model["labels"] for model in models):
         commands += [
             f"curl --data-binary @recording.wav '{base}/predict?top_k=3'",
             f"curl -F audio=@recording.wav -F threshold=0.3 {base}/predict",
-            f"curl --data-binary @recording.wav {base}/embed",
         ]
+    if any(model["kind"] == "audio" for model in models):
+        commands.append(f"curl --data-binary @recording.wav {base}/embed")
     if any(model["kind"] == "embedding" for model in models):
         commands.append(f"curl --json @embeddings.json {base}/classify")
     return commands + [f"curl {base}/v2/models/{model['name']}" for model in models]

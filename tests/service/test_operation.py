@@ -249,7 +249,7 @@ def test_home_page(server, wav, tmp_path):
     for accept in ("*/*", "application/json", ""):
         page = server.client.get("/", headers={"accept": accept}).json()
         assert page["models"][0]["name"] == "tiny"
-        assert page["models"][0]["labels"] == 3
+        assert page["models"][0]["labels"] == {"linear": 3}
         assert page["models"][0]["licence"] == "MIT"
         assert page["grpc_port"] == server.grpc_port
     browser = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
