@@ -45,8 +45,8 @@ class Engine:
         self.bundle = bundle
         self.backend = backend
         # One call of the backend uses one core: this is where a recording's windows spread over the cores.
-        self._threads = threads or usable_cores()
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="avex-infer")
+        self.threads = threads or usable_cores()
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="avex-infer")
 
     def __enter__(self) -> Self:
         return self
@@ -301,7 +301,7 @@ class Engine:
 
     def _run(self, batches: Iterable[np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
         # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
-        ahead = 2 * self._threads
+        ahead = 2 * self.threads
         waiting: deque[Future[dict[str, np.ndarray]]] = deque()
         for batch in batches:
             waiting.append(self._pool.submit(in_pool(self.backend.run, self.manifest.name), batch))

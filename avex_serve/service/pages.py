@@ -95,6 +95,7 @@ def describe(engine: Engine) -> dict[str, Any]:
         "licence": manifest.licence,
         "format": engine.backend.format,
         "device": engine.backend.device,
+        "threads": engine.threads,
     }
 
 

@@ -2,7 +2,7 @@
 
     OTEL_EXPORTER_OTLP_ENDPOINT   and the other standard variables: spans of ours for HTTP and gRPC, sent by OTLP
                                   over HTTP; needs ``avex-serve[tracing]``
-    BENTOML_CONFIG                with ``tracing:``: BentoML makes the spans of HTTP, ours of gRPC go the same way
+    BENTOML_CONFIG                with ``tracing``: BentoML makes the spans of HTTP, ours of gRPC go the same way
 
 Without either nothing is traced.
 """

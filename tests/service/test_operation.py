@@ -16,6 +16,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import Route
 
+from avex_serve.runtime.cores import usable_cores
 from avex_serve.service import AvexService
 from tests.service.conftest import running_server
 
@@ -243,6 +244,27 @@ def test_traces(server, collector, wav):
     assert {each.key: each.value.string_value for each in resource.attributes}["service.name"] == "bioacoustics"
     (line,) = line_of(server, "traced")
     assert line["trace_id"] == trace
+
+
+def test_traces_as_bentoml_is_configured(tmp_path, audio_bundle, collector, wav):
+    otlp = {"protocol": "http", "endpoint": f"{collector.url}/v1/traces", "http": {}}
+    tracing = {"exporter_type": "otlp", "sample_rate": 1.0, "otlp": otlp}
+    config = {"services": {"AvexService": {"tracing": tracing}}}
+    (tmp_path / "bentoml.yml").write_text(json.dumps(config))  # which is YAML too
+    variables = {"BENTOML_CONFIG": str(tmp_path / "bentoml.yml"), "OTEL_BSP_SCHEDULE_DELAY": "50"}
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    parent = f"00-{trace}-00f067aa0ba902b7-01"
+    with running_server(tmp_path, AVEX_BUNDLE=str(audio_bundle), **variables) as server:
+        server.client.post("/predict", content=wav, headers={"traceparent": parent})
+        with channel(server) as each:
+            each.unary_unary(MODEL_READY)(b"\n\x04tiny", metadata=[("traceparent", parent)])
+        found = {"POST /predict", MODEL_READY[1:]}
+        eventually(lambda: found <= {span.name for span, _ in collector.spans if span.trace_id.hex() == trace})
+
+
+def test_workers_share_the_cores(server, audio_server):
+    threads = [each.get("/").json()["models"][0]["threads"] for each in (audio_server, server)]
+    assert threads == [usable_cores(), max(1, usable_cores() // 2)]
 
 
 def test_home_page(server, wav, tmp_path):
