@@ -1,16 +1,20 @@
 """EfficientNet the whole way: its feature maps have another rank, its layers differ in length and width."""
 
+import copy
+
 import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
+from avex_export.passes import Target, rewrite
 from avex_serve import open_bundle
 from avex_serve.bundle import read_bundle
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, load_probe, save_probe
 from tests.export.conftest import LABELS, UNTRAINED, row
-from tests.models.backbones import effnet, effnet_spec, noise, write_model
+from tests.models.backbones import RATE, effnet, effnet_spec, noise, write_model
 
 # 32 mel bins leave one frequency in the last layer: heads on all layers stay small.
 SPEC = effnet_spec(n_mels=32)
@@ -95,3 +99,23 @@ def test_a_fine_tuned_probe_is_saved_without_the_unused_classifier_and_exported(
     assert (code, err) == (0, "")
     with open_bundle(tmp_path / "bundle") as engine:
         np.testing.assert_allclose(engine.infer(noise(2).numpy())["logits"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_behind_tapped_convolutions_are_folded_unless_that_would_cost_digits():
+    config = ProbeConfig(target_layers=["all"], aggregation="mean")
+    probe = build_probe_from_config(config, 5, "cpu", base_model=effnet(n_mels=32)).eval()
+
+    def norms(changed=None, aggregation="mean"):
+        special = copy.deepcopy(probe)
+        special.aggregation = aggregation
+        if changed is not None:
+            special.base_model.get_submodule(changed).weight.data[1] = 1e-4
+        rewrite(Target((special,), RATE))
+        return [name for name, part in special.named_modules() if isinstance(part, nn.BatchNorm2d)]
+
+    norm = "model.features.2.0.block.3.1"
+    probe.base_model.get_submodule(norm).bias.data[1] = 0.1
+    assert norms() == []
+    assert norms(norm) == [f"base_model.{norm}"]
+    tapped = sum(layer.endswith(".0") for layer in probe.layers) - 1  # what comes after the last one is left out
+    assert len(norms(aggregation="max")) == tapped
