@@ -13,7 +13,7 @@ import numpy as np
 
 from avex_serve.bundle import AudioSpec, Bundle, Manifest, ProbeInfo, check_files, read_manifest
 from avex_serve.errors import BundleError, NotFoundError, TensorError, UnsupportedError
-from avex_serve.runtime import audio, results
+from avex_serve.runtime import allowance, audio, results
 from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.backend import Backend, open_backend
 from avex_serve.runtime.windows import WindowPlan, plan_windows
@@ -43,8 +43,7 @@ class Engine:
         self.bundle = bundle
         self.backend = backend
         # One call of the backend uses one core: this is where a recording's windows spread over the cores.
-        # Linux alone knows how many of the machine's cores this process may use.
-        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._threads = available_cores()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="avex-infer")
 
     def __enter__(self) -> Self:
@@ -200,6 +199,7 @@ class Engine:
         wave = audio.check_wave(recording.wave)
         wave = audio.resample(wave, recording.sample_rate, spec.sample_rate)
         plan = plan_windows(wave.size, spec.window_samples, spec.sample_rate, overlap)
+        allowance.current().check_windows(len(plan.starts))
         return plan, _batches(plan.cut(wave), self.backend.max_batch)
 
     def _audio_spec(self) -> AudioSpec:
@@ -231,12 +231,17 @@ class Engine:
         # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
         ahead = 2 * self._threads
         waiting: deque[Future[dict[str, np.ndarray]]] = deque()
-        for batch in batches:
-            waiting.append(self._pool.submit(self.backend.run, batch))
-            if len(waiting) >= ahead:
+        try:
+            for batch in batches:
+                allowance.current().checkpoint()
+                waiting.append(self._pool.submit(self.backend.run, batch))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # none, unless an error ended the loop
+                future.cancel()
 
     def _answer(self, head: ProbeInfo) -> "_AnswerFields":
         return {
@@ -272,6 +277,11 @@ def _batches(windows: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
 
 def _chunks(batch: np.ndarray, size: int) -> Iterator[np.ndarray]:
     return (batch[start : start + size] for start in range(0, len(batch), size))
+
+
+def available_cores() -> int:
+    """How many cores this process may use; Linux alone knows which of the machine's they are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def open_bundle(directory: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto") -> Engine:

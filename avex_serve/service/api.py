@@ -20,8 +20,12 @@ from avex_serve.errors import AvexServeError
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine, open_bundle
 from avex_serve.runtime.results import Classification, Embedding, Prediction
+from avex_serve.service.gate import Gate, http_time_limit
 from avex_serve.service.grpc import GrpcServer, check_port_is_free
+from avex_serve.service.grpc_gate import server_credentials
 from avex_serve.service.http import OwnRoutes
+from avex_serve.service.http_gate import HttpGate
+from avex_serve.service.keys import Keys
 from avex_serve.service.oip import from_numbers
 from avex_serve.service.settings import Settings
 
@@ -30,7 +34,7 @@ logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the informatio
 STARTUP_FAILED: Final = 3  # exit code, uvicorn's for this case
 
 
-@bentoml.service
+@bentoml.service(traffic={"timeout": http_time_limit()})
 class AvexService:
     """Names the sounds in recordings, with the bundle that AVEX_BUNDLE points at."""
 
@@ -45,6 +49,11 @@ class AvexService:
     def engine(self) -> Engine:
         """The engine, opened on first use: BentoML's supervisor, which imports this module too, does without."""
         return open_bundle(self.settings.bundle, self.settings.device, precision=self.settings.precision)
+
+    @cached_property
+    def gate(self) -> Gate:
+        """What requests pass before they are answered."""
+        return Gate.from_settings(self.settings)
 
     @bentoml.api
     def predict(
@@ -83,6 +92,8 @@ class AvexService:
             settings = Settings.from_environment()
             read_bundle(settings.bundle)
             check_port_is_free(settings)
+            Keys.from_settings(settings)
+            server_credentials(settings)
         except AvexServeError as error:
             raise SystemExit(f"avex-serve: {error}") from None
 
@@ -91,7 +102,7 @@ class AvexService:
         """In each worker: open the engine, serve gRPC beside HTTP and say what is served."""
         try:
             engine = self.engine
-            self._grpc = await GrpcServer.start(engine, self.settings)
+            self._grpc = await GrpcServer.start(engine, self.settings, self.gate)
         except AvexServeError as error:
             logger.error("can't start: %s", error)
             # An exception would be printed with its traceback, once by Starlette and once more by uvicorn.
@@ -103,6 +114,7 @@ class AvexService:
         """End gRPC and the engine, after HTTP has ended."""
         if self._grpc is not None:
             await self._grpc.stop()
+        self.gate.admission.close()
         self.engine.close()
 
 
@@ -122,10 +134,9 @@ def _announce(engine: Engine, settings: Settings) -> None:
         logger.warning("bundle %s has random weights: its answers mean nothing", manifest.name)
 
 
-def _current_engine() -> Engine:
-    service: Any = bentoml.get_current_service()
-    engine: Engine = service.engine
-    return engine
+def _current() -> Any:
+    return bentoml.get_current_service()
 
 
-AvexService.add_asgi_middleware(OwnRoutes, engine=_current_engine)
+AvexService.add_asgi_middleware(HttpGate, gate=lambda: _current().gate)  # the first one is the outermost
+AvexService.add_asgi_middleware(OwnRoutes, engine=lambda: _current().engine)

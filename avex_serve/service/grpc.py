@@ -4,25 +4,26 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Final
 
 import grpc
 import numpy as np
-from anyio import to_thread
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2
 
 from avex_serve.errors import AvexServeError, InputError, TensorError, UnsupportedError
+from avex_serve.runtime.admission import admitted
 from avex_serve.runtime.engine import Engine
 from avex_serve.service import oip
+from avex_serve.service.gate import Gate
+from avex_serve.service.grpc_gate import GrpcGate, server_credentials
 from avex_serve.service.grpc_messages import SERVICE, message_class
 from avex_serve.service.options import validated
 from avex_serve.service.settings import Settings
 
 logger = logging.getLogger("bentoml.avex_serve")
 
-# gRPC's own default of 4 MiB holds 22 s of 16-bit stereo at 48 kHz; this holds 11 minutes.
-MAX_REQUEST_BYTES: Final = 128 * 2**20
 # A status travels in a header, and clients take 8 KiB of headers: a longer one would arrive as another error.
 MAX_DETAILS: Final = 1000
 GRACE_SECONDS: Final = 10.0  # that running calls get at shutdown
@@ -38,23 +39,28 @@ class GrpcServer:
         self._health = servicer
 
     @classmethod
-    async def start(cls, engine: Engine, settings: Settings) -> "GrpcServer":
+    async def start(cls, engine: Engine, settings: Settings, gate: Gate) -> "GrpcServer":
         """Serve the engine.
 
         Raises:
-            InputError: the address can't be listened on.
+            InputError: the address can't be listened on, or the certificate can't be used.
         """
+        credentials = server_credentials(settings)
         server = grpc.aio.server(
+            interceptors=[GrpcGate(gate)],
             options=[
                 ("grpc.so_reuseport", 1),  # workers share the port
-                ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+                ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
-            ]
+            ],
         )
         servicer = health.aio.HealthServicer()
         server.add_generic_rpc_handlers((_inference(oip.Model(engine)), _health(servicer)))
         try:
-            server.add_insecure_port(settings.grpc_address)
+            if credentials is None:
+                server.add_insecure_port(settings.grpc_address)
+            else:
+                server.add_secure_port(settings.grpc_address, credentials)
         except RuntimeError as error:
             raise InputError(f"gRPC can't listen on {settings.grpc_address}: {error}") from None
         await server.start()
@@ -110,7 +116,7 @@ class _Servicer:
         return message_class("ModelMetadataResponse")(**asdict(self._model.metadata()))
 
     async def model_infer(self, request: Any) -> Message:
-        response: Message = await to_thread.run_sync(self._infer, request)
+        response: Message = await admitted(partial(self._infer, request))
         return response
 
     def _infer(self, request: Any) -> Any:

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, TypeVar
 
-from anyio import to_thread
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -26,6 +25,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from avex_serve.errors import AvexServeError, InputError, NotFoundError
+from avex_serve.runtime.admission import admitted
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.results import Classification, Embedding, Prediction
@@ -37,6 +37,8 @@ logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the informatio
 Options = TypeVar("Options", bound=EmbedOptions)
 
 AUDIO_FIELD: Final = "audio"
+MAX_FIELDS: Final = 16  # of a form, besides the file; there are fewer options
+MAX_FIELD_BYTES: Final = 2**16
 MODEL: Final = "/v2/models/{name}"
 VERSION: Final = "/v2/models/{name}/versions/{version}"
 
@@ -90,7 +92,7 @@ class OwnRoutes:
         def predict() -> Prediction:
             return self._engine().predict(*decode(audio), **options.model_dump())
 
-        return _document(await to_thread.run_sync(predict))
+        return _document(await admitted(predict))
 
     async def _embed(self, request: Request) -> Response:
         audio, options = await _read_audio(request, EmbedOptions)
@@ -98,7 +100,7 @@ class OwnRoutes:
         def embed() -> Embedding:
             return self._engine().embedding_document(*decode(audio), **options.model_dump())
 
-        return _document(await to_thread.run_sync(embed))
+        return _document(await admitted(embed))
 
     async def _classify(self, request: Request) -> Response:
         body = await _read_body(request)
@@ -108,7 +110,7 @@ class OwnRoutes:
             embeddings = oip.from_numbers("embeddings", asked.embeddings)
             return self._engine().classify(embeddings, **asked.model_dump(exclude={"embeddings"}))
 
-        return _document(await to_thread.run_sync(classify))
+        return _document(await admitted(classify))
 
     async def _server_metadata(self, _: Request) -> Response:
         return JSONResponse(oip.server_metadata())
@@ -129,7 +131,7 @@ class OwnRoutes:
     async def _infer(self, request: Request) -> Response:
         model = self._model(request)
         body = await _read_body(request)
-        answer = await to_thread.run_sync(partial(_infer, model, body, request.headers.get(oip_json.JSON_LENGTH)))
+        answer = await admitted(partial(_infer, model, body, request.headers.get(oip_json.JSON_LENGTH)))
         if answer.json_length is None:
             return Response(answer.content, media_type="application/json")
         headers = {oip_json.JSON_LENGTH: str(answer.json_length)}
@@ -154,7 +156,7 @@ async def _read_audio(request: Request, options: type[Options]) -> tuple[bytes, 
     audio: bytes | None = None
     _refuse_encoding(request)
     try:
-        async with request.form() as form:
+        async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
             for name, value in form.multi_items():
                 if name != AUDIO_FIELD and isinstance(value, str):
                     pairs.append((name, value))
@@ -192,9 +194,9 @@ def _error(message: str, status: int, headers: dict[str, str] | None = None) -> 
 async def _answer_fault(request: Request, error: Exception) -> Response:
     match error:
         case AvexServeError():
-            if error.http_status >= 500:
+            if error.http_status == 500:
                 logger.error("%s: %s", request.url.path, error)
-            return _error(str(error), error.http_status)
+            return _error(str(error), error.http_status, dict(error.http_headers))
         case HTTPException():
             return _error(error.detail, error.status_code, dict(error.headers or {}))
         case ClientDisconnect():

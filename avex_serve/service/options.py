@@ -7,6 +7,7 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from avex_serve.errors import InputError
+from avex_serve.runtime import allowance
 
 Model = TypeVar("Model", bound=BaseModel)
 QUOTED = 80  # characters of a client's value that an error message repeats
@@ -61,7 +62,10 @@ def validated(model: type[Model], value: dict[str, Any] | bytes) -> Model:
 
     Raises:
         InputError: not JSON, or not what the model says; the message names the first fault.
+        TooLargeError: more JSON than the current allowance has it.
     """
+    if isinstance(value, bytes):
+        allowance.current().check_json(len(value))
     try:
         return model.model_validate_json(value) if isinstance(value, bytes) else model.model_validate(value)
     except ValidationError as error:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, SecretStr, ValidationError
 
 from avex_serve.errors import InputError
 
@@ -27,6 +27,36 @@ class Settings(BaseModel):
     # All interfaces, as BentoML's HTTP does by default.
     grpc_host: IPvAnyAddress = Field(default="0.0.0.0", description="IPv4 or IPv6 address")  # type: ignore[assignment]
     grpc_port: int = Field(3001, ge=1, le=65535)
+
+    concurrency: int | None = Field(
+        None, ge=1, description="requests at work at once in a worker, HTTP and gRPC together; by default one a core"
+    )
+    queue: int | None = Field(
+        None, ge=0, description="requests that wait for those at work; by default 16 times as many"
+    )
+    timeout_seconds: float = Field(
+        300, gt=0, le=86_400, description="from a request's arrival to its answer, in seconds"
+    )
+    read_timeout_seconds: float = Field(
+        60, gt=0, description="for a body to arrive, in seconds; over HTTP one more for every 8 KiB that have come"
+    )
+    max_body_bytes: int = Field(128 * 2**20, ge=1, lt=2**31, description="of one HTTP body or gRPC message")
+    max_held_bytes: int = Field(2**30, ge=1, description="of all bodies that a worker holds at once")
+    max_json_bytes: int = Field(16 * 2**20, ge=1, description="of JSON in one body; binary tensors don't count")
+    max_seconds: float = Field(3600, gt=0, description="length of a recording, in seconds")
+    max_decoded_bytes: int = Field(
+        2 * 2**30, ge=1, description="of a recording once decoded: 4 for each sample of each channel"
+    )
+    max_channels: int = Field(64, ge=1, description="of a recording")
+    max_windows: int = Field(10_000, ge=1, description="into which a recording is cut; more with more overlap")
+
+    api_keys: SecretStr | None = Field(None, description="keys that clients may send, separated by commas")
+    api_keys_file: Path | None = Field(None, description="a file with such keys, one a line")
+    grpc_certificate: Path | None = Field(None, description="gRPC over TLS: the server's certificate chain, PEM")
+    grpc_key: Path | None = Field(None, description="the private key of that certificate, PEM")
+    grpc_client_ca: Path | None = Field(
+        None, description="gRPC over TLS: clients must show a certificate that these sign, PEM"
+    )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
