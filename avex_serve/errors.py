@@ -93,6 +93,7 @@ class SlowRequestError(AvexServeError):
     """The request's body didn't arrive in time."""
 
     http_status = 408
+    http_headers: ClassVar[Mapping[str, str]] = {"Connection": "close"}
     grpc_status = "DEADLINE_EXCEEDED"
 
 

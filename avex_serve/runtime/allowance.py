@@ -6,6 +6,7 @@ no function in between passes it on. Where nobody set one, as on the command lin
 
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -33,6 +34,7 @@ class Deadline:
         """`seconds` from now."""
         self._end = time.monotonic() + seconds
         self._abandoned = False
+        self._wake: Callable[[], object] | None = None
 
     @property
     def remaining(self) -> float:
@@ -42,6 +44,14 @@ class Deadline:
     def abandon(self) -> None:
         """Nobody waits any more."""
         self._abandoned = True
+        if self._wake is not None:
+            self._wake()
+
+    def wait(self, event: threading.Event) -> None:
+        """Wait, in a thread, for an event that `abandon` sets too, or until the deadline has passed."""
+        self._wake = event.set
+        while not self._abandoned and not event.is_set() and (remaining := self.remaining) > 0:
+            event.wait(min(remaining, threading.TIMEOUT_MAX))
 
     def check(self) -> None:
         """Raise ClientGoneError or DeadlineError unless the answer is still wanted."""
@@ -53,11 +63,12 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Allowance:
-    """Limits, a deadline and turns."""
+    """Limits, a deadline, and what others leave."""
 
     limits: Limits
     deadline: Deadline
-    take_turns: Callable[[], None]  # may wait until others have had theirs
+    take_turns: Callable[[], None]  # waits until others have had their turn
+    take_room: Callable[[int], None]  # waits until there is room for so many bytes of a decoded recording
 
     def checkpoint(self) -> None:
         """Between two pieces of work: let others have a turn; raises ClientGoneError or DeadlineError."""
@@ -66,7 +77,12 @@ class Allowance:
         self.deadline.check()
 
     def check_recording(self, frames: int, channels: int, sample_rate: int) -> None:
-        """Raise TooLargeError for a recording that is too long, or too large once decoded."""
+        """Make sure that a recording, as much as is known of it, may be decoded.
+
+        Raises:
+            TooLargeError: it is too long, or too large once decoded.
+            ClientGoneError, DeadlineError: while it waited for room.
+        """
         if channels > self.limits.channels:
             raise TooLargeError(f"the recording has {channels} channels; at most {self.limits.channels} are taken")
         if frames > self.limits.seconds * sample_rate:
@@ -77,6 +93,7 @@ class Allowance:
             raise TooLargeError(
                 f"the recording takes more than {self.limits.decoded_bytes} bytes once decoded; send it in pieces"
             )
+        self.take_room(4 * frames)
 
     def check_windows(self, count: int) -> None:
         """Raise TooLargeError for too many windows."""
@@ -94,7 +111,7 @@ class Allowance:
             )
 
 
-UNLIMITED: Final = Allowance(Limits(), Deadline(), lambda: None)
+UNLIMITED: Final = Allowance(Limits(), Deadline(), lambda: None, lambda _: None)
 
 _current: ContextVar[Allowance] = ContextVar("avex_allowance")
 

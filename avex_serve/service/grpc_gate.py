@@ -5,6 +5,7 @@ client leaves or its deadline passes.
 """
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -110,21 +111,28 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
         return None
     if certificate is None or key is None:
         raise InputError("set AVEX_GRPC_CERTIFICATE and AVEX_GRPC_KEY together, or none of them")
-    return grpc.ssl_server_credentials(
-        [(_pem("AVEX_GRPC_KEY", key, b"PRIVATE KEY"), _pem("AVEX_GRPC_CERTIFICATE", certificate, b"CERTIFICATE"))],
-        root_certificates=None if client_ca is None else _pem("AVEX_GRPC_CLIENT_CA", client_ca, b"CERTIFICATE"),
-        require_client_auth=client_ca is not None,
-    )
-
-
-def _pem(name: str, path: Path, kind: bytes) -> bytes:
+    chain, private = _read("AVEX_GRPC_CERTIFICATE", certificate), _read("AVEX_GRPC_KEY", key)
+    roots = None if client_ca is None else _read("AVEX_GRPC_CLIENT_CA", client_ca)
+    # gRPC itself would not say what is wrong with them.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        content = path.read_bytes()
+        context.load_cert_chain(certificate, key, password="")
+        if client_ca is not None:
+            context.load_verify_locations(client_ca)
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise InputError(
+            f"AVEX_GRPC_CERTIFICATE, AVEX_GRPC_KEY or AVEX_GRPC_CLIENT_CA can't be used ({reason}); "
+            "expected a certificate chain and its key, without a password, in PEM"
+        ) from None
+    return grpc.ssl_server_credentials([(private, chain)], roots, require_client_auth=roots is not None)
+
+
+def _read(name: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{name}: {path} can't be read: {error.strerror}") from None
-    if b"-----BEGIN " not in content or kind + b"-----" not in content:
-        raise InputError(f"{name}: {path} holds no {kind.decode().lower()} in PEM")
-    return content
 
 
 def _authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
