@@ -28,7 +28,6 @@ from avex_serve.errors import AvexServeError, InputError, NotFoundError
 from avex_serve.runtime.admission import admitted
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine
-from avex_serve.runtime.results import Classification, Embedding, Prediction
 from avex_serve.service import oip, oip_json
 from avex_serve.service.options import ClassifyRequest, EmbedOptions, PredictOptions, validated
 
@@ -89,28 +88,28 @@ class OwnRoutes:
     async def _predict(self, request: Request) -> Response:
         audio, options = await _read_audio(request, PredictOptions)
 
-        def predict() -> Prediction:
-            return self._engine().predict(*decode(audio), **options.model_dump())
+        def predict() -> Response:
+            return _document(self._engine().predict(*decode(audio), **options.model_dump()))
 
-        return _document(await admitted(predict))
+        return await admitted(predict)
 
     async def _embed(self, request: Request) -> Response:
         audio, options = await _read_audio(request, EmbedOptions)
 
-        def embed() -> Embedding:
-            return self._engine().embedding_document(*decode(audio), **options.model_dump())
+        def embed() -> Response:
+            return _document(self._engine().embedding_document(*decode(audio), **options.model_dump()))
 
-        return _document(await admitted(embed))
+        return await admitted(embed)
 
     async def _classify(self, request: Request) -> Response:
         body = await _read_body(request)
 
-        def classify() -> Classification:
+        def classify() -> Response:
             asked = validated(ClassifyRequest, body)
             embeddings = oip.from_numbers("embeddings", asked.embeddings)
-            return self._engine().classify(embeddings, **asked.model_dump(exclude={"embeddings"}))
+            return _document(self._engine().classify(embeddings, **asked.model_dump(exclude={"embeddings"})))
 
-        return _document(await admitted(classify))
+        return await admitted(classify)
 
     async def _server_metadata(self, _: Request) -> Response:
         return JSONResponse(oip.server_metadata())
