@@ -38,7 +38,10 @@ class Settings(BaseModel):
         300, gt=0, le=86_400, description="from a request's arrival to its answer, in seconds"
     )
     read_timeout_seconds: float = Field(
-        60, gt=0, description="for a body to arrive, in seconds; over HTTP one more for every 8 KiB that have come"
+        60,
+        gt=0,
+        le=86_400,
+        description="for a body to arrive, in seconds; over HTTP one more for every 8 KiB that have come",
     )
     max_body_bytes: int = Field(128 * 2**20, ge=1, lt=2**31, description="of one HTTP body or gRPC message")
     max_held_bytes: int = Field(2**30, ge=1, description="of all bodies that a worker holds at once")

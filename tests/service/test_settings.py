@@ -1,6 +1,7 @@
 import pytest
 
 from avex_serve.errors import InputError
+from avex_serve.service.gate import Gate
 from avex_serve.service.settings import DEMO_BUNDLE, Settings
 
 
@@ -34,8 +35,25 @@ def test_every_setting(tmp_path):
         ("AVEX_GRPC_PORT", "tcp://10.0.0.1:3001"),
         ("AVEX_GRPC_PORT", "0"),
         ("AVEX_GRPC_PORT", "65536"),
+        ("AVEX_CONCURRENCY", "0"),
+        ("AVEX_QUEUE", "-1"),
+        ("AVEX_TIMEOUT_SECONDS", "0"),
+        ("AVEX_TIMEOUT_SECONDS", "inf"),
+        ("AVEX_READ_TIMEOUT_SECONDS", "nan"),
+        ("AVEX_MAX_BODY_BYTES", "0"),
+        ("AVEX_MAX_BODY_BYTES", "2147483648"),
+        ("AVEX_MAX_SECONDS", "-1"),
     ],
 )
 def test_bad_value_is_named(name, value):
     with pytest.raises(InputError, match=f"^{name} is '{value}': "):
         Settings.from_environment({name: value})
+
+
+def test_gate_of_the_settings():
+    settings = Settings.from_environment({"AVEX_TIMEOUT_SECONDS": "20"})
+    gate = Gate.from_settings(settings)
+    assert 19 < gate.deadline(None).remaining <= 20
+    assert 19 < gate.deadline(30).remaining <= 20
+    assert gate.deadline(1).remaining <= 1
+    gate.admission.close()
