@@ -19,7 +19,7 @@ from avex_serve.bundle import read_bundle
 from avex_serve.errors import AvexServeError
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine, open_bundle
-from avex_serve.runtime.results import Classification, Embedding, Prediction
+from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service.gate import Gate, http_time_limit
 from avex_serve.service.grpc import GrpcServer, check_port_is_free
 from avex_serve.service.grpc_gate import server_credentials
@@ -68,9 +68,17 @@ class AvexService:
         return self.engine.predict(*decode(audio), threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
 
     @bentoml.api
-    def embed(self, audio: Path, overlap: float = 0.0) -> Embedding:
-        """The pooled embeddings of a recording, one a window."""
-        return self.engine.embedding_document(*decode(audio), overlap=overlap)
+    def predict_all(
+        self, audio: Path, threshold: float | None = None, top_k: int | None = None, overlap: float = 0.0
+    ) -> Predictions:
+        """What all probes of the bundle hear in a recording, in one pass of the backbone."""
+        answers = self.engine.predict_all(*decode(audio), threshold=threshold, top_k=top_k, overlap=overlap)
+        return Predictions(predictions=answers)
+
+    @bentoml.api
+    def embed(self, audio: Path, overlap: float = 0.0, output: str | None = None) -> Embedding:
+        """The embeddings of a recording, one a window."""
+        return self.engine.embedding_document(*decode(audio), overlap=overlap, output=output)
 
     @bentoml.api
     def classify(

@@ -2,7 +2,8 @@
 
 BentoML's handlers of the same paths are never reached over the network: see docs/decisions/serving-own-routes.md.
 
-    POST /predict, /embed           the audio as the body, or as the file ``audio`` of a multipart form
+    POST /predict, /predict_all,    the audio as the body, or as the file ``audio`` of a multipart form
+         /embed
     POST /classify                  JSON, for embedding bundles
     /v2…                            the Open Inference Protocol
 
@@ -28,12 +29,20 @@ from avex_serve.errors import AvexServeError, InputError, NotFoundError
 from avex_serve.runtime.admission import admitted
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine
+from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service import oip, oip_json
-from avex_serve.service.options import ClassifyRequest, EmbedOptions, PredictOptions, validated
+from avex_serve.service.options import (
+    AudioOptions,
+    ClassifyRequest,
+    EmbedOptions,
+    PredictAllOptions,
+    PredictOptions,
+    validated,
+)
 
 logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the information of loggers that are not its own
 
-Options = TypeVar("Options", bound=EmbedOptions)
+Options = TypeVar("Options", bound=AudioOptions)
 
 AUDIO_FIELD: Final = "audio"
 MAX_FIELDS: Final = 16  # of a form, besides the file; there are fewer options
@@ -66,6 +75,7 @@ class OwnRoutes:
     def _routes(self) -> list[Route]:
         routes = [
             Route("/predict", self._predict, methods=["POST"]),
+            Route("/predict_all", self._predict_all, methods=["POST"]),
             Route("/embed", self._embed, methods=["POST"]),
             Route("/classify", self._classify, methods=["POST"]),
             Route("/v2", self._server_metadata),
@@ -88,28 +98,36 @@ class OwnRoutes:
     async def _predict(self, request: Request) -> Response:
         audio, options = await _read_audio(request, PredictOptions)
 
-        def predict() -> Response:
-            return _document(self._engine().predict(*decode(audio), **options.model_dump()))
+        def predict() -> Prediction:
+            return self._engine().predict(*decode(audio), **options.model_dump())
 
-        return await admitted(predict)
+        return await _document_of(predict)
+
+    async def _predict_all(self, request: Request) -> Response:
+        audio, options = await _read_audio(request, PredictAllOptions)
+
+        def predict_all() -> Predictions:
+            return Predictions(predictions=self._engine().predict_all(*decode(audio), **options.model_dump()))
+
+        return await _document_of(predict_all)
 
     async def _embed(self, request: Request) -> Response:
         audio, options = await _read_audio(request, EmbedOptions)
 
-        def embed() -> Response:
-            return _document(self._engine().embedding_document(*decode(audio), **options.model_dump()))
+        def embed() -> Embedding:
+            return self._engine().embedding_document(*decode(audio), **options.model_dump())
 
-        return await admitted(embed)
+        return await _document_of(embed)
 
     async def _classify(self, request: Request) -> Response:
         body = await _read_body(request)
 
-        def classify() -> Response:
+        def classify() -> Classification:
             asked = validated(ClassifyRequest, body)
             embeddings = oip.from_numbers("embeddings", asked.embeddings)
-            return _document(self._engine().classify(embeddings, **asked.model_dump(exclude={"embeddings"})))
+            return self._engine().classify(embeddings, **asked.model_dump(exclude={"embeddings"}))
 
-        return await admitted(classify)
+        return await _document_of(classify)
 
     async def _server_metadata(self, _: Request) -> Response:
         return JSONResponse(oip.server_metadata())
@@ -182,8 +200,10 @@ def _refuse_encoding(request: Request) -> None:
         raise HTTPException(415, "compressed requests are not taken; send the body without Content-Encoding")
 
 
-def _document(document: BaseModel) -> Response:
-    return Response(document.model_dump_json(), media_type="application/json")
+async def _document_of(work: Callable[[], BaseModel]) -> Response:
+    # Written in the thread as well: the embeddings of a long recording take seconds.
+    document = await admitted(lambda: work().model_dump_json())
+    return Response(document, media_type="application/json")
 
 
 def _error(message: str, status: int, headers: dict[str, str] | None = None) -> Response:

@@ -6,7 +6,8 @@ The model takes the one input that its manifest names, in one of two forms:
     BYTES  (recordings,), audio bundles only: each element is an encoded recording (WAV, FLAC, OGG, MP3), which is
            decoded, mixed down, resampled and cut into windows as by ``/predict``
 
-It answers the outputs of the manifest and ``scores`` (the logits after the activation), one row a window. For BYTES
+It answers the outputs of the manifest and, of each probe, ``scores`` (the logits after the activation; NAME.scores
+beside NAME.logits where there are several), one row a window. For BYTES
 the rows of all recordings follow one another, and the response parameter ``windows`` holds a JSON list of how many
 rows each recording has, e.g. ``"[3, 1]"``. Request parameters: ``overlap`` in seconds (for BYTES) and ``probe``;
 others are ignored, since clients add their own.
@@ -29,7 +30,6 @@ from avex_serve.version import __version__
 SERVER: Final = "avex-serve"
 FP32: Final = "FP32"
 BYTES: Final = "BYTES"
-SCORES: Final = "scores"
 # Names as Triton gives them, where it has one.
 PLATFORMS: Final = {"onnx": "onnxruntime_onnx", "torchscript": "pytorch_libtorch"}
 _LENGTH_BYTES: Final = 4  # before each element of a BYTES tensor, little-endian
@@ -116,12 +116,13 @@ class Model:
         """What the model takes and answers."""
         manifest = self._engine.manifest
         outputs = [TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.outputs]
+        scores = [TensorMetadata(p.scores, FP32, manifest.output(p.logits).shape) for p in manifest.probes]
         return ModelMetadata(
             name=self.name,
             versions=(self.version,),
             platform=PLATFORMS[self._engine.backend.format],
             inputs=tuple(TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.inputs),
-            outputs=(*outputs, TensorMetadata(SCORES, FP32, manifest.output("logits").shape)),
+            outputs=(*outputs, *scores),
         )
 
     def infer(self, request: InferRequest) -> InferAnswer:
@@ -132,7 +133,8 @@ class Model:
             NotFoundError: no such probe.
             UnsupportedError: recordings for a bundle that takes embeddings.
         """
-        self._engine.probe(request.parameters.probe)
+        if request.parameters.probe is not None:
+            self._engine.probe(request.parameters.probe)
         wanted = self._wanted(request.outputs)
         tensor = self._input(request.inputs)
         parameters: dict[str, str] = {}
@@ -141,7 +143,8 @@ class Model:
             parameters["windows"] = json.dumps(windows)
         else:
             outputs = self._engine.infer(tensor.data.reshape(tensor.shape))
-        outputs[SCORES] = activate(outputs["logits"], self._engine.manifest.activation)
+        for probe in self._engine.manifest.probes:
+            outputs[probe.scores] = activate(outputs[probe.logits], probe.activation)
         return InferAnswer({name: outputs[name] for name in wanted}, parameters)
 
     def _wanted(self, names: list[str]) -> list[str]:
@@ -171,7 +174,7 @@ class Model:
             raise TensorError("no recordings; send at least one element")
         answers = [self._engine.infer_recording(*decode(recording), overlap=overlap) for recording in recordings]
         outputs = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
-        return outputs, [len(answer["logits"]) for answer in answers]
+        return outputs, [len(next(iter(answer.values()))) for answer in answers]
 
 
 def server_metadata() -> dict[str, Any]:

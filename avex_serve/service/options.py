@@ -13,8 +13,8 @@ Model = TypeVar("Model", bound=BaseModel)
 QUOTED = 80  # characters of a client's value that an error message repeats
 
 
-class EmbedOptions(BaseModel):
-    """Options of ``/embed``."""
+class AudioOptions(BaseModel):
+    """Options that every way to ask about a recording has."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,11 +38,22 @@ class EmbedOptions(BaseModel):
         return validated(cls, {name: _unquoted(text) for name, text in fields.items() if text not in ("", "null")})
 
 
-class PredictOptions(EmbedOptions):
-    """Options of ``/predict``."""
+class EmbedOptions(AudioOptions):
+    """Options of ``/embed``."""
+
+    output: str | None = None
+
+
+class PredictAllOptions(AudioOptions):
+    """Options of ``/predict_all``."""
 
     threshold: float | None = None
     top_k: int | None = None
+
+
+class PredictOptions(PredictAllOptions):
+    """Options of ``/predict``."""
+
     probe: str | None = None
 
 
