@@ -65,26 +65,34 @@ class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def _behind(self, method: Call, is_health: bool) -> Call:
         async def call(_: Any, context: grpc.aio.ServicerContext) -> Any:
-            bodies = self._gate.admission.bodies
-            size = 0
             try:
-                deadline = self._gate.deadline(context.time_remaining())
-                data = await self._receive(context, is_health)
-                bodies.take(len(data))
-                size = len(data)
-                hold_ticket(Ticket(self._gate.admission, deadline))
-                async with asyncio.timeout(None if is_health else deadline.remaining):
-                    return await method(data, context)
+                return await self._answer(method, context, is_health)
+            except grpc.aio.AbortError as abort:
+                refusal = abort
             except AvexServeError as error:
-                await _abort(context, error)
-            except TimeoutError:
-                await _abort(
-                    context, DeadlineError("the answer was not ready in time; send less, or allow more time")
-                )
-            finally:
-                bodies.give_back(size)
+                refusal = error
+            # gRPC keeps the error that ends a call, whose traceback and context would keep the message: megabytes
+            # for each refusal, until garbage is collected. Hence without them, and outside of the except clauses.
+            refusal.__traceback__ = refusal.__context__ = None
+            if isinstance(refusal, AvexServeError):
+                await _abort(context, refusal)
+            raise refusal
 
         return call
+
+    async def _answer(self, method: Call, context: grpc.aio.ServicerContext, is_health: bool) -> Any:
+        deadline = self._gate.deadline(context.time_remaining())
+        data = await self._receive(context, is_health)
+        bodies = self._gate.admission.bodies
+        bodies.take(len(data))
+        try:
+            hold_ticket(Ticket(self._gate.admission, deadline))
+            async with asyncio.timeout(None if is_health else deadline.remaining):
+                return await method(data, context)
+        except TimeoutError:
+            raise DeadlineError("the answer was not ready in time; send less, or allow more time") from None
+        finally:
+            bodies.give_back(len(data))
 
     async def _receive(self, context: grpc.aio.ServicerContext, is_health: bool) -> bytes:
         try:

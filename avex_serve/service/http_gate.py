@@ -68,10 +68,16 @@ class HttpGate:
         hold_ticket(Ticket(gate.admission, deadline))
         body = _Body(gate, receive)
         watch: asyncio.Task[None] | None = None
+
+        async def sending(message: Message) -> None:
+            if watch is not None and message["type"] == "http.response.body" and not message.get("more_body", False):
+                watch.cancel()  # the server calls it a disconnect, too, when all is sent
+            await send(message)
+
         try:
             async with asyncio.timeout(deadline.remaining) as wait:
                 watch = asyncio.create_task(body.watch(lambda: wait.reschedule(0)))
-                await self._app(scope, body.receive, send)
+                await self._app(scope, body.receive, sending)
         except TimeoutError:
             if body.client_gone:
                 raise ClientGoneError("the client closed the connection before its answer was ready") from None
