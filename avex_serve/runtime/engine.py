@@ -16,6 +16,7 @@ from avex_serve.errors import BundleError, NotFoundError, TensorError, Unsupport
 from avex_serve.runtime import allowance, audio, results
 from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.backend import Backend, open_backend
+from avex_serve.runtime.batcher import batched
 from avex_serve.runtime.windows import WindowPlan, plan_windows
 
 
@@ -377,4 +378,4 @@ def open_bundle(directory: str | os.PathLike[str], device: str = "auto", *, prec
             checking.result()  # a changed file is the better reason
             raise
         checking.result()
-    return Engine(bundle, backend)
+    return Engine(bundle, batched(backend))
