@@ -6,6 +6,8 @@
     │   └── TensorError       a tensor's shape, type or values     400  INVALID_ARGUMENT     exit 2
     ├── NotFoundError         no such model, version, probe, file  404  NOT_FOUND            exit 2
     ├── UnsupportedError      this bundle can't answer that        400  UNIMPLEMENTED        exit 2
+    ├── ForbiddenError        the service's settings forbid it     403  PERMISSION_DENIED    exit 2
+    ├── UnavailableError      the model is known and not served    503  UNAVAILABLE          exit 3
     ├── BundleError           the folder is no whole bundle        500  FAILED_PRECONDITION  exit 3
     ├── DependencyError       an optional package is missing       500  FAILED_PRECONDITION  exit 3
     ├── ExportError           the exporter can't or won't go on    500  INTERNAL             exit 4
@@ -57,6 +59,22 @@ class UnsupportedError(AvexServeError):
     http_status = 400
     grpc_status = "UNIMPLEMENTED"
     exit_code = 2
+
+
+class ForbiddenError(AvexServeError):
+    """The settings of the service forbid that request."""
+
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
+    exit_code = 2
+
+
+class UnavailableError(AvexServeError):
+    """The model is known and not served at present."""
+
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    exit_code = 3
 
 
 class BundleError(AvexServeError):
