@@ -15,11 +15,13 @@ from typing import Any, Final
 
 import bentoml
 
-from avex_serve.bundle import read_bundle
 from avex_serve.errors import AvexServeError
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine, open_bundle
+from avex_serve.runtime.folders import check_any
+from avex_serve.runtime.repository import Repository
 from avex_serve.runtime.results import Classification, Embedding, Prediction
+from avex_serve.service.desk import Desk
 from avex_serve.service.grpc import GrpcServer, check_port_is_free
 from avex_serve.service.http import OwnRoutes
 from avex_serve.service.oip import from_numbers
@@ -32,7 +34,7 @@ STARTUP_FAILED: Final = 3  # exit code, uvicorn's for this case
 
 @bentoml.service
 class AvexService:
-    """Names the sounds in recordings, with the bundle that AVEX_BUNDLE points at."""
+    """Names the sounds in recordings, with the bundles that AVEX_BUNDLE points at."""
 
     _grpc: GrpcServer | None = None
 
@@ -42,9 +44,12 @@ class AvexService:
         return Settings.from_environment()
 
     @cached_property
-    def engine(self) -> Engine:
-        """The engine, opened on first use: BentoML's supervisor, which imports this module too, does without."""
-        return open_bundle(self.settings.bundle, self.settings.device, precision=self.settings.precision)
+    def desk(self) -> Desk:
+        """The bundles, opened on first use: BentoML's supervisor, which imports this module too, does without."""
+        return Desk(Repository(self.settings.bundle, self._open), self.settings.model_control)
+
+    def _open(self, folder: Path) -> Engine:
+        return open_bundle(folder, self.settings.device, precision=self.settings.precision)
 
     @bentoml.api
     def predict(
@@ -54,14 +59,20 @@ class AvexService:
         top_k: int | None = None,
         overlap: float = 0.0,
         probe: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
     ) -> Prediction:
         """Name the sounds in a recording (WAV, FLAC, OGG, MP3)."""
-        return self.engine.predict(*decode(audio), threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
+        with self.desk.repository.lease(model, version) as engine:
+            return engine.predict(*decode(audio), threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
 
     @bentoml.api
-    def embed(self, audio: Path, overlap: float = 0.0) -> Embedding:
+    def embed(
+        self, audio: Path, overlap: float = 0.0, model: str | None = None, version: str | None = None
+    ) -> Embedding:
         """The pooled embeddings of a recording, one a window."""
-        return self.engine.embedding_document(*decode(audio), overlap=overlap)
+        with self.desk.repository.lease(model, version) as engine:
+            return engine.embedding_document(*decode(audio), overlap=overlap)
 
     @bentoml.api
     def classify(
@@ -70,62 +81,56 @@ class AvexService:
         threshold: float | None = None,
         top_k: int | None = None,
         probe: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
     ) -> Classification:
         """Ask the head about embeddings, (batch, dim) or (batch, time, dim); for embedding bundles."""
         array = from_numbers("embeddings", embeddings)
-        return self.engine.classify(array, threshold=threshold, top_k=top_k, probe=probe)
+        with self.desk.repository.lease(model, version) as engine:
+            return engine.classify(array, threshold=threshold, top_k=top_k, probe=probe)
 
     @bentoml.on_deployment
     @staticmethod
     def check() -> None:
-        """Before any worker starts: refuse bad settings, a bundle that is not whole and a port that is taken."""
+        """Before any worker starts: refuse bad settings, folders without a whole bundle and a port that is taken."""
         try:
             settings = Settings.from_environment()
-            read_bundle(settings.bundle)
+            check_any(settings.bundle)
             check_port_is_free(settings)
         except AvexServeError as error:
             raise SystemExit(f"avex-serve: {error}") from None
 
     @bentoml.on_startup
     async def start(self) -> None:
-        """In each worker: open the engine, serve gRPC beside HTTP and say what is served."""
+        """In each worker: open the bundles, serve gRPC beside HTTP and look for new bundles from then on."""
+        settings = self.settings
         try:
-            engine = self.engine
-            self._grpc = await GrpcServer.start(engine, self.settings)
+            desk = self.desk
+            self._grpc = await GrpcServer.start(desk, settings)
         except AvexServeError as error:
             logger.error("can't start: %s", error)
             # An exception would be printed with its traceback, once by Starlette and once more by uvicorn.
             os._exit(STARTUP_FAILED)
-        _announce(engine, self.settings)
+        if settings.reload_seconds:
+            desk.repository.watch(settings.reload_seconds)
+        logger.info(
+            "gRPC listens on %s; to serve another bundle: "
+            "AVEX_BUNDLE=dir bentoml serve avex_serve.service:AvexService",
+            settings.grpc_address,
+        )
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
-        """End gRPC and the engine, after HTTP has ended."""
+        """End gRPC and the engines, after HTTP has ended."""
         if self._grpc is not None:
             await self._grpc.stop()
-        self.engine.close()
+        self.desk.repository.close()
 
 
-def _announce(engine: Engine, settings: Settings) -> None:
-    manifest = engine.manifest
-    logger.info(
-        "serving bundle %s, version %s, from %s on %s (%s); gRPC listens on %s; "
-        "to serve another bundle: AVEX_BUNDLE=dir bentoml serve avex_serve.service:AvexService",
-        manifest.name,
-        manifest.version,
-        settings.bundle,
-        engine.backend.device,
-        engine.backend.format,
-        settings.grpc_address,
-    )
-    if not manifest.trained:
-        logger.warning("bundle %s has random weights: its answers mean nothing", manifest.name)
-
-
-def _current_engine() -> Engine:
+def _current_desk() -> Desk:
     service: Any = bentoml.get_current_service()
-    engine: Engine = service.engine
-    return engine
+    desk: Desk = service.desk
+    return desk
 
 
-AvexService.add_asgi_middleware(OwnRoutes, engine=_current_engine)
+AvexService.add_asgi_middleware(OwnRoutes, desk=_current_desk)
