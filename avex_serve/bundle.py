@@ -1,7 +1,7 @@
 """The bundle: the folder that passes from the exporter to the service, and everything that is known about it.
 
     manifest.json          what this is: see `Manifest`
-    labels.json            {label: index}, avex's flat format
+    labels.json            {label: index}, avex's flat format; of several probes NAME.labels.json each
     model.onnx             the graph for onnxruntime
     model_int8.onnx        the same graph with its products in 8-bit integers, if asked for
     model.torchscript.pt   the same graph for torch
@@ -12,7 +12,7 @@
     README.md              the model card
 
 Reading checks that the bundle is whole: every listed file is there with its sha256, the labels are as many as
-the output is wide, and the schema version is known. Writing goes to a temporary name beside the target
+the logits are wide, and the schema version is known. Writing goes to a temporary name beside the target
 and is renamed at the end, so a bundle is there whole or not at all.
 """
 
@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from avex_serve.errors import BundleError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 MANIFEST = "manifest.json"
 LABELS = "labels.json"
 ONNX = "model.onnx"
@@ -41,10 +41,11 @@ EVIDENCE = "verification.npz"
 CARD = "README.md"
 
 # Names stand in URLs (/v2/models/{name}) and in metric labels.
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-# A file of the bundle lies in the folder itself: a manifest can't point outside it.
-FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+# A file of the bundle lies in the folder itself: a manifest can't point outside it. Some are called after a probe.
+FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 Activation = Literal["sigmoid", "softmax", "none"]
 
 
@@ -74,6 +75,29 @@ class ProbeInfo(_Strict):
     name: Name
     config: dict[str, Any] = Field(description="the ProbeConfig fields that were set")
     trained: bool = Field(description="False: random weights, for trying the software")
+    activation: Activation = Field(description="turns its logits into scores")
+    labels: FileName = Field(LABELS, description="the file that names its classes")
+    classes: int = Field(gt=0, description="how many labels, the width of its logits")
+    logits: str = Field("logits", description="name of the output")
+    embedding: str | None = Field(
+        None, description="for kind audio: name of the output with the embedding that it reads, pooled over time"
+    )
+    reads: Sha256 | None = Field(
+        None, description="digest of what makes the embedding that it reads: backbone, layers …; None: unknown"
+    )
+
+    @property
+    def scores(self) -> str:
+        """The name under which its scores are answered beside its logits."""
+        return self.logits.removesuffix("logits") + "scores"
+
+
+class EmbeddingInfo(_Strict):
+    """An output that is an embedding."""
+
+    output: str = Field(description="its name")
+    layers: tuple[str, ...] = Field(description="of the backbone, of which it is made")
+    fingerprint: Sha256 | None = Field(None, description="digest of what makes it; None: unknown")
 
 
 class Agreement(_Strict):
@@ -83,7 +107,7 @@ class Agreement(_Strict):
     cosine: float = Field(description="of the embeddings, mean over the clips")
     centred_cosine: float = Field(description="the same of the embeddings less float32's mean embedding")
     lowest_centred_cosine: float = Field(description="of a clip")
-    decisions: float = Field(description="share of those that are the same")
+    decisions: float | None = Field(description="share of those that are the same; None: there is no head")
 
 
 class Quantisation(_Strict):
@@ -100,24 +124,20 @@ class Quantisation(_Strict):
 class Manifest(_Strict):
     """What a bundle is; the content of ``manifest.json``."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     name: Name
     version: Name = "1"
     kind: Literal["audio", "embedding"] = Field(description="what the input is: waveforms or embeddings")
     model: str = Field(description="the backbone that makes the embedding")
     checkpoint: str | None = Field(None, description="URI of its weights, with the hub's revision; None: local ones")
-    probes: tuple[ProbeInfo, ...] = Field(min_length=1, max_length=1, description="the heads; one in this version")
+    probes: tuple[ProbeInfo, ...] = Field(description="the heads; none: the bundle answers embeddings alone")
+    embeddings: tuple[EmbeddingInfo, ...] = Field((), description="for kind audio: which outputs are embeddings")
     audio: AudioSpec | None = Field(None, description="for kind audio")
     inputs: tuple[TensorSpec, ...] = Field(min_length=1, max_length=1)
     outputs: tuple[TensorSpec, ...] = Field(min_length=1)
     half: bool = Field(False, description="whether the TorchScript graph is in float16, but for its front end")
-    activation: Activation = Field(description="turns logits into scores")
-    labels: int = Field(gt=0, description="how many labels, the width of the logits")
     quantisation: Quantisation | None = Field(None, description="None: there is no graph but in float32")
     licence: str = Field(description="licence of the weights")
-    embedding_fingerprint: Sha256 | None = Field(
-        None, description="digest of what makes the embedding: backbone, weights, layers; None: unknown"
-    )
     tools: dict[str, str] = Field(description="versions that made it")
     files: dict[FileName, Sha256] = Field(description="every file of the bundle but the manifest")
 
@@ -125,10 +145,23 @@ class Manifest(_Strict):
     def _consistent(self) -> Self:
         if (self.audio is None) != (self.kind == "embedding"):
             raise ValueError(f"kind {self.kind!r} and audio {self.audio!r} don't go together")
-        width = self.output("logits").shape[-1]
-        if width != self.labels:
-            raise ValueError(f"{self.labels} labels for logits of width {width}")
-        if self.quantisation is not None and self.quantisation.file not in self.files:
+        if not self.probes and not self.embeddings:
+            raise ValueError("neither probes nor embeddings: the bundle would answer nothing")
+        names = [probe.name for probe in self.probes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"probes of the same name: {names}")
+        for probe in self.probes:
+            width = self.output(probe.logits).shape[-1]
+            if width != probe.classes:
+                raise ValueError(f"probe {probe.name}: {probe.classes} labels for logits of width {width}")
+            if (probe.embedding is None) != (self.kind == "embedding"):
+                raise ValueError(f"kind {self.kind!r} and embedding {probe.embedding!r} don't go together")
+        embeddings = {info.output for info in self.embeddings}
+        if lost := {probe.embedding for probe in self.probes} - embeddings - {None}:
+            raise ValueError(f"the outputs {sorted(map(str, lost))} are not among the embeddings")
+        for name in embeddings:
+            self.output(name)
+        if self.files and self.quantisation is not None and self.quantisation.file not in self.files:
             raise ValueError(f"the {self.quantisation.kind} graph {self.quantisation.file} is not among the files")
         if self.audio is not None and self.inputs[0].shape != (-1, self.audio.window_samples):
             raise ValueError(
@@ -156,7 +189,7 @@ class Bundle(BaseModel):
 
     directory: Path
     manifest: Manifest
-    labels: tuple[str, ...]
+    labels: dict[str, tuple[str, ...]] = Field(description="of each probe by name, in the order of its logits")
     digest: Sha256 = Field(description="sha256 of the manifest, which holds the digests of all files")
 
     def path(self, name: str) -> Path | None:
@@ -221,13 +254,19 @@ def _read(root: Path) -> Bundle:
     for name in manifest.files:
         if not (root / name).is_file():
             raise BundleError(f"{root} lacks {name}, which its manifest lists; copy the bundle again")
-    if LABELS not in manifest.files:
-        raise BundleError(f"{root / MANIFEST} does not list {LABELS}; export again")
-    _check_file(root / LABELS, manifest.files[LABELS])
-    labels = parse_labels((root / LABELS).read_bytes(), source=str(root / LABELS))
-    if len(labels) != manifest.labels:
-        raise BundleError(f"{root / LABELS} has {len(labels)} labels, the model answers {manifest.labels}")
+    labels = {probe.name: _probe_labels(root, manifest, probe) for probe in manifest.probes}
     return Bundle(directory=root, manifest=manifest, labels=labels, digest=hashlib.sha256(text).hexdigest())
+
+
+def _probe_labels(root: Path, manifest: Manifest, probe: ProbeInfo) -> tuple[str, ...]:
+    path = root / probe.labels
+    if probe.labels not in manifest.files:
+        raise BundleError(f"{root / MANIFEST} does not list {probe.labels}; export again")
+    _check_file(path, manifest.files[probe.labels])
+    labels = parse_labels(path.read_bytes(), source=str(path))
+    if len(labels) != probe.classes:
+        raise BundleError(f"{path} has {len(labels)} labels, the model answers {probe.classes}")
+    return labels
 
 
 def parse_labels(text: str | bytes, *, source: str) -> tuple[str, ...]:
@@ -291,22 +330,29 @@ def atomic_directory(target: Path, *, marker: str) -> Iterator[Path]:
         fresh.rename(target)
 
 
-def seal_bundle(folder: Path, labels: tuple[str, ...], fields: Mapping[str, Any]) -> Manifest:
+def seal_bundle(folder: Path, labels: Mapping[str, tuple[str, ...]], fields: Mapping[str, Any]) -> Manifest:
     """Finish the bundle in `folder`: write the labels and the manifest with the digest of every file.
 
     Args:
         folder: holds the graphs and the evidence.
-        labels: in the order of the logits.
-        fields: the fields of `Manifest` but ``files`` and ``labels``.
+        labels: by probe, in the order of the logits.
+        fields: the fields of `Manifest` but ``files``.
 
     Raises:
         BundleError: fields that don't fit together.
     """
-    (folder / LABELS).write_text(dump_labels(labels), "utf-8")
+    draft = draft_manifest(fields)
+    for probe in draft.probes:
+        (folder / probe.labels).write_text(dump_labels(labels[probe.name]), "utf-8")
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
-    try:
-        manifest = Manifest(**fields, labels=len(labels), files=files)
-    except ValidationError as error:
-        raise BundleError(f"these fields make no manifest: {error}") from None
+    manifest = draft_manifest({**fields, "files": files})
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True) + "\n", "utf-8")
     return manifest
+
+
+def draft_manifest(fields: Mapping[str, Any]) -> Manifest:
+    """The manifest of a bundle that is being made; BundleError for fields that don't fit together."""
+    try:
+        return Manifest(**{"files": {}, **fields})
+    except ValidationError as error:
+        raise BundleError(f"these fields make no manifest: {error}") from None

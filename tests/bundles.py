@@ -14,42 +14,86 @@ SAMPLE_RATE = 16000
 WINDOW = 1600  # samples
 DIM = 4
 LABELS = ("chiffchaff", "robin", "Zaunkönig")
+NOISES = ("wind", "rain")
+AUDIO = {"sample_rate": SAMPLE_RATE, "window_samples": WINDOW}
+Step = tuple[str, str, tuple[int, int]]  # a product: of what, what comes out, shape of the matrix
+TO_EMBEDDING = ("waveform", "embedding", (WINDOW, DIM))
+PROBE = {"name": "linear", "config": {}, "trained": True, "classes": len(LABELS)}
+
+
+# What a head of an audio bundle says beside that.
+HEAD = {"activation": "sigmoid", "embedding": "embedding"}
+EMBEDDING = {"output": "embedding", "layers": ["last"]}
+FINGERPRINT = "0123456789abcdef" * 4  # of what makes the embeddings of the bundles that have several heads or none
 
 
 def make_audio_bundle(target: Path, name: str = "tiny", activation: str = "sigmoid", trained: bool = True) -> Path:
     """(-1, WINDOW) waveforms → embedding (-1, DIM) → logits (-1, labels)."""
-    steps = [("waveform", "embedding", (WINDOW, DIM)), ("embedding", "logits", (DIM, len(LABELS)))]
     return _make(
         target,
-        steps,
+        [TO_EMBEDDING, ("embedding", "logits", (DIM, len(LABELS)))],
         name=name,
         kind="audio",
-        audio={"sample_rate": SAMPLE_RATE, "window_samples": WINDOW},
-        activation=activation,
-        probes=[{"name": "linear", "config": {}, "trained": trained}],
+        audio=AUDIO,
+        probes=[{**PROBE, **HEAD, "trained": trained, "activation": activation}],
+        embeddings=[EMBEDDING],
     )
 
 
-def make_embedding_bundle(target: Path, name: str = "tiny-offline") -> Path:
+def make_embedding_bundle(target: Path, name: str = "tiny-offline", reads: str | None = None) -> Path:
     """Embeddings (-1, DIM) → logits (-1, labels)."""
     return _make(
         target,
         [("embedding", "logits", (DIM, len(LABELS)))],
         name=name,
         kind="embedding",
-        activation="softmax",
-        probes=[{"name": "linear", "config": {}, "trained": True}],
+        probes=[{**PROBE, "activation": "softmax", "reads": reads}],
     )
 
 
-def _make(target: Path, steps: list[tuple[str, str, tuple[int, int]]], **fields) -> Path:
+def make_probes_bundle(target: Path, name: str = "tiny-probes") -> Path:
+    """Two heads on one embedding, "birds" with the usual labels and "noise" with two of its own."""
+    heads = [
+        {"name": head, "logits": f"{head}.logits", "labels": f"{head}.labels.json", "reads": FINGERPRINT} | fields
+        for head, fields in {
+            "birds": {"classes": len(LABELS)},
+            "noise": {"classes": len(NOISES), "activation": "softmax"},
+        }.items()
+    ]
+    return _make(
+        target,
+        [TO_EMBEDDING, *(("embedding", head["logits"], (DIM, head["classes"])) for head in heads)],
+        labels={"birds": LABELS, "noise": NOISES},
+        name=name,
+        kind="audio",
+        audio=AUDIO,
+        probes=[{**PROBE, **HEAD, **head} for head in heads],
+        embeddings=[{**EMBEDDING, "fingerprint": FINGERPRINT}],
+    )
+
+
+def make_backbone_bundle(target: Path, name: str = "tiny-embeddings") -> Path:
+    """(-1, WINDOW) waveforms → embedding (-1, DIM), and no head."""
+    return _make(
+        target,
+        [TO_EMBEDDING],
+        labels={},
+        name=name,
+        kind="audio",
+        audio=AUDIO,
+        probes=[],
+        embeddings=[{**EMBEDDING, "fingerprint": FINGERPRINT}],
+    )
+
+
+def _make(target: Path, steps: list[Step], labels: dict | None = None, **fields) -> Path:
     random = np.random.default_rng(0)
     weights = [
         numpy_helper.from_array((random.normal(size=shape) / shape[0] ** 0.5).astype(np.float32), f"to_{output}")
         for _, output, shape in steps
     ]
     inputs = [{"name": steps[0][0], "shape": (-1, steps[0][2][0])}]
-    outputs = [{"name": output, "shape": (-1, shape[1])} for _, output, shape in reversed(steps)]
+    outputs = [{"name": output, "shape": (-1, shape[1])} for _, output, shape in [*steps[1:], steps[0]]]
     graph = helper.make_graph(
         [helper.make_node("MatMul", [source, f"to_{output}"], [output]) for source, output, _ in steps],
         "tiny",
@@ -61,7 +105,7 @@ def _make(target: Path, steps: list[tuple[str, str, tuple[int, int]]], **fields)
         onnx.save(model, str(folder / ONNX))
         seal_bundle(
             folder,
-            LABELS,
+            {"linear": LABELS} if labels is None else labels,
             {**fields, "model": "tiny", "inputs": inputs, "outputs": outputs, "licence": "MIT", "tools": {}},
         )
     return target

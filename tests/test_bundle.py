@@ -20,7 +20,7 @@ from avex_serve.bundle import (
     sha256_of,
 )
 from avex_serve.errors import BundleError
-from tests.bundles import DIM, WINDOW, copy_bundle, replace_file
+from tests.bundles import DIM, PROBE, WINDOW, copy_bundle, replace_file
 from tests.bundles import LABELS as NAMES
 
 FIELDS = {
@@ -29,16 +29,25 @@ FIELDS = {
     "kind": "audio",
     "model": "beats",
     "probes": [
-        {"name": "mlp", "config": {"hidden_dims": [8], "aggregation": None, "x": {"y": None}}, "trained": True}
+        {
+            "name": "mlp",
+            "config": {"hidden_dims": [8], "aggregation": None, "x": {"y": None}},
+            "trained": True,
+            "activation": "none",
+            "labels": LABELS,
+            "classes": 3,
+            "logits": "logits",
+            "embedding": "embedding",
+            "reads": "0123456789abcdef" * 4,
+        }
     ],
+    "embeddings": [{"output": "embedding", "layers": ["a", "b"], "fingerprint": "fedcba9876543210" * 4}],
     "audio": {"sample_rate": 32000, "window_samples": 160},
     "inputs": [{"name": "waveform", "shape": (-1, 160)}],
     "outputs": [{"name": "logits", "shape": (-1, 3)}, {"name": "embedding", "shape": (-1, 768)}],
     "half": True,
-    "activation": "none",
     "licence": "CC-BY-4.0",
     "checkpoint": "hf://owner/repository/model.safetensors@0123",
-    "embedding_fingerprint": "0123456789abcdef" * 4,
     "tools": {"torch": "2.8"},
 }
 INT8 = {
@@ -54,6 +63,8 @@ INT8 = {
         "decisions": 1.0,
     },
 }
+EMBEDDING = {"output": "embedding", "layers": ["last"]}
+HEAD = PROBE | {"activation": "none", "embedding": "embedding"}
 UNICODE = ("Zaunkönig", "夜鶯", 'a "quoted"\n\\ 🐦')
 
 
@@ -83,10 +94,10 @@ def test_reads_what_was_written(tmp_path):
         (folder / ONNX_INT8).write_bytes(b"small graph")
         (folder / "README.md").write_text("card")
         quantisation = {"file": ONNX_INT8, **INT8}
-        sealed = seal_bundle(folder, UNICODE, FIELDS | {"quantisation": quantisation})
+        sealed = seal_bundle(folder, {"mlp": UNICODE}, FIELDS | {"quantisation": quantisation})
     bundle = read_bundle(str(tmp_path / "full"))
     assert bundle.manifest == sealed
-    assert bundle.labels == UNICODE
+    assert bundle.labels == {"mlp": UNICODE}
     assert bundle.digest == hashlib.sha256((tmp_path / "full" / MANIFEST).read_bytes()).hexdigest()
     assert bundle.manifest.files == {
         name: hashlib.sha256((tmp_path / "full" / name).read_bytes()).hexdigest()
@@ -94,7 +105,7 @@ def test_reads_what_was_written(tmp_path):
     }
     assert bundle.manifest.quantisation is not None
     assert bundle.manifest.quantisation.model_dump() == quantisation
-    written = bundle.manifest.model_dump(exclude={"schema_version", "labels", "files", "quantisation"})
+    written = bundle.manifest.model_dump(exclude={"schema_version", "files", "quantisation"})
     expected = json.loads(json.dumps(FIELDS | {"audio": FIELDS["audio"] | {"resampler": "soxr_hq"}}))
     for spec in expected["inputs"] + expected["outputs"]:
         spec["dtype"] = "float32"
@@ -107,7 +118,7 @@ def test_writing_what_was_read_gives_the_same_bytes(tmp_path, audio_bundle):
     read = read_bundle(audio_bundle)
     again = tmp_path / "again"
     shutil.copytree(audio_bundle, again, ignore=shutil.ignore_patterns(MANIFEST, LABELS))
-    seal_bundle(again, read.labels, read.manifest.model_dump(exclude={"labels", "files"}))
+    seal_bundle(again, read.labels, read.manifest.model_dump(exclude={"files"}))
     for name in (MANIFEST, LABELS):
         assert (again / name).read_bytes() == (audio_bundle / name).read_bytes()
     assert read_bundle(again).digest == read.digest
@@ -115,13 +126,18 @@ def test_writing_what_was_read_gives_the_same_bytes(tmp_path, audio_bundle):
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_says_whether_its_head_is_trained(tmp_path, audio_bundle, trained):
-    head = {"name": "a", "config": {}, "trained": trained}
-    assert read_bundle(copy_bundle(audio_bundle, tmp_path / "b", probes=[head])).manifest.trained is trained
+    heads = [HEAD | {"name": name, "trained": name == "a" or trained} for name in ("a", "b")]
+    assert read_bundle(copy_bundle(audio_bundle, tmp_path / "b", probes=heads)).manifest.trained is trained
 
 
-def test_refuses_more_heads_than_this_version_answers(tmp_path, audio_bundle):
-    heads = [{"name": name, "config": {}, "trained": True} for name in ("a", "b")]
-    refuses(copy_bundle(audio_bundle, tmp_path / "b", probes=heads), "probes", "at most 1")
+def test_each_head_has_its_own_labels(tmp_path, audio_bundle):
+    bundle = copy_bundle(audio_bundle, tmp_path / "b", probes=[HEAD, HEAD | {"name": "b", "labels": "b.json"}])
+    replace_file(bundle, "b.json", b'{"x": 2, "y": 1, "z": 0}')
+    assert read_bundle(bundle).labels == {"linear": NAMES, "b": ("z", "y", "x")}
+    replace_file(bundle, "b.json", b'{"x": 0}')
+    refuses(bundle, "b.json", "1 labels, the model answers 3")
+    replace_file(bundle, "b.json", None)
+    refuses(bundle, "does not list b.json")
 
 
 @pytest.mark.parametrize("name", [ONNX, LABELS])
@@ -168,11 +184,11 @@ def test_refuses_a_manifest_without_schema_version(bundle, content):
     refuses(bundle, "schema version None")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, [2]])
 def test_refuses_an_unknown_schema_version(tmp_path, audio_bundle, version):
     # Other fields of a later version must not be what is complained about.
     folder = copy_bundle(audio_bundle, tmp_path / "b", schema_version=version, later="field")
-    refuses(folder, f"schema version {version!r}", "reads 1")
+    refuses(folder, f"schema version {version!r}", "reads 2")
 
 
 @pytest.mark.parametrize(
@@ -187,10 +203,17 @@ def test_refuses_an_unknown_schema_version(tmp_path, audio_bundle, version):
         ({"kind": "video"}, "kind"),
         ({"kind": "embedding"}, "don't go together"),
         ({"audio": None}, "don't go together"),
-        ({"activation": "relu"}, "activation"),
-        ({"probes": []}, "probes"),
-        ({"labels": 4}, "4 labels for logits of width 3"),
-        ({"labels": 0}, "labels"),
+        ({"probes": [HEAD | {"activation": "relu"}]}, "activation"),
+        ({"probes": [HEAD | {"classes": 4}]}, "4 labels for logits of width 3"),
+        ({"probes": [HEAD | {"classes": 0}]}, "classes"),
+        ({"probes": [HEAD | {"reads": "abc"}]}, "reads"),
+        ({"probes": [HEAD | {"logits": "others"}]}, "no output 'others'"),
+        ({"probes": [HEAD | {"embedding": None}]}, "don't go together"),
+        ({"probes": [HEAD | {"embedding": "logits"}]}, "['logits'] are not among the embeddings"),
+        ({"probes": [HEAD, HEAD]}, "probes of the same name: ['linear', 'linear']"),
+        ({"probes": [], "embeddings": []}, "answer nothing"),
+        ({"embeddings": [{"output": "x", "layers": []}, EMBEDDING]}, "no output 'x'"),
+        ({"activation": "sigmoid"}, "activation"),
         ({"outputs": [{"name": "embedding", "shape": [-1, DIM]}]}, "no output 'logits'"),
         ({"outputs": [{"name": "logits", "shape": []}]}, "outputs"),
         ({"inputs": []}, "inputs"),
@@ -198,7 +221,6 @@ def test_refuses_an_unknown_schema_version(tmp_path, audio_bundle, version):
         ({"inputs": [{"name": "waveform", "shape": [-1, WINDOW], "dtype": "int8"}]}, "dtype"),
         ({"audio": {"sample_rate": 0, "window_samples": WINDOW}}, "sample_rate"),
         ({"audio": {"sample_rate": 16000, "window_samples": WINDOW, "resampler": "linear"}}, "resampler"),
-        ({"embedding_fingerprint": "abc"}, "embedding_fingerprint"),
         ({"files": {}}, "does not list labels.json"),
         ({"files": {LABELS: "abc"}}, "files"),
     ],
@@ -255,7 +277,7 @@ def test_refuses_bad_labels(bundle, text, expected):
 
 def test_labels_are_in_the_order_of_their_indices(bundle):
     replace_file(bundle, LABELS, b'{"third": 2, "first": 0, "second": 1}')
-    assert read_bundle(bundle).labels == ("first", "second", "third")
+    assert read_bundle(bundle).labels == {"linear": ("first", "second", "third")}
 
 
 def test_dumped_labels_are_the_flat_map_that_avex_reads():
@@ -267,23 +289,21 @@ def test_dumped_labels_are_the_flat_map_that_avex_reads():
 
 def test_writing_refuses_labels_twice(tmp_path):
     with pytest.raises(BundleError, match=r"more than once: \['b'\]"):
-        seal_bundle(tmp_path, ("a", "b", "b"), FIELDS)
+        seal_bundle(tmp_path, {"mlp": ("a", "b", "b")}, FIELDS)
     assert not (tmp_path / MANIFEST).exists()
 
 
-@pytest.mark.parametrize(
-    ("labels", "changes"), [(("a", "b"), {}), ((), {}), (NAMES, {"kind": "embedding"}), (NAMES, {"surprise": 1})]
-)
-def test_writing_refuses_fields_that_make_no_manifest(tmp_path, labels, changes):
+@pytest.mark.parametrize("changes", [{"kind": "embedding"}, {"surprise": 1}], ids=str)
+def test_writing_refuses_fields_that_make_no_manifest(tmp_path, changes):
     with pytest.raises(BundleError, match="make no manifest"):
-        seal_bundle(tmp_path, labels, FIELDS | changes)
+        seal_bundle(tmp_path, {"mlp": NAMES}, FIELDS | changes)
     assert not (tmp_path / MANIFEST).exists()
 
 
 def test_writing_refuses_a_file_that_no_manifest_can_list(tmp_path):
     (tmp_path / ".hidden").write_text("")
     with pytest.raises(BundleError, match="hidden"):
-        seal_bundle(tmp_path, NAMES, FIELDS)
+        seal_bundle(tmp_path, {"mlp": NAMES}, FIELDS)
 
 
 def test_sha256_of_a_file(tmp_path):

@@ -168,8 +168,9 @@ def _detections(bundle: Path, recording: Path, scores: np.ndarray) -> list[Detec
     spec = opened.manifest.audio
     assert spec is not None
     plan = plan_windows(soundfile.info(recording).frames, spec.window_samples, spec.sample_rate, overlap=0.0)
-    selection = Selection.of(score_scale(opened.manifest.activation), threshold=None, top_k=None)
-    return detect(plan.spans, scores, opened.labels, selection)
+    (probe,) = opened.manifest.probes
+    selection = Selection.of(score_scale(probe.activation), threshold=None, top_k=None)
+    return detect(plan.spans, scores, opened.labels[probe.name], selection)
 
 
 def _show(detections: list[Detection], events: list[Event]) -> int:

@@ -123,14 +123,19 @@ class ModelBase(nn.Module):
         Raises:
             ValueError: see `taps`.
         """
-        if self._has_own_extraction():
+        if self.has_own_extraction():
             found = self._extracted(wave, layers, padding_mask, aggregation, freeze_backbone)
         else:
-            tapped = self.taps(wave, self.resolve_layers(layers), padding_mask)
-            if self.tap_pooling is not None:
-                tapped = self.tap_pooling(tapped)
+            tapped = self.pooled_taps(wave, self.resolve_layers(layers), padding_mask)
             found = concatenate([tapped[name] for name in layers], aggregation)
         return [found] if isinstance(found, Tensor) else list(found)
+
+    def pooled_taps(
+        self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """See `taps`; in an exported copy the layers are reduced in time as far as `tap_pooling` does it."""
+        tapped = self.taps(wave, layers, padding_mask)
+        return tapped if self.tap_pooling is None else self.tap_pooling(tapped)
 
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
         """The padding mask (B, S) brought to the time steps of an embedding, (B, tokens).
@@ -147,7 +152,7 @@ class ModelBase(nn.Module):
 
         In a traced graph the size of the batch is no number that could tell.
         """
-        if type(self).taps is ModelBase.taps and not self._has_own_extraction():
+        if type(self).taps is ModelBase.taps and not self.has_own_extraction():
             silence = self._batch(torch.zeros(1, samples))
             self._batch_axes = measure_batch_axes(self.called_module, silence, layers)
 
@@ -301,7 +306,8 @@ class ModelBase(nn.Module):
 
     # -- a subclass's own way to embeddings ----------------------------------------------------------------------
 
-    def _has_own_extraction(self) -> bool:
+    def has_own_extraction(self) -> bool:
+        """Whether a subclass brings its own `extract_embeddings`."""
         return type(self).extract_embeddings is not ModelBase.extract_embeddings
 
     def _extracted(

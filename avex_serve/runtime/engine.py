@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import NamedTuple, Self, TypedDict
 
 import numpy as np
 
-from avex_serve.bundle import AudioSpec, Bundle, Manifest, ProbeInfo, check_files, read_manifest
+from avex_serve.bundle import AudioSpec, Bundle, EmbeddingInfo, Manifest, ProbeInfo, check_files, read_manifest
 from avex_serve.errors import BundleError, NotFoundError, TensorError, UnsupportedError
 from avex_serve.runtime import audio, results
 from avex_serve.runtime.audio import Recording
@@ -30,7 +30,7 @@ class WindowEmbeddings(NamedTuple):
     """Embeddings of a recording, window by window."""
 
     spans: np.ndarray  # (N, 2) float64, seconds
-    embeddings: np.ndarray  # (N, D) float32
+    embeddings: np.ndarray  # (N, D), or (N, T, D) of a bundle for heads that read sequences; float32
 
 
 class Engine:
@@ -64,10 +64,9 @@ class Engine:
         """What the bundle is."""
         return self.bundle.manifest
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels in the order of the logits."""
-        return self.bundle.labels
+    def labels(self, probe: str | None = None) -> tuple[str, ...]:
+        """The labels of a head in the order of its logits; see `probe`."""
+        return self.bundle.labels[self.probe(probe).name]
 
     def predict(
         self,
@@ -92,39 +91,88 @@ class Engine:
         Raises:
             InputError: audio, threshold, top_k or overlap that can't be used, or a result that is not finite.
             NotFoundError: no such probe.
-            UnsupportedError: the bundle takes embeddings, not audio.
+            UnsupportedError: the bundle takes embeddings, not audio, or has no head.
         """
-        head = self.probe(probe)
-        scale = results.score_scale(self.manifest.activation)
-        selection = results.Selection.of(scale, threshold, top_k)
-        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
-        logits = self._stack("logits", batches)
-        scores = results.activate(logits, self.manifest.activation)
-        detections = results.detect(plan.spans, scores, self.labels, selection)
-        return results.Prediction(
-            **self._answer(head), **_timing(plan, overlap), score_scale=scale, detections=detections
-        )
+        recording = Recording(wave, sample_rate)
+        (prediction,) = self._predict([self.probe(probe)], recording, threshold, top_k, overlap)
+        return prediction
 
-    def score(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> WindowScores:
+    def predict_all(
+        self,
+        wave: np.ndarray,
+        sample_rate: int,
+        *,
+        threshold: float | None = None,
+        top_k: int | None = None,
+        overlap: float = 0.0,
+    ) -> list[results.Prediction]:
+        """Ask all heads in one pass of the backbone; arguments and errors as in `predict`."""
+        self.probe(None)
+        heads = self.manifest.probes
+        return self._predict(heads, Recording(wave, sample_rate), threshold, top_k, overlap)
+
+    def _predict(
+        self,
+        heads: Sequence[ProbeInfo],
+        recording: Recording,
+        threshold: float | None,
+        top_k: int | None,
+        overlap: float,
+    ) -> list[results.Prediction]:
+        selections = [results.Selection.of(results.score_scale(h.activation), threshold, top_k) for h in heads]
+        plan, batches = self._windows(recording, overlap)
+        outputs = self._outputs([head.logits for head in heads], batches)
+        return [
+            results.Prediction(
+                **self._answer(head),
+                **_timing(plan, overlap),
+                score_scale=results.score_scale(head.activation),
+                detections=results.detect(
+                    plan.spans,
+                    results.activate(outputs[head.logits], head.activation),
+                    self.bundle.labels[head.name],
+                    selection,
+                ),
+            )
+            for head, selection in zip(heads, selections, strict=True)
+        ]
+
+    def score(
+        self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, probe: str | None = None
+    ) -> WindowScores:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
+        head = self.probe(probe)
         plan, batches = self._windows(Recording(wave, sample_rate), overlap)
-        logits = self._stack("logits", batches)
-        return WindowScores(plan.spans, results.activate(logits, self.manifest.activation))
+        logits = self._stack(head.logits, batches)
+        return WindowScores(plan.spans, results.activate(logits, head.activation))
 
-    def embed(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> WindowEmbeddings:
-        """The pooled embeddings of a recording; arguments and errors as in `predict`."""
+    def embed(
+        self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, output: str | None = None
+    ) -> WindowEmbeddings:
+        """The embeddings of a recording; arguments and errors as in `predict`.
+
+        Args:
+            wave: see `predict`.
+            sample_rate: see `predict`.
+            overlap: see `predict`.
+            output: name of the output that is the embedding; the bundle's first one by default.
+        """
         plan, batches = self._windows(Recording(wave, sample_rate), overlap)
-        return WindowEmbeddings(plan.spans, self._stack("embedding", batches))
+        return WindowEmbeddings(plan.spans, self._stack(self.embedding(output).output, batches))
 
-    def embedding_document(self, wave: np.ndarray, sample_rate: int, *, overlap: float) -> results.Embedding:
+    def embedding_document(
+        self, wave: np.ndarray, sample_rate: int, *, overlap: float, output: str | None = None
+    ) -> results.Embedding:
         """`embed` as a document for JSON."""
         plan, batches = self._windows(Recording(wave, sample_rate), overlap)
-        embeddings = self._stack("embedding", batches)
+        name = self.embedding(output).output
         return results.Embedding(
-            **self._answer(self.probe(None)),
+            bundle=self.manifest.name,
+            version=self.manifest.version,
+            output=name,
             **_timing(plan, overlap),
             spans=[(start, end) for start, end in plan.spans.tolist()],
-            embeddings=embeddings.tolist(),
+            embeddings=self._stack(name, batches).tolist(),
         )
 
     def classify(
@@ -147,12 +195,11 @@ class Engine:
                 f"bundle {self.manifest.name} takes audio, not embeddings; use predict, or export with --offline"
             )
         head = self.probe(probe)
-        scale = results.score_scale(self.manifest.activation)
+        labels, scale = self.bundle.labels[head.name], results.score_scale(head.activation)
         selection = results.Selection.of(scale, threshold, top_k)
-        scores = results.activate(self.infer(embeddings)["logits"], self.manifest.activation)
+        scores = results.activate(self.infer(embeddings)[head.logits], head.activation)
         rows = [
-            [results.LabelScore(label=self.labels[i], score=float(row[i])) for i in selection.best(row)]
-            for row in scores
+            [results.LabelScore(label=labels[i], score=float(row[i])) for i in selection.best(row)] for row in scores
         ]
         return results.Classification(**self._answer(head), score_scale=scale, results=rows)
 
@@ -186,14 +233,38 @@ class Engine:
             raise TensorError(f"input {spec.name!r} holds NaN or infinite values; expected finite ones")
 
     def probe(self, name: str | None) -> ProbeInfo:
-        """The head of that name, the first one for None; NotFoundError if there is none."""
+        """The head of that name, the first one for None.
+
+        Raises:
+            NotFoundError: there is none of that name.
+            UnsupportedError: there is no head at all.
+        """
         heads = self.manifest.probes
+        if not heads:
+            raise UnsupportedError(
+                f"bundle {self.manifest.name} answers embeddings alone and has no probe; use embed, or serve a "
+                "bundle that was exported without --embeddings"
+            )
         for head in heads:
             if name is None or head.name == name:
                 return head
         raise NotFoundError(
             f"no probe {name!r} in bundle {self.manifest.name}; it has {', '.join(h.name for h in heads)}"
         )
+
+    def embedding(self, name: str | None) -> EmbeddingInfo:
+        """The output of that name which is an embedding, the first one for None.
+
+        Raises:
+            NotFoundError: there is none of that name.
+            UnsupportedError: the bundle takes embeddings itself.
+        """
+        self._audio_spec()
+        for info in self.manifest.embeddings:
+            if name is None or info.output == name:
+                return info
+        known = ", ".join(info.output for info in self.manifest.embeddings)
+        raise NotFoundError(f"no embedding {name!r} in bundle {self.manifest.name}; it has {known}")
 
     def _windows(self, recording: Recording, overlap: float) -> tuple[WindowPlan, Iterator[np.ndarray]]:
         spec = self._audio_spec()

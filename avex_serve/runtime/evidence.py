@@ -71,6 +71,7 @@ class Check(_Document):
     """One case in one batch size and format."""
 
     input: str
+    part: str | None = None  # of several heads, or embeddings without heads, which one
     rows: int
     format: str
     whole_way: bool  # whether a recording went through windows, graph, activation and stitching
@@ -85,7 +86,7 @@ class Gain(_Document):
 
     name: str
     speedup: float  # time without it over time with it, on the exporting machine
-    difference: float  # largest, of the logits, relative to the largest one or to 1
+    difference: float  # largest, of the first output, relative to its largest value or to 1
 
 
 class Record(_Document):

@@ -33,9 +33,12 @@ class Detection(_Document):
     score: float
 
 
-class _Answer(_Document):
+class _Origin(_Document):
     bundle: str = Field(description="name of the bundle that answered")
     version: str
+
+
+class _Answer(_Origin):
     probe: str
     trained: bool = Field(description="False: the head has random weights")
 
@@ -50,6 +53,12 @@ class Prediction(_Answer):
     detections: list[Detection]
 
 
+class Predictions(_Document):
+    """What all probes of a bundle heard in a recording."""
+
+    predictions: list[Prediction]
+
+
 class Classification(_Answer):
     """What the head says of embeddings, one list an embedding."""
 
@@ -57,14 +66,17 @@ class Classification(_Answer):
     results: list[list[LabelScore]]
 
 
-class Embedding(_Answer):
-    """Pooled embeddings of a recording, one a window."""
+class Embedding(_Origin):
+    """Embeddings of a recording, one a window."""
 
+    output: str = Field(description="which of the bundle's outputs it is")
     duration: float
     window: float
     overlap: float
     spans: list[tuple[float, float]] = Field(description="start and end of each window in seconds")
-    embeddings: list[list[float]]
+    embeddings: list[list[float]] | list[list[list[float]]] = Field(
+        description="a vector a window; sequences of vectors, of a bundle made for heads that read sequences"
+    )
 
 
 def score_scale(activation: Activation) -> ScoreScale:

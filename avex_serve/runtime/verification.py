@@ -5,10 +5,11 @@ The exporter runs this on the bundle that it writes, ``avex-serve verify`` on th
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from avex_serve.bundle import Activation
+from avex_serve.bundle import Activation, Manifest, ProbeInfo
 from avex_serve.errors import BundleError, TensorError
 from avex_serve.runtime.engine import Engine, open_bundle
 from avex_serve.runtime.evidence import Case, Check, Decisions, Errors, Outputs, read_evidence
@@ -34,9 +35,9 @@ def run_case(engine: Engine, case: Case) -> Iterator[Check]:
     """Compare the engine's graph, or its whole way for a recording, with what the eager module answered."""
     if case.sample_rate is None:
         for rows in case.batches:
-            yield _check_clips(engine, case, rows)
+            yield from _check_clips(engine, case, rows)
     else:
-        yield _check_recording(engine, case, case.sample_rate)
+        yield from _check_recording(engine, case, case.sample_rate)
 
 
 def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu") -> tuple[str, bool]:
@@ -71,30 +72,77 @@ def _machine(title: str, machine: Machine) -> str:
 # -- one case -----------------------------------------------------------------------------------------------------
 
 
-def _check_clips(engine: Engine, case: Case, rows: int) -> Check:
+@dataclass(frozen=True)
+class _Part:
+    """A head with the embedding that it reads, or an embedding alone: what a line of the table is about."""
+
+    name: str | None  # None: there is but one
+    head: ProbeInfo | None
+    embedding: str | None
+
+    @property
+    def activation(self) -> Activation:
+        return "none" if self.head is None else self.head.activation
+
+    def of(self, outputs: Outputs) -> Outputs:
+        """Its own among the outputs, by the names that they have where there is one part."""
+        names = {"logits": None if self.head is None else self.head.logits, "embedding": self.embedding}
+        return {short: outputs[name] for short, name in names.items() if name is not None and name in outputs}
+
+
+def _parts(manifest: Manifest) -> list[_Part]:
+    parts = [_Part(probe.name, probe, probe.embedding) for probe in manifest.probes]
+    parts = parts or [_Part(info.output, None, info.output) for info in manifest.embeddings]
+    return parts if len(parts) > 1 else [replace(parts[0], name=None)]
+
+
+def _check_clips(engine: Engine, case: Case, rows: int) -> Iterator[Check]:
     """The clips through the graph, as one batch in which they come again and again until it has that many rows."""
     which = np.arange(rows) % len(case.input)
     found = engine.backend.run(case.input[which])
     eager = {name: value[which] for name, value in case.eager.items()}
     exact = None if case.exact is None else {name: value[which] for name, value in case.exact.items()}
-    threshold = None if engine.manifest.activation == "softmax" else 0.0
-    return _check(engine, case.name, found, eager, exact, decided_by="logits", threshold=threshold)
+    for part in _parts(engine.manifest):
+        threshold = None if part.activation == "softmax" else 0.0
+        of_it = None if exact is None else part.of(exact)
+        yield _check(engine, case.name, part, part.of(found), part.of(eager), of_it, threshold=threshold)
 
 
-def _check_recording(engine: Engine, case: Case, sample_rate: int) -> Check:
-    """The recording the whole way: what `Engine.predict` and `Engine.embed` answer."""
+def _check_recording(engine: Engine, case: Case, sample_rate: int) -> Iterator[Check]:
+    """The recording the whole way: what `Engine.predict_all` and `Engine.embed` answer."""
+    parts = _parts(engine.manifest)
+    found = _answers(engine, case, sample_rate, parts)
+    for part in parts:
+        eager = _scored(part.of(case.eager), part.activation)
+        exact = None if case.exact is None else _scored(part.of(case.exact), part.activation)
+        threshold = Selection.of(score_scale(part.activation), None, None).threshold
+        of_it = {} if found is None else found[part.name]
+        yield _check(engine, case.name, part, of_it, eager, exact, threshold=threshold, whole_way=True)
+
+
+def _answers(
+    engine: Engine, case: Case, sample_rate: int, parts: Sequence[_Part]
+) -> dict[str | None, Outputs] | None:
+    """Scores and embedding of each part by its name; None if an output is not finite."""
+    predictions: list[Prediction] = []
+    embeddings = {}
+    most = max((probe.classes for probe in engine.manifest.probes), default=1)
     try:
-        prediction = engine.predict(case.input, sample_rate, top_k=len(engine.labels))
-        spans, embeddings = engine.embed(case.input, sample_rate)
-    except TensorError:  # an output that is not finite
-        found: Outputs = {}
-    else:
-        windows = spans if case.spans is not None and np.array_equal(spans, case.spans) else np.empty((0, 2))
-        found = {"scores": _scores(prediction, windows, engine.labels), "embedding": embeddings}
-    activation = engine.manifest.activation
-    eager, exact = _scored(case.eager, activation), None if case.exact is None else _scored(case.exact, activation)
-    threshold = Selection.of(score_scale(activation), None, None).threshold
-    return _check(engine, case.name, found, eager, exact, decided_by="scores", threshold=threshold, whole_way=True)
+        if engine.manifest.probes:
+            predictions = engine.predict_all(case.input, sample_rate, top_k=most)
+        for output in {part.embedding for part in parts if part.embedding is not None}:
+            embeddings[output] = engine.embed(case.input, sample_rate, output=output)
+    except TensorError:
+        return None
+    spans = next(iter(embeddings.values())).spans
+    windows = spans if case.spans is not None and np.array_equal(spans, case.spans) else np.empty((0, 2))
+    found: dict[str | None, Outputs] = {}
+    scores = {p.probe: _scores(p, windows, engine.labels(p.probe)) for p in predictions}
+    for part in parts:
+        outputs = {} if part.head is None else {"scores": scores[part.head.name]}
+        assert part.embedding is not None
+        found[part.name] = {**outputs, "embedding": embeddings[part.embedding].embeddings}
+    return found
 
 
 def _scores(prediction: Prediction, spans: np.ndarray, labels: Sequence[str]) -> np.ndarray:
@@ -110,6 +158,8 @@ def _scores(prediction: Prediction, spans: np.ndarray, labels: Sequence[str]) ->
 
 def _scored(outputs: Outputs, activation: Activation) -> Outputs:
     """With scores in place of the logits, in float64 by the textbook: not by the code that serves."""
+    if "logits" not in outputs:
+        return outputs
     logits = outputs["logits"].astype(np.float64)
     if activation == "sigmoid":
         with np.errstate(over="ignore"):
@@ -125,11 +175,11 @@ def _scored(outputs: Outputs, activation: Activation) -> Outputs:
 def _check(
     engine: Engine,
     name: str,
+    part: _Part,
     found: Outputs,
     eager: Outputs,
     exact: Outputs | None,
     *,
-    decided_by: str,
     threshold: float | None,
     whole_way: bool = False,
 ) -> Check:
@@ -139,13 +189,15 @@ def _check(
         if not _within(errors[output].eager, tolerance_of(engine.backend.format)):
             passed &= _is_noise(errors[output])
             by_float64.add(output)
-    reference = exact[decided_by] if decided_by in by_float64 and exact is not None else eager[decided_by]
+    decided_by = "scores" if whole_way else "logits"
     decisions = None
-    if errors[decided_by].eager is not None:
+    if decided_by in eager and errors[decided_by].eager is not None:
+        reference = exact[decided_by] if decided_by in by_float64 and exact is not None else eager[decided_by]
         decisions = _decide(found[decided_by], reference, threshold)
     return Check(
         input=name,
-        rows=len(eager[decided_by]),
+        part=part.name,
+        rows=len(eager["embedding"] if "embedding" in eager else eager[decided_by]),
         format=engine.backend.format,
         whole_way=whole_way,
         errors=errors,
@@ -230,12 +282,18 @@ _NOISE_LEGEND = (
 )
 
 
+_SECTIONS = ((False, "clips through the graph", "rows"), (True, "recordings, the whole way", "windows"))
+
+
 def table(checks: Sequence[Check], skipped: Sequence[str] = ()) -> str:
     """All checks as text, at most 117 characters wide."""
-    groups = [[check for check in checks if check.whole_way is whole_way] for whole_way in (False, True)]
-    lines = _rows("clips through the graph", "rows", groups[0])
-    if groups[1]:
-        lines += ["", *_rows("recordings, the whole way", "windows", groups[1])]
+    lines: list[str] = []
+    for whole_way, title, unit in _SECTIONS:
+        of_it = [check for check in checks if check.whole_way is whole_way]
+        for part in dict.fromkeys(check.part for check in of_it):
+            lines += [""] if lines else []
+            lines += [] if part is None else [f"{part}:"]
+            lines += _rows(title, unit, [check for check in of_it if check.part == part])
     others = any(check.decisions is not None and check.decisions.differ for check in checks)
     lines += ["", *_LEGEND, *(_OTHERS_LEGEND if others else ())]
     lines += _NOISE_LEGEND if any(check.by_float64 for check in checks) else ()

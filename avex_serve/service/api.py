@@ -20,7 +20,7 @@ from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine, open_bundle
 from avex_serve.runtime.folders import check_any
 from avex_serve.runtime.repository import Repository
-from avex_serve.runtime.results import Classification, Embedding, Prediction
+from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service.desk import Desk
 from avex_serve.service.grpc import GrpcServer, check_port_is_free
 from avex_serve.service.http import OwnRoutes
@@ -67,12 +67,32 @@ class AvexService:
             return engine.predict(*decode(audio), threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
 
     @bentoml.api
-    def embed(
-        self, audio: Path, overlap: float = 0.0, model: str | None = None, version: str | None = None
-    ) -> Embedding:
-        """The pooled embeddings of a recording, one a window."""
+    def predict_all(
+        self,
+        audio: Path,
+        threshold: float | None = None,
+        top_k: int | None = None,
+        overlap: float = 0.0,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Predictions:
+        """What all probes of a bundle hear in a recording, in one pass of the backbone."""
         with self.desk.repository.lease(model, version) as engine:
-            return engine.embedding_document(*decode(audio), overlap=overlap)
+            answers = engine.predict_all(*decode(audio), threshold=threshold, top_k=top_k, overlap=overlap)
+        return Predictions(predictions=answers)
+
+    @bentoml.api
+    def embed(
+        self,
+        audio: Path,
+        overlap: float = 0.0,
+        output: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Embedding:
+        """The embeddings of a recording, one a window."""
+        with self.desk.repository.lease(model, version) as engine:
+            return engine.embedding_document(*decode(audio), overlap=overlap, output=output)
 
     @bentoml.api
     def classify(

@@ -2,7 +2,8 @@
 
 BentoML's handlers of the same paths are never reached over the network: see docs/decisions/serving-own-routes.md.
 
-    POST /predict, /embed           the audio as the body, or as the file ``audio`` of a multipart form
+    POST /predict, /predict_all,    the audio as the body, or as the file ``audio`` of a multipart form
+         /embed
     POST /classify                  JSON, for embedding bundles
     /v2…                            the Open Inference Protocol
 
@@ -27,13 +28,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from avex_serve.errors import AvexServeError, InputError, NotFoundError, UnavailableError, UnsupportedError
 from avex_serve.runtime.audio import decode
-from avex_serve.runtime.results import Classification, Embedding, Prediction
+from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service import oip, oip_json, oip_repository
 from avex_serve.service.desk import Desk
 from avex_serve.service.options import (
     AudioOptions,
     ClassifyRequest,
     EmbedOptions,
+    PredictAllOptions,
     PredictOptions,
     validated,
 )
@@ -71,6 +73,7 @@ class OwnRoutes:
     def _routes(self) -> list[Route]:
         routes = [
             Route("/predict", self._predict, methods=["POST"]),
+            Route("/predict_all", self._predict_all, methods=["POST"]),
             Route("/embed", self._embed, methods=["POST"]),
             Route("/classify", self._classify, methods=["POST"]),
             Route("/v2", self._server_metadata),
@@ -105,6 +108,16 @@ class OwnRoutes:
                 return engine.predict(*decode(audio), **options.for_engine())
 
         return _document(await desk.serve(predict))
+
+    async def _predict_all(self, request: Request) -> Response:
+        audio, options = await _read_audio(request, PredictAllOptions)
+        desk = self._desk()
+
+        def predict_all() -> Predictions:
+            with desk.repository.lease(options.model, options.version) as engine:
+                return Predictions(predictions=engine.predict_all(*decode(audio), **options.for_engine()))
+
+        return _document(await desk.serve(predict_all))
 
     async def _embed(self, request: Request) -> Response:
         audio, options = await _read_audio(request, EmbedOptions)

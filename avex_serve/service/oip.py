@@ -6,7 +6,8 @@ The model takes the one input that its manifest names, in one of two forms:
     BYTES  (recordings,), audio bundles only: each element is an encoded recording (WAV, FLAC, OGG, MP3), which is
            decoded, mixed down, resampled and cut into windows as by ``/predict``
 
-It answers the outputs of the manifest and ``scores`` (the logits after the activation), one row a window. For BYTES
+It answers the outputs of the manifest and, of each probe, ``scores`` (the logits after the activation; NAME.scores
+beside NAME.logits where there are several), one row a window. For BYTES
 the rows of all recordings follow one another, and the response parameter ``windows`` holds a JSON list of how many
 rows each recording has, e.g. ``"[3, 1]"``. The response parameter ``trained`` is there, and false, where a head has
 random weights. Request parameters: ``overlap`` in seconds (for BYTES) and ``probe``; others are ignored, since
@@ -20,12 +21,11 @@ import json
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 from pydantic import BaseModel, Field
 
-from avex_serve.bundle import Activation
 from avex_serve.errors import InputError, TensorError, UnsupportedError
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine
@@ -36,7 +36,6 @@ from avex_serve.version import __version__
 SERVER: Final = "avex-serve"
 FP32: Final = "FP32"
 BYTES: Final = "BYTES"
-SCORES: Final = "scores"
 NO_SHARED_MEMORY: Final = "shared memory is not offered; send the tensor itself"
 # Names as Triton gives them, where it has one.
 PLATFORMS: Final = {
@@ -127,13 +126,6 @@ class InferAnswer:
     parameters: dict[str, str | bool]
 
 
-class _Head(NamedTuple):
-    logits: str  # the output
-    scores: str  # the output that is made of it
-    activation: Activation
-    labels: tuple[str, ...]
-
-
 class Model:
     """An engine as a model of the protocol."""
 
@@ -156,7 +148,7 @@ class Model:
         """What the model takes and answers."""
         manifest = self._engine.manifest
         outputs = [TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.outputs]
-        scores = [TensorMetadata(head.scores, FP32, manifest.output(head.logits).shape) for head in self._heads()]
+        scores = [TensorMetadata(p.scores, FP32, manifest.output(p.logits).shape) for p in manifest.probes]
         return ModelMetadata(
             name=self.name,
             versions=self._versions,
@@ -205,9 +197,9 @@ class Model:
         else:
             outputs = self._engine.infer(tensor.data.reshape(tensor.shape))
         labels: dict[str, tuple[str, ...]] = {}
-        for head in self._heads():
-            outputs[head.scores] = activate(outputs[head.logits], head.activation)
-            labels[head.logits] = labels[head.scores] = head.labels
+        for probe in self._engine.manifest.probes:
+            outputs[probe.scores] = activate(outputs[probe.logits], probe.activation)
+            labels[probe.logits] = labels[probe.scores] = self._engine.labels(probe.name)
         if not self._engine.manifest.trained:
             parameters["trained"] = False
         answers = {
@@ -217,10 +209,6 @@ class Model:
             for output in wanted
         }
         return InferAnswer(answers, parameters)
-
-    def _heads(self) -> list[_Head]:
-        manifest = self._engine.manifest
-        return [_Head("logits", SCORES, manifest.activation, self._engine.labels) for _ in manifest.probes]
 
     def _wanted(self, outputs: list[RequestedOutput]) -> list[RequestedOutput]:
         known = [spec.name for spec in self.metadata().outputs]
@@ -249,7 +237,7 @@ class Model:
             raise TensorError("no recordings; send at least one element")
         answers = [self._engine.infer_recording(*decode(recording), overlap=overlap) for recording in recordings]
         outputs = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
-        return outputs, [len(answer["logits"]) for answer in answers]
+        return outputs, [len(next(iter(answer.values()))) for answer in answers]
 
 
 def server_metadata() -> dict[str, Any]:

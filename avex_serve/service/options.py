@@ -49,12 +49,19 @@ class AudioOptions(_ModelOptions):
 class EmbedOptions(AudioOptions):
     """Options of ``/embed``."""
 
+    output: str | None = None
 
-class PredictOptions(AudioOptions):
-    """Options of ``/predict``."""
+
+class PredictAllOptions(AudioOptions):
+    """Options of ``/predict_all``."""
 
     threshold: float | None = None
     top_k: int | None = None
+
+
+class PredictOptions(PredictAllOptions):
+    """Options of ``/predict``."""
+
     probe: str | None = None
 
 

@@ -1,171 +1,119 @@
-"""Assembling: from a recipe to a probe with its weights."""
+"""Assembling: from recipes to probes with their weights on one backbone."""
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-import avex_serve
-from avex_export.graph import Assembly
-from avex_export.recipes import Recipe
-from avex_serve.bundle import parse_labels
+from avex_export.graph import Assembly, Head
+from avex_export.sources import DEFAULT_MODEL, Request, Source, find_source
 from avex_serve.errors import ExportError, NotFoundError
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import fingerprint, read_state_dict
 from avex_serve.models.files import resolve_file
 from avex_serve.models.probes import Probe, build_probe_from_config
-from avex_serve.models.probes.storage import (
-    WEIGHTS,
-    SavedProbe,
-    backbone_of,
-    check_backbone,
-    load_head,
-    read_labels,
-    read_saved,
-)
+from avex_serve.models.probes.storage import SavedProbe, backbone_of, check_backbone, load_head
 from avex_serve.models.utils.factory import build_model_from_spec
 from avex_serve.models.utils.load import find_entry, load_model
 from avex_serve.models.utils.registry import ModelEntry
 
-DEFAULT_MODEL = "avex_demo"
-_DEMO_PROBES = Path(avex_serve.__file__).parent / "demo" / "probes"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asked to export."""
-
-    recipe: Recipe
-    model: str | None = None  # a registered name or a YAML file; None: the saved probe's, else the demo model
-    weights: Path | None = None  # of the head: a file, or a saved probe's folder
-    labels: Path | None = None
-    clip_seconds: float | None = None
-    offline: bool = False
-    input_dim: tuple[int, ...] | None = None  # (D,) or (T, D)
-    allow_untrained: bool = False
-    half: bool = False  # the TorchScript graph in float16
-    int8: bool = False  # a graph in 8-bit integers too
-    calibration: Path | None = None  # a folder of recordings for it; None: built-in sounds
+# Parameters by which a probe merges its layers; they belong to what its head reads.
+_MERGING = ("layer_w", "embedding_p")
 
 
 def assemble(request: Request) -> Assembly:
-    """Find the weights and labels, build the probe and load it.
+    """Find the weights and labels, build the probes on one backbone and load them.
 
     Raises:
-        ExportError: weights or labels are missing, or don't fit.
+        ExportError: weights or labels are missing, or don't fit; or the probes don't go together.
         NotFoundError: a file that was named is not there.
     """
-    recipe = request.recipe
     if request.model is not None:
         _find_model(request.model)
-    source = _weights_folder(request)
-    saved = read_saved(source) if source is not None and source.is_dir() else None
-    if saved is not None and saved.probe_config.probe_type != recipe.config.probe_type:
-        raise ExportError(
-            f"{source} holds a {saved.probe_config.probe_type} probe, {recipe.name} is a {recipe.config.probe_type} "
-            "probe; export the folder itself (--probe FOLDER)"
-        )
-    labels = _labels(request, source, saved)
-    if saved is not None and len(labels) != saved.num_classes:
-        raise ExportError(
-            f"--labels {request.labels} has {len(labels)} labels, the probe {saved.num_classes} classes"
-        )
-    state_file = source / WEIGHTS if saved is not None and source is not None else source
-    model, entry = _model(request, saved)
+    sources = [find_source(request, recipe) for recipe in request.recipes]
+    model, entry = _one_model(request, sources)
     try:
         if request.offline:
-            probe, clip_samples, sample_rate = _offline_probe(request, saved, len(labels)), None, None
+            probes = [_offline_probe(request, source) for source in sources]
+            clip_samples, sample_rate = None, None
         else:
-            probe, clip_samples, sample_rate = _online_probe(request, entry, saved, source, len(labels))
-        if state_file is not None:
-            load_head(probe, read_state_dict(resolve_file(str(state_file))), str(state_file))
+            probes, clip_samples, sample_rate = _online_probes(request, entry, sources)
+        for probe, source in zip(probes, sources, strict=True):
+            if source.weights is not None:
+                load_head(probe, read_state_dict(resolve_file(str(source.weights))), str(source.weights))
     except (ValueError, KeyError, RuntimeError, AssertionError) as error:
         # What the probe API raises, as avex does, for configurations and weights that don't go together.
-        raise ExportError(f"the probe {recipe.name} can't be built on {model}: {error}") from error
+        names = ", ".join(recipe.name for recipe in request.recipes)
+        raise ExportError(f"the probe {names} can't be built on {model}: {error}") from error
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise ExportError(str(error)) from error
+    heads = [_head(request, source, probe) for source, probe in zip(sources, probes, strict=True)]
+    (saved, *_) = (source.saved for source in sources)
     licence = entry.licence
     if request.offline and request.model is None and (saved is None or saved.model is None):
         model, licence = "unknown", "unknown"  # it may have been trained on the embeddings of any backbone
     return Assembly(
-        name=recipe.name,
-        probe=probe.eval(),
-        labels=labels,
-        trained=state_file is not None,
+        name=request.name or _name(request, model),
+        version=request.version,
+        heads=tuple(heads),
         model=model,
-        checkpoint=_checkpoint(probe, saved),
+        checkpoint=_checkpoint(probes[0], saved),
         licence=licence,
-        embedding_fingerprint=_embedding_fingerprint(probe, saved),
         clip_samples=clip_samples,
         sample_rate=sample_rate,
         half=request.half,
+        headless=request.headless,
     )
 
 
-def _weights_folder(request: Request) -> Path | None:
-    """The file or folder with the head's weights, or None for random ones."""
-    if request.weights is not None:
-        if not request.weights.exists():
-            raise NotFoundError(f"--weights {request.weights}: no such file or folder")
-        return request.weights
-    if request.recipe.folder is not None:
-        return request.recipe.folder
-    if request.allow_untrained:
-        return None
-    demo = _DEMO_PROBES / request.recipe.name
-    if request.model in (None, DEFAULT_MODEL) and demo.is_dir():
-        return demo
-    raise ExportError(
-        f"no trained weights for {request.recipe.name} on {request.model or DEFAULT_MODEL}. Train the probe and "
-        "write it with save_probe(), then export that folder (--probe FOLDER); or give the head's state dict "
-        "(--weights FILE.safetensors); or export random weights to try the way (--allow-untrained)"
-    )
+def bundle_name(request: Request) -> str:
+    """The name that the bundle will have; errors as in `assemble`."""
+    if request.name is not None:
+        return request.name
+    saved = request.recipes[0].saved
+    known = backbone_of(saved) if saved is not None and request.model is None else None
+    return _name(request, known[0] if known is not None else _find_model(request.model or DEFAULT_MODEL)[0])
 
 
-def _labels(request: Request, source: Path | None, saved: SavedProbe | None) -> tuple[str, ...]:
-    if request.labels is not None:
-        return read_label_file(request.labels)
-    folder = source if saved is not None else None
-    if folder is None and source is None and request.model in (None, DEFAULT_MODEL):
-        folder = _DEMO_PROBES / "linear_last"  # random heads for the demo model name its sounds
-        saved = read_saved(folder)
-    labels = None if folder is None or saved is None else read_labels(folder, saved.num_classes)
-    if labels is None:
+def _name(request: Request, model: str) -> str:
+    if request.headless:
+        return f"{model}-embeddings"
+    return request.recipes[0].name if len(request.recipes) == 1 else f"{model}-probes"
+
+
+def _head(request: Request, source: Source, probe: Probe) -> Head:
+    merges = any(name.startswith(_MERGING) for name in probe.head_state())
+    if request.headless and merges and source.weights is None and not request.allow_untrained:
         raise ExportError(
-            "no labels: give --labels FILE, JSON {label: index}, or text with one label a line in the logits' order"
+            f"{source.recipe.name} merges its layers by weights that are trained with the head; give the saved "
+            "probe (--probe FOLDER)"
         )
-    return labels
+    reads = _fingerprint(probe, source.saved)
+    pooled = _digest_of([reads, "mean over time"]) if reads is not None and probe.takes_sequence else reads
+    trained = source.weights is not None or (request.headless and not merges)
+    return Head(source.recipe.name, probe.eval(), source.labels, trained, reads, pooled)
 
 
-def read_label_file(path: Path) -> tuple[str, ...]:
-    """Labels from JSON ``{label: index}``, or from text with one a line.
+# -- the backbone ----------------------------------------------------------------------------------------------
 
-    Raises:
-        NotFoundError: no such file.
-        ExportError: no labels in it.
-    """
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise NotFoundError(f"--labels {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ExportError(f"--labels {path} is not UTF-8 text: {error}") from None
-    if path.suffix == ".json":
-        return parse_labels(text, source=str(path))
-    labels = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not labels:
-        raise ExportError(f"--labels {path} holds no labels; expected one a line")
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    if twice:
-        raise ExportError(f"--labels {path} names labels more than once: {', '.join(twice[:5])}")
-    return labels
+
+def _one_model(request: Request, sources: Sequence[Source]) -> tuple[str, ModelEntry]:
+    """The backbone of all probes: its name and how to get it."""
+    found = [_model(request, source.saved) for source in sources]
+    (model, entry), *others = found
+    for source, other in zip(sources[1:], others, strict=True):
+        if other[0] != model:
+            raise ExportError(
+                f"{sources[0].recipe.name} belongs to the backbone {model}, {source.recipe.name} to {other[0]}; a "
+                "bundle has one backbone: export them one by one"
+            )
+    return model, entry
 
 
 def _model(request: Request, saved: SavedProbe | None) -> tuple[str, ModelEntry]:
-    """The backbone's name and how to get it: as asked for, else the saved probe's, else the demo model."""
+    """As asked for, else the saved probe's, else the demo model."""
     if request.model is None and saved is not None:
         if (backbone := backbone_of(saved)) is not None:
             return backbone
@@ -184,30 +132,60 @@ def _find_model(name: str) -> tuple[str, ModelEntry]:
         raise NotFoundError(f"--model {name}: {error}") from error
 
 
-def _online_probe(
-    request: Request, entry: ModelEntry, saved: SavedProbe | None, source: Path | None, classes: int
-) -> tuple[Probe, int, int]:
-    config = request.recipe.config
-    if not config.freeze_backbone and saved is not None:  # the saved probe holds the backbone's weights
+# -- the probes ------------------------------------------------------------------------------------------------
+
+
+def _online_probes(request: Request, entry: ModelEntry, sources: Sequence[Source]) -> tuple[list[Probe], int, int]:
+    """The probes on one backbone, samples of a clip, and their rate in Hz."""
+    tuned = [s.recipe.name for s in sources if not s.recipe.config.freeze_backbone and s.saved is not None]
+    if tuned and len(sources) > 1:
+        raise ExportError(
+            f"{tuned[0]} brings a backbone of its own, which was fine-tuned with it; export it by itself"
+        )
+    if tuned:  # the saved probe holds the backbone's weights
         base: ModelBase = build_model_from_spec(entry.spec, "cpu", return_features_only=True)
     else:
         base = load_model(entry.spec, "cpu", entry.checkpoint_path, return_features_only=True)
-        if saved is not None and source is not None:
-            check_backbone(saved, base, source)
+        for source in sources:
+            if source.saved is not None and source.path is not None:
+                check_backbone(source.saved, base, source.path)
+    if len(sources) > 1 and base.has_own_extraction():
+        raise ExportError(
+            f"model {entry.description} brings its own extract_embeddings, which makes the embeddings of one probe "
+            "at a time; export the probes one by one"
+        )
     if base.audio_config is None:
         raise ExportError(f"model {entry.description} has no audio_config, so its sample rate is unknown; add one")
     rate = base.audio_config.sample_rate
+    samples = _one_length(request, sources, rate, lambda: base.clip_samples)
+    build = build_probe_from_config
+    probes = [
+        build(source.recipe.config, len(source.labels), "cpu", base_model=base, target_length=samples)
+        for source in sources
+    ]
+    return probes, samples, rate
+
+
+def _one_length(request: Request, sources: Sequence[Source], rate: int, usual: Callable[[], int]) -> int:
+    """Samples of a clip: as asked for, else those that the probes were trained with, else the backbone's own."""
     if request.clip_seconds is not None:
-        samples = round(request.clip_seconds * rate)
-    else:
-        samples = (saved.target_length if saved is not None else None) or config.target_length or base.clip_samples
-    if samples < 1:
-        raise ExportError(f"--clip-seconds {request.clip_seconds} is less than one sample; give seconds")
-    probe = build_probe_from_config(config, classes, "cpu", base_model=base, target_length=samples)
-    return probe, samples, rate
+        if (samples := round(request.clip_seconds * rate)) < 1:
+            raise ExportError(f"--clip-seconds {request.clip_seconds} is less than one sample; give seconds")
+        return samples
+    lengths = {}
+    for source in sources:
+        own = (
+            source.saved.target_length if source.saved is not None else None
+        ) or source.recipe.config.target_length
+        lengths[source.recipe.name] = own or usual()
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} {samples / rate:g} s" for name, samples in lengths.items())
+        raise ExportError(f"the probes hear clips of different lengths ({told}); give --clip-seconds")
+    return lengths[sources[0].recipe.name]
 
 
-def _offline_probe(request: Request, saved: SavedProbe | None, classes: int) -> Probe:
+def _offline_probe(request: Request, source: Source) -> Probe:
+    saved = source.saved
     input_dim: Sequence[Sequence[int]] | None = [request.input_dim] if request.input_dim else None
     if input_dim is None and saved is not None:
         input_dim = saved.input_dim
@@ -215,12 +193,15 @@ def _offline_probe(request: Request, saved: SavedProbe | None, classes: int) -> 
         raise ExportError("--offline needs --input-dim D, or T,D: the shape of one embedding")
     if len(input_dim) > 1 or len(saved.layers or [] if saved is not None else []) > 1:
         raise ExportError(
-            f"{request.recipe.name} merges several layers, but an embedding bundle takes one embedding; use a _last "
+            f"{source.recipe.name} merges several layers, but an embedding bundle takes one embedding; use a _last "
             "variant, or serve it from audio"
         )
     (shape,) = input_dim
     width = shape[0] if len(shape) == 1 else tuple(shape)
-    return build_probe_from_config(request.recipe.config, classes, "cpu", input_dim=width)
+    return build_probe_from_config(source.recipe.config, len(source.labels), "cpu", input_dim=width)
+
+
+# -- what the manifest says of them ------------------------------------------------------------------------------
 
 
 def _checkpoint(probe: Probe, saved: SavedProbe | None) -> str | None:
@@ -229,8 +210,8 @@ def _checkpoint(probe: Probe, saved: SavedProbe | None) -> str | None:
     return saved.checkpoint if saved is not None else None
 
 
-def _embedding_fingerprint(probe: Probe, saved: SavedProbe | None) -> str | None:
-    """Digest of what makes the embedding: backbone, layers, aggregation and, of several layers, their weights."""
+def _fingerprint(probe: Probe, saved: SavedProbe | None) -> str | None:
+    """Digest of what makes what the head reads: backbone, layers, aggregation and, of several, their weights."""
     backbone = fingerprint(probe.base_model) if probe.base_model is not None else None
     layers: Sequence[str] | None = probe.layers
     if probe.base_model is None:
@@ -238,8 +219,11 @@ def _embedding_fingerprint(probe: Probe, saved: SavedProbe | None) -> str | None
         layers = saved.layers if saved is not None else None
     if backbone is None or layers is None:
         return None
-    merging = {n: _digest(t) for n, t in probe.head_state().items() if n.startswith(("layer_w", "embedding_p"))}
-    parts = [backbone, list(layers), probe.aggregation, probe.input_processing, merging]
+    merging = {name: _digest(t) for name, t in probe.head_state().items() if name.startswith(_MERGING)}
+    return _digest_of([backbone, list(layers), probe.aggregation, probe.input_processing, merging])
+
+
+def _digest_of(parts: list[object]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

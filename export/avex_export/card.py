@@ -1,21 +1,19 @@
 """The model card: the README.md of a bundle."""
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
-from avex_export.graph import Assembly
+from avex_export.graph import Assembly, Head
 from avex_export.int8 import gates
 from avex_export.verify import Verification
-from avex_serve.bundle import Agreement
+from avex_serve.bundle import LABELS, Manifest, Quantisation
 
 # More labels than this are in labels.json alone.
 _LISTED = 100
 
 _AUDIO_CALLS = """\
     AVEX_BUNDLE=. bentoml serve avex_serve.service:AvexService
-    curl -F audio=@recording.wav http://localhost:3000/predict
-    curl --data-binary @recording.wav http://localhost:3000/embed
+    curl -F audio=@recording.wav {predict}
+{every}    curl --data-binary @recording.wav http://localhost:3000/embed
 
 Without a server: `avex-serve predict . recording.wav`. Over gRPC, with Triton's client:
 
@@ -28,7 +26,7 @@ import tritonclient.grpc as triton
 client = triton.InferenceServerClient("localhost:3001")
 audio = triton.InferInput("{input}", [1], "BYTES")
 audio.set_data_from_numpy(np.array([Path("recording.wav").read_bytes()], dtype=np.object_))
-scores = client.infer("{name}", [audio]).as_numpy("scores")  # (windows, {labels})
+scores = client.infer("{name}", [audio]).as_numpy("{scores}")  # (windows, {labels})
 ```
 
 `model.onnx` opens in OpenSoundscape (`pip install 'opensoundscape[onnx]'`):
@@ -41,6 +39,12 @@ model.add_channel_dim = False  # the graph takes (clips, samples)
 scores = model.predict(["recording.wav"], activation_layer={activation})
 embeddings = model.embed(["recording.wav"])
 ```"""
+
+_ALL_PROBES = "    curl -F audio=@recording.wav http://localhost:3000/predict_all\n"
+
+_EMBED_CALLS = """\
+    AVEX_BUNDLE=. bentoml serve avex_serve.service:AvexService
+    curl --data-binary @recording.wav http://localhost:3000/embed"""
 
 _EMBEDDING_CALLS = """\
     AVEX_BUNDLE=. bentoml serve avex_serve.service:AvexService
@@ -56,37 +60,31 @@ client = triton.InferenceServerClient("localhost:3001")
 embeddings = np.zeros({example}, np.float32)
 tensor = triton.InferInput("{input}", list(embeddings.shape), "FP32")
 tensor.set_data_from_numpy(embeddings)
-scores = client.infer("{name}", [tensor]).as_numpy("scores")  # (embeddings, {labels})
+scores = client.infer("{name}", [tensor]).as_numpy("{scores}")  # (embeddings, {labels})
 ```"""
 
 
-def model_card(assembly: Assembly, verification: Verification, fields: Mapping[str, Any]) -> str:
+def model_card(assembly: Assembly, verification: Verification, manifest: Manifest) -> str:
     """Markdown: what the bundle is, how to serve and call it, and how well its formats agree.
 
     Args:
         assembly: what was exported.
         verification: how well it went.
-        fields: of the manifest.
+        manifest: of the bundle; its files need not be listed yet.
     """
-    probe = assembly.probe
-    kind = type(probe).__name__.removesuffix("Probe").lower()
-    layers = ", ".join(f"`{layer}`" for layer in probe.layers)
-    untrained = "" if assembly.trained else "\n**The head is not trained: its weights are random.**\n"
+    untrained = ", ".join(head.name for head in assembly.heads if not head.trained)
+    warning = f"\n**A head that is not trained, its weights are random: {untrained}.**\n" if untrained else ""
     return f"""# {assembly.name}
 
-A {kind} probe on the backbone `{assembly.model}`{", layers " if layers else ""}{layers}.
-{untrained}
-{_takes(assembly)} Answers {len(assembly.labels)} labels with {fields["activation"]} scores.
+{_what(assembly)}
+{warning}
+{_takes(assembly)} {_answers(manifest)}
 
 Licence of the weights: {assembly.licence}. The backbone's licence holds for every bundle made of it.
-
-## Labels
-
-{_labels(assembly.labels)}
-
+{_labels(assembly)}
 ## Use it
 
-{_calls(assembly, fields)}
+{_calls(manifest)}
 
 ## Verification
 
@@ -98,15 +96,49 @@ your machine, without torch: `avex-serve verify .`
 
 {verification.machine.lines()}
 ```
-{_int8(fields.get("quantisation"))}"""
+{_int8(manifest.quantisation)}"""
 
 
-def _int8(quantisation: Mapping[str, Any] | None) -> str:
+def _what(assembly: Assembly) -> str:
+    if assembly.headless:
+        outputs = [output.name for output in assembly.outputs]
+        lines = [f"- `{o}`{_layers(assembly.heads[assembly.outputs[i].head])}" for i, o in enumerate(outputs)]
+        return "\n".join(
+            [f"Embeddings of the backbone `{assembly.model}`, for heads that are served alone:\n", *lines]
+        )
+    if len(assembly.heads) == 1:
+        return f"A {_kind(assembly.heads[0])} probe on the backbone `{assembly.model}`{_layers(assembly.heads[0])}."
+    lines = [f"- `{head.name}`, a {_kind(head)} probe{_layers(head)}" for head in assembly.heads]
+    return "\n".join([f"Probes on the backbone `{assembly.model}`, which is run once for all of them:\n", *lines])
+
+
+def _kind(head: Head) -> str:
+    return type(head.probe).__name__.removesuffix("Probe").lower()
+
+
+def _layers(head: Head) -> str:
+    layers = ", ".join(f"`{layer}`" for layer in head.probe.layers)
+    return f", layers {layers}" if layers else ""
+
+
+def _answers(manifest: Manifest) -> str:
+    if not manifest.probes:
+        return "Answers embeddings alone."
+    if len(manifest.probes) == 1:
+        (probe,) = manifest.probes
+        return f"Answers {probe.classes} labels with {probe.activation} scores."
+    told = ", ".join(
+        f"`{probe.name}` {probe.classes} labels with {probe.activation} scores" for probe in manifest.probes
+    )
+    return f"Answers: {told}."
+
+
+def _int8(quantisation: Quantisation | None) -> str:
     if quantisation is None:
         return ""
     return f"""
 On a CPU the graph in 8-bit integers is served, unless `AVEX_PRECISION=float32` is set. It was calibrated on
-{quantisation["calibration"]}; {gates.text(Agreement(**quantisation["agreement"]))}.
+{quantisation.calibration}; {gates.text(quantisation.agreement)}.
 """
 
 
@@ -117,17 +149,31 @@ def _takes(assembly: Assembly) -> str:
     return f"Hears {seconds:g} s at once, at {assembly.sample_rate} Hz; recordings of other rates are resampled."
 
 
-def _labels(labels: tuple[str, ...]) -> str:
+def _labels(assembly: Assembly) -> str:
+    if assembly.headless:
+        return ""
+    if len(assembly.heads) == 1:
+        return f"\n## Labels\n\n{_listed(assembly.heads[0].labels, LABELS)}\n"
+    lists = [f"`{head.name}`: {_listed(head.labels, f'{head.name}.{LABELS}')}\n" for head in assembly.heads]
+    return "\n".join(["\n## Labels\n", *lists])
+
+
+def _listed(labels: tuple[str, ...], file: str) -> str:
     listed = ", ".join(labels[:_LISTED])
-    return (
-        listed if len(labels) <= _LISTED else f"The first {_LISTED} of {len(labels)}; all in `labels.json`: {listed}"
-    )
+    return listed if len(labels) <= _LISTED else f"The first {_LISTED} of {len(labels)}; all in `{file}`: {listed}"
 
 
-def _calls(assembly: Assembly, fields: Mapping[str, Any]) -> str:
-    (spec,) = fields["inputs"]
-    known = {"name": assembly.name, "labels": len(assembly.labels), "input": spec["name"]}
-    if assembly.clip_samples is None:
-        return _EMBEDDING_CALLS.format(**known, example=tuple(2 if size == -1 else size for size in spec["shape"]))
-    activation = None if fields["activation"] == "none" else json.dumps(fields["activation"])
-    return _AUDIO_CALLS.format(**known, activation=activation)
+def _calls(manifest: Manifest) -> str:
+    (spec,) = manifest.inputs
+    if not manifest.probes:
+        return _EMBED_CALLS
+    probe = manifest.probes[0]
+    known = {"name": manifest.name, "labels": probe.classes, "input": spec.name, "scores": probe.scores}
+    if manifest.kind == "embedding":
+        return _EMBEDDING_CALLS.format(**known, example=tuple(2 if size == -1 else size for size in spec.shape))
+    activation = None if probe.activation == "none" else json.dumps(probe.activation)
+    predict = "http://localhost:3000/predict"
+    if len(manifest.probes) > 1:
+        predict = f"'{predict}?probe={probe.name}'"
+    every = "" if len(manifest.probes) == 1 else _ALL_PROBES
+    return _AUDIO_CALLS.format(**known, activation=activation, predict=predict, every=every)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from avex_export.graph import Assembly, Graph
+from avex_export.passes import Target
 from avex_export.progress import bar
 from avex_serve.demo.sounds import LOWEST_SAMPLE_RATE, make_recording
 from avex_serve.models.aggregation import time_steps
@@ -174,11 +175,10 @@ def _chirp(samples: int, rate: int) -> np.ndarray:
 
 
 def _tokens(assembly: Assembly) -> int:
-    """Time steps of the shortest layer that the head taps, or of the embedding that it takes."""
+    """Time steps of the shortest layer that a head taps, or of the embedding that it takes."""
     if assembly.clip_samples is None:
         return _SEQUENCE_STEPS if assembly.probe.takes_sequence else assembly.probe.input_dim[0][0]
-    probe = assembly.probe
-    assert probe.base_model is not None
+    target = Target(assembly.probes, assembly.clip_samples)
     with torch.no_grad():
-        tapped = probe.base_model.taps(example_batch(assembly, 1), probe.layers)
+        tapped = target.model.taps(example_batch(assembly, 1), target.layers)
     return min(time_steps(embedding) for embedding in tapped.values())

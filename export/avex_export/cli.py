@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import re
 import signal
 import sys
 import threading
@@ -10,12 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avex_serve.bundle import NAME_PATTERN
 from avex_serve.errors import AvexServeError, DependencyError, InputError
 
 if TYPE_CHECKING:
-    from avex_export.assemble import Request
+    from avex_export.recipes import Recipe
+    from avex_export.sources import Request
 
 _BUNDLES = Path("export") / "bundles"
+_USUAL_PROBE = "linear_last"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.probe is None and not (arguments.list or arguments.explain):
+    if not (arguments.probe or arguments.embeddings or arguments.list or arguments.explain):
         raise InputError("nothing to export: give --probe, or --list to see what there is")
     try:
         if arguments.list:
@@ -76,7 +80,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="avex-export",
         description="Export a trained probe with its backbone to ONNX and TorchScript, verified, as a bundle.",
     )
-    parser.add_argument("--probe", help="a named variant (see --list), a YAML file, or a saved probe's folder")
+    parser.add_argument(
+        "--probe",
+        action="append",
+        default=[],
+        help="a named variant (see --list), a YAML file, or a saved probe's folder; several share one pass of the "
+        "backbone",
+    )
+    parser.add_argument(
+        "--embeddings",
+        action="store_true",
+        help=f"the backbone alone, answering what the heads of these probes read (default: of {_USUAL_PROBE})",
+    )
     parser.add_argument("--model", help="backbone: a registered name or a YAML file (default: the saved probe's)")
     parser.add_argument("--weights", type=Path, help="weights of the head: a state dict, or a saved probe's folder")
     parser.add_argument("--labels", type=Path, help="JSON {label: index}, or text with one label a line")
@@ -91,6 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration", type=Path, metavar="DIR", help="with --quantize: recordings (default: built-in sounds)"
     )
+    parser.add_argument("--name", help="of the bundle (default: the probe's, or after the backbone)")
+    parser.add_argument("--bundle-version", default="1", metavar="VERSION", help="of the bundle (default: 1)")
     parser.add_argument("--output", type=Path, help=f"the bundle's folder (default: {_BUNDLES}/NAME)")
     parser.add_argument("--offline", action="store_true", help="the head alone, for clients that bring embeddings")
     parser.add_argument("--input-dim", type=_shape, metavar="D|T,D", help="with --offline: shape of one embedding")
@@ -121,7 +138,7 @@ def _explain(arguments: argparse.Namespace) -> None:
     from avex_export.passes import SUMMARIES
 
     applied = None
-    if arguments.probe is not None:
+    if arguments.probe or arguments.embeddings:
         applied = export_graph(assemble(_request(arguments)), _without(arguments)).passes
     print("passes, in order:")
     for name, summary in SUMMARIES.items():
@@ -150,13 +167,21 @@ def _without(arguments: argparse.Namespace) -> list[str]:
 
 
 def _request(arguments: argparse.Namespace) -> "Request":
-    from avex_export.assemble import Request
-    from avex_export.recipes import find_recipe
+    from avex_export.sources import Request
 
-    try:
-        recipe = find_recipe(arguments.probe)
-    except (ValueError, FileNotFoundError) as error:
-        raise InputError(f"--probe {arguments.probe}: {error}") from error
+    recipes = _recipes(arguments)
+    if arguments.embeddings:
+        for option, given in {"offline": arguments.offline, "labels": arguments.labels}.items():
+            if given:
+                raise InputError(f"--{option} is for heads, which --embeddings leaves out; give one of them")
+    if len(recipes) > 1:
+        if arguments.offline:
+            raise InputError("--offline exports one head; give one --probe, or export the heads one by one")
+        if arguments.weights is not None:
+            raise InputError("--weights is for one probe; save each probe with save_probe() and give its folder")
+    for option, given in {"name": arguments.name, "bundle-version": arguments.bundle_version}.items():
+        if given is not None and not re.fullmatch(NAME_PATTERN, given):
+            raise InputError(f"--{option} {given!r}: expected letters, digits, '.', '_' and '-', at most 128")
     if arguments.input_dim is not None and not arguments.offline:
         raise InputError("--input-dim is for --offline; an audio bundle takes its shapes from the backbone")
     if arguments.clip_seconds is not None and arguments.offline:
@@ -164,7 +189,7 @@ def _request(arguments: argparse.Namespace) -> "Request":
     if arguments.calibration is not None and arguments.quantize is None:
         raise InputError("--calibration is for --quantize int8; without it nothing is calibrated")
     return Request(
-        recipe=recipe,
+        recipes=recipes,
         model=arguments.model,
         weights=arguments.weights,
         labels=arguments.labels,
@@ -175,16 +200,39 @@ def _request(arguments: argparse.Namespace) -> "Request":
         half=arguments.half,
         int8=arguments.quantize == "int8",
         calibration=arguments.calibration,
+        headless=arguments.embeddings,
+        name=arguments.name,
+        version=arguments.bundle_version,
     )
 
 
+def _recipes(arguments: argparse.Namespace) -> "tuple[Recipe, ...]":
+    from avex_export.recipes import find_recipe
+
+    recipes = []
+    for probe in arguments.probe or [_USUAL_PROBE]:
+        try:
+            recipes.append(find_recipe(probe))
+        except (ValueError, FileNotFoundError) as error:
+            raise InputError(f"--probe {probe}: {error}") from error
+        if not re.fullmatch(NAME_PATTERN, name := recipes[-1].name):
+            raise InputError(
+                f"--probe {probe}: {name!r} can't be a name in URLs; rename it to letters, digits, '.', '_' and '-'"
+            )
+    names = [recipe.name for recipe in recipes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"--probe: two are called {twice[0]}; rename the folder or the file of one")
+    return tuple(recipes)
+
+
 def _export(arguments: argparse.Namespace) -> None:
+    from avex_export.assemble import bundle_name
     from avex_export.export import USUAL_FORMATS, export_bundle
 
     request = _request(arguments)
     if arguments.profile and arguments.offline:
         raise InputError("--profile measures passes, of which a head alone has none; leave out --offline")
-    output = arguments.output or _BUNDLES / request.recipe.name
+    output = arguments.output or _BUNDLES / bundle_name(request)
     formats = tuple(dict.fromkeys(arguments.format or USUAL_FORMATS))
     if arguments.half and "torchscript" not in formats:
         raise InputError(f"--half is for TorchScript, which --format {' '.join(formats)} leaves out; add it")

@@ -7,10 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from avex_export.assemble import Request, assemble
+import torch
+
+from avex_export.assemble import assemble
 from avex_export.card import model_card
 from avex_export.cases import example_batch
-from avex_export.graph import Assembly, eager_graph, export_graph, half_graph
+from avex_export.graph import Assembly, Output, eager_graph, export_graph, half_graph
 from avex_export.int8 import gates
 from avex_export.int8.build import add_int8, refuse_unfit
 from avex_export.onnx_graph import write_onnx
@@ -18,10 +20,12 @@ from avex_export.passes import EXTERNAL_DATA
 from avex_export.profile import gains_table, profile
 from avex_export.progress import Progress
 from avex_export.pt2 import Pt2Backend, write_pt2
+from avex_export.sources import Request
 from avex_export.torchscript import write_torchscript
 from avex_export.verify import Verification, verify
 from avex_serve.bundle import (
     CARD,
+    LABELS,
     MANIFEST,
     ONNX,
     ONNX_INT8,
@@ -30,6 +34,7 @@ from avex_serve.bundle import (
     Activation,
     Manifest,
     atomic_directory,
+    draft_manifest,
     seal_bundle,
 )
 from avex_serve.errors import ExportError
@@ -54,7 +59,7 @@ def export_bundle(
     without: Collection[str] = (),
     profiled: bool = False,
 ) -> Manifest:
-    """Export a probe into a bundle: whole, verified, or not at all.
+    """Export one probe or several into a bundle: whole, verified, or not at all.
 
     Args:
         request: what to export.
@@ -75,9 +80,9 @@ def export_bundle(
     """
     progress = Progress(say)
     with atomic_directory(output, marker=MANIFEST) as folder:
-        progress(f"assemble {request.recipe.name}")
+        progress(f"assemble {', '.join(recipe.name for recipe in request.recipes)}")
         assembly = assemble(request)
-        progress(f"{assembly.model}: {len(assembly.probe.layers)} layers tapped, {len(assembly.labels)} labels")
+        progress(_summary(assembly))
         if request.int8:
             refuse_unfit(assembly, formats)
         for path in recordings:
@@ -85,7 +90,7 @@ def export_bundle(
         backends = _write_formats(assembly, folder, formats, without, progress)
         progress("verify against the eager module")
         fields = _fields(assembly, activation)
-        draft = Manifest(**fields, labels=len(assembly.labels), files={})
+        draft = draft_manifest(fields)
         verification = verify(eager_graph(assembly), assembly, draft, folder, backends, recordings)
         say(verification.table())
         if not verification.passed:
@@ -98,7 +103,7 @@ def export_bundle(
         if request.int8:
             progress("round to int8, and compare on clips held out")
             path, metadata, exact = folder / ONNX_INT8, _onnx_metadata(assembly), backends["onnx"]
-            rounded = add_int8(assembly, path, metadata, exact, activation, request.calibration, without)
+            rounded = add_int8(assembly, path, metadata, exact, draft, request.calibration, without)
             say(gates.text(rounded.agreement))
             fields["quantisation"] = rounded.model_dump()
         manifest = _seal(assembly, folder, verification, fields)
@@ -137,39 +142,75 @@ def _write_formats(
 
 def _seal(assembly: Assembly, folder: Path, verification: Verification, fields: Mapping[str, Any]) -> Manifest:
     verification.write(folder)
-    (folder / CARD).write_text(model_card(assembly, verification, fields), "utf-8")
-    return seal_bundle(folder, assembly.labels, fields)
+    (folder / CARD).write_text(model_card(assembly, verification, draft_manifest(fields)), "utf-8")
+    return seal_bundle(folder, {head.name: head.labels for head in assembly.heads}, fields)
+
+
+def _summary(assembly: Assembly) -> str:
+    taps = len({layer for probe in assembly.probes for layer in probe.layers})
+    heads = [] if assembly.headless else [f"{len(head.labels)} labels" for head in assembly.heads]
+    return ", ".join([f"{assembly.model}: {taps} layers tapped", *heads])
 
 
 def _fields(assembly: Assembly, activation: Activation) -> dict[str, Any]:
     """What the manifest says of the bundle."""
-    config = assembly.probe.config
-    assert config is not None
-    probe = {
-        "name": assembly.name,
-        "config": config.model_dump(mode="json", exclude_unset=True),
-        "trained": assembly.trained,
-    }
     audio = None
-    outputs = [{"name": "logits", "shape": (-1, len(assembly.labels))}]
     if assembly.clip_samples is not None:
         audio = {"sample_rate": assembly.sample_rate, "window_samples": assembly.clip_samples}
-        outputs.append({"name": "embedding", "shape": (-1, assembly.probe.input_width)})
     return {
         "name": assembly.name,
+        "version": assembly.version,
         "kind": "embedding" if audio is None else "audio",
         "model": assembly.model,
         "checkpoint": assembly.checkpoint,
-        "probes": [probe],
+        "probes": [] if assembly.headless else [_probe(assembly, i, activation) for i in range(len(assembly.heads))],
+        "embeddings": [_embedding(assembly, output) for output in assembly.outputs if output.what != "logits"],
         "audio": audio,
         "inputs": [{"name": _input_name(assembly), "shape": _input_shape(assembly)}],
-        "outputs": outputs,
+        "outputs": [_output(assembly, output) for output in assembly.outputs],
         "half": assembly.half,
-        "activation": activation,
         "licence": assembly.licence,
-        "embedding_fingerprint": assembly.embedding_fingerprint,
         "tools": {name: version(name) for name in ("avex-serve", "onnx", "onnxruntime", "torch")},
     }
+
+
+def _probe(assembly: Assembly, index: int, activation: Activation) -> dict[str, Any]:
+    head = assembly.heads[index]
+    config = head.probe.config
+    assert config is not None
+    alone = len(assembly.heads) == 1
+    return {
+        "name": head.name,
+        "config": config.model_dump(mode="json", exclude_unset=True),
+        "trained": head.trained,
+        "activation": activation,
+        "labels": LABELS if alone else f"{head.name}.{LABELS}",
+        "classes": len(head.labels),
+        "logits": next(o.name for o in assembly.outputs if o.head == index and o.what == "logits"),
+        "embedding": None if assembly.clip_samples is None else assembly.embedding_of(index).name,
+        "reads": head.reads,
+    }
+
+
+def _embedding(assembly: Assembly, output: Output) -> dict[str, Any]:
+    head = assembly.heads[output.head]
+    fingerprint = head.reads if output.what == "features" else head.pooled
+    return {"output": output.name, "layers": head.probe.layers, "fingerprint": fingerprint}
+
+
+def _output(assembly: Assembly, output: Output) -> dict[str, Any]:
+    head = assembly.heads[output.head]
+    if output.what == "logits":
+        return {"name": output.name, "shape": (-1, len(head.labels))}
+    steps = [_steps(assembly, output)] if output.what == "features" and head.probe.takes_sequence else []
+    return {"name": output.name, "shape": (-1, *steps, head.probe.input_width)}
+
+
+def _steps(assembly: Assembly, output: Output) -> int:
+    """Steps of the sequence that a head reads."""
+    with torch.no_grad():
+        features, _ = assembly.heads[output.head].probe.combine(example_batch(assembly, 1))
+    return features.shape[1]
 
 
 def _input_name(assembly: Assembly) -> str:
@@ -186,16 +227,19 @@ def _input_shape(assembly: Assembly) -> tuple[int, ...]:
 def _onnx_metadata(assembly: Assembly) -> dict[str, str]:
     """The keys that OpenSoundscape's ONNXModel reads, and ours under a prefix."""
     metadata = {
-        "classes": json.dumps(list(assembly.labels), ensure_ascii=False),
-        "class_outputs_key": "logits",
         "avex_serve.model": assembly.model,
         "avex_serve.licence": assembly.licence,
         "avex_serve.trained": json.dumps(assembly.trained),
     }
+    if not assembly.headless:  # those readers know one head: the first
+        metadata |= {
+            "classes": json.dumps(list(assembly.heads[0].labels), ensure_ascii=False),
+            "class_outputs_key": assembly.outputs[0].name,
+        }
     if assembly.clip_samples is not None and assembly.sample_rate is not None:
         metadata |= {
             "sample_rate": str(assembly.sample_rate),
             "sample_duration": str(assembly.clip_samples / assembly.sample_rate),
-            "embedding_outputs_key": "embedding",
+            "embedding_outputs_key": assembly.embedding_of(0).name,
         }
     return metadata

@@ -40,7 +40,8 @@ def profile(assembly: Assembly, without: Collection[str] = (), tell: Callable[[s
             write_onnx(graph, example_batch(assembly, 2), path, "input", {})
             backends[name] = OnnxBackend(path, "input", list(graph.outputs))
         times: dict[str, list[float]] = {name: [] for name in backends}
-        logits = {name: backend.run(batch)["logits"] for name, backend in backends.items()}
+        first = assembly.outputs[0].name
+        answers = {name: backend.run(batch)[first] for name, backend in backends.items()}
         for _ in range(_ROUNDS):
             for name, backend in backends.items():
                 started = time.perf_counter()
@@ -50,7 +51,7 @@ def profile(assembly: Assembly, without: Collection[str] = (), tell: Callable[[s
         Gain(
             name=name,
             speedup=statistics.median(slow / fast for slow, fast in zip(times[name], times[""], strict=True)),
-            difference=float(np.abs(logits[name] - logits[""]).max() / max(1.0, np.abs(logits[""]).max())),
+            difference=float(np.abs(answers[name] - answers[""]).max() / max(1.0, np.abs(answers[""]).max())),
         )
         for name in applied
     ]

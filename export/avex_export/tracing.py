@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
-from avex_export.graph import Graph
+from avex_export.graph import EmbeddingGraph, Graph
 
 
 @contextlib.contextmanager
@@ -44,6 +44,6 @@ def quiet_tracing() -> Iterator[None]:
 def dynamic_axes(graph: Graph, example: Tensor) -> dict[int, Any]:
     """The axes of the input that are dynamic for torch.export: the batch, and time if the head reads sequences."""
     axes = {0: torch.export.Dim.DYNAMIC}
-    if example.ndim == 3 and graph.probe.takes_sequence:
+    if isinstance(graph, EmbeddingGraph) and graph.probe.takes_sequence:
         axes[1] = torch.export.Dim.DYNAMIC
     return axes

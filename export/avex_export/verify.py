@@ -80,7 +80,8 @@ def verify(
         NotFoundError: a recording that is not there.
     """
     cases, skipped = make_cases(graph, assembly, recordings)
-    bundle = Bundle(directory=folder, manifest=manifest, labels=assembly.labels, digest="0" * 64)
+    labels = {head.name: head.labels for head in assembly.heads}
+    bundle = Bundle(directory=folder, manifest=manifest, labels=labels, digest="0" * 64)
     checks: list[Check] = []
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(Engine(bundle, backend)) for backend in backends.values()]

@@ -3,10 +3,16 @@
 import pytest
 
 from avex_export.cli import main
+from avex_export.graph import Head
 from tests.models.backbones import tiny_beats, tiny_spec, write_model
 
 UNTRAINED = "avex-export: the head has random weights: its answers mean nothing\n"
 LABELS = ("bat", "bee", "bird", "frog", "wind")
+
+
+def head(probe):
+    """The probe as a trained head with these labels."""
+    return Head("x", probe, LABELS, trained=True, reads=None, pooled=None)
 
 
 def row(name, rows):

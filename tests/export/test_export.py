@@ -23,7 +23,7 @@ from avex_serve.bundle import read_bundle
 from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, save_probe
-from tests.export.conftest import LABELS, UNTRAINED, row
+from tests.export.conftest import LABELS, UNTRAINED, head, row
 from tests.models.backbones import RATE, noise, tiny_beats
 
 VARIANTS = sorted(variants())
@@ -125,12 +125,12 @@ def test_a_bundle_holds_what_it_should(tmp_path, export, trained, model):
         "verification.npz",
     ]
     manifest = bundle.manifest
-    assert bundle.labels == LABELS
+    assert bundle.labels == {manifest.probes[0].name: LABELS}
     assert (manifest.name, manifest.kind, manifest.model) == ("linear_last", "audio", "tiny")
     assert manifest.audio.sample_rate == RATE
     assert manifest.audio.window_samples == RATE
     assert [tuple(spec.shape) for spec in (*manifest.inputs, *manifest.outputs)] == [(-1, RATE), (-1, 5), (-1, 32)]
-    assert manifest.activation == "softmax"
+    assert manifest.probes[0].activation == "softmax"
     assert manifest.licence == "CC0-1.0"
     assert manifest.trained
     assert ProbeConfig(**manifest.probes[0].config) == probe.config
@@ -200,7 +200,7 @@ def test_a_backbone_that_computes_in_float32_alone_is_compared_in_that():
 
     config = ProbeConfig(target_layers=["mix"], aggregation="mean")
     probe = build_probe_from_config(config, 5, "cpu", base_model=Own(), target_length=RATE).eval()
-    assembly = Assembly("x", probe, LABELS, True, "own", None, "CC0", None, RATE, RATE)
+    assembly = Assembly("x", (head(probe),), "own", None, "CC0", RATE, RATE)
     cases, skipped = make_cases(eager_graph(assembly), assembly, ())
     assert {case.exact for case in cases} == {None}
     assert len(skipped) == 1
@@ -292,7 +292,7 @@ def test_heads_alone_take_embeddings(tmp_path, export, name, dimension, shape):
     with open_bundle(tmp_path / "b") as engine:
         assert engine.manifest.kind == "embedding"
         assert engine.manifest.inputs[0].shape == shape
-        assert engine.manifest.embedding_fingerprint is None
+        assert engine.manifest.probes[0].reads is None
         for rows, steps in ((1, 6), (3, 6)):
             batch = torch.randn(rows, *(steps if size == -1 else size for size in shape[1:]))
             with torch.no_grad():
@@ -303,8 +303,8 @@ def test_audio_and_head_alone_agree_on_what_makes_the_embedding(tmp_path, export
     _, folder = trained()
     export("--probe", folder, "--output", tmp_path / "audio", "--format", "onnx")
     export("--probe", folder, "--output", tmp_path / "head", "--format", "onnx", "--offline", "--input-dim", "32")
-    audio, head = read_bundle(tmp_path / "audio").manifest, read_bundle(tmp_path / "head").manifest
-    assert audio.embedding_fingerprint == head.embedding_fingerprint is not None
+    audio, alone = read_bundle(tmp_path / "audio").manifest, read_bundle(tmp_path / "head").manifest
+    assert audio.probes[0].reads == alone.probes[0].reads is not None
     with open_bundle(tmp_path / "audio") as whole, open_bundle(tmp_path / "head") as rest:
         outputs = whole.infer(noise(2).numpy())
         np.testing.assert_allclose(rest.infer(outputs["embedding"])["logits"], outputs["logits"], atol=1e-5)
@@ -373,7 +373,7 @@ def test_a_format_that_differs_leaves_nothing_behind(tmp_path, export, trained, 
     def broken(assembly, without):
         graph = original(assembly)
         with torch.no_grad():
-            graph.probe.classifier.bias.add_(1e-2)
+            graph.probes[0].classifier.bias.add_(1e-2)
         return graph
 
     monkeypatch.setattr(module, "export_graph", broken)
@@ -486,11 +486,12 @@ def test_a_head_for_another_number_of_labels_is_refused(tmp_path, export, traine
 
 
 def test_weights_that_merge_layers_are_part_of_what_makes_the_embedding(trained):
-    from avex_export.assemble import Request, assemble
+    from avex_export.assemble import assemble
     from avex_export.recipes import find_recipe
+    from avex_export.sources import Request
 
     def embedding_fingerprint():
-        return assemble(Request(find_recipe(str(folder)))).embedding_fingerprint
+        return assemble(Request((find_recipe(str(folder)),))).heads[0].reads
 
     probe, folder = trained("linear_all")
     before = embedding_fingerprint()
@@ -537,7 +538,7 @@ def test_the_probe_is_left_as_it_was(trained):
     wave = noise(2)
     with torch.no_grad():
         before = probe(wave)
-        assembly = Assembly("x", probe, LABELS, True, "tiny", None, "CC0", None, RATE, RATE)
+        assembly = Assembly("x", (head(probe),), "tiny", None, "CC0", RATE, RATE)
         exported = export_graph(assembly)(wave)[0]
         torch.testing.assert_close(eager_graph(assembly)(wave)[0], before, rtol=0, atol=0)
     torch.testing.assert_close(exported, before, rtol=1e-4, atol=1e-4)

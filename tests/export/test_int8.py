@@ -7,13 +7,14 @@ import soundfile
 import torch
 from torch import nn
 
+from avex_export.graph import OnePassGraph
 from avex_export.int8 import gates
 from avex_export.int8.clips import built_in, from_recordings
 from avex_export.int8.products import Int8Linear, quantise
 from avex_export.int8.rounding import compensated, nearest, steps
-from avex_export.passes import rewrite
+from avex_export.passes import Target, rewrite
 from avex_serve import open_bundle
-from avex_serve.bundle import read_bundle
+from avex_serve.bundle import draft_manifest, read_bundle
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError, InputError
 from avex_serve.models.probes import build_probe_from_config
@@ -96,13 +97,14 @@ def test_a_rounded_model_answers_nearly_as_before(name, layers):
     model = with_outliers(MODELS[name]())
     config = ProbeConfig(target_layers=list(layers), aggregation="mean")
     probe = build_probe_from_config(config, 5, "cpu", base_model=model).eval()
-    rewrite(probe, RATE)
+    graph = OnePassGraph(Target((probe,), RATE), ())
+    rewrite(graph.target)
     clips = built_in(RATE, RATE)
     heard, asked = torch.from_numpy(clips.calibration), torch.from_numpy(clips.held_out)
     with torch.no_grad():
         expected = probe.combine(asked)[0]
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        products = quantise(probe, heard)
+        products = quantise(graph, heard)
         found = probe.combine(asked)[0]
     rounded = [part for part in probe.modules() if isinstance(part, Int8Linear)]
     assert len(rounded) == products >= 5
@@ -173,14 +175,15 @@ def test_a_bundle_with_int8_serves_it_on_the_cpu(tmp_path, export, model, eat_mo
 
 
 def test_the_graph_computes_what_the_calibration_did(tmp_path, model, labels):
-    from avex_export.assemble import Request, assemble
+    from avex_export.assemble import assemble
     from avex_export.graph import export_graph
     from avex_export.onnx_graph import write_onnx
     from avex_export.recipes import find_recipe
+    from avex_export.sources import Request
 
-    request = Request(find_recipe("linear_all"), str(model), labels=labels, allow_untrained=True)
+    request = Request((find_recipe("linear_all"),), str(model), labels=labels, allow_untrained=True)
     graph = export_graph(assemble(request))
-    assert quantise(graph.probe, noise(4)) == 7  # of eight, one is behind the pooling
+    assert quantise(graph, noise(4)) == 7  # of eight, one is behind the pooling
     write_onnx(graph, noise(2), tmp_path / "int8.onnx", "waveform", {})
     backend = OnnxBackend(tmp_path / "int8.onnx", "waveform", ["logits", "embedding"])
     for clip in (noise(1, seed=3), torch.zeros(1, RATE)):
@@ -193,6 +196,25 @@ def test_the_graph_computes_what_the_calibration_did(tmp_path, model, labels):
 
 
 # Gates
+
+
+def manifest(activation):
+    """Of a bundle with one head."""
+    probe = {"name": "x", "config": {}, "trained": True, "activation": activation, "embedding": "embedding"}
+    return draft_manifest(
+        {
+            "name": "x",
+            "kind": "audio",
+            "model": "x",
+            "probes": [{**probe, "classes": 2}],
+            "embeddings": [{"output": "embedding", "layers": ["x"]}],
+            "audio": {"sample_rate": RATE, "window_samples": RATE},
+            "inputs": [{"name": "waveform", "shape": (-1, RATE)}],
+            "outputs": [{"name": "logits", "shape": (-1, 2)}, {"name": "embedding", "shape": (-1, 2)}],
+            "licence": "CC0",
+            "tools": {},
+        }
+    )
 
 
 class Answers:
@@ -230,7 +252,7 @@ def test_the_gates_refuse_with_the_figures(fault, figures):
     elif fault == "not a number":
         found = np.full_like(embeddings, np.nan)
     clips = np.zeros((10, 8), np.float32)
-    agreement = gates.compare(Answers(embeddings, logits), Answers(found, answered), clips, "sigmoid")
+    agreement = gates.compare(Answers(embeddings, logits), Answers(found, answered), clips, manifest("sigmoid"))
     if figures is not None:
         measured = agreement.cosine, agreement.centred_cosine, agreement.decisions
         assert measured == pytest.approx(figures, abs=0.01)
@@ -246,7 +268,7 @@ def test_decisions_of_a_softmax_are_the_best_label():
     embeddings = np.eye(2)
     other = np.array([[6.0, 7.0], [3.0, 6.0]])
     agreement = gates.compare(
-        Answers(embeddings, logits), Answers(embeddings, other), np.zeros((2, 8), np.float32), "softmax"
+        Answers(embeddings, logits), Answers(embeddings, other), np.zeros((2, 8), np.float32), manifest("softmax")
     )
     assert agreement.decisions == 0.5
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from avex_export.passes import PASSES, rewrite
+from avex_export.passes import PASSES, Target, rewrite
 from avex_export.passes.pooling import MeanOverLastAxis, MeanOverTime
 from avex_serve.configs import AudioConfig, ProbeConfig
 from avex_serve.models.base_model import ModelBase
@@ -47,7 +47,7 @@ def probe_on(model, layers, aggregation="mean", **fields):
 
 def rewritten(probe, samples=RATE, without=()):
     special = copy.deepcopy(probe)
-    return special, rewrite(special, samples, without)
+    return special, rewrite(Target((special,), samples), without)
 
 
 def assert_same(found, expected, **message):

@@ -12,7 +12,7 @@ from avex_serve.bundle import read_bundle
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError
 from avex_serve.models.probes import build_probe_from_config
-from tests.export.conftest import LABELS
+from tests.export.conftest import head
 from tests.models.backbones import RATE, effnet, noise, tiny_beats, tiny_eat
 from tests.models.test_custom import Network
 
@@ -29,7 +29,7 @@ def assembly(model, kind="linear", layer="last_layer"):
     config = ProbeConfig(probe_type=kind, target_layers=[layer], **HEADS[kind])
     torch.manual_seed(0)
     probe = build_probe_from_config(config, 5, "cpu", base_model=model).eval()
-    return Assembly("x", probe, LABELS, True, "tiny", None, "CC0", None, RATE, RATE, half=True)
+    return Assembly("x", (head(probe),), "tiny", None, "CC0", RATE, RATE, half=True)
 
 
 @pytest.mark.parametrize("kind", HEADS)

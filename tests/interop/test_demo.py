@@ -42,7 +42,7 @@ def test_the_embedded_bundle_is_of_the_embedded_probe():
     assert fingerprint(probe.base_model) == fingerprint(load_model("avex_demo", return_features_only=True))
     wave, events = make_recording(11)
     with open_bundle(DEMO_BUNDLE, "cpu") as engine:
-        assert engine.labels == probe.labels
+        assert engine.labels() == probe.labels
         found = {(d.start, d.label) for d in engine.predict(wave, 16000).detections}
     named = [event for event in events if (event.start // 2 * 2, event.label) in found]
     assert len(named) >= 0.75 * len(events)

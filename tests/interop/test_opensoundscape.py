@@ -52,7 +52,7 @@ def outputs(engine, recording):
 
 def test_it_knows_labels_rate_and_length(model, engine):
     spec = engine.manifest.audio
-    assert tuple(model.classes) == engine.labels
+    assert tuple(model.classes) == engine.labels()
     assert model.preprocessor.sample_rate == spec.sample_rate
     assert model.preprocessor.sample_duration == spec.window_samples / spec.sample_rate
 
@@ -62,7 +62,7 @@ def test_scores(model, engine, recording, outputs, scale):
     table = model.predict([str(recording)], activation_layer=scale, batch_size=2, progress_bar=False)
     wave, _ = soundfile.read(recording, dtype="float32")
     spans, scores = engine.score(wave, RATE)
-    assert tuple(table.columns) == engine.labels
+    assert tuple(table.columns) == engine.labels()
     np.testing.assert_array_equal(table.index.get_level_values("start_time"), spans[:, 0])
     np.testing.assert_allclose(table.to_numpy(), outputs["logits"] if scale is None else scores, rtol=0, atol=1e-4)
 

@@ -200,7 +200,12 @@ def test_a_damaged_torchscript_with_the_right_digest(torchscript_bundle, torchsc
     "changes",
     [
         {"inputs": [{"name": "audio", "shape": (-1, WINDOW)}]},
-        {"outputs": [{"name": "logits", "shape": (-1, 3)}, {"name": "features", "shape": (-1, DIM)}]},
+        {
+            "outputs": [
+                {"name": name, "shape": (-1, size)}
+                for name, size in {"logits": 3, "embedding": DIM, "more": 1}.items()
+            ]
+        },
     ],
 )
 def test_a_graph_that_is_not_the_manifests(tmp_path, audio_bundle, changes):

@@ -17,7 +17,7 @@ from avex_serve.bundle import read_bundle
 from avex_serve.errors import AudioError, InputError, NotFoundError, TensorError, UnsupportedError
 from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.results import Selection, activate
-from tests.bundles import DIM, LABELS, SAMPLE_RATE, WINDOW, copy_bundle, replace_file, weights
+from tests.bundles import DIM, HEAD, LABELS, PROBE, SAMPLE_RATE, WINDOW, copy_bundle, replace_file, weights
 
 ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
@@ -64,7 +64,7 @@ def test_scores_embeddings_and_raw_outputs(engine, oracle, samples, overlap):
 
 
 def test_activations(any_engine, oracle, wave):
-    activation = any_engine.manifest.activation
+    activation = any_engine.probe(None).activation
     scores = scores_of(oracle(wave)[2], activation)
     np.testing.assert_allclose(any_engine.score(wave, SAMPLE_RATE).scores, scores, **CLOSE)
     prediction = any_engine.predict(wave, SAMPLE_RATE, top_k=3)
@@ -89,7 +89,7 @@ def test_extreme_logits_through_the_engine(any_engine, oracle, wave):
     logits = oracle(loud)[2]
     assert abs(logits).max() > 1000
     scores = any_engine.score(loud, SAMPLE_RATE).scores
-    expected = scores_of(logits, any_engine.manifest.activation)
+    expected = scores_of(logits, any_engine.probe(None).activation)
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-3)
     assert len(any_engine.predict(loud, SAMPLE_RATE, top_k=3).detections) == scores.size
 
@@ -102,7 +102,7 @@ def test_a_result_that_is_not_finite_is_refused(engine, audio_bundle):
 
 
 def test_prediction_without_options(any_engine, oracle, wave):
-    activation = any_engine.manifest.activation
+    activation = any_engine.probe(None).activation
     spans, _, logits = oracle(wave)
     scores = scores_of(logits, activation)
     prediction = any_engine.predict(wave, SAMPLE_RATE)
@@ -239,7 +239,7 @@ def test_probe_by_name(tmp_path, engine, offline, audio_bundle, wave):
     ):
         with pytest.raises(NotFoundError, match=r"no probe '(mlp)?' in bundle tiny.*; it has linear"):
             ask()
-    probes = [{"name": "random", "config": {}, "trained": False}]
+    probes = [{**PROBE, **HEAD, "name": "random", "trained": False}]
     with open_bundle(copy_bundle(audio_bundle, tmp_path / "b", probes=probes)) as other:
         prediction = other.predict(wave, SAMPLE_RATE)
         assert (prediction.probe, prediction.trained) == ("random", False)
@@ -251,8 +251,7 @@ def test_embedding_document(engine, wave):
     assert document == {
         "bundle": "tiny",
         "version": "1",
-        "probe": "linear",
-        "trained": True,
+        "output": "embedding",
         "duration": 0.73,
         "window": 0.1,
         "overlap": 0.05,
@@ -387,8 +386,8 @@ def test_labels_of_the_bundle_name_the_scores(tmp_path, audio_bundle, wave):
     bundle = copy_bundle(audio_bundle, tmp_path / "b")
     replace_file(bundle, "labels.json", '{"夜鶯": 2, "b": 0, "a": 1}'.encode())
     with open_bundle(bundle) as renamed, open_bundle(audio_bundle) as engine:
-        assert renamed.labels == ("b", "a", "夜鶯")
-        names = dict(zip(LABELS, renamed.labels, strict=True))
+        assert renamed.labels() == ("b", "a", "夜鶯")
+        names = dict(zip(LABELS, renamed.labels(), strict=True))
         assert [d.label for d in renamed.predict(wave, SAMPLE_RATE).detections] == [
             names[d.label] for d in engine.predict(wave, SAMPLE_RATE).detections
         ]

@@ -68,7 +68,7 @@ def with_evidence(bundle, *cases):
     entries = tuple(CaseEntry(name=c.name, sample_rate=c.sample_rate, batches=c.batches) for c in cases)
     known = {"machine": this_machine(), "optimisation": "ORT_ENABLE_ALL", "tolerance": 1e-4, "passed": True}
     write_evidence(bundle, Record(**known, cases=entries, checks=(), skipped=()), cases)
-    seal_bundle(bundle, read.labels, read.manifest.model_dump(exclude={"labels", "files"}))
+    seal_bundle(bundle, read.labels, read.manifest.model_dump(exclude={"files"}))
     return bundle
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from avex_serve.configs import Aggregation, InputProcessing, ProbeConfig
-from avex_serve.models.aggregation import aggregate, time_steps
+from avex_serve.models.aggregation import aggregate, concatenate, time_steps
 from avex_serve.models.base_model import ModelBase, unpack_audio
 from avex_serve.models.hooks import frozen
 from avex_serve.models.tracing import is_tracing
 
 Shape = tuple[int, ...]  # of one clip's embedding, without the batch: (D,), (T, D) or (C, H, W)
 InputDim = int | tuple[int, ...] | list[tuple[int, ...]]
+Combined = tuple[Tensor, Tensor | None]  # features (B, D) or (B, T, D), and the padding (B, T) of the latter
 ProbeInput = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 # Keys of a batch of stored embeddings that are no embeddings.
@@ -132,12 +133,23 @@ class Probe(nn.Module, ABC):
         """
         return self.classify(*self.combine(x, padding_mask))
 
-    def combine(self, x: ProbeInput, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def combine(self, x: ProbeInput, padding_mask: Tensor | None = None) -> Combined:
         """What the head sees: features (B, width) or (B, T, width), and the padding (B, T) of the latter.
 
         Arguments and errors as in `forward`.
         """
-        embeddings, paddings = self._embeddings(x, padding_mask)
+        return self._combined(*self._embeddings(x, padding_mask))
+
+    def combine_taps(self, tapped: Mapping[str, Tensor], padding_mask: Tensor | None = None) -> Combined:
+        """What `combine` gives, of layers of its backbone that were tapped already, for several probes at once.
+
+        Args:
+            tapped: by name, what `ModelBase.taps` gives.
+            padding_mask: (B, S) bool, True where padded; given only if the probe excludes padding.
+        """
+        return self._combined(*self._from_taps(tapped, padding_mask))
+
+    def _combined(self, embeddings: list[Tensor], paddings: list[Tensor | None]) -> Combined:
         processed = [self._process(e, padding) for e, padding in zip(embeddings, paddings, strict=True)]
         features = self._merge([self._shape(e) for e in processed])
         if not is_tracing() and features.shape[-1] != self.input_width:
@@ -215,7 +227,17 @@ class Probe(nn.Module, ABC):
             raise ValueError(f"padding_mask has shape {tuple(mask.shape)}; expected {expected}, as the waveform")
         with self._gradients():
             tapped = self.base_model.taps(wave, self.layers, mask, as_if_alone=as_if_alone)
+        return self._from_taps(tapped, mask)
+
+    def _from_taps(
+        self, tapped: Mapping[str, Tensor], mask: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
         found = [tapped[name] for name in self.layers]
+        if mask is None:
+            merged = concatenate(found, self.aggregation)
+            embeddings = [merged] if isinstance(merged, Tensor) else merged
+            return embeddings, [None] * len(embeddings)
+        assert self.base_model is not None
         # Layers of a convolutional network differ in length.
         paddings = [self.base_model.token_mask(mask, time_steps(embedding)) for embedding in found]
         if self.aggregation == "none":

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from avex_export.cases import example_batch
-from avex_export.graph import Assembly, export_graph
+from avex_export.graph import Assembly, AudioGraph, export_graph
 from avex_export.int8.clips import built_in, from_recordings
 from avex_export.int8.gates import check, compare
 from avex_export.int8.products import quantise
 from avex_export.onnx_graph import write_onnx
 from avex_export.passes import EXTERNAL_DATA
-from avex_serve.bundle import Activation, Quantisation
+from avex_serve.bundle import Manifest, Quantisation
 from avex_serve.errors import ExportError
 from avex_serve.models.beats import BEATsModel
 from avex_serve.models.eat import EATModel
@@ -45,7 +45,7 @@ def add_int8(
     path: Path,
     metadata: Mapping[str, str],
     exact: Backend,
-    activation: Activation,
+    manifest: Manifest,
     recordings: Path | None,
     without: Collection[str] = (),
 ) -> Quantisation:
@@ -56,7 +56,7 @@ def add_int8(
         path: of the graph.
         metadata: of the graph.
         exact: runs the float32 graph.
-        activation: what turns the logits into scores, and so into decisions.
+        manifest: of the bundle that is being made.
         recordings: a folder to calibrate on; None: built-in sounds.
         without: passes to leave out, see `avex_export.passes`.
 
@@ -70,11 +70,12 @@ def add_int8(
     assert rate is not None
     clips = built_in(samples, rate) if recordings is None else from_recordings(recordings, samples, rate)
     graph = export_graph(assembly, without)
-    products = quantise(graph.probe, torch.from_numpy(clips.calibration))
+    assert isinstance(graph, AudioGraph)
+    products = quantise(graph, torch.from_numpy(clips.calibration))
     example = example_batch(assembly, 2)
     write_onnx(graph, example, path, "waveform", metadata, external_data=EXTERNAL_DATA not in without)
     rounded = OnnxBackend(path, "waveform", list(graph.outputs))
-    agreement = compare(exact, rounded, clips.held_out, activation)
+    agreement = compare(exact, rounded, clips.held_out, manifest)
     check(agreement)
     return Quantisation(
         kind="int8",

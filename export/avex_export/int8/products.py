@@ -1,4 +1,4 @@
-"""Products in integers, and how those of a probe are turned into them."""
+"""Products in integers, and how those of a graph are turned into them."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from avex_export.graph import AudioGraph
 from avex_export.int8.rounding import compensated, nearest, steps
+from avex_serve.models.base_model import ModelBase
 from avex_serve.models.beats import BEATsModel
 from avex_serve.models.eat import EATModel
 from avex_serve.models.probes import Probe
@@ -80,21 +82,25 @@ class _Undecided(nn.Module):
 
 
 @torch.no_grad()
-def quantise(probe: Probe, clips: Tensor) -> int:
-    """Turn the products of a rewritten probe's transformer into integers, in place, one after the other.
+def quantise(graph: AudioGraph, clips: Tensor) -> int:
+    """Turn the products of a rewritten graph's transformer into integers, in place, one after the other.
 
     Each is rounded on what it hears behind those that were rounded before it, and its bias takes up the mean of all
     their errors. Products of one token a clip, behind the pooling, stay: they cost nothing.
 
     Args:
-        probe: rewritten by `avex_export.passes`, on BEATs or EAT.
+        graph: rewritten by `avex_export.passes`, on BEATs or EAT.
         clips: (B, S) what to listen to; all are heard at once.
 
     Returns:
         How many products there are in integers.
     """
     means: dict[str, Tensor] = {}
-    linears = _linears(probe)
+    probe = graph.probes[0]
+    assert isinstance(probe, Probe)
+    model = probe.base_model
+    assert model is not None
+    linears = _linears(model)
 
     def listen(name: str) -> RemovableHandle:
         def hear(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -104,27 +110,26 @@ def quantise(probe: Probe, clips: Tensor) -> int:
         return linears[name].register_forward_hook(hear)
 
     handles = [listen(name) for name in linears]
-    probe.combine(clips)
+    graph.combine(clips)
     for handle in handles:
         handle.remove()
     undecided = {name: _Undecided(linears[name], mean) for name, mean in means.items()}
     for name, product in undecided.items():
-        _put(probe, name, product)
-    probe.combine(clips)
+        _put(model, name, product)
+    graph.combine(clips)
     for name, product in undecided.items():
         assert product.decided is not None
-        _put(probe, name, product.decided)
+        _put(model, name, product.decided)
     return len(undecided)
 
 
-def _linears(probe: Probe) -> dict[str, nn.Linear]:
-    model = probe.base_model
+def _linears(model: ModelBase) -> dict[str, nn.Linear]:
     if isinstance(model, BEATsModel):
         blocks: Sequence[nn.Module] = list(model.backbone.encoder.layers)
-        prefix = "base_model.backbone.encoder.layers"
+        prefix = "backbone.encoder.layers"
     else:
         assert isinstance(model, EATModel)
-        blocks, prefix = list(model.backbone.model.blocks), "base_model.backbone.model.blocks"
+        blocks, prefix = list(model.backbone.model.blocks), "backbone.model.blocks"
     return {
         f"{prefix}.{i}.{name}": part
         for i, block in enumerate(blocks)
@@ -133,9 +138,9 @@ def _linears(probe: Probe) -> dict[str, nn.Linear]:
     }
 
 
-def _put(probe: Probe, name: str, module: nn.Module) -> None:
+def _put(model: ModelBase, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
-    setattr(probe.get_submodule(parent), leaf, module)
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _decide(linear: nn.Linear, x: Tensor, mean: Tensor) -> Int8Linear:

@@ -1,4 +1,4 @@
-"""Passes: rewriting the modules of a probe before they are exported, so that the graph is faster.
+"""Passes: rewriting the modules of probes before they are exported, so that the graph is faster.
 
 Each works on a copy, changes the numbers by rounding only, and can be left out. They stand in the order in which
 they are applied: later ones build on what earlier ones left.
@@ -11,9 +11,9 @@ from avex_export.passes.efficientnet import fold_batch_norms, fold_image_channel
 from avex_export.passes.lowering import lower
 from avex_export.passes.pooling import pool_before_tapped_operator
 from avex_export.passes.spectra import fold_fourier_transform, fold_front_end
+from avex_export.passes.target import Target
 from avex_export.passes.transformers import bake_position_bias, fold_norms, merge_projections
 from avex_export.passes.trimming import drop_dead_layers
-from avex_serve.models.probes import Probe
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Pass:
 
     name: str
     summary: str
-    apply: Callable[[Probe, int], bool]  # (a probe, samples of a clip) → whether there was anything to do
+    apply: Callable[[Target], bool]  # → whether there was anything to do
 
 
 PASSES = (
@@ -49,19 +49,18 @@ SUMMARIES = {each.name: each.summary for each in PASSES} | {
 }
 
 
-def rewrite(probe: Probe, samples: int, without: Collection[str] = ()) -> list[str]:
-    """Make a copy of a probe fit for export, in place, for clips of so many samples.
+def rewrite(target: Target, without: Collection[str] = ()) -> list[str]:
+    """Make copies of probes fit for export, in place; they can't be trained or saved any more.
 
     Args:
-        probe: a copy, in eval mode; it can't be trained or saved any more.
-        samples: of a clip.
+        target: in eval mode.
         without: names of passes to leave out.
 
     Returns:
         The names of the passes that had anything to do.
     """
-    lower(probe, samples)
-    return [each.name for each in PASSES if each.name not in without and each.apply(probe, samples)]
+    lower(target)
+    return [each.name for each in PASSES if each.name not in without and each.apply(target)]
 
 
-__all__ = ["EXTERNAL_DATA", "PASSES", "SUMMARIES", "Pass", "rewrite"]
+__all__ = ["EXTERNAL_DATA", "PASSES", "SUMMARIES", "Pass", "Target", "rewrite"]

@@ -4,17 +4,17 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from avex_export.passes.target import Target
 from avex_serve.models.efficientnet import ConvNorm, EfficientNetModel
-from avex_serve.models.probes import Probe
 
 
-def fold_batch_norms(probe: Probe, samples: int) -> bool:
+def fold_batch_norms(target: Target) -> bool:
     """Fold each batch norm into its convolution; one before which the convolution is tapped stays."""
-    model = probe.base_model
+    model = target.model
     if not isinstance(model, EfficientNetModel):
         return False
     for name, part in model.model.named_modules(prefix="model"):
-        if isinstance(part, ConvNorm) and len(part) > 1 and f"{name}.0" not in probe.layers:
+        if isinstance(part, ConvNorm) and len(part) > 1 and f"{name}.0" not in target.layers:
             convolution, norm = part[0], part[1]
             assert isinstance(convolution, nn.Conv2d)
             assert isinstance(norm, nn.BatchNorm2d)
@@ -23,9 +23,9 @@ def fold_batch_norms(probe: Probe, samples: int) -> bool:
     return True
 
 
-def fold_image_channels(probe: Probe, samples: int) -> bool:
+def fold_image_channels(target: Target) -> bool:
     """Give the first convolution the spectrogram once, with its weights summed, instead of three times."""
-    model = probe.base_model
+    model = target.model
     if not isinstance(model, EfficientNetModel):
         return False
     first = model.model.features[0]

@@ -1,5 +1,7 @@
 """Half precision, for TorchScript on CUDA: the network in float16, front end and answers in float32."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -23,23 +25,24 @@ class _Cast(nn.Module):
         return self.module(x.to(self.dtype))
 
 
-def halve(probe: Probe, dtype: torch.dtype = torch.float16) -> None:
-    """Bring a rewritten copy of a probe to half precision, in place.
+def halve(probes: Sequence[Probe], dtype: torch.dtype = torch.float16) -> None:
+    """Bring rewritten copies of probes on one backbone to half precision, in place.
 
     The features of the front end, whose range is that of 16-bit integers squared, stay in float32.
 
     Raises:
         ValueError: a backbone whose front end is not known.
     """
-    model = probe.base_model
+    model = probes[0].base_model
     if model is None or not isinstance(model, BEATsModel | EATModel | EfficientNetModel):
         raise ValueError(
             "half precision is for BEATs, EAT and EfficientNet, whose front ends are known to need float32; export "
             "this model without --half"
         )
-    front_ends = [part for part in probe.modules() if isinstance(part, KaldiFbank | Spectrogram)]
+    front_ends = [part for part in model.modules() if isinstance(part, KaldiFbank | Spectrogram)]
     kept = {name: t.clone() for part in front_ends for name, t in _tensors(part)}
-    probe.to(dtype)
+    for probe in probes:
+        probe.to(dtype)
     for part in front_ends:
         part.float()
         for name, tensor in _tensors(part):

@@ -3,23 +3,18 @@
 import torch
 
 from avex_export.passes.spectra import ProductFramePower, ProductPower
+from avex_export.passes.target import Target
 from avex_serve.models.frontends import KaldiFbank, Spectrogram
 from avex_serve.models.hooks import input_lengths
-from avex_serve.models.probes import Probe
 
 
-def lower(probe: Probe, samples: int) -> None:
-    """Fix what a traced graph can't find out, and take spectra as products: no runtime has a fast FFT.
-
-    Args:
-        probe: a copy, changed in place.
-        samples: of a clip.
-    """
-    model = probe.base_model
-    assert model is not None
-    model.fix_batch_axes(samples, probe.layers)
+def lower(target: Target) -> None:
+    """Fix what a traced graph can't find out, and take spectra as products: no runtime has a fast FFT."""
+    model = target.model
+    model.fix_batch_axes(target.samples, target.layers)
     parts = [part for part in model.modules() if isinstance(part, KaldiFbank | Spectrogram)]
-    lengths = input_lengths(probe, torch.zeros(1, samples), parts)
+    # What the first probe needs, all do: they have the front end in common.
+    lengths = input_lengths(target.probes[0], torch.zeros(1, target.samples), parts)
     for part, length in zip(parts, lengths, strict=True):
         part.fixed_samples = length
         part.power = ProductFramePower(part) if isinstance(part, KaldiFbank) else ProductPower(part.n_fft)

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avex_export.passes.target import Target
 from avex_export.passes.transformers import MergedAttention
 from avex_serve.models import beats, eat, efficientnet
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.layers import BACKBONE
-from avex_serve.models.probes import Probe
 
 # Tapped layers that are no sequences of all tokens.
 _OTHERS = (
@@ -63,22 +63,18 @@ class FirstToken(nn.Module):
         return x[:, :1]
 
 
-def pool_before_tapped_operator(probe: Probe, samples: int) -> bool:
+def pool_before_tapped_operator(target: Target) -> bool:
     """Aggregate, in place, before the operator of the deepest tapped layer, where the pass ends, and others at once.
 
     That is BEATs' ``fc2``, EAT's ``attn.proj`` or EfficientNet's last convolution, 1 x 1. The layer that is tapped
     then has one step of time. A mean commutes with any linear operator, the first token with any that looks at
     tokens one by one.
     """
-    model, layers = probe.base_model, probe.layers
-    if model is None or (probe.exclude_padding and model.fills_clips):
-        return False  # the probe leaves steps out of the mean
-    pooled = probe.aggregation == "none" and probe.input_processing == "pooled"
-    how = "mean" if pooled else probe.aggregation
-    if how not in ("mean", "cls_token"):
+    model, layers, how = target.model, target.layers, target.pooling
+    if how is None:
         return False
     if isinstance(model, beats.BEATsModel):
-        tokens = model.backbone.tokens(samples)
+        tokens = model.backbone.tokens(target.samples)
         return _pool_taps(model, layers, how, tokens, _pool_beats(model, layers, how, tokens))
     if isinstance(model, eat.EATModel):
         tokens = model.cfg.patches + 1

@@ -8,22 +8,22 @@ import math
 import torch
 from torch import Tensor, nn
 
+from avex_export.passes.target import Target
 from avex_serve.models.frontends import FramePower, KaldiFbank, Spectrogram
-from avex_serve.models.probes import Probe
 
 
-def fold_front_end(probe: Probe, samples: int) -> bool:
+def fold_front_end(target: Target) -> bool:
     """See `FoldedFramePower`."""
-    parts = [part for part in probe.modules() if isinstance(part, KaldiFbank)]
+    parts = [part for part in target.model.modules() if isinstance(part, KaldiFbank)]
     for part in parts:
         assert isinstance(part.power, FramePower)
         part.power = FoldedFramePower(part.power, part.window)
     return bool(parts)
 
 
-def fold_fourier_transform(probe: Probe, samples: int) -> bool:
+def fold_fourier_transform(target: Target) -> bool:
     """See `FoldedPower`; a transform of odd length has no fold."""
-    parts = [part for part in probe.modules() if isinstance(part, Spectrogram) and part.n_fft % 2 == 0]
+    parts = [part for part in target.model.modules() if isinstance(part, Spectrogram) and part.n_fft % 2 == 0]
     for part in parts:
         part.power = FoldedPower(part.n_fft)
         order = torch.tensor(folded_bins(part.n_fft))

@@ -7,24 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from avex_export.passes.target import Target
 from avex_serve.models import beats, eat
 from avex_serve.models.layers import BACKBONE, Taps
-from avex_serve.models.probes import Probe
 
 # Parts of a block that are merged into others, so they can't be tapped any more.
 _PROJECTIONS = (".self_attn.q_proj", ".self_attn.k_proj", ".self_attn.v_proj", ".attn.qkv")
 
 
-def bake_position_bias(probe: Probe, samples: int) -> bool:
+def bake_position_bias(target: Target) -> bool:
     """Make constants of BEATs' relative position bias and of the kernel of its positional convolution."""
-    model = probe.base_model
+    model = target.model
     if not isinstance(model, beats.BEATsModel):
         return False
     encoder = model.backbone.encoder
     # Not by remove_parametrizations, which breaks the modules that this one was copied from.
     encoder.pos_conv[0] = _plain_convolution(encoder.pos_conv[0])
     with torch.no_grad():
-        bias = encoder.position_bias(model.backbone.tokens(samples))
+        bias = encoder.position_bias(model.backbone.tokens(target.samples))
     del encoder.fixed_position_bias
     encoder.register_buffer("fixed_position_bias", None if bias is None else bias.contiguous(), persistent=False)
     for block in encoder.layers:
@@ -33,9 +33,9 @@ def bake_position_bias(probe: Probe, samples: int) -> bool:
     return True
 
 
-def merge_projections(probe: Probe, samples: int) -> bool:
+def merge_projections(target: Target) -> bool:
     """See `MergedAttention`; attention whose projections are tapped stays as it is."""
-    model = probe.base_model
+    model = target.model
     if isinstance(model, beats.BEATsModel):
         blocks, name = model.backbone.encoder.layers, "backbone.encoder.layers"
     elif isinstance(model, eat.EATModel):
@@ -45,7 +45,7 @@ def merge_projections(probe: Probe, samples: int) -> bool:
     inside = {f"{name}.{i}{part}" for i in range(len(blocks)) for part in _PROJECTIONS}
     merged = False
     for i, block in enumerate(blocks):
-        if any(layer in inside and layer.startswith(f"{name}.{i}.") for layer in probe.layers):
+        if any(layer in inside and layer.startswith(f"{name}.{i}.") for layer in target.layers):
             continue
         if isinstance(block, beats.Block):
             block.self_attn = BEATsAttention(block.self_attn)  # type: ignore[assignment]
@@ -55,14 +55,14 @@ def merge_projections(probe: Probe, samples: int) -> bool:
     return merged
 
 
-def fold_norms(probe: Probe, samples: int) -> bool:
+def fold_norms(target: Target) -> bool:
     """Fold DeepNorm's scale of the residuals, and the biases that are added to them, into the layer norms.
 
     A norm gives alpha * x + b instead of x, where b is the bias of the branch that is added to it; what else reads
     the norm, the first product of that branch, takes both back in its own weights. Layers whose values change by
     that, those between the products, must not be tapped. The bias of a tapped product stays where it is.
     """
-    sublayers = list(_sublayers(probe))
+    sublayers = list(_sublayers(target))
     for sublayer in sublayers:
         _fold(sublayer)
     return bool(sublayers)
@@ -172,8 +172,8 @@ class _Sublayer:
     tapped: bool  # whether the writer's output is
 
 
-def _sublayers(probe: Probe) -> Iterator[_Sublayer]:
-    model, layers = probe.base_model, set(probe.layers)
+def _sublayers(target: Target) -> Iterator[_Sublayer]:
+    model, layers = target.model, set(target.layers)
     if isinstance(model, beats.BEATsModel) and not model.backbone.encoder.cfg.layer_norm_first:
         blocks, norm, name = model.backbone.encoder.layers, model.backbone.encoder.layer_norm, "backbone.encoder"
         harmless = {

@@ -4,16 +4,16 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from avex_export.passes.target import Target
 from avex_serve.models.beats import BEATsModel
 from avex_serve.models.eat import EATModel
 from avex_serve.models.efficientnet import Bottleneck, ConvNorm, EfficientNetModel
 from avex_serve.models.layers import BACKBONE
-from avex_serve.models.probes import Probe
 
 
-def drop_dead_layers(probe: Probe, samples: int) -> bool:
+def drop_dead_layers(target: Target) -> bool:
     """Drop, in place, classifiers and what comes after the deepest tapped layer."""
-    model, layers = probe.base_model, probe.layers
+    model, layers = target.model, target.layers
     if isinstance(model, BEATsModel):
         _drop_from_beats(model, layers)
     elif isinstance(model, EATModel):
