@@ -132,10 +132,10 @@ class Repository:
             self._give_back(served)
 
     @contextmanager
-    def lease_all(self) -> Iterator[list[Engine]]:
-        """Every engine that is served now, the newest versions first; open until the block ends."""
+    def lease_those(self, wanted: Callable[[Manifest], bool]) -> Iterator[list[Engine]]:
+        """The engines wanted of those served, by name and the newest version first; open until the block ends."""
         with self._lock:
-            leased = sorted(self._served.values(), key=lambda served: _order(served.key[1]), reverse=True)
+            leased = [served for served in self._newest_first() if wanted(served.engine.manifest)]
             for served in leased:
                 served.leases += 1
         try:
@@ -143,6 +143,11 @@ class Repository:
         finally:
             for served in leased:
                 self._give_back(served)
+
+    def manifests(self) -> list[Manifest]:
+        """What is served now, by name with the newest version first."""
+        with self._lock:
+            return [served.engine.manifest for served in self._newest_first()]
 
     def versions(self, name: str) -> list[str]:
         """The versions of a model that are served, the newest one last."""
@@ -354,6 +359,10 @@ class Repository:
             raise NotFoundError(f"no model {name!r} here; this server has {self._names()}")
         known = ", ".join(map(repr, versions))
         raise NotFoundError(f"model {name!r} has no version {version!r}; it has {known}")
+
+    def _newest_first(self) -> list[_Served]:
+        versions = sorted(self._served.values(), key=lambda served: _order(served.key[1]), reverse=True)
+        return sorted(versions, key=lambda served: served.key[0])
 
     def _versions(self, name: str) -> list[str]:
         return sorted((version for other, version in self._served if other == name), key=_order)

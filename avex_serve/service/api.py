@@ -16,6 +16,7 @@ from typing import Any, Final
 import bentoml
 
 from avex_serve.errors import AvexServeError
+from avex_serve.runtime import linked
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine, open_bundle
 from avex_serve.runtime.folders import check_any
@@ -63,8 +64,16 @@ class AvexService:
         version: str | None = None,
     ) -> Prediction:
         """Name the sounds in a recording (WAV, FLAC, OGG, MP3)."""
-        with self.desk.repository.lease(model, version) as engine:
-            return engine.predict(*decode(audio), threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
+        return linked.predict(
+            self.desk.repository,
+            *decode(audio),
+            model=model,
+            version=version,
+            threshold=threshold,
+            top_k=top_k,
+            overlap=overlap,
+            probe=probe,
+        )
 
     @bentoml.api
     def predict_all(
@@ -76,10 +85,16 @@ class AvexService:
         model: str | None = None,
         version: str | None = None,
     ) -> Predictions:
-        """What all probes of a bundle hear in a recording, in one pass of the backbone."""
-        with self.desk.repository.lease(model, version) as engine:
-            answers = engine.predict_all(*decode(audio), threshold=threshold, top_k=top_k, overlap=overlap)
-        return Predictions(predictions=answers)
+        """What the probes of a bundle hear, and all that read its embeddings, in one pass of the backbone."""
+        return linked.predict_all(
+            self.desk.repository,
+            *decode(audio),
+            model=model,
+            version=version,
+            threshold=threshold,
+            top_k=top_k,
+            overlap=overlap,
+        )
 
     @bentoml.api
     def embed(

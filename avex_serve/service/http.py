@@ -27,6 +27,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from avex_serve.errors import AvexServeError, InputError, NotFoundError, UnavailableError, UnsupportedError
+from avex_serve.runtime import linked
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service import oip, oip_json, oip_repository
@@ -104,8 +105,7 @@ class OwnRoutes:
         desk = self._desk()
 
         def predict() -> Prediction:
-            with desk.repository.lease(options.model, options.version) as engine:
-                return engine.predict(*decode(audio), **options.for_engine())
+            return linked.predict(desk.repository, *decode(audio), **options.model_dump())
 
         return _document(await desk.serve(predict))
 
@@ -114,8 +114,7 @@ class OwnRoutes:
         desk = self._desk()
 
         def predict_all() -> Predictions:
-            with desk.repository.lease(options.model, options.version) as engine:
-                return Predictions(predictions=engine.predict_all(*decode(audio), **options.for_engine()))
+            return linked.predict_all(desk.repository, *decode(audio), **options.model_dump())
 
         return _document(await desk.serve(predict_all))
 

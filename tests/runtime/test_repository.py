@@ -88,9 +88,10 @@ def test_several_bundles_and_versions(shelf, opened, embedding_bundle):
     assert repository.versions("tiny") == ["2", "9", "10"]
     assert version_of(repository, "tiny") == version_of(repository, "tiny", "") == "10"
     assert version_of(repository, "tiny", "9") == "9"
-    with repository.lease_all() as engines:
-        assert len({engine.manifest.files[ONNX] for engine in engines}) == 2
-        assert [e.manifest.version for e in engines if e.manifest.name == "tiny"] == ["10", "9", "2"]
+    with repository.lease_those(lambda manifest: manifest.name.startswith("tiny")) as engines:
+        leased = [(engine.manifest.name, engine.manifest.version) for engine in engines]
+        assert leased == [("tiny", "10"), ("tiny", "9"), ("tiny", "2"), ("tiny-offline", "1")]
+    assert [manifest.name for manifest in repository.manifests()] == ["other", *["tiny"] * 3, "tiny-offline"]
     with pytest.raises(InputError, match="several models are served: 'other', 'tiny', 'tiny-offline'; name one"):
         version_of(repository)
     with pytest.raises(NotFoundError, match="no model 'nothing' here; this server has 'other', 'tiny'"):
