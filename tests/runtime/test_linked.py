@@ -9,7 +9,7 @@ from avex_serve import open_bundle
 from avex_serve.errors import InputError, NotFoundError, UnsupportedError
 from avex_serve.runtime import linked
 from avex_serve.runtime.repository import Repository
-from tests.bundles import PROBE, SAMPLE_RATE, change_manifest, make_audio_bundle, make_embedding_bundle
+from tests.bundles import SAMPLE_RATE, change_manifest, make_audio_bundle, make_embedding_bundle
 
 READS, OTHER = "a1" * 32, "b2" * 32
 WAVE = np.random.default_rng(0).uniform(-0.5, 0.5, 5000).astype(np.float32)
@@ -21,8 +21,7 @@ def audio_bundle(folder, name="tiny", fingerprint=READS, **changes):
 
 
 def head_bundle(folder, name="head", reads=READS, **changes):
-    probes = [{**PROBE, "activation": "softmax", "reads": reads}]
-    return change_manifest(make_embedding_bundle(folder, name=name), probes=probes, **changes)
+    return change_manifest(make_embedding_bundle(folder, name=name, reads=reads), **changes)
 
 
 @contextmanager

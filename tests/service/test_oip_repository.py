@@ -17,11 +17,24 @@ from google.protobuf.json_format import MessageToDict
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
+from avex_serve import open_bundle
 from avex_serve.bundle import ONNX
 from avex_serve.runtime.audio import decode
+from avex_serve.runtime.results import activate
 from avex_serve.service.grpc_messages import message_class
-from tests.bundles import DIM, LABELS, WINDOW, change_manifest, make_audio_bundle, make_embedding_bundle
+from tests.bundles import (
+    DIM,
+    FINGERPRINT,
+    LABELS,
+    NOISES,
+    WINDOW,
+    change_manifest,
+    make_audio_bundle,
+    make_embedding_bundle,
+    make_probes_bundle,
+)
 from tests.service.conftest import running_server
+from tests.service.test_http import bento_client
 from tests.service.test_oip import fields
 
 OPTIONS = {"AVEX_MODEL_CONTROL": "explicit", "AVEX_RELOAD_SECONDS": "0.1"}
@@ -30,12 +43,13 @@ WINDOWS = np.random.default_rng(1).uniform(-0.5, 0.5, (3, WINDOW)).astype(np.flo
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
-    """A folder of bundles: two versions of one model, two others, and one that is broken."""
+    """A folder of bundles: two versions of one model, three others, and one that is broken."""
     folder = tmp_path_factory.mktemp("shelf")
     for version in ("9", "10"):
         change_manifest(make_audio_bundle(folder / "tiny" / version), version=version)
     make_audio_bundle(folder / "random", name="random", activation="softmax", trained=False)
-    make_embedding_bundle(folder / "offline", name="offline")
+    make_probes_bundle(folder / "probes", name="probes")
+    make_embedding_bundle(folder / "offline", name="offline", reads=FINGERPRINT)
     (make_audio_bundle(folder / "broken", name="broken") / ONNX).write_bytes(b"changed")
     return folder
 
@@ -69,6 +83,11 @@ def index(client):
     return {(each["name"], each.get("version", "")): (each["state"], each.get("reason", "")) for each in models}
 
 
+def as_text(element):
+    """An element of BYTES, which comes as text where the client asked for JSON."""
+    return element.decode() if isinstance(element, bytes) else element
+
+
 def windows(module, array=WINDOWS):
     return module.InferInput("waveform", list(array.shape), "FP32").set_data_from_numpy(array)
 
@@ -81,7 +100,8 @@ def message(caught):
 def test_index(triton, server):
     _, client = triton
     models = index(client)
-    assert set(models) == {("tiny", "9"), ("tiny", "10"), ("random", "1"), ("offline", "1"), ("broken", "1")}
+    once = {(name, "1") for name in ("random", "offline", "probes", "broken")}
+    assert set(models) == {("tiny", "9"), ("tiny", "10"), *once}
     assert models["broken", "1"][0] == "UNAVAILABLE"
     assert "sha256 differs" in models["broken", "1"][1]
     del models["broken", "1"]
@@ -90,6 +110,7 @@ def test_index(triton, server):
         "tiny",
         "random",
         "offline",
+        "probes",
     }
 
 
@@ -153,8 +174,7 @@ def test_classification(triton, audio_engine, count):
         width = DIM if name == "embedding" else len(LABELS)
         assert rows.shape == (len(WINDOWS), min(count, width))
         for texts, logits in zip(rows, expected["logits"], strict=True):
-            parts = [text.decode() if isinstance(text, bytes) else text for text in texts]
-            parts = [text.split(":", 2) for text in parts]
+            parts = [as_text(text).split(":", 2) for text in texts]
             values = [float(part[0]) for part in parts]
             assert values == sorted(values, reverse=True)
             if name == "embedding":
@@ -229,7 +249,13 @@ def test_asynchronous_clients(server, audio_engine, module):
 def test_errors_of_models_that_are_not_served(triton):
     module, client = triton
     for name, version, http_status, grpc_status, text in (
-        ("nothing", "", "404", "NOT_FOUND", "no model 'nothing' here; this server has 'offline', 'random', 'tiny'"),
+        (
+            "nothing",
+            "",
+            "404",
+            "NOT_FOUND",
+            "no model 'nothing' here; this server has 'offline', 'probes', 'random', 'tiny'",
+        ),
         ("tiny", "11", "404", "NOT_FOUND", "model 'tiny' has no version '11'; it has '9', '10'"),
         ("broken", "", "503", "UNAVAILABLE", "model 'broken' is not served: "),
     ):
@@ -297,6 +323,64 @@ def test_bad_bodies(server, path, body):
     assert list(answer.json()) == ["error"]
 
 
+def test_scores_and_labels_of_each_probe(triton, shelf):
+    module, client = triton
+    outputs = [module.InferRequestedOutput(f"{probe}.scores", class_count=9) for probe in ("birds", "noise")]
+    result = client.infer("probes", [windows(module)], outputs=outputs)
+    with open_bundle(shelf / "probes") as engine:
+        raw = engine.infer(WINDOWS)
+        for probe, labels in (("birds", LABELS), ("noise", NOISES)):
+            scores = activate(raw[f"{probe}.logits"], engine.probe(probe).activation)
+            for texts, row in zip(result.as_numpy(f"{probe}.scores"), scores, strict=True):
+                order = np.argsort(-row)
+                assert [as_text(text) for text in texts] == [f"{row[i]:f}:{i}:{labels[i]}" for i in order]
+    outputs = [each["name"] for each in as_dict(client.get_model_metadata("probes"))["outputs"]]
+    assert outputs == ["birds.logits", "noise.logits", "embedding", "birds.scores", "noise.scores"]
+
+
+def test_a_bundle_that_takes_embeddings_is_asked_about_a_recording(server, shelf, wav):
+    with open_bundle(shelf / "probes") as audio, open_bundle(shelf / "offline") as reader:
+        spans, embeddings = audio.embed(*decode(wav))
+        rows = reader.classify(embeddings, top_k=1).results
+        own = [each.model_dump(mode="json") for each in audio.predict_all(*decode(wav), top_k=1)]
+    answer = server.post("/predict", content=wav, params={"model": "offline", "top_k": 1}).json()
+    assert (answer["bundle"], answer["probe"], answer["score_scale"]) == ("offline", "linear", "softmax")
+    assert [(each["start"], each["end"], each["label"], each["score"]) for each in answer["detections"]] == [
+        (start, end, row[0].label, row[0].score) for (start, end), row in zip(spans.tolist(), rows, strict=True)
+    ]
+    everything = {"predictions": [*own, answer]}
+    for asked in (
+        {"content": wav, "params": {"model": "probes", "top_k": 1}},
+        {"files": {"audio": wav}, "data": {"model": "probes", "version": "1", "top_k": "1"}},
+    ):
+        assert server.post("/predict_all", **asked).json() == everything
+    for options, status, text in (
+        ({}, 400, "several models are served"),
+        ({"model": "offline"}, 400, "takes embeddings, not audio"),
+        ({"model": "probes", "probe": "birds"}, 400, "unknown option 'probe'"),
+        ({"model": "probes", "top_k": "0"}, 400, "top_k is 0"),
+        ({"model": "probes", "version": "2"}, 404, "has no version '2'"),
+        ({"model": "broken"}, 503, "sha256 differs"),
+    ):
+        answer = server.post("/predict_all", content=wav, params=options)
+        assert answer.status_code == status
+        assert text in answer.json()["error"]
+    assert server.post("/predict_all", content=b"no audio", params={"model": "probes"}).status_code == 400
+
+
+def test_models_by_bentomls_client(server, wav, tmp_path):
+    path = tmp_path / "recording.wav"
+    path.write_bytes(wav)
+    embeddings = np.eye(DIM).tolist()
+    with bento_client(server) as client:
+        for version in ("9", "10"):
+            assert client.predict(audio=path, model="tiny", version=version)["version"] == version
+            assert client.embed(audio=path, model="tiny", version=version)["version"] == version
+        assert client.classify(embeddings=embeddings, model="offline")["bundle"] == "offline"
+        names = [each["bundle"] for each in client.predict_all(audio=path, model="probes")["predictions"]]
+    assert names == ["probes", "probes", "offline"]
+
+
 def test_model_and_version_as_options(server, audio_engine, embedding_engine, wav):
     expected = audio_engine.predict(*decode(wav)).model_dump(mode="json")
     for options, version in (({"model": "tiny"}, "10"), ({"model": "tiny", "version": "9"}, "9")):
@@ -314,7 +398,7 @@ def test_model_and_version_as_options(server, audio_engine, embedding_engine, wa
     for path in ("/predict", "/embed"):
         answer = server.post(path, content=wav)
         assert answer.status_code == 400
-        assert "several models are served: 'offline', 'random', 'tiny'; name one" in answer.json()["error"]
+        assert "several models are served: 'offline', 'probes', 'random', 'tiny'; name one" in answer.json()["error"]
         answer = server.post(path, content=wav, params={"model": "nothing"})
         assert answer.status_code == 404
 
