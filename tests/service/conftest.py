@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import bentoml
 import httpx
 import numpy as np
 import pytest
@@ -99,6 +100,14 @@ def running_server(folder, cwd=None, service=("avex_serve.service:AvexService",)
         client.close()
         stop(process)
     assert "Traceback" not in server.log, server.log
+
+
+@contextlib.contextmanager
+def bento_client(server):
+    """BentoML's own client."""
+    with bentoml.SyncHTTPClient(server.url) as client:
+        yield client
+        client._temp_dir.cleanup()  # which closing forgets
 
 
 def wait_until_ready(server, process):

@@ -1,15 +1,14 @@
 """The service's own routes, asked with httpx, curl and BentoML's client."""
 
-import contextlib
 import json
 import subprocess
 
-import bentoml
 import numpy as np
 import pytest
 
 from avex_serve.runtime.audio import decode
 from avex_serve.service import AvexService
+from tests.service.conftest import bento_client
 
 OPTIONS = [
     {},
@@ -18,13 +17,6 @@ OPTIONS = [
     {"threshold": 0.4, "top_k": 1, "overlap": 0.05, "probe": "linear"},
     {"threshold": -1.0},
 ]
-
-
-@contextlib.contextmanager
-def bento_client(server):
-    with bentoml.SyncHTTPClient(server.url) as client:
-        yield client
-        client._temp_dir.cleanup()  # which closing forgets
 
 
 def as_json_text(options):
