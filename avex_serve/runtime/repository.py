@@ -255,6 +255,10 @@ class Repository:
         except AvexServeError as error:
             self._refuse(place, str(error), now if settled else None)
             return
+        except Exception as error:
+            logger.error("unexpected error with the bundle in %s", place.folder, exc_info=error)
+            self._refuse(place, f"{place.folder} can't be opened: {error!r}", now)
+            return
         if stamp(place.folder) != now:
             engine.close()  # it may be half of one bundle and half of another
             self._refuse(place, f"{place.folder} was changed while it was opened", None)

@@ -117,6 +117,8 @@ def test_a_bad_bundle_keeps_no_other_from_being_served(shelf, opened, caplog):
     (changed / ONNX).write_bytes(b"changed")
     unreadable = bundle(shelf / "nested" / "7")
     (unreadable / MANIFEST).write_text("{")
+    deep = bundle(shelf / "deep", name="deep")
+    (deep / MANIFEST).write_text("[" * 100_000)
     repository = opened(shelf)
     assert served(repository) == [("tiny", "1")]
     states = {state.name: state for state in repository.index()}
@@ -124,8 +126,8 @@ def test_a_bad_bundle_keeps_no_other_from_being_served(shelf, opened, caplog):
     assert "sha256 differs" in states["changed"].reason
     assert (states["nested"].version, states["nested"].ready) == ("7", False)
     assert "is not JSON" in states["nested"].reason
-    assert caplog.text.count("not served:") == 2
-    for name, reason in (("changed", "sha256 differs"), ("nested", "is not JSON")):
+    assert caplog.text.count("not served:") == 3
+    for name, reason in (("changed", "sha256 differs"), ("nested", "is not JSON"), ("deep", "is not JSON")):
         with pytest.raises(UnavailableError, match=reason):
             version_of(repository, name)
 
@@ -282,6 +284,25 @@ def test_a_graph_that_loads_and_does_not_answer(shelf, opened):
     assert served(repository) == [("good", "1")]
     with pytest.raises(UnavailableError, match="fails to answer for silence"):
         version_of(repository, "tiny-offline")
+
+
+def test_a_bundle_that_fails_in_a_way_nobody_thought_of(shelf, caplog):
+    bundle(shelf / "bad", name="bad")
+    bundle(shelf / "good", name="good")
+
+    def open_engine(folder):
+        if folder.name == "bad":
+            raise MemoryError
+        return open_bundle(folder)
+
+    repository = Repository([shelf], open_engine)
+    for _ in range(3):
+        repository.refresh()
+    assert served(repository) == [("good", "1")]
+    assert caplog.text.count("unexpected error with the bundle in") == 1
+    with pytest.raises(UnavailableError, match="bad can't be opened: MemoryError"):
+        version_of(repository, "bad")
+    repository.close()
 
 
 def test_unloading_and_loading(shelf, opened):
