@@ -12,6 +12,8 @@
     ├── SlowRequestError      the request didn't arrive in time    408  DEADLINE_EXCEEDED
     ├── DeadlineError         the answer would come too late       504  DEADLINE_EXCEEDED
     ├── ClientGoneError       nobody waits for the answer          499  CANCELLED
+    ├── ForbiddenError        the service's settings forbid it     403  PERMISSION_DENIED    exit 2
+    ├── UnavailableError      the model is known and not served    503  UNAVAILABLE          exit 3
     ├── BundleError           the folder is no whole bundle        500  FAILED_PRECONDITION  exit 3
     ├── DependencyError       an optional package is missing       500  FAILED_PRECONDITION  exit 3
     ├── ExportError           the exporter can't or won't go on    500  INTERNAL             exit 4
@@ -109,6 +111,22 @@ class ClientGoneError(AvexServeError):
 
     http_status = 499  # nginx's number for it; nobody receives it, and logs show it
     grpc_status = "CANCELLED"
+
+
+class ForbiddenError(AvexServeError):
+    """The settings of the service forbid that request."""
+
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
+    exit_code = 2
+
+
+class UnavailableError(AvexServeError):
+    """The model is known and not served at present."""
+
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    exit_code = 3
 
 
 class BundleError(AvexServeError):

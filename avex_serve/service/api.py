@@ -15,11 +15,14 @@ from typing import Any, Final
 
 import bentoml
 
-from avex_serve.bundle import read_bundle
 from avex_serve.errors import AvexServeError
+from avex_serve.runtime import linked
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine, open_bundle
+from avex_serve.runtime.folders import check_any
+from avex_serve.runtime.repository import Repository
 from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
+from avex_serve.service.desk import Desk
 from avex_serve.service.gate import Gate, http_time_limit
 from avex_serve.service.grpc import GrpcServer, check_port_is_free
 from avex_serve.service.grpc_gate import server_credentials
@@ -36,7 +39,7 @@ STARTUP_FAILED: Final = 3  # exit code, uvicorn's for this case
 
 @bentoml.service(traffic={"timeout": http_time_limit()})
 class AvexService:
-    """Names the sounds in recordings, with the bundle that AVEX_BUNDLE points at."""
+    """Names the sounds in recordings, with the bundles that AVEX_BUNDLE points at."""
 
     _grpc: GrpcServer | None = None
 
@@ -46,9 +49,12 @@ class AvexService:
         return Settings.from_environment()
 
     @cached_property
-    def engine(self) -> Engine:
-        """The engine, opened on first use: BentoML's supervisor, which imports this module too, does without."""
-        return open_bundle(self.settings.bundle, self.settings.device, precision=self.settings.precision)
+    def desk(self) -> Desk:
+        """The bundles, opened on first use: BentoML's supervisor, which imports this module too, does without."""
+        return Desk(Repository(self.settings.bundle, self._open), self.settings.model_control)
+
+    def _open(self, folder: Path) -> Engine:
+        return open_bundle(folder, self.settings.device, precision=self.settings.precision)
 
     @cached_property
     def gate(self) -> Gate:
@@ -63,22 +69,54 @@ class AvexService:
         top_k: int | None = None,
         overlap: float = 0.0,
         probe: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
     ) -> Prediction:
         """Name the sounds in a recording (WAV, FLAC, OGG, MP3)."""
-        return self.engine.predict(*decode(audio), threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
+        return linked.predict(
+            self.desk.repository,
+            *decode(audio),
+            model=model,
+            version=version,
+            threshold=threshold,
+            top_k=top_k,
+            overlap=overlap,
+            probe=probe,
+        )
 
     @bentoml.api
     def predict_all(
-        self, audio: Path, threshold: float | None = None, top_k: int | None = None, overlap: float = 0.0
+        self,
+        audio: Path,
+        threshold: float | None = None,
+        top_k: int | None = None,
+        overlap: float = 0.0,
+        model: str | None = None,
+        version: str | None = None,
     ) -> Predictions:
-        """What all probes of the bundle hear in a recording, in one pass of the backbone."""
-        answers = self.engine.predict_all(*decode(audio), threshold=threshold, top_k=top_k, overlap=overlap)
-        return Predictions(predictions=answers)
+        """What the probes of a bundle hear, and all that read its embeddings, in one pass of the backbone."""
+        return linked.predict_all(
+            self.desk.repository,
+            *decode(audio),
+            model=model,
+            version=version,
+            threshold=threshold,
+            top_k=top_k,
+            overlap=overlap,
+        )
 
     @bentoml.api
-    def embed(self, audio: Path, overlap: float = 0.0, output: str | None = None) -> Embedding:
+    def embed(
+        self,
+        audio: Path,
+        overlap: float = 0.0,
+        output: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Embedding:
         """The embeddings of a recording, one a window."""
-        return self.engine.embedding_document(*decode(audio), overlap=overlap, output=output)
+        with self.desk.repository.lease(model, version) as engine:
+            return engine.embedding_document(*decode(audio), overlap=overlap, output=output)
 
     @bentoml.api
     def classify(
@@ -87,18 +125,21 @@ class AvexService:
         threshold: float | None = None,
         top_k: int | None = None,
         probe: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
     ) -> Classification:
         """Ask the head about embeddings, (batch, dim) or (batch, time, dim); for embedding bundles."""
         array = from_numbers("embeddings", embeddings)
-        return self.engine.classify(array, threshold=threshold, top_k=top_k, probe=probe)
+        with self.desk.repository.lease(model, version) as engine:
+            return engine.classify(array, threshold=threshold, top_k=top_k, probe=probe)
 
     @bentoml.on_deployment
     @staticmethod
     def check() -> None:
-        """Before any worker starts: refuse bad settings, a bundle that is not whole and a port that is taken."""
+        """Before any worker starts: refuse bad settings, folders without a whole bundle and a port that is taken."""
         try:
             settings = Settings.from_environment()
-            read_bundle(settings.bundle)
+            check_any(settings.bundle)
             check_port_is_free(settings)
             Keys.from_settings(settings)
             server_credentials(settings)
@@ -107,39 +148,30 @@ class AvexService:
 
     @bentoml.on_startup
     async def start(self) -> None:
-        """In each worker: open the engine, serve gRPC beside HTTP and say what is served."""
+        """In each worker: open the bundles, serve gRPC beside HTTP and look for new bundles from then on."""
+        settings = self.settings
         try:
-            engine = self.engine
-            self._grpc = await GrpcServer.start(engine, self.settings, self.gate)
+            desk = self.desk
+            self._grpc = await GrpcServer.start(desk, settings, self.gate)
         except AvexServeError as error:
             logger.error("can't start: %s", error)
             # An exception would be printed with its traceback, once by Starlette and once more by uvicorn.
             os._exit(STARTUP_FAILED)
-        _announce(engine, self.settings)
+        if settings.reload_seconds:
+            desk.repository.watch(settings.reload_seconds)
+        logger.info(
+            "gRPC listens on %s; to serve another bundle: "
+            "AVEX_BUNDLE=dir bentoml serve avex_serve.service:AvexService",
+            settings.grpc_address,
+        )
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
-        """End gRPC and the engine, after HTTP has ended."""
+        """End gRPC and the engines, after HTTP has ended."""
         if self._grpc is not None:
             await self._grpc.stop()
         self.gate.admission.close()
-        self.engine.close()
-
-
-def _announce(engine: Engine, settings: Settings) -> None:
-    manifest = engine.manifest
-    logger.info(
-        "serving bundle %s, version %s, from %s on %s (%s); gRPC listens on %s; "
-        "to serve another bundle: AVEX_BUNDLE=dir bentoml serve avex_serve.service:AvexService",
-        manifest.name,
-        manifest.version,
-        settings.bundle,
-        engine.backend.device,
-        engine.backend.format,
-        settings.grpc_address,
-    )
-    if not manifest.trained:
-        logger.warning("bundle %s has random weights: its answers mean nothing", manifest.name)
+        self.desk.repository.close()
 
 
 def _current() -> Any:
@@ -147,4 +179,4 @@ def _current() -> Any:
 
 
 AvexService.add_asgi_middleware(HttpGate, gate=lambda: _current().gate)  # the first one is the outermost
-AvexService.add_asgi_middleware(OwnRoutes, engine=lambda: _current().engine)
+AvexService.add_asgi_middleware(OwnRoutes, desk=lambda: _current().desk)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from avex_serve.errors import InputError
 from avex_serve.runtime import allowance
@@ -13,10 +13,19 @@ Model = TypeVar("Model", bound=BaseModel)
 QUOTED = 80  # characters of a client's value that an error message repeats
 
 
-class AudioOptions(BaseModel):
-    """Options that every way to ask about a recording has."""
-
+class _ModelOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    version: str | None = None
+
+    def for_engine(self) -> dict[str, Any]:
+        """The options but for those that say which engine."""
+        return self.model_dump(exclude={"model", "version"})
+
+
+class AudioOptions(_ModelOptions):
+    """Options that every way to ask about a recording has."""
 
     overlap: float = 0.0
 
@@ -57,12 +66,12 @@ class PredictOptions(PredictAllOptions):
     probe: str | None = None
 
 
-class ClassifyRequest(BaseModel):
+class ClassifyRequest(_ModelOptions):
     """The JSON body of ``/classify``."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
-    embeddings: list[Any]
+    embeddings: list[Any] = Field(exclude=True)
     threshold: float | None = None
     top_k: int | None = None
     probe: str | None = None

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, SecretStr, ValidationError, field_validator
 
 from avex_serve.errors import InputError
 
 PREFIX: Final = "AVEX_"
 DEMO_BUNDLE: Final = Path(__file__).parents[1] / "demo" / "bundle"
+
+ModelControl = Literal["none", "explicit"]
 
 
 class Settings(BaseModel):
@@ -21,9 +23,20 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, validate_default=True)
 
-    bundle: Path = Field(DEMO_BUNDLE, description="the folder to serve; by default the demo bundle of this package")
+    bundle: tuple[Path, ...] = Field(
+        (DEMO_BUNDLE,),
+        min_length=1,
+        description="the folders to serve, each a bundle or a folder of bundles, separated as in "
+        "PATH; by default the demo bundle of this package",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "int8"] = "auto"
+    reload_seconds: float = Field(
+        10, ge=0, allow_inf_nan=False, description="between two looks for new bundles on disk; 0: never"
+    )
+    model_control: ModelControl = Field(
+        "none", description="whether clients may load and unload models (explicit) or not (none)"
+    )
     # All interfaces, as BentoML's HTTP does by default.
     grpc_host: IPvAnyAddress = Field(default="0.0.0.0", description="IPv4 or IPv6 address")  # type: ignore[assignment]
     grpc_port: int = Field(3001, ge=1, le=65535)
@@ -60,6 +73,11 @@ class Settings(BaseModel):
     grpc_client_ca: Path | None = Field(
         None, description="gRPC over TLS: clients must show a certificate that these sign, PEM"
     )
+
+    @field_validator("bundle", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
