@@ -13,9 +13,10 @@ import numpy as np
 
 from avex_serve.bundle import AudioSpec, Bundle, EmbeddingInfo, Manifest, ProbeInfo, check_files, read_manifest
 from avex_serve.errors import BundleError, NotFoundError, TensorError, UnsupportedError
-from avex_serve.runtime import audio, results
+from avex_serve.runtime import allowance, audio, results
 from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.backend import Backend, open_backend
+from avex_serve.runtime.batcher import batched
 from avex_serve.runtime.cores import usable_cores
 from avex_serve.runtime.stages import in_pool
 from avex_serve.runtime.windows import WindowPlan, plan_windows
@@ -33,6 +34,14 @@ class WindowEmbeddings(NamedTuple):
 
     spans: np.ndarray  # (N, 2) float64, seconds
     embeddings: np.ndarray  # (N, D), or (N, T, D) of a bundle for heads that read sequences; float32
+
+
+class Heard(NamedTuple):
+    """What a graph answers for a recording."""
+
+    plan: WindowPlan
+    overlap: float  # of neighbouring windows, seconds
+    outputs: dict[str, np.ndarray]  # by name, each (N, …) float32 with a row a window
 
 
 class Engine:
@@ -94,8 +103,7 @@ class Engine:
             NotFoundError: no such probe.
             UnsupportedError: the bundle takes embeddings, not audio, or has no head.
         """
-        recording = Recording(wave, sample_rate)
-        (prediction,) = self._predict([self.probe(probe)], recording, threshold, top_k, overlap)
+        (prediction,) = self._predict([self.probe(probe)], wave, sample_rate, threshold, top_k, overlap)
         return prediction
 
     def predict_all(
@@ -109,34 +117,40 @@ class Engine:
     ) -> list[results.Prediction]:
         """Ask all heads in one pass of the backbone; arguments and errors as in `predict`."""
         self.probe(None)
-        heads = self.manifest.probes
-        return self._predict(heads, Recording(wave, sample_rate), threshold, top_k, overlap)
+        return self._predict(self.manifest.probes, wave, sample_rate, threshold, top_k, overlap)
 
     def _predict(
         self,
         heads: Sequence[ProbeInfo],
-        recording: Recording,
+        wave: np.ndarray,
+        sample_rate: int,
         threshold: float | None,
         top_k: int | None,
         overlap: float,
     ) -> list[results.Prediction]:
         selections = [results.Selection.of(results.score_scale(h.activation), threshold, top_k) for h in heads]
-        plan, batches = self._windows(recording, overlap)
-        outputs = self._outputs([head.logits for head in heads], batches)
+        heard = self.hear(wave, sample_rate, [head.logits for head in heads], overlap=overlap)
         return [
-            results.Prediction(
-                **self._answer(head),
-                **_timing(plan, overlap),
-                score_scale=results.score_scale(head.activation),
-                detections=results.detect(
-                    plan.spans,
-                    results.activate(outputs[head.logits], head.activation),
-                    self.bundle.labels[head.name],
-                    selection,
-                ),
-            )
+            self.prediction(head, heard, heard.outputs[head.logits], selection)
             for head, selection in zip(heads, selections, strict=True)
         ]
+
+    def hear(self, wave: np.ndarray, sample_rate: int, outputs: Sequence[str], *, overlap: float = 0.0) -> Heard:
+        """The outputs of these names for a recording, in one pass; other arguments and errors as in `predict`."""
+        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
+        return Heard(plan, overlap, self._outputs(list(outputs), batches))
+
+    def prediction(
+        self, head: ProbeInfo, heard: Heard, logits: np.ndarray, selection: results.Selection
+    ) -> results.Prediction:
+        """What a head of this bundle says by its logits (N, C) of a recording, whichever engine heard it."""
+        scores = results.activate(logits, head.activation)
+        return results.Prediction(
+            **self._answer(head),
+            **_timing(heard.plan, heard.overlap),
+            score_scale=results.score_scale(head.activation),
+            detections=results.detect(heard.plan.spans, scores, self.bundle.labels[head.name], selection),
+        )
 
     def score(
         self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, probe: str | None = None
@@ -272,6 +286,7 @@ class Engine:
         wave = audio.check_wave(recording.wave)
         wave = audio.resample(wave, recording.sample_rate, spec.sample_rate)
         plan = plan_windows(wave.size, spec.window_samples, spec.sample_rate, overlap)
+        allowance.current().check_windows(len(plan.starts))
         return plan, _batches(plan.cut(wave), self.backend.max_batch)
 
     def _audio_spec(self) -> AudioSpec:
@@ -303,12 +318,17 @@ class Engine:
         # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
         ahead = 2 * self.threads
         waiting: deque[Future[dict[str, np.ndarray]]] = deque()
-        for batch in batches:
-            waiting.append(self._pool.submit(in_pool(self.backend.run, self.manifest.name), batch))
-            if len(waiting) >= ahead:
+        try:
+            for batch in batches:
+                allowance.current().checkpoint()
+                waiting.append(self._pool.submit(in_pool(self.backend.run, self.manifest.name), batch))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # none, unless an error ended the loop
+                future.cancel()
 
     def _answer(self, head: ProbeInfo) -> "_AnswerFields":
         return {
@@ -371,4 +391,4 @@ def open_bundle(
             checking.result()  # a changed file is the better reason
             raise
         checking.result()
-    return Engine(bundle, backend, threads)
+    return Engine(bundle, batched(backend), threads)

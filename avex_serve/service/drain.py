@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from avex_serve.errors import UnavailableError
+from avex_serve.service.interception import Call, around
 from avex_serve.service.routes import PROBES
 
 logger = logging.getLogger("bentoml.avex_serve")
@@ -121,10 +122,13 @@ class DrainingGrpc(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None or handler.response_streaming or details.method.lstrip("/") in PROBES:
             return handler
 
-        async def call(message: Any, context: grpc.aio.ServicerContext) -> Any:
-            if self._drain.draining:
-                await context.abort(grpc.StatusCode[REFUSAL.grpc_status], str(REFUSAL))
-            with self._drain.running():
-                return await handler.unary_unary(message, context)
+        def wrap(answer_call: Call) -> Call:
+            async def call(message: Any, context: grpc.aio.ServicerContext) -> Any:
+                if self._drain.draining:
+                    await context.abort(grpc.StatusCode[REFUSAL.grpc_status], str(REFUSAL))
+                with self._drain.running():
+                    return await answer_call(message, context)
 
-        return grpc.unary_unary_rpc_method_handler(call, handler.request_deserializer, handler.response_serializer)
+            return call
+
+        return around(handler, wrap)

@@ -15,6 +15,7 @@ import grpc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from avex_serve.runtime.stages import Work, recorded
+from avex_serve.service.interception import Call, around
 from avex_serve.service.metrics import Metrics
 from avex_serve.service.routes import OTHER, PROBES, route_of
 from avex_serve.service.tracing import Tracing
@@ -158,18 +159,21 @@ class ObservedGrpc(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return handler
         route = details.method.lstrip("/")
 
-        async def call(message: Any, context: grpc.aio.ServicerContext) -> Any:
-            with self._observer.request("grpc", route, details.method, headers) as request:
-                await context.send_initial_metadata(((REQUEST_ID, request.id),))
-                try:
-                    answer = await handler.unary_unary(message, context)
-                except asyncio.CancelledError:
-                    request.status = grpc.StatusCode.CANCELLED.name
-                    raise
-                except BaseException:  # abort raises one of its own
-                    request.status = (context.code() or grpc.StatusCode.UNKNOWN).name
-                    raise
-                request.status = (context.code() or grpc.StatusCode.OK).name
-                return answer
+        def wrap(answer_call: Call) -> Call:
+            async def call(message: Any, context: grpc.aio.ServicerContext) -> Any:
+                with self._observer.request("grpc", route, details.method, headers) as request:
+                    await context.send_initial_metadata(((REQUEST_ID, request.id),))
+                    try:
+                        answer = await answer_call(message, context)
+                    except asyncio.CancelledError:
+                        request.status = grpc.StatusCode.CANCELLED.name
+                        raise
+                    except BaseException:  # abort raises one of its own
+                        request.status = (context.code() or grpc.StatusCode.UNKNOWN).name
+                        raise
+                    request.status = (context.code() or grpc.StatusCode.OK).name
+                    return answer
 
-        return grpc.unary_unary_rpc_method_handler(call, handler.request_deserializer, handler.response_serializer)
+            return call
+
+        return around(handler, wrap)

@@ -33,17 +33,22 @@ _NUMBER: Final[dict[str, Any]] = {
 _COUNT: Final[dict[str, Any]] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["", "null"]}]}
 _NAME: Final[dict[str, Any]] = {"type": "string"}
 _OVERLAP: Final[Options] = {"overlap": ("seconds that neighbouring windows share; less than a window", _NUMBER)}
+_AUDIO: Final[Options] = {
+    "model": ("which model to ask; needed where several are served", _NAME),
+    "version": ("of the model; its newest one by default", _NAME),
+    **_OVERLAP,
+}
 _PREDICT_ALL: Final[Options] = {
     "threshold": ("lowest score to report; 0.5 unless top_k is given", _NUMBER),
     "top_k": ("report at most so many labels a window", _COUNT),
-    **_OVERLAP,
+    **_AUDIO,
 }
 _PREDICT: Final[Options] = {
     **_PREDICT_ALL,
     "probe": ("which head of the bundle to ask; its first one by default", _NAME),
 }
 _EMBED: Final[Options] = {
-    **_OVERLAP,
+    **_AUDIO,
     "output": ("which embedding of the bundle; its first one by default", _NAME),
 }
 
@@ -77,6 +82,7 @@ def paths() -> dict[str, Any]:
     ):
         model[path] = _get("Inputs and outputs of a model", _ref("ModelMetadata"), parameters, missing=True)
         model[f"{path}/ready"] = _get("Whether a model is ready", _ref("ModelReady"), parameters, missing=True)
+        model[f"{path}/config"] = _get("How a model is served", _ANY, parameters, missing=True)
         model[f"{path}/infer"] = _infer(parameters)
     return {
         "/": {
@@ -98,6 +104,11 @@ def paths() -> dict[str, Any]:
         "/v2": _get("Name, version and extensions of the server", _ref("ServerMetadata")),
         "/v2/health/live": _get("Whether the process lives", _flag("live")),
         "/v2/health/ready": _get("Whether every model is ready", _flag("ready"), unready=_json(_flag("ready"))),
+        "/v2/repository/index": _control(
+            "The bundles on disk, and why some are not served", [], _INDEX, _READY_ONLY
+        ),
+        "/v2/repository/models/{name}/load": _control("Load a model, or anew", [_path("name")], _ANY, _ANY),
+        "/v2/repository/models/{name}/unload": _control("Serve a model no longer", [_path("name")], _ANY, _ANY),
         **model,
         "/livez": _get("Whether the process lives", None),
         "/healthz": _get("As /livez", None),
@@ -190,6 +201,13 @@ def _recording(summary: str, options: Options, answer: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _control(
+    summary: str, parameters: list[dict[str, Any]], answer: dict[str, Any], request: dict[str, Any]
+) -> dict[str, Any]:
+    operation = {"summary": summary, "parameters": parameters, "responses": _answers(_json(answer))}
+    return {"post": {**operation, "requestBody": {"content": _json(request)}}}
+
+
 def _infer(parameters: list[dict[str, Any]]) -> dict[str, Any]:
     binary = {"application/octet-stream": {"schema": _BINARY}}
     length = {
@@ -208,6 +226,11 @@ def _infer(parameters: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+_READY_ONLY: Final = _object({}, {"ready": {"type": "boolean"}})
+_INDEX: Final = {
+    "type": "array",
+    "items": _object({"name": _NAME, "version": _NAME, "state": _NAME, "reason": _NAME}),
+}
 _STRINGS: Final = {"type": "array", "items": {"type": "string"}}
 _SHAPE: Final = {"type": "array", "items": {"type": "integer"}}
 _TENSORS: Final = {

@@ -19,6 +19,7 @@ import soundfile
 
 from avex_serve import open_bundle
 from avex_serve.runtime.audio import decode
+from tests.bundles import make_slow_bundle
 
 START_SECONDS = 60
 STOP_SECONDS = 30
@@ -145,6 +146,12 @@ def embedding_server(tmp_path_factory, embedding_bundle):
     """A server of the tiny embedding bundle."""
     with running_server(tmp_path_factory.mktemp("server"), AVEX_BUNDLE=str(embedding_bundle)) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def slow_bundle(tmp_path_factory):
+    """Folder of a tiny audio bundle that takes tens of milliseconds a window."""
+    return make_slow_bundle(tmp_path_factory.mktemp("bundles") / "slow")
 
 
 @pytest.fixture(scope="session")
