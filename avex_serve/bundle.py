@@ -261,7 +261,7 @@ def _read(root: Path) -> Bundle:
         raise BundleError(f"{root} holds no {MANIFEST}; make a bundle with avex-export") from None
     try:
         raw = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{root / MANIFEST} is not JSON: {error}") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:

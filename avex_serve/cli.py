@@ -1,4 +1,7 @@
-"""``avex-serve``: answers from a bundle without a server, its verification, and the demo."""
+"""``avex-serve``: answers from a bundle without a server, its verification, the settings, and the demo.
+
+What a command needs is imported when it runs, so that those which need little answer at once.
+"""
 
 import argparse
 import io
@@ -7,13 +10,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from avex_serve.errors import AvexServeError, VerificationError
-from avex_serve.runtime.audio import decode
-from avex_serve.runtime.engine import open_bundle
-from avex_serve.runtime.results import Prediction
-from avex_serve.runtime.verification import verify_bundle
 from avex_serve.version import __version__
+
+if TYPE_CHECKING:
+    from avex_serve.runtime.results import Prediction
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _predict(arguments)
         if arguments.command == "verify":
             return _verify(arguments)
+        if arguments.command == "settings":
+            return _settings(arguments)
         from avex_serve.demo.run import run_demo
 
         run_demo()
@@ -55,12 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="run the evidence that a bundle carries again, on this machine")
     verify.add_argument("bundle", type=Path, help="made by avex-export")
     verify.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
+    settings = commands.add_parser("settings", help="every setting of the service, as the environment has it")
+    settings.add_argument("--json", action="store_true", help="as a JSON list")
     commands.add_parser("demo", help="export the demo probe, serve it and ask it over HTTP and gRPC")
     return parser
 
 
 def _predict(arguments: argparse.Namespace) -> int:
     """Answer for each file; one that can't be read doesn't keep the others from being answered."""
+    from avex_serve.runtime.audio import decode
+    from avex_serve.runtime.engine import open_bundle
+
     code = 0
     with open_bundle(arguments.bundle, arguments.device, precision=arguments.precision) as engine:
         if not engine.manifest.trained:
@@ -82,6 +92,8 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from avex_serve.runtime.verification import verify_bundle
+
     report, passed = verify_bundle(arguments.bundle, arguments.device)
     print(report)
     if not passed:
@@ -92,11 +104,19 @@ def _verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _json(path: Path, prediction: Prediction) -> str:
+def _settings(arguments: argparse.Namespace) -> int:
+    from avex_serve.service.settings_list import list_settings, table
+
+    settings = list_settings()
+    print(json.dumps([setting._asdict() for setting in settings], indent=2) if arguments.json else table(settings))
+    return 0
+
+
+def _json(path: Path, prediction: "Prediction") -> str:
     return json.dumps({"file": str(path), **prediction.model_dump(mode="json")})
 
 
-def _table(path: Path, prediction: Prediction) -> str:
+def _table(path: Path, prediction: "Prediction") -> str:
     lines = [f"{path}: {prediction.duration:.1f} s, {len(prediction.detections)} detections"]
     lines += [f"  {d.start:8.2f} {d.end:8.2f}  {d.score:6.3f}  {d.label}" for d in prediction.detections]
     return "\n".join(lines)

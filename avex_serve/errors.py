@@ -3,9 +3,17 @@
     AvexServeError
     ├── InputError            what the client sent is wrong        400  INVALID_ARGUMENT     exit 2
     │   ├── AudioError        the bytes are not usable audio       400  INVALID_ARGUMENT     exit 2
-    │   └── TensorError       a tensor's shape, type or values     400  INVALID_ARGUMENT     exit 2
+    │   ├── TensorError       a tensor's shape, type or values     400  INVALID_ARGUMENT     exit 2
+    │   └── TooLargeError     more than the service takes          413  INVALID_ARGUMENT     exit 2
     ├── NotFoundError         no such model, version, probe, file  404  NOT_FOUND            exit 2
     ├── UnsupportedError      this bundle can't answer that        400  UNIMPLEMENTED        exit 2
+    ├── AuthenticationError   no key, or one that isn't known      401  UNAUTHENTICATED
+    ├── OverloadError         no place for the request now         503  RESOURCE_EXHAUSTED
+    ├── SlowRequestError      the request didn't arrive in time    408  DEADLINE_EXCEEDED
+    ├── DeadlineError         the answer would come too late       504  DEADLINE_EXCEEDED
+    ├── ClientGoneError       nobody waits for the answer          499  CANCELLED
+    ├── ForbiddenError        the service's settings forbid it     403  PERMISSION_DENIED    exit 2
+    ├── UnavailableError      known, and not served at present     503  UNAVAILABLE          exit 3
     ├── BundleError           the folder is no whole bundle        500  FAILED_PRECONDITION  exit 3
     ├── DependencyError       an optional package is missing       500  FAILED_PRECONDITION  exit 3
     ├── ExportError           the exporter can't or won't go on    500  INTERNAL             exit 4
@@ -16,6 +24,7 @@ command. A message says what was wrong, what was expected and the remedy. The pr
 and raises what avex raises there: ``ValueError``, ``TypeError``, ``RuntimeError``, ``FileNotFoundError``.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -23,6 +32,7 @@ class AvexServeError(Exception):
     """Base of all errors of the serving and exporting side."""
 
     http_status: ClassVar[int] = 500
+    http_headers: ClassVar[Mapping[str, str]] = {}
     grpc_status: ClassVar[str] = "INTERNAL"
     exit_code: ClassVar[int] = 1
 
@@ -43,6 +53,12 @@ class TensorError(InputError):
     """A tensor has the wrong shape, type or values."""
 
 
+class TooLargeError(InputError):
+    """A body, a recording or a document is larger than the service takes."""
+
+    http_status = 413
+
+
 class NotFoundError(AvexServeError):
     """No such model, version, probe or file."""
 
@@ -57,6 +73,60 @@ class UnsupportedError(AvexServeError):
     http_status = 400
     grpc_status = "UNIMPLEMENTED"
     exit_code = 2
+
+
+class AuthenticationError(AvexServeError):
+    """The request carries no key, or one that isn't known."""
+
+    http_status = 401
+    http_headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": "Bearer"}
+    grpc_status = "UNAUTHENTICATED"
+
+
+class OverloadError(AvexServeError):
+    """The service has no place for the request now; it may be sent again."""
+
+    http_status = 503
+    http_headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class SlowRequestError(AvexServeError):
+    """The request's body didn't arrive in time."""
+
+    http_status = 408
+    http_headers: ClassVar[Mapping[str, str]] = {"Connection": "close"}
+    grpc_status = "DEADLINE_EXCEEDED"
+
+
+class DeadlineError(AvexServeError):
+    """The answer would come later than the client or the service allows."""
+
+    http_status = 504
+    grpc_status = "DEADLINE_EXCEEDED"
+
+
+class ClientGoneError(AvexServeError):
+    """The client has gone: nobody waits for the answer."""
+
+    http_status = 499  # nginx's number for it; nobody receives it, and logs show it
+    grpc_status = "CANCELLED"
+
+
+class ForbiddenError(AvexServeError):
+    """The settings of the service forbid that request."""
+
+    http_status = 403
+    grpc_status = "PERMISSION_DENIED"
+    exit_code = 2
+
+
+class UnavailableError(AvexServeError):
+    """The service, or a model that it knows, doesn't answer at present."""
+
+    http_status = 503
+    grpc_status = "UNAVAILABLE"
+    exit_code = 3
 
 
 class BundleError(AvexServeError):

@@ -51,6 +51,34 @@ def make_embedding_bundle(target: Path, name: str = "tiny-offline", reads: str |
     )
 
 
+def make_slow_bundle(target: Path, name: str = "slow") -> Path:
+    """An audio bundle that takes tens of milliseconds a window, for a product with a large matrix, 300 times."""
+    random = np.random.default_rng(0)
+    make_audio_bundle(target, name)
+    model = onnx.load(str(target / ONNX))
+    many = random.normal(size=(WINDOW, WINDOW)).astype(np.float32) / WINDOW
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.array([1], np.int64), "axis"),
+            numpy_helper.from_array(np.array([1, 300, 1], np.int64), "times"),
+            numpy_helper.from_array(many, "many"),
+        ]
+    )
+    first = model.graph.node[0]
+    model.graph.node.remove(first)
+    slow = [
+        helper.make_node("Unsqueeze", ["waveform", "axis"], ["row"]),
+        helper.make_node("Tile", ["row", "times"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "many"], ["products"]),
+        helper.make_node("ReduceMean", ["products", "axis"], ["mixed"], keepdims=0),
+        helper.make_node("MatMul", ["mixed", first.input[1]], list(first.output)),
+    ]
+    nodes = [*slow, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return replace_file(target, ONNX, model.SerializeToString())
+
+
 def make_probes_bundle(target: Path, name: str = "tiny-probes") -> Path:
     """Two heads on one embedding, "birds" with the usual labels and "noise" with two of its own."""
     heads = [

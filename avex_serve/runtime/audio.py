@@ -10,8 +10,11 @@ import soundfile
 import soxr
 
 from avex_serve.errors import AudioError, NotFoundError
+from avex_serve.runtime import allowance
+from avex_serve.runtime.stages import DECODE, RESAMPLE, stage
 
-BLOCK_FRAMES: Final = 2**20  # 22 s at 48 kHz
+BLOCK_SAMPLES: Final = 2**20  # of all channels; 22 s at 48 kHz, mono
+UNKNOWN_FRAMES: Final = 2**63 - 1  # libsndfile's count for streams whose header doesn't say
 # Recorders lie well within, from infrasound to sonar. A damaged header doesn't, and a rate of 1 Hz would make a
 # small upload grow 16,000-fold when it is resampled.
 RATES: Final = (100, 10_000_000)  # Hz
@@ -27,6 +30,7 @@ class Recording(NamedTuple):
     sample_rate: int  # Hz
 
 
+@stage(DECODE)
 def decode(source: bytes | str | os.PathLike[str]) -> Recording:
     """Decode an encoded recording (WAV, FLAC, OGG, MP3: what libsndfile reads) and mix it down to mono.
 
@@ -39,6 +43,7 @@ def decode(source: bytes | str | os.PathLike[str]) -> Recording:
     Raises:
         NotFoundError: no such file.
         AudioError: empty, not audio, truncated within the header, no samples, or samples that are not finite.
+        TooLargeError: longer or larger than the current allowance has it.
     """
     if isinstance(source, bytes):
         return _decode(_Bytes(source), "the audio", len(source))
@@ -82,9 +87,16 @@ def _declared_size(head: bytes) -> int | None:
 
 
 def _read_mono(sound: soundfile.SoundFile) -> Wave:
+    granted = allowance.current()
+    promised = 0 if sound.frames == UNKNOWN_FRAMES else sound.frames
+    granted.check_recording(promised, sound.channels, sound.samplerate)
     # In blocks: reading at once allocates what the header promises, terabytes in a damaged FLAC or MP3.
-    blocks = [np.zeros(0, np.float32)]
-    while len(samples := sound.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):  # (frames, channels)
+    frames, blocks = 0, [np.zeros(0, np.float32)]
+    size = max(1, BLOCK_SAMPLES // sound.channels)
+    while len(samples := sound.read(size, dtype="float32", always_2d=True)):  # (frames, channels)
+        frames += len(samples)
+        granted.check_recording(frames, sound.channels, sound.samplerate)
+        granted.checkpoint()
         blocks.append(downmix(samples))
     return np.concatenate(blocks)
 
@@ -139,7 +151,8 @@ def resample(wave: Wave, source_rate: int, target_rate: int) -> Wave:
     lowest, highest = RATES
     if not lowest <= source_rate <= highest:
         raise AudioError(f"sample rate {source_rate!r}; expected {lowest} to {highest} Hz")
-    resampled: np.ndarray = soxr.resample(wave, source_rate, target_rate, quality="HQ")
+    with stage(RESAMPLE):
+        resampled: np.ndarray = soxr.resample(wave, source_rate, target_rate, quality="HQ")
     if resampled.size == 0:  # fewer input samples than half an output sample
         raise AudioError(f"{wave.size} samples at {source_rate} Hz are nothing at {target_rate} Hz; send more audio")
     return np.ascontiguousarray(resampled, dtype=np.float32)

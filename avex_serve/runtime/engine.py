@@ -12,9 +12,12 @@ import numpy as np
 
 from avex_serve.bundle import AudioSpec, Bundle, EmbeddingInfo, Manifest, ProbeInfo, check_files, read_manifest
 from avex_serve.errors import BundleError, NotFoundError, TensorError, UnsupportedError
-from avex_serve.runtime import audio, results
+from avex_serve.runtime import allowance, audio, results
 from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.backend import Backend, open_backend
+from avex_serve.runtime.batcher import batched
+from avex_serve.runtime.cores import usable_cores
+from avex_serve.runtime.stages import in_pool
 from avex_serve.runtime.windows import WindowPlan, plan_windows
 
 # One batch (B, …) of each input of the graph.
@@ -35,19 +38,26 @@ class WindowEmbeddings(NamedTuple):
     embeddings: np.ndarray  # (N, D), or (N, T, D) of a bundle for heads that read sequences; float32
 
 
+class Heard(NamedTuple):
+    """What a graph answers for a recording."""
+
+    plan: WindowPlan
+    overlap: float  # of neighbouring windows, seconds
+    outputs: dict[str, np.ndarray]  # by name, each (N, …) float32 with a row a window
+
+
 class Engine:
     """A bundle, its backend and the way from a recording to detections.
 
     Use it as a context manager, or call `close`. Calls from several threads at once are allowed.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, threads: int | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
         # One call of the backend uses one core: this is where a recording's windows spread over the cores.
-        # Linux alone knows how many of the machine's cores this process may use.
-        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="avex-infer")
+        self.threads = threads or usable_cores()
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="avex-infer")
 
     def __enter__(self) -> Self:
         return self
@@ -95,8 +105,7 @@ class Engine:
             NotFoundError: no such probe.
             UnsupportedError: the bundle takes embeddings, not audio, or has no head.
         """
-        recording = Recording(wave, sample_rate)
-        (prediction,) = self._predict([self.probe(probe)], recording, threshold, top_k, overlap)
+        (prediction,) = self._predict([self.probe(probe)], wave, sample_rate, threshold, top_k, overlap)
         return prediction
 
     def predict_all(
@@ -110,34 +119,40 @@ class Engine:
     ) -> list[results.Prediction]:
         """Ask all heads in one pass of the backbone; arguments and errors as in `predict`."""
         self.probe(None)
-        heads = self.manifest.probes
-        return self._predict(heads, Recording(wave, sample_rate), threshold, top_k, overlap)
+        return self._predict(self.manifest.probes, wave, sample_rate, threshold, top_k, overlap)
 
     def _predict(
         self,
         heads: Sequence[ProbeInfo],
-        recording: Recording,
+        wave: np.ndarray,
+        sample_rate: int,
         threshold: float | None,
         top_k: int | None,
         overlap: float,
     ) -> list[results.Prediction]:
         selections = [results.Selection.of(results.score_scale(h.activation), threshold, top_k) for h in heads]
-        plan, batches = self._windows(recording, overlap)
-        outputs = self._outputs([head.logits for head in heads], batches)
+        heard = self.hear(wave, sample_rate, [head.logits for head in heads], overlap=overlap)
         return [
-            results.Prediction(
-                **self._answer(head),
-                **_timing(plan, overlap),
-                score_scale=results.score_scale(head.activation),
-                detections=results.detect(
-                    plan.spans,
-                    results.activate(outputs[head.logits], head.activation),
-                    self.bundle.labels[head.name],
-                    selection,
-                ),
-            )
+            self.prediction(head, heard, heard.outputs[head.logits], selection)
             for head, selection in zip(heads, selections, strict=True)
         ]
+
+    def hear(self, wave: np.ndarray, sample_rate: int, outputs: Sequence[str], *, overlap: float = 0.0) -> Heard:
+        """The outputs of these names for a recording, in one pass; other arguments and errors as in `predict`."""
+        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
+        return Heard(plan, overlap, self._outputs(list(outputs), batches))
+
+    def prediction(
+        self, head: ProbeInfo, heard: Heard, logits: np.ndarray, selection: results.Selection
+    ) -> results.Prediction:
+        """What a head of this bundle says by its logits (N, C) of a recording, whichever engine heard it."""
+        scores = results.activate(logits, head.activation)
+        return results.Prediction(
+            **self._answer(head),
+            **_timing(heard.plan, heard.overlap),
+            score_scale=results.score_scale(head.activation),
+            detections=results.detect(heard.plan.spans, scores, self.bundle.labels[head.name], selection),
+        )
 
     def score(
         self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, probe: str | None = None
@@ -306,6 +321,7 @@ class Engine:
         wave = audio.check_wave(recording.wave)
         wave = audio.resample(wave, recording.sample_rate, spec.sample_rate)
         plan = plan_windows(wave.size, spec.window_samples, spec.sample_rate, overlap, spec.shortest_samples)
+        allowance.current().check_windows(len(plan.starts))
         return plan, plan.batches(wave, self.backend.max_batch, masked=self.manifest.masked)
 
     def _audio_spec(self) -> AudioSpec:
@@ -335,14 +351,19 @@ class Engine:
 
     def _run(self, batches: Iterable[Inputs]) -> Iterator[dict[str, np.ndarray]]:
         # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
-        ahead = 2 * self._threads
+        ahead = 2 * self.threads
         waiting: deque[Future[dict[str, np.ndarray]]] = deque()
-        for batch in batches:
-            waiting.append(self._pool.submit(self.backend.run, *batch))
-            if len(waiting) >= ahead:
+        try:
+            for batch in batches:
+                allowance.current().checkpoint()
+                waiting.append(self._pool.submit(in_pool(self.backend.run, self.manifest.name), *batch))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # none, unless an error ended the loop
+                future.cancel()
 
     def _answer(self, head: ProbeInfo) -> "_AnswerFields":
         return {
@@ -375,13 +396,16 @@ def _chunks(inputs: Inputs, size: int) -> Iterator[Inputs]:
     return (tuple(batch[start : start + size] for batch in inputs) for start in range(0, len(inputs[0]), size))
 
 
-def open_bundle(directory: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto") -> Engine:
+def open_bundle(
+    directory: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto", threads: int | None = None
+) -> Engine:
     """Open a bundle: check that it is whole and load its graph.
 
     Args:
         directory: made by ``avex-export``.
         device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript) or ``auto`` (cuda where it works).
         precision: ``float32``, ``int8`` or ``auto`` (int8 on the CPU where the bundle has it).
+        threads: that infer side by side; as many as the cores that may be used by default.
 
     Raises:
         BundleError: not a whole bundle, or no graph in it for that device and precision.
@@ -397,4 +421,4 @@ def open_bundle(directory: str | os.PathLike[str], device: str = "auto", *, prec
             checking.result()  # a changed file is the better reason
             raise
         checking.result()
-    return Engine(bundle, backend)
+    return Engine(bundle, batched(backend), threads)

@@ -9,32 +9,56 @@ paths are answered by `avex_serve.service.http`.
 
 import logging
 import os
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import bentoml
+from anyio import to_thread
 
-from avex_serve.bundle import read_bundle
 from avex_serve.errors import AvexServeError
+from avex_serve.runtime import linked
 from avex_serve.runtime.audio import decode
+from avex_serve.runtime.cores import threads_of_worker
 from avex_serve.runtime.engine import Engine, open_bundle
+from avex_serve.runtime.folders import check_any
+from avex_serve.runtime.repository import Repository
 from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
+from avex_serve.service import oip_repository
+from avex_serve.service.desk import Desk
+from avex_serve.service.drain import Drain, DrainingGrpc, DrainingHttp
+from avex_serve.service.gate import Gate, http_time_limit
 from avex_serve.service.grpc import GrpcServer, check_port_is_free
+from avex_serve.service.grpc_gate import server_credentials
 from avex_serve.service.http import OwnRoutes
+from avex_serve.service.http_gate import HttpGate
+from avex_serve.service.keys import Keys
+from avex_serve.service.logs import configure_logs
+from avex_serve.service.metrics import Metrics
+from avex_serve.service.observe import ObservedGrpc, ObservedHttp, Observer
 from avex_serve.service.oip import from_numbers
+from avex_serve.service.pages import Pages
 from avex_serve.service.settings import Settings
+from avex_serve.service.tracing import Tracing
 
 logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the information of loggers that are not its own
 
 STARTUP_FAILED: Final = 3  # exit code, uvicorn's for this case
 
 
-@bentoml.service
+# Metrics and the log of requests are ours: see docs/decisions/operation.md.
+@bentoml.service(
+    traffic={"timeout": http_time_limit()}, metrics={"enabled": False}, logging={"access": {"enabled": False}}
+)
 class AvexService:
-    """Names the sounds in recordings, with the bundle that AVEX_BUNDLE points at."""
+    """Names the sounds in recordings, with the bundles that AVEX_BUNDLE points at."""
 
     _grpc: GrpcServer | None = None
+
+    def __init__(self) -> None:
+        if bentoml.server_context.worker_index is not None:  # in BentoML's server, not in somebody's program
+            configure_logs(self.settings.log_format)
 
     @cached_property
     def settings(self) -> Settings:
@@ -42,9 +66,51 @@ class AvexService:
         return Settings.from_environment()
 
     @cached_property
-    def engine(self) -> Engine:
-        """The engine, opened on first use: BentoML's supervisor, which imports this module too, does without."""
-        return open_bundle(self.settings.bundle, self.settings.device, precision=self.settings.precision)
+    def desk(self) -> Desk:
+        """The bundles, opened on first use: BentoML's supervisor, which imports this module too, does without."""
+        return Desk(Repository(self.settings.bundle, self._open), self.settings.model_control)
+
+    def _open(self, folder: Path) -> Engine:
+        settings = self.settings
+        threads = settings.threads or threads_of_worker(_workers())
+        return open_bundle(folder, settings.device, precision=settings.precision, threads=threads)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """The metrics of this process."""
+        return Metrics(self.served)
+
+    @cached_property
+    def tracing(self) -> Tracing:
+        """The spans of this process."""
+        return Tracing.from_environment()
+
+    @cached_property
+    def observer(self) -> Observer:
+        """What notes each request."""
+        return Observer(self.metrics, self.tracing)
+
+    @cached_property
+    def drain(self) -> Drain:
+        """What ends this process in order."""
+        return Drain(self.settings.drain_seconds)
+
+    def served(self) -> AbstractContextManager[list[Engine]]:
+        """The engines that are served, lent for the length of a block."""
+        return self.desk.repository.lease_those(lambda _: True)
+
+    def ready(self) -> bool:
+        """Whether requests are taken: models are served, each of which has answered once, and it isn't ending."""
+        return not self.drain.draining and oip_repository.server_ready(self.desk.repository)
+
+    async def __is_ready__(self) -> bool:
+        """What BentoML asks for `/readyz`."""
+        return self.ready()
+
+    @cached_property
+    def gate(self) -> Gate:
+        """What requests pass before they are answered."""
+        return Gate.from_settings(self.settings)
 
     @bentoml.api
     def predict(
@@ -54,22 +120,54 @@ class AvexService:
         top_k: int | None = None,
         overlap: float = 0.0,
         probe: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
     ) -> Prediction:
         """Name the sounds in a recording (WAV, FLAC, OGG, MP3)."""
-        return self.engine.predict(*decode(audio), threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
+        return linked.predict(
+            self.desk.repository,
+            *decode(audio),
+            model=model,
+            version=version,
+            threshold=threshold,
+            top_k=top_k,
+            overlap=overlap,
+            probe=probe,
+        )
 
     @bentoml.api
     def predict_all(
-        self, audio: Path, threshold: float | None = None, top_k: int | None = None, overlap: float = 0.0
+        self,
+        audio: Path,
+        threshold: float | None = None,
+        top_k: int | None = None,
+        overlap: float = 0.0,
+        model: str | None = None,
+        version: str | None = None,
     ) -> Predictions:
-        """What all probes of the bundle hear in a recording, in one pass of the backbone."""
-        answers = self.engine.predict_all(*decode(audio), threshold=threshold, top_k=top_k, overlap=overlap)
-        return Predictions(predictions=answers)
+        """What the probes of a bundle hear, and all that read its embeddings, in one pass of the backbone."""
+        return linked.predict_all(
+            self.desk.repository,
+            *decode(audio),
+            model=model,
+            version=version,
+            threshold=threshold,
+            top_k=top_k,
+            overlap=overlap,
+        )
 
     @bentoml.api
-    def embed(self, audio: Path, overlap: float = 0.0, output: str | None = None) -> Embedding:
+    def embed(
+        self,
+        audio: Path,
+        overlap: float = 0.0,
+        output: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
+    ) -> Embedding:
         """The embeddings of a recording, one a window."""
-        return self.engine.embedding_document(*decode(audio), overlap=overlap, output=output)
+        with self.desk.repository.lease(model, version) as engine:
+            return engine.embedding_document(*decode(audio), overlap=overlap, output=output)
 
     @bentoml.api
     def classify(
@@ -78,62 +176,84 @@ class AvexService:
         threshold: float | None = None,
         top_k: int | None = None,
         probe: str | None = None,
+        model: str | None = None,
+        version: str | None = None,
     ) -> Classification:
         """Ask the head about embeddings, (batch, dim) or (batch, time, dim); for embedding bundles."""
         array = from_numbers("embeddings", embeddings)
-        return self.engine.classify(array, threshold=threshold, top_k=top_k, probe=probe)
+        with self.desk.repository.lease(model, version) as engine:
+            return engine.classify(array, threshold=threshold, top_k=top_k, probe=probe)
 
     @bentoml.on_deployment
     @staticmethod
     def check() -> None:
-        """Before any worker starts: refuse bad settings, a bundle that is not whole and a port that is taken."""
+        """Before any worker starts: refuse bad settings, folders without a whole bundle and a port that is taken."""
         try:
             settings = Settings.from_environment()
-            read_bundle(settings.bundle)
+            configure_logs(settings.log_format)
+            check_any(settings.bundle)
             check_port_is_free(settings)
+            Keys.from_settings(settings)
+            server_credentials(settings)
         except AvexServeError as error:
             raise SystemExit(f"avex-serve: {error}") from None
 
     @bentoml.on_startup
     async def start(self) -> None:
-        """In each worker: open the engine, serve gRPC beside HTTP and say what is served."""
+        """In each worker: open the bundles, serve gRPC beside HTTP and look for new bundles from then on."""
+        settings = self.settings
         try:
-            engine = self.engine
-            self._grpc = await GrpcServer.start(engine, self.settings)
+            desk = self.desk
+            interceptors = [ObservedGrpc(self.observer), DrainingGrpc(self.drain)]
+            self._grpc = await GrpcServer.start(desk, settings, self.gate, self.ready, interceptors)
         except AvexServeError as error:
             logger.error("can't start: %s", error)
             # An exception would be printed with its traceback, once by Starlette and once more by uvicorn.
             os._exit(STARTUP_FAILED)
-        _announce(engine, self.settings)
+        self.drain.on_signals(self._grpc.announce_end)
+        if settings.reload_seconds:
+            desk.repository.watch(settings.reload_seconds)
+        logger.info(
+            "gRPC listens on %s; to serve another bundle: "
+            "AVEX_BUNDLE=dir bentoml serve avex_serve.service:AvexService",
+            settings.grpc_address,
+        )
 
     @bentoml.on_shutdown
     async def stop(self) -> None:
-        """End gRPC and the engine, after HTTP has ended."""
+        """End gRPC and the engines, after HTTP has ended."""
         if self._grpc is not None:
             await self._grpc.stop()
-        self.engine.close()
+        self.gate.admission.close()
+        self.desk.repository.close()
+        await to_thread.run_sync(self.tracing.close)
 
 
-def _announce(engine: Engine, settings: Settings) -> None:
-    manifest = engine.manifest
-    logger.info(
-        "serving bundle %s, version %s, from %s on %s (%s); gRPC listens on %s; "
-        "to serve another bundle: AVEX_BUNDLE=dir bentoml serve avex_serve.service:AvexService",
-        manifest.name,
-        manifest.version,
-        settings.bundle,
-        engine.backend.device,
-        engine.backend.format,
-        settings.grpc_address,
-    )
-    if not manifest.trained:
-        logger.warning("bundle %s has random weights: its answers mean nothing", manifest.name)
+def _workers() -> int:
+    """How many processes serve, as BentoML is configured; 1 outside of its server."""
+    if bentoml.server_context.worker_index is None:
+        return 1
+    # BentoML tells a worker its own number and not how many there are.
+    from bentoml._internal.configuration.containers import BentoMLContainer
+    from bentoml._internal.resource import system_resources
+
+    services = BentoMLContainer.config.services.get()
+    workers = (services.get(AvexService.name) or {}).get("workers") or 1
+    return int(system_resources()["cpu"]) or 1 if workers == "cpu_count" else int(workers)
 
 
-def _current_engine() -> Engine:
-    service: Any = bentoml.get_current_service()
-    engine: Engine = service.engine
-    return engine
+def _current() -> Any:
+    return bentoml.get_current_service()
 
 
-AvexService.add_asgi_middleware(OwnRoutes, engine=_current_engine)
+# The first one is the outermost.
+AvexService.add_asgi_middleware(ObservedHttp, observer=lambda: _current().observer)
+AvexService.add_asgi_middleware(DrainingHttp, drain=lambda: _current().drain)
+AvexService.add_asgi_middleware(HttpGate, gate=lambda: _current().gate)
+AvexService.add_asgi_middleware(
+    Pages,
+    served=lambda: _current().served(),
+    metrics=lambda: _current().metrics,
+    grpc_port=lambda: _current().settings.grpc_port,
+)
+AvexService.add_asgi_middleware(OwnRoutes, desk=lambda: _current().desk, ready=lambda: _current().ready())

@@ -2,30 +2,31 @@
 
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Final
 
 import grpc
 import numpy as np
-from anyio import to_thread
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2
 
-from avex_serve.errors import AvexServeError, InputError, TensorError, UnsupportedError
-from avex_serve.runtime.engine import Engine
-from avex_serve.service import oip
+from avex_serve.errors import AvexServeError, InputError, TensorError
+from avex_serve.service import oip, oip_repository
+from avex_serve.service.desk import Desk
+from avex_serve.service.gate import Gate
+from avex_serve.service.grpc_gate import GrpcGate, server_credentials
 from avex_serve.service.grpc_messages import SERVICE, message_class
 from avex_serve.service.options import validated
 from avex_serve.service.settings import Settings
 
 logger = logging.getLogger("bentoml.avex_serve")
 
-# gRPC's own default of 4 MiB holds 22 s of 16-bit stereo at 48 kHz; this holds 11 minutes.
-MAX_REQUEST_BYTES: Final = 128 * 2**20
 # A status travels in a header, and clients take 8 KiB of headers: a longer one would arrive as another error.
 MAX_DETAILS: Final = 1000
-GRACE_SECONDS: Final = 10.0  # that running calls get at shutdown
+GRACE_SECONDS: Final = 1.0  # for answers to leave: calls have ended by then, see `avex_serve.service.drain`
 
 Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
@@ -38,23 +39,42 @@ class GrpcServer:
         self._health = servicer
 
     @classmethod
-    async def start(cls, engine: Engine, settings: Settings) -> "GrpcServer":
-        """Serve the engine.
+    async def start(
+        cls,
+        desk: Desk,
+        settings: Settings,
+        gate: Gate,
+        ready: Callable[[], bool],
+        interceptors: Sequence[grpc.aio.ServerInterceptor],
+    ) -> "GrpcServer":
+        """Serve what the desk has.
+
+        Args:
+            desk: what answers.
+            settings: where to listen.
+            gate: what calls pass last.
+            ready: whether the service takes requests.
+            interceptors: what calls pass before the gate, the first one first.
 
         Raises:
-            InputError: the address can't be listened on.
+            InputError: the address can't be listened on, or the certificate can't be used.
         """
+        credentials = server_credentials(settings)
         server = grpc.aio.server(
+            interceptors=[*interceptors, GrpcGate(gate)],
             options=[
                 ("grpc.so_reuseport", 1),  # workers share the port
-                ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+                ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
-            ]
+            ],
         )
         servicer = health.aio.HealthServicer()
-        server.add_generic_rpc_handlers((_inference(oip.Model(engine)), _health(servicer)))
+        server.add_generic_rpc_handlers((_inference(desk, ready), _health(servicer)))
         try:
-            server.add_insecure_port(settings.grpc_address)
+            if credentials is None:
+                server.add_insecure_port(settings.grpc_address)
+            else:
+                server.add_secure_port(settings.grpc_address, credentials)
         except RuntimeError as error:
             raise InputError(f"gRPC can't listen on {settings.grpc_address}: {error}") from None
         await server.start()
@@ -62,9 +82,12 @@ class GrpcServer:
             await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
         return cls(server, servicer)
 
-    async def stop(self) -> None:
-        """Say NOT_SERVING, let running calls end, and stop."""
+    async def announce_end(self) -> None:
+        """Say NOT_SERVING to whoever asks for the health or watches it."""
         await self._health.enter_graceful_shutdown()
+
+    async def stop(self) -> None:
+        """Stop; streams of watchers are cut off."""
         await self._server.stop(GRACE_SECONDS)
 
 
@@ -89,48 +112,72 @@ def check_port_is_free(settings: Settings) -> None:
 class _Servicer:
     """The methods of the protocol."""
 
-    def __init__(self, model: oip.Model) -> None:
-        self._model = model
+    def __init__(self, desk: Desk, ready: Callable[[], bool]) -> None:
+        self._desk = desk
+        self._ready = ready
+        self._repository = desk.repository
 
     async def server_live(self, _: Any) -> Message:
         return message_class("ServerLiveResponse")(live=True)
 
     async def server_ready(self, _: Any) -> Message:
-        return message_class("ServerReadyResponse")(ready=True)
+        return message_class("ServerReadyResponse")(ready=self._ready())
 
     async def server_metadata(self, _: Any) -> Message:
         return message_class("ServerMetadataResponse")(**oip.server_metadata())
 
     async def model_ready(self, request: Any) -> Message:
-        self._model.check_name(request.name, request.version)
-        return message_class("ModelReadyResponse")(ready=True)
+        ready = oip_repository.model_ready(self._repository, request.name, request.version)
+        return message_class("ModelReadyResponse")(ready=ready and self._ready())
 
     async def model_metadata(self, request: Any) -> Message:
-        self._model.check_name(request.name, request.version)
-        return message_class("ModelMetadataResponse")(**asdict(self._model.metadata()))
+        with self._model(request.name, request.version) as model:
+            fields = asdict(model.metadata())
+        del fields["parameters"]
+        return message_class("ModelMetadataResponse")(**fields)
+
+    async def model_config(self, request: Any) -> Message:
+        with self._model(request.name, request.version) as model:
+            return message_class("ModelConfigResponse")(config=model.config())
+
+    async def repository_index(self, request: Any) -> Message:
+        models = oip_repository.index(self._repository, ready=request.ready)
+        return message_class("RepositoryIndexResponse")(models=models)
+
+    async def repository_model_load(self, request: Any) -> Message:
+        oip_repository.check_load_parameters(request.parameters)
+        await self._desk.load(request.model_name)
+        return message_class("RepositoryModelLoadResponse")()
+
+    async def repository_model_unload(self, request: Any) -> Message:
+        await self._desk.unload(request.model_name)
+        return message_class("RepositoryModelUnloadResponse")()
 
     async def model_infer(self, request: Any) -> Message:
-        response: Message = await to_thread.run_sync(self._infer, request)
+        response: Message = await self._desk.serve(partial(self._infer, request))
         return response
 
     def _infer(self, request: Any) -> Any:
-        self._model.check_name(request.model_name, request.model_version)
-        answer = self._model.infer(_parse(request))
+        with self._model(request.model_name, request.model_version) as model:
+            answer = model.infer(_parse(request))
         response: Any = message_class("ModelInferResponse")(
-            model_name=self._model.name, model_version=self._model.version, id=request.id
+            model_name=model.name, model_version=model.version, id=request.id
         )
-        for key, text in answer.parameters.items():
-            response.parameters[key].string_param = text
-        for name, array in answer.outputs.items():
-            response.outputs.add(name=name, datatype=oip.FP32, shape=array.shape)
-            response.raw_output_contents.append(oip.to_raw(array))
+        for key, value in answer.parameters.items():
+            field = "bool_param" if isinstance(value, bool) else "string_param"
+            setattr(response.parameters[key], field, value)
+        for name, tensor in answer.outputs.items():
+            response.outputs.add(name=name, datatype=tensor.datatype, shape=tensor.array.shape)
+            response.raw_output_contents.append(oip.to_raw(tensor))
         return response
+
+    def _model(self, name: str, version: str) -> AbstractContextManager[oip.Model]:
+        return oip_repository.leased_model(self._repository, name, version)
 
 
 def _parse(request: Any) -> oip.InferRequest:
-    for tensor in (*request.inputs, *request.outputs):
-        if "shared_memory_region" in tensor.parameters:
-            raise UnsupportedError(f"{tensor.name!r}: shared memory is not offered; send the tensor itself")
+    for tensor in request.inputs:
+        oip.refuse_shared_memory(tensor.name, tensor.parameters)
     raw = list(request.raw_input_contents)
     if raw and len(raw) != len(request.inputs):
         raise TensorError(f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs; send one for each")
@@ -142,7 +189,7 @@ def _parse(request: Any) -> oip.InferRequest:
         inputs.append(oip.InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
     return oip.InferRequest(
         inputs=inputs,
-        outputs=[output.name for output in request.outputs],
+        outputs=[oip.parse_output(output.name, _parameters(output)) for output in request.outputs],
         parameters=validated(oip.InferParameters, _parameters(request)),
     )
 
@@ -156,34 +203,39 @@ def _typed_contents(tensor: Any) -> np.ndarray | list[bytes]:
     return np.array(tensor.contents.fp32_contents, dtype=np.float32)
 
 
-def _parameters(request: Any) -> dict[str, Any]:
+def _parameters(message: Any) -> dict[str, Any]:
     values = {}
-    for key, parameter in request.parameters.items():
+    for key, parameter in message.parameters.items():
         if choice := parameter.WhichOneof("parameter_choice"):
             values[key] = getattr(parameter, choice)
     return values
 
 
-def _inference(model: oip.Model) -> grpc.GenericRpcHandler:
-    servicer = _Servicer(model)
+def _inference(desk: Desk, ready: Callable[[], bool]) -> grpc.GenericRpcHandler:
+    servicer = _Servicer(desk, ready)
     methods: dict[str, Callable[[Any], Awaitable[Message]]] = {
         "ServerLive": servicer.server_live,
         "ServerReady": servicer.server_ready,
         "ServerMetadata": servicer.server_metadata,
         "ModelReady": servicer.model_ready,
         "ModelMetadata": servicer.model_metadata,
+        "ModelConfig": servicer.model_config,
+        "RepositoryIndex": servicer.repository_index,
+        "RepositoryModelLoad": servicer.repository_model_load,
+        "RepositoryModelUnload": servicer.repository_model_unload,
         "ModelInfer": servicer.model_infer,
     }
-    return grpc.method_handlers_generic_handler(
-        SERVICE,
-        {
-            name: grpc.unary_unary_rpc_method_handler(
-                _decoded(message_class(f"{name}Request"), _guarded(name, method)),
-                response_serializer=message_class(f"{name}Response").SerializeToString,
-            )
-            for name, method in methods.items()
-        },
-    )
+    handlers = {
+        name: grpc.unary_unary_rpc_method_handler(
+            _decoded(message_class(f"{name}Request"), _guarded(name, method)),
+            response_serializer=message_class(f"{name}Response").SerializeToString,
+        )
+        for name, method in methods.items()
+    }
+    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(_refusal(oip_repository.NO_STREAM))
+    for name, reason in oip_repository.REFUSED_METHODS.items():
+        handlers[name] = grpc.unary_unary_rpc_method_handler(_refusal(reason))
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
 def _health(servicer: health.aio.HealthServicer) -> grpc.GenericRpcHandler:
@@ -212,6 +264,13 @@ def _guarded(name: str, method: Callable[[Any], Awaitable[Message]]) -> Method:
             status, details = grpc.StatusCode.INTERNAL, "unexpected error; the server's log has the details"
         await context.abort(status, details)
         raise AssertionError("abort raises")
+
+    return call
+
+
+def _refusal(reason: str) -> Method:
+    async def call(_: Any, context: grpc.aio.ServicerContext) -> None:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, reason)
 
     return call
 

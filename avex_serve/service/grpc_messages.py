@@ -14,7 +14,7 @@ PACKAGE: Final = "inference"
 SERVICE: Final = "inference.GRPCInferenceService"
 
 # message: fields as "[repeated|map] type name = number"; a map's key is a string. Types in capitals are messages
-# of the same package. The fields of InferParameter are one oneof.
+# of the same package, or the enumeration below. Of ModelConfig these are the fields that mean something here.
 _TABLE: Final = {
     "ServerLiveRequest": "",
     "ServerLiveResponse": "bool live = 1",
@@ -29,6 +29,24 @@ _TABLE: Final = {
         repeated ModelMetadataResponse.TensorMetadata inputs = 4;
         repeated ModelMetadataResponse.TensorMetadata outputs = 5""",
     "ModelMetadataResponse.TensorMetadata": "string name = 1; string datatype = 2; repeated int64 shape = 3",
+    "ModelConfigRequest": "string name = 1; string version = 2",
+    "ModelConfigResponse": "ModelConfig config = 1",
+    "ModelConfig": """string name = 1; string platform = 2; string backend = 17; int32 max_batch_size = 4;
+        repeated ModelInput input = 5; repeated ModelOutput output = 6; map ModelParameter parameters = 14""",
+    "ModelInput": "string name = 1; DataType data_type = 2; repeated int64 dims = 4",
+    "ModelOutput": "string name = 1; DataType data_type = 2; repeated int64 dims = 3",
+    "ModelParameter": "string string_value = 1",
+    "RepositoryIndexRequest": "string repository_name = 1; bool ready = 2",
+    "RepositoryIndexResponse": "repeated RepositoryIndexResponse.ModelIndex models = 1",
+    "RepositoryIndexResponse.ModelIndex": "string name = 1; string version = 2; string state = 3; string reason = 4",
+    "RepositoryModelLoadRequest": """string repository_name = 1; string model_name = 2;
+        map ModelRepositoryParameter parameters = 3""",
+    "RepositoryModelLoadResponse": "",
+    "RepositoryModelUnloadRequest": """string repository_name = 1; string model_name = 2;
+        map ModelRepositoryParameter parameters = 3""",
+    "RepositoryModelUnloadResponse": "",
+    "ModelRepositoryParameter": """bool bool_param = 1; int64 int64_param = 2; string string_param = 3;
+        bytes bytes_param = 4""",
     "InferParameter": """bool bool_param = 1; int64 int64_param = 2; string string_param = 3;
         double double_param = 4; uint64 uint64_param = 5""",
     "InferTensorContents": """repeated bool bool_contents = 1; repeated int32 int_contents = 2;
@@ -48,6 +66,10 @@ _TABLE: Final = {
         map InferParameter parameters = 4; InferTensorContents contents = 5""",
 }
 
+_ONE_OF: Final = ("InferParameter", "ModelRepositoryParameter")  # their fields are alternatives
+_ENUM: Final = "DataType"
+_ENUM_VALUES: Final = {"TYPE_INVALID": 0, "TYPE_FP32": 11}  # of Triton's those that are used
+
 _Field = descriptor_pb2.FieldDescriptorProto
 
 
@@ -62,9 +84,13 @@ def _file() -> descriptor_pb2.FileDescriptorProto:
         messages[name] = message
         for line in filter(None, fields.split(";")):
             _add_field(message, name, line.split())
-    for field in messages["InferParameter"].field:
-        field.oneof_index = 0
-    messages["InferParameter"].oneof_decl.add(name="parameter_choice")
+    for name in _ONE_OF:
+        for field in messages[name].field:
+            field.oneof_index = 0
+        messages[name].oneof_decl.add(name="parameter_choice")
+    enum = file.enum_type.add(name=_ENUM)
+    for name, number in _ENUM_VALUES.items():
+        enum.value.add(name=name, number=number)
     return file
 
 
@@ -79,7 +105,7 @@ def _add_field(message: descriptor_pb2.DescriptorProto, full_name: str, words: l
     field = message.field.add(name=name, number=int(number))
     field.label = _Field.LABEL_REPEATED if label else _Field.LABEL_OPTIONAL
     if kind[0].isupper():
-        field.type = _Field.TYPE_MESSAGE
+        field.type = _Field.TYPE_ENUM if kind == _ENUM else _Field.TYPE_MESSAGE
         field.type_name = f".{PACKAGE}.{kind}"
     else:
         field.type = _Field.Type.Value(f"TYPE_{kind.upper()}")

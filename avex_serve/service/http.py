@@ -12,10 +12,10 @@ Every error is ``{"error": "<what was wrong>"}``.
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Final, TypeVar
 
-from anyio import to_thread
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
@@ -26,11 +26,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from avex_serve.errors import AvexServeError, InputError, NotFoundError
+from avex_serve.errors import AvexServeError, InputError, NotFoundError, UnsupportedError
+from avex_serve.runtime import linked
 from avex_serve.runtime.audio import decode
-from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
-from avex_serve.service import oip, oip_json
+from avex_serve.service import oip, oip_json, oip_repository
+from avex_serve.service.desk import Desk
 from avex_serve.service.options import (
     AudioOptions,
     ClassifyRequest,
@@ -45,6 +46,8 @@ logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the informatio
 Options = TypeVar("Options", bound=AudioOptions)
 
 AUDIO_FIELD: Final = "audio"
+MAX_FIELDS: Final = 16  # of a form, besides the file; there are fewer options
+MAX_FIELD_BYTES: Final = 2**16
 MODEL: Final = "/v2/models/{name}"
 VERSION: Final = "/v2/models/{name}/versions/{version}"
 
@@ -56,10 +59,17 @@ class OwnRoutes:
     to the handlers that it covers.
     """
 
-    def __init__(self, app: ASGIApp, engine: Callable[[], Engine]) -> None:
-        """`engine` is called with each request, for the engine is opened after the application is built."""
+    def __init__(self, app: ASGIApp, desk: Callable[[], Desk], ready: Callable[[], bool]) -> None:
+        """Both are called with each request, for the bundles are opened after the application is built.
+
+        Args:
+            app: what answers other requests.
+            desk: what answers these.
+            ready: whether the service takes requests.
+        """
         self._app = app
-        self._engine = engine
+        self._desk = desk
+        self._is_ready = ready
         self._router = ExceptionMiddleware(
             Router(self._routes(), default=self._pass_on, redirect_slashes=False),
             {HTTPException: _answer_fault, Exception: _answer_fault},
@@ -79,11 +89,17 @@ class OwnRoutes:
             Route("/v2", self._server_metadata),
             Route("/v2/health/live", self._live),
             Route("/v2/health/ready", self._ready),
+            Route("/v2/repository/index", self._index, methods=["POST"]),
+            Route("/v2/repository/models/{name}/load", self._load, methods=["POST"]),
+            Route("/v2/repository/models/{name}/unload", self._unload, methods=["POST"]),
         ]
+        for path, reason in oip_repository.REFUSED_PATHS.items():
+            routes.append(Route(f"/v2{path}", partial(_refuse, reason), methods=["GET", "POST"]))
         for path in (MODEL, VERSION):
             routes += [
                 Route(path, self._model_metadata),
                 Route(f"{path}/ready", self._model_ready),
+                Route(f"{path}/config", self._model_config),
                 Route(f"{path}/infer", self._infer, methods=["POST"]),
             ]
         return routes
@@ -95,37 +111,43 @@ class OwnRoutes:
 
     async def _predict(self, request: Request) -> Response:
         audio, options = await _read_audio(request, PredictOptions)
+        desk = self._desk()
 
         def predict() -> Prediction:
-            return self._engine().predict(*decode(audio), **options.model_dump())
+            return linked.predict(desk.repository, *decode(audio), **options.model_dump())
 
-        return _document(await to_thread.run_sync(predict))
+        return await _document_of(desk, predict)
 
     async def _predict_all(self, request: Request) -> Response:
         audio, options = await _read_audio(request, PredictAllOptions)
+        desk = self._desk()
 
         def predict_all() -> Predictions:
-            return Predictions(predictions=self._engine().predict_all(*decode(audio), **options.model_dump()))
+            return linked.predict_all(desk.repository, *decode(audio), **options.model_dump())
 
-        return _document(await to_thread.run_sync(predict_all))
+        return await _document_of(desk, predict_all)
 
     async def _embed(self, request: Request) -> Response:
         audio, options = await _read_audio(request, EmbedOptions)
+        desk = self._desk()
 
         def embed() -> Embedding:
-            return self._engine().embedding_document(*decode(audio), **options.model_dump())
+            with desk.repository.lease(options.model, options.version) as engine:
+                return engine.embedding_document(*decode(audio), **options.for_engine())
 
-        return _document(await to_thread.run_sync(embed))
+        return await _document_of(desk, embed)
 
     async def _classify(self, request: Request) -> Response:
         body = await _read_body(request)
+        desk = self._desk()
 
         def classify() -> Classification:
             asked = validated(ClassifyRequest, body)
             embeddings = oip.from_numbers("embeddings", asked.embeddings)
-            return self._engine().classify(embeddings, **asked.model_dump(exclude={"embeddings"}))
+            with desk.repository.lease(asked.model, asked.version) as engine:
+                return engine.classify(embeddings, **asked.for_engine())
 
-        return _document(await to_thread.run_sync(classify))
+        return await _document_of(desk, classify)
 
     async def _server_metadata(self, _: Request) -> Response:
         return JSONResponse(oip.server_metadata())
@@ -134,33 +156,57 @@ class OwnRoutes:
         return JSONResponse({"live": True})
 
     async def _ready(self, _: Request) -> Response:
-        # HTTP is answered only after the engine was opened.
-        return JSONResponse({"ready": True})
+        ready = self._is_ready()
+        return JSONResponse({"ready": ready}, status_code=200 if ready else 503)
 
     async def _model_metadata(self, request: Request) -> Response:
-        return JSONResponse(oip_json.dump_metadata(self._model(request).metadata()))
+        with self._model(request) as model:
+            return JSONResponse(oip_json.dump_metadata(model.metadata()))
 
     async def _model_ready(self, request: Request) -> Response:
-        return JSONResponse({"name": self._model(request).name, "ready": True})
+        with self._model(request) as model:
+            ready = self._is_ready()
+            return JSONResponse({"name": model.name, "ready": ready}, status_code=200 if ready else 503)
+
+    async def _model_config(self, request: Request) -> Response:
+        with self._model(request) as model:
+            return JSONResponse(model.config())
 
     async def _infer(self, request: Request) -> Response:
-        model = self._model(request)
         body = await _read_body(request)
-        answer = await to_thread.run_sync(partial(_infer, model, body, request.headers.get(oip_json.JSON_LENGTH)))
+
+        def infer() -> oip_json.Body:
+            with self._model(request) as model:
+                asked = oip_json.parse_request(body, request.headers.get(oip_json.JSON_LENGTH))
+                return oip_json.dump_answer(model, asked, model.infer(asked.infer))
+
+        answer = await self._desk().serve(infer)
         if answer.json_length is None:
             return Response(answer.content, media_type="application/json")
         headers = {oip_json.JSON_LENGTH: str(answer.json_length)}
         return Response(answer.content, media_type="application/octet-stream", headers=headers)
 
-    def _model(self, request: Request) -> oip.Model:
-        model = oip.Model(self._engine())
-        model.check_name(request.path_params["name"], request.path_params.get("version"))
-        return model
+    async def _index(self, request: Request) -> Response:
+        asked = oip_json.parse_index_request(await _read_body(request))
+        return JSONResponse(oip_repository.index(self._desk().repository, ready=asked.ready))
+
+    async def _load(self, request: Request) -> Response:
+        oip_repository.check_load_parameters(oip_json.parse_control_request(await _read_body(request)).parameters)
+        await self._desk().load(request.path_params["name"])
+        return JSONResponse({})
+
+    async def _unload(self, request: Request) -> Response:
+        oip_json.parse_control_request(await _read_body(request))
+        await self._desk().unload(request.path_params["name"])
+        return JSONResponse({})
+
+    def _model(self, request: Request) -> AbstractContextManager[oip.Model]:
+        path = request.path_params
+        return oip_repository.leased_model(self._desk().repository, path["name"], path.get("version"))
 
 
-def _infer(model: oip.Model, body: bytes, json_length: str | None) -> oip_json.Body:
-    request = oip_json.parse_request(body, json_length)
-    return oip_json.dump_answer(model, request, model.infer(request.infer))
+async def _refuse(reason: str, _: Request) -> Response:
+    raise UnsupportedError(reason)
 
 
 async def _read_audio(request: Request, options: type[Options]) -> tuple[bytes, Options]:
@@ -171,7 +217,7 @@ async def _read_audio(request: Request, options: type[Options]) -> tuple[bytes, 
     audio: bytes | None = None
     _refuse_encoding(request)
     try:
-        async with request.form() as form:
+        async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
             for name, value in form.multi_items():
                 if name != AUDIO_FIELD and isinstance(value, str):
                     pairs.append((name, value))
@@ -198,8 +244,10 @@ def _refuse_encoding(request: Request) -> None:
         raise HTTPException(415, "compressed requests are not taken; send the body without Content-Encoding")
 
 
-def _document(document: BaseModel) -> Response:
-    return Response(document.model_dump_json(), media_type="application/json")
+async def _document_of(desk: Desk, work: Callable[[], BaseModel]) -> Response:
+    # Written in the thread as well: the embeddings of a long recording take seconds.
+    document = await desk.serve(lambda: work().model_dump_json())
+    return Response(document, media_type="application/json")
 
 
 def _error(message: str, status: int, headers: dict[str, str] | None = None) -> Response:
@@ -209,9 +257,9 @@ def _error(message: str, status: int, headers: dict[str, str] | None = None) -> 
 async def _answer_fault(request: Request, error: Exception) -> Response:
     match error:
         case AvexServeError():
-            if error.http_status >= 500:
+            if error.http_status == 500:
                 logger.error("%s: %s", request.url.path, error)
-            return _error(str(error), error.http_status)
+            return _error(str(error), error.http_status, dict(error.http_headers))
         case HTTPException():
             return _error(error.detail, error.status_code, dict(error.headers or {}))
         case ClientDisconnect():

@@ -12,30 +12,44 @@ clip is padded. Without it nothing is.
 It answers the outputs of the manifest and, of each probe, ``scores`` (the logits after the activation; NAME.scores
 beside NAME.logits where there are several), one row a window. For BYTES
 the rows of all recordings follow one another, and the response parameter ``windows`` holds a JSON list of how many
-rows each recording has, e.g. ``"[3, 1]"``. Request parameters: ``overlap`` in seconds (for BYTES) and ``probe``;
-others are ignored, since clients add their own.
+rows each recording has, e.g. ``"[3, 1]"``. The response parameter ``trained`` is there, and false, where a head has
+random weights. Request parameters: ``overlap`` in seconds (for BYTES) and ``probe``; others are ignored, since
+clients add their own.
+
+An output that is asked for with the parameter ``classification: k`` (Triton's extension) is answered as BYTES, the k
+largest values of each row as ``value:index:label``.
 """
 
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from avex_serve.errors import InputError, NotFoundError, TensorError, UnsupportedError
+from avex_serve.errors import InputError, TensorError, UnsupportedError
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.results import activate
+from avex_serve.service.options import validated
 from avex_serve.version import __version__
 
 SERVER: Final = "avex-serve"
 FP32: Final = "FP32"
 BYTES: Final = "BYTES"
 BOOL: Final = "BOOL"
+NO_SHARED_MEMORY: Final = "shared memory is not offered; send the tensor itself"
 # Names as Triton gives them, where it has one.
-PLATFORMS: Final = {"onnx": "onnxruntime_onnx", "torchscript": "pytorch_libtorch"}
+PLATFORMS: Final = {
+    "onnx": "onnxruntime_onnx",
+    "onnx-int8": "onnxruntime_onnx",
+    "torchscript": "pytorch_libtorch",
+    "torch-half": "pytorch_libtorch",
+}
+BACKENDS: Final = {"onnxruntime_onnx": "onnxruntime", "pytorch_libtorch": "pytorch"}
+EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters")
 _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 _LENGTH_BYTES: Final = 4  # before each element of a BYTES tensor, little-endian
 
@@ -58,6 +72,7 @@ class ModelMetadata:
     platform: str
     inputs: tuple[TensorMetadata, ...]
     outputs: tuple[TensorMetadata, ...]
+    parameters: dict[str, bool]  # over HTTP alone: the message has no place for them
 
 
 @dataclass(frozen=True)
@@ -77,28 +92,52 @@ class InferParameters(BaseModel):
     probe: str | None = None
 
 
+class OutputParameters(BaseModel):
+    """Parameters of a requested output that mean something here."""
+
+    classification: int = Field(0, ge=0, description="how many of the largest values to name; 0: the tensor itself")
+
+
+@dataclass(frozen=True)
+class RequestedOutput:
+    """An output as the client asked for it."""
+
+    name: str
+    classification: int = 0  # see `OutputParameters`
+
+
 @dataclass(frozen=True)
 class InferRequest:
     """What to infer."""
 
     inputs: list[InputTensor]
-    outputs: list[str]  # names; none: all
+    outputs: list[RequestedOutput]  # none: all
     parameters: InferParameters
 
 
 @dataclass(frozen=True)
-class InferAnswer:
-    """Outputs by name, each (rows, …) float32, and the parameters of the response."""
+class OutputTensor:
+    """An output: (rows, …) float32 for FP32, (rows, …) of bytes for BYTES."""
 
-    outputs: dict[str, np.ndarray]
-    parameters: dict[str, str]
+    datatype: str
+    array: np.ndarray
+
+
+@dataclass(frozen=True)
+class InferAnswer:
+    """Outputs by name, and the parameters of the response."""
+
+    outputs: dict[str, OutputTensor]
+    parameters: dict[str, str | bool]
 
 
 class Model:
     """An engine as a model of the protocol."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, versions: tuple[str, ...]) -> None:
+        """`versions` are all that are served of the model, this one among them."""
         self._engine = engine
+        self._versions = versions
 
     @property
     def name(self) -> str:
@@ -110,13 +149,6 @@ class Model:
         """The bundle's version."""
         return self._engine.manifest.version
 
-    def check_name(self, name: str, version: str | None) -> None:
-        """Raise NotFoundError unless this is the model asked for; no or an empty version means any."""
-        if name != self.name:
-            raise NotFoundError(f"no model {name!r} here; this server has {self.name!r}")
-        if version and version != self.version:
-            raise NotFoundError(f"model {self.name!r} has no version {version!r}; it has {self.version!r}")
-
     def metadata(self) -> ModelMetadata:
         """What the model takes and answers."""
         manifest = self._engine.manifest
@@ -124,11 +156,32 @@ class Model:
         scores = [TensorMetadata(p.scores, FP32, manifest.output(p.logits).shape) for p in manifest.probes]
         return ModelMetadata(
             name=self.name,
-            versions=(self.version,),
+            versions=self._versions,
             platform=PLATFORMS[self._engine.backend.format],
             inputs=tuple(TensorMetadata(spec.name, _DATATYPES[spec.dtype], spec.shape) for spec in manifest.inputs),
             outputs=(*outputs, *scores),
+            parameters={"trained": manifest.trained},
         )
+
+    def config(self) -> dict[str, Any]:
+        """The configuration as Triton describes it, as far as it means something here.
+
+        The batch is a dimension as any other, which Triton writes as ``max_batch_size`` 0.
+        """
+        metadata = self.metadata()
+        inputs, outputs = (
+            [{"name": t.name, "data_type": f"TYPE_{t.datatype}", "dims": list(t.shape)} for t in tensors]
+            for tensors in (metadata.inputs, metadata.outputs)
+        )
+        return {
+            "name": self.name,
+            "platform": metadata.platform,
+            "backend": BACKENDS[metadata.platform],
+            "max_batch_size": 0,
+            "input": inputs,
+            "output": outputs,
+            "parameters": {"trained": {"string_value": json.dumps(metadata.parameters["trained"])}},
+        }
 
     def infer(self, request: InferRequest) -> InferAnswer:
         """Run the model.
@@ -142,22 +195,32 @@ class Model:
             self._engine.probe(request.parameters.probe)
         wanted = self._wanted(request.outputs)
         tensor, mask = self._inputs(request.inputs)
-        parameters: dict[str, str] = {}
+        parameters: dict[str, str | bool] = {}
         if isinstance(tensor.data, list):
             outputs, windows = self._infer_recordings(tensor.data, request.parameters.overlap)
             parameters["windows"] = json.dumps(windows)
         else:
             outputs = self._engine.infer(tensor.data.reshape(tensor.shape), mask)
+        labels: dict[str, tuple[str, ...]] = {}
         for probe in self._engine.manifest.probes:
             outputs[probe.scores] = activate(outputs[probe.logits], probe.activation)
-        return InferAnswer({name: outputs[name] for name in wanted}, parameters)
+            labels[probe.logits] = labels[probe.scores] = self._engine.labels(probe.name)
+        if not self._engine.manifest.trained:
+            parameters["trained"] = False
+        answers = {
+            output.name: _classified(outputs[output.name], output.classification, labels.get(output.name))
+            if output.classification
+            else OutputTensor(FP32, outputs[output.name])
+            for output in wanted
+        }
+        return InferAnswer(answers, parameters)
 
-    def _wanted(self, names: list[str]) -> list[str]:
+    def _wanted(self, outputs: list[RequestedOutput]) -> list[RequestedOutput]:
         known = [spec.name for spec in self.metadata().outputs]
-        for name in names:
-            if name not in known:
-                raise InputError(f"no output {name!r}; model {self.name!r} has {', '.join(known)}")
-        return names or known
+        for output in outputs:
+            if output.name not in known:
+                raise InputError(f"no output {output.name!r}; model {self.name!r} has {', '.join(known)}")
+        return outputs or [RequestedOutput(name) for name in known]
 
     def _inputs(self, tensors: list[InputTensor]) -> tuple[InputTensor, np.ndarray | None]:
         """The input, and the padding mask if one came."""
@@ -198,7 +261,7 @@ class Model:
 
 def server_metadata() -> dict[str, Any]:
     """Name, version and extensions of the server."""
-    return {"name": SERVER, "version": __version__, "extensions": ["binary_tensor_data"]}
+    return {"name": SERVER, "version": __version__, "extensions": list(EXTENSIONS)}
 
 
 def check_datatype(name: str, datatype: str) -> None:
@@ -254,9 +317,38 @@ def from_numbers(name: str, data: object) -> np.ndarray:
         return array.astype(np.float32)
 
 
-def to_raw(array: np.ndarray) -> bytes:
-    """The raw form of an FP32 tensor: little-endian, row by row."""
-    return array.astype("<f4").tobytes()
+def to_raw(tensor: OutputTensor) -> bytes:
+    """The raw form of a tensor, row by row: see `from_raw`."""
+    if tensor.datatype == FP32:
+        return tensor.array.astype("<f4").tobytes()
+    return b"".join(len(each).to_bytes(_LENGTH_BYTES, "little") + each for each in tensor.array.ravel())
+
+
+def parse_output(name: str, parameters: dict[str, Any]) -> RequestedOutput:
+    """An output that a client asks for.
+
+    Raises:
+        InputError: parameters that make no sense.
+        UnsupportedError: shared memory.
+    """
+    refuse_shared_memory(name, parameters)
+    return RequestedOutput(name, validated(OutputParameters, parameters).classification)
+
+
+def refuse_shared_memory(name: str, parameters: Collection[str]) -> None:
+    """Raise UnsupportedError if a tensor's parameters say that it lies in shared memory."""
+    if "shared_memory_region" in parameters:
+        raise UnsupportedError(f"{name!r}: {NO_SHARED_MEMORY}")
+
+
+def _classified(values: np.ndarray, count: int, labels: tuple[str, ...] | None) -> OutputTensor:
+    """The largest values of each row, the largest first, as (…, count) texts ``value:index[:label]``."""
+    order = np.argsort(-values, axis=-1, kind="stable")[..., :count]
+    best = np.empty(order.shape, dtype=object)
+    for place, index in np.ndenumerate(order):
+        text = f"{values[(*place[:-1], index)]:f}:{index}"  # a value as Triton writes it
+        best[place] = (f"{text}:{labels[index]}" if labels is not None else text).encode()
+    return OutputTensor(BYTES, best)
 
 
 def _split(name: str, raw: bytes) -> list[bytes]:

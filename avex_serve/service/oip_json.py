@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from pydantic import BaseModel
 
-from avex_serve.errors import InputError, TensorError, UnsupportedError
+from avex_serve.errors import InputError, TensorError
 from avex_serve.service import oip
 from avex_serve.service.options import validated
 
@@ -35,6 +35,18 @@ class _Request(BaseModel):
     parameters: dict[str, Any] = {}
     inputs: list[_Input]
     outputs: list[_Output] = []
+
+
+class IndexRequest(BaseModel):
+    """A request for the index of the repository."""
+
+    ready: bool = False  # those alone that are ready
+
+
+class ControlRequest(BaseModel):
+    """A request to load or unload a model."""
+
+    parameters: dict[str, Any] = {}
 
 
 class JsonRequest(NamedTuple):
@@ -66,7 +78,7 @@ def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
     request = validated(_Request, body[:split])
     inputs, rest = [], body[split:]
     for tensor in request.inputs:
-        _refuse_shared_memory(tensor.name, tensor.parameters)
+        oip.refuse_shared_memory(tensor.name, tensor.parameters)
         if (size := tensor.parameters.get("binary_data_size")) is None:
             data = _from_json(tensor)
         else:
@@ -78,14 +90,10 @@ def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
         inputs.append(oip.InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
     if rest:
         raise TensorError(f"{len(rest)} bytes follow the JSON that no input lays claim to by binary_data_size")
-    for output in request.outputs:
-        _refuse_shared_memory(output.name, output.parameters)
-        if output.parameters.get("classification"):
-            raise UnsupportedError(f"output {output.name!r}: no classification here; /predict names labels")
     return JsonRequest(
         oip.InferRequest(
             inputs=inputs,
-            outputs=[output.name for output in request.outputs],
+            outputs=[oip.parse_output(output.name, output.parameters) for output in request.outputs],
             parameters=validated(oip.InferParameters, request.parameters),
         ),
         request.id,
@@ -93,16 +101,28 @@ def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
     )
 
 
+def parse_index_request(body: bytes) -> IndexRequest:
+    """The request in a body, which may be empty; InputError if it is something else."""
+    return validated(IndexRequest, body or b"{}")
+
+
+def parse_control_request(body: bytes) -> ControlRequest:
+    """The request in a body, which may be empty; InputError if it is something else."""
+    return validated(ControlRequest, body or b"{}")
+
+
 def dump_answer(model: oip.Model, request: JsonRequest, answer: oip.InferAnswer) -> Body:
     """The body of the response."""
     outputs, tensors = [], []
-    for name, array in answer.outputs.items():
-        output: dict[str, Any] = {"name": name, "datatype": oip.FP32, "shape": list(array.shape)}
+    for name, tensor in answer.outputs.items():
+        output: dict[str, Any] = {"name": name, "datatype": tensor.datatype, "shape": list(tensor.array.shape)}
         if request.binary is None or name in request.binary:
-            tensors.append(oip.to_raw(array))
+            tensors.append(oip.to_raw(tensor))
             output["parameters"] = {"binary_data_size": len(tensors[-1])}
+        elif tensor.datatype == oip.BYTES:
+            output["data"] = [each.decode() for each in tensor.array.ravel()]
         else:
-            output["data"] = array.ravel().tolist()
+            output["data"] = tensor.array.ravel().tolist()
         outputs.append(output)
     document: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
     if request.id:
@@ -156,8 +176,3 @@ def _wanted_in_binary(request: _Request) -> frozenset[str] | None:
     return frozenset(
         output.name for output in request.outputs if output.parameters.get("binary_data", default) is True
     )
-
-
-def _refuse_shared_memory(name: str, parameters: dict[str, Any]) -> None:
-    if "shared_memory_region" in parameters:
-        raise UnsupportedError(f"{name!r}: shared memory is not offered; send the tensor itself")

@@ -4,18 +4,28 @@ import json
 from collections.abc import Iterable
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from avex_serve.errors import InputError
+from avex_serve.runtime import allowance
 
 Model = TypeVar("Model", bound=BaseModel)
 QUOTED = 80  # characters of a client's value that an error message repeats
 
 
-class AudioOptions(BaseModel):
-    """Options that every way to ask about a recording has."""
-
+class _ModelOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    version: str | None = None
+
+    def for_engine(self) -> dict[str, Any]:
+        """The options but for those that say which engine."""
+        return self.model_dump(exclude={"model", "version"})
+
+
+class AudioOptions(_ModelOptions):
+    """Options that every way to ask about a recording has."""
 
     overlap: float = 0.0
 
@@ -56,12 +66,12 @@ class PredictOptions(PredictAllOptions):
     probe: str | None = None
 
 
-class ClassifyRequest(BaseModel):
+class ClassifyRequest(_ModelOptions):
     """The JSON body of ``/classify``."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
-    embeddings: list[Any]
+    embeddings: list[Any] = Field(exclude=True)
     threshold: float | None = None
     top_k: int | None = None
     probe: str | None = None
@@ -72,7 +82,10 @@ def validated(model: type[Model], value: dict[str, Any] | bytes) -> Model:
 
     Raises:
         InputError: not JSON, or not what the model says; the message names the first fault.
+        TooLargeError: more JSON than the current allowance has it.
     """
+    if isinstance(value, bytes):
+        allowance.current().check_json(len(value))
     try:
         return model.model_validate_json(value) if isinstance(value, bytes) else model.model_validate(value)
     except ValidationError as error:

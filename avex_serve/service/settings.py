@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, SecretStr, ValidationError, field_validator
 
 from avex_serve.errors import InputError
 
 PREFIX: Final = "AVEX_"
 DEMO_BUNDLE: Final = Path(__file__).parents[1] / "demo" / "bundle"
+
+ModelControl = Literal["none", "explicit"]
 
 
 class Settings(BaseModel):
@@ -21,12 +23,74 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, validate_default=True)
 
-    bundle: Path = Field(DEMO_BUNDLE, description="the folder to serve; by default the demo bundle of this package")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "float32", "int8"] = "auto"
+    bundle: tuple[Path, ...] = Field(
+        (DEMO_BUNDLE,),
+        min_length=1,
+        description="the folders to serve, each a bundle or a folder of bundles, separated as in "
+        "PATH; by default the demo bundle of this package",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the model runs; auto: on CUDA where it works"
+    )
+    precision: Literal["auto", "float32", "int8"] = Field(
+        "auto", description="which graph runs; auto: int8 on a CPU where the bundle has it"
+    )
+    reload_seconds: float = Field(
+        10, ge=0, allow_inf_nan=False, description="between two looks for new bundles on disk; 0: never"
+    )
+    model_control: ModelControl = Field(
+        "none", description="whether clients may load and unload models (explicit) or not (none)"
+    )
     # All interfaces, as BentoML's HTTP does by default.
-    grpc_host: IPvAnyAddress = Field(default="0.0.0.0", description="IPv4 or IPv6 address")  # type: ignore[assignment]
-    grpc_port: int = Field(3001, ge=1, le=65535)
+    grpc_host: IPvAnyAddress = Field(default="0.0.0.0", description="IPv4 or IPv6 address that gRPC listens on")  # type: ignore[assignment]
+    grpc_port: int = Field(3001, ge=1, le=65535, description="port that gRPC listens on")
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="threads that infer in each worker; by default the usable cores divided by the workers",
+    )
+    log_format: Literal["text", "json"] = Field("text", description="text as BentoML's, or a JSON document a line")
+    drain_seconds: float = Field(
+        30.0, gt=0, description="the most that running requests get after SIGTERM, in seconds"
+    )
+
+    concurrency: int | None = Field(
+        None, ge=1, description="requests at work at once in a worker, HTTP and gRPC together; by default one a core"
+    )
+    queue: int | None = Field(
+        None, ge=0, description="requests that wait for those at work; by default 16 times as many"
+    )
+    timeout_seconds: float = Field(
+        300, gt=0, le=86_400, description="from a request's arrival to its answer, in seconds"
+    )
+    read_timeout_seconds: float = Field(
+        60,
+        gt=0,
+        le=86_400,
+        description="for a body to arrive, in seconds; over HTTP one more for every 8 KiB that have come",
+    )
+    max_body_bytes: int = Field(128 * 2**20, ge=1, lt=2**31, description="of one HTTP body or gRPC message")
+    max_held_bytes: int = Field(2**30, ge=1, description="of all bodies that a worker holds at once")
+    max_json_bytes: int = Field(16 * 2**20, ge=1, description="of JSON in one body; binary tensors don't count")
+    max_seconds: float = Field(3600, gt=0, description="length of a recording, in seconds")
+    max_decoded_bytes: int = Field(
+        2 * 2**30, ge=1, description="of a recording once decoded: 4 for each sample of each channel"
+    )
+    max_channels: int = Field(64, ge=1, description="of a recording")
+    max_windows: int = Field(10_000, ge=1, description="into which a recording is cut; more with more overlap")
+
+    api_keys: SecretStr | None = Field(None, description="keys that clients may send, separated by commas")
+    api_keys_file: Path | None = Field(None, description="a file with such keys, one a line")
+    grpc_certificate: Path | None = Field(None, description="gRPC over TLS: the server's certificate chain, PEM")
+    grpc_key: Path | None = Field(None, description="the private key of that certificate, PEM")
+    grpc_client_ca: Path | None = Field(
+        None, description="gRPC over TLS: clients must show a certificate that these sign, PEM"
+    )
+
+    @field_validator("bundle", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:

@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from avex_serve import open_bundle
 from avex_serve.bundle import ONNX, ONNX_INT8, TORCHSCRIPT
 from avex_serve.errors import BundleError, DependencyError, InputError
 from avex_serve.runtime import backend as backends
+from avex_serve.runtime.batcher import Batcher
 from tests.bundles import DIM, SAMPLE_RATE, WINDOW, change_manifest, copy_bundle, replace_file, weights
 
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -168,10 +170,16 @@ def test_a_bundle_without_a_graph_for_the_device(bundle, device, wanted):
 def test_auto_takes_cuda_where_it_works(bundle, torchscript, monkeypatch):
     opened = []
     monkeypatch.setattr(backends, "_cuda_works", lambda: True)
-    monkeypatch.setattr(backends, "_open_torch", lambda *arguments, half: opened.append((*arguments, half)))
+
+    def open_torch(*arguments, half):
+        opened.append((*arguments, half))
+        return SimpleNamespace(device="cuda", format="torchscript", max_batch=16)
+
+    monkeypatch.setattr(backends, "_open_torch", open_torch)
     with open_bundle(bundle) as engine:
         assert engine.backend.format == "onnx", "there is nothing to run on CUDA"
-    open_bundle(replace_file(bundle, TORCHSCRIPT, torchscript)).close()
+    with open_bundle(replace_file(bundle, TORCHSCRIPT, torchscript)) as engine:
+        assert isinstance(engine.backend, Batcher)
     assert opened == [(bundle / TORCHSCRIPT, ["logits", "embedding"], "cuda", False)]
 
 

@@ -19,6 +19,7 @@ import soundfile
 
 from avex_serve import open_bundle
 from avex_serve.runtime.audio import decode
+from tests.bundles import make_slow_bundle
 
 START_SECONDS = 60
 STOP_SECONDS = 30
@@ -33,6 +34,7 @@ class Server:
     grpc_port: int
     log_path: Path
     client: httpx.Client
+    process: subprocess.Popen
 
     @property
     def url(self) -> str:
@@ -76,15 +78,15 @@ def serve_command(http_port, *service):
 
 @contextlib.contextmanager
 def running_server(folder, cwd=None, service=("avex_serve.service:AvexService",), **variables):
-    """`bentoml serve` until the block ends; then it must have logged no traceback."""
+    """`bentoml serve` until the block ends; by then it must have logged no traceback."""
     folder.mkdir(exist_ok=True)
     http_port, grpc_port = free_ports(2)
     client = httpx.Client(base_url=f"http://127.0.0.1:{http_port}", timeout=30)
-    server = Server(http_port, grpc_port, folder / "log.txt", client)
+    log_path = folder / "log.txt"
     environment = server_environment(
         folder / "home", AVEX_GRPC_HOST="127.0.0.1", AVEX_GRPC_PORT=str(grpc_port), **variables
     )
-    with server.log_path.open("wb") as log:
+    with log_path.open("wb") as log:
         process = subprocess.Popen(
             serve_command(http_port, *service),
             cwd=cwd or folder,
@@ -93,6 +95,7 @@ def running_server(folder, cwd=None, service=("avex_serve.service:AvexService",)
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    server = Server(http_port, grpc_port, log_path, client, process)
     try:
         wait_until_ready(server, process)
         yield server
@@ -143,6 +146,12 @@ def embedding_server(tmp_path_factory, embedding_bundle):
     """A server of the tiny embedding bundle."""
     with running_server(tmp_path_factory.mktemp("server"), AVEX_BUNDLE=str(embedding_bundle)) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def slow_bundle(tmp_path_factory):
+    """Folder of a tiny audio bundle that takes tens of milliseconds a window."""
+    return make_slow_bundle(tmp_path_factory.mktemp("bundles") / "slow")
 
 
 @pytest.fixture(scope="session")

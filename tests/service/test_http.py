@@ -111,4 +111,4 @@ def test_service_within_the_process(audio_bundle, predict, wav, tmp_path, monkey
     monkeypatch.setenv("AVEX_BUNDLE", str(audio_bundle))
     service = AvexService()
     assert service.predict(audio=path, top_k=1).model_dump(mode="json") == predict(wav, top_k=1)
-    service.engine.close()
+    service.desk.repository.close()

@@ -25,6 +25,7 @@ CHECKOUT = Path(__file__).parents[2]
 def test_log_says_what_is_served_and_how_to_serve_another(audio_server, audio_bundle):
     line = next(line for line in audio_server.log.splitlines() if "serving bundle" in line)
     assert f"serving bundle tiny, version 1, from {audio_bundle} on cpu (onnx)" in line
+    line = next(line for line in audio_server.log.splitlines() if "gRPC listens on" in line)
     assert audio_server.grpc in line
     assert "AVEX_BUNDLE=dir" in line
     assert "random weights" not in audio_server.log

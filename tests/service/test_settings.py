@@ -1,27 +1,42 @@
-import pytest
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+from pydantic import Field, SecretStr
+
+from avex_serve.cli import main
 from avex_serve.errors import InputError
+from avex_serve.service.gate import Gate
 from avex_serve.service.settings import DEMO_BUNDLE, Settings
+from avex_serve.service.settings_list import list_settings, table
 
 
 def test_defaults():
     settings = Settings.from_environment({"AVEX_BUNDLE": "", "AVEX_PORT_3000_TCP": "tcp://10.0.0.1:3000"})
-    assert settings.bundle == DEMO_BUNDLE
+    assert settings.bundle == (DEMO_BUNDLE,)
     assert settings.device == settings.precision == "auto"
     assert settings.grpc_address == "0.0.0.0:3001"
+    assert (settings.reload_seconds, settings.model_control) == (10, "none")
 
 
 def test_every_setting(tmp_path):
     settings = Settings.from_environment(
         {
-            "AVEX_BUNDLE": str(tmp_path),
+            "AVEX_BUNDLE": f"{tmp_path}{os.pathsep}other",
             "AVEX_DEVICE": "cpu",
             "AVEX_PRECISION": "float32",
             "AVEX_GRPC_HOST": "::1",
             "AVEX_GRPC_PORT": "4001",
+            "AVEX_RELOAD_SECONDS": "0.5",
+            "AVEX_MODEL_CONTROL": "explicit",
         }
     )
-    assert settings.bundle == tmp_path
+    assert settings.bundle == (tmp_path, Path("other"))
+    assert (settings.reload_seconds, settings.model_control) == (0.5, "explicit")
     assert (settings.device, settings.precision) == ("cpu", "float32")
     assert settings.grpc_address == "[::1]:4001"
 
@@ -30,12 +45,82 @@ def test_every_setting(tmp_path):
     ("name", "value"),
     [
         ("AVEX_DEVICE", "tpu"),
+        ("AVEX_RELOAD_SECONDS", "-1"),
+        ("AVEX_RELOAD_SECONDS", "nan"),
+        ("AVEX_MODEL_CONTROL", "all"),
         ("AVEX_GRPC_HOST", "localhost"),
         ("AVEX_GRPC_PORT", "tcp://10.0.0.1:3001"),
         ("AVEX_GRPC_PORT", "0"),
         ("AVEX_GRPC_PORT", "65536"),
+        ("AVEX_CONCURRENCY", "0"),
+        ("AVEX_QUEUE", "-1"),
+        ("AVEX_TIMEOUT_SECONDS", "0"),
+        ("AVEX_TIMEOUT_SECONDS", "inf"),
+        ("AVEX_READ_TIMEOUT_SECONDS", "nan"),
+        ("AVEX_MAX_BODY_BYTES", "0"),
+        ("AVEX_MAX_BODY_BYTES", "2147483648"),
+        ("AVEX_MAX_SECONDS", "-1"),
     ],
 )
 def test_bad_value_is_named(name, value):
     with pytest.raises(InputError, match=f"^{name} is '{value}': "):
         Settings.from_environment({name: value})
+
+
+@pytest.fixture
+def asked(monkeypatch, capsys):
+    """`avex-serve settings` with these variables; returns what it printed."""
+
+    def ask(*arguments, **variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert main(["settings", *arguments]) == 0
+        return capsys.readouterr().out
+
+    return ask
+
+
+def test_command_prints_every_setting(asked, tmp_path):
+    settings = json.loads(asked("--json", AVEX_BUNDLE=str(tmp_path), AVEX_THREADS="3"))
+    listed = {setting["variable"]: setting for setting in settings}
+    assert set(listed) == {f"AVEX_{name.upper()}" for name in Settings.model_fields}
+    assert all(setting["description"] for setting in settings)
+    assert (listed["AVEX_BUNDLE"]["value"], listed["AVEX_BUNDLE"]["default"]) == (
+        [str(tmp_path)],
+        [str(DEMO_BUNDLE)],
+    )
+    assert (listed["AVEX_THREADS"]["value"], listed["AVEX_THREADS"]["default"]) == (3, None)
+    table = asked()
+    assert all(name in table and setting["description"] in table for name, setting in listed.items())
+    assert re.search(r"^AVEX_THREADS +3 +none ", table, re.MULTILINE)
+
+
+def test_command_names_a_bad_value(monkeypatch, capsys):
+    monkeypatch.setenv("AVEX_DRAIN_SECONDS", "soon")
+    assert main(["settings"]) == 2
+    assert "AVEX_DRAIN_SECONDS is 'soon'" in capsys.readouterr().err
+
+
+def test_secrets_are_not_shown():
+    class Secretive(Settings):
+        token: SecretStr | None = Field(None, description="a key")
+
+    shown = {each.variable: each for each in list_settings({"AVEX_TOKEN": "hush"}, Secretive)}
+    assert shown["AVEX_TOKEN"].value == "(set)"
+    assert shown["AVEX_TOKEN"].default is None
+    assert "hush" not in table(list(shown.values()))
+
+
+def test_command_imports_no_server():
+    heavy = {"bentoml", "grpc", "numpy", "onnxruntime", "soundfile", "starlette"}
+    code = f"import sys, avex_serve.cli as cli; cli.main(['settings']); sys.exit(bool({heavy} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_gate_of_the_settings():
+    settings = Settings.from_environment({"AVEX_TIMEOUT_SECONDS": "20"})
+    gate = Gate.from_settings(settings)
+    assert 19 < gate.deadline(None).remaining <= 20
+    assert 19 < gate.deadline(30).remaining <= 20
+    assert gate.deadline(1).remaining <= 1
+    gate.admission.close()

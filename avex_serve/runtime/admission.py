@@ -1,0 +1,308 @@
+"""One admission limit in front of the engine, for all transports of a worker.
+
+    body in ── queue (bounded, first come first served) ──▶ a slot ──▶ work ──▶ answer
+                        ▲                                     │
+                        ├──── its next turn ◀─────────────────┤ after each turn, while others wait
+                        └──── room for a large recording ◀────┘ while as many as there are slots have it
+
+A request waits without a thread and without a slot; in a slot it is decoded, resampled and sent through the graph,
+by a thread of its own. Work that lasts longer than a turn gives its slot to whoever waits longest and lines up
+again, so that a recording of an hour keeps nobody waiting for longer than its turn, even with one slot. What this
+costs in memory is bounded: large recordings are decoded by as many requests at once as there are slots.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, TypeVar
+
+from avex_serve.errors import OverloadError
+from avex_serve.runtime.allowance import Allowance, Deadline, Limits, granted
+
+Answer = TypeVar("Answer")
+
+TURN_SECONDS: Final = 0.5
+LARGE_BYTES: Final = 2**24  # of a decoded recording: 87 s at 48 kHz
+
+
+class Admission:
+    """The slots, the queue in front of them and the bytes that requests hold meanwhile."""
+
+    def __init__(
+        self, slots: int, queue: int, held_bytes: int, limits: Limits, turn_seconds: float = TURN_SECONDS
+    ) -> None:
+        """Open it.
+
+        Args:
+            slots: requests at work at once.
+            queue: requests that may wait besides, at the beginning or in between.
+            held_bytes: of all bodies that have come or are coming.
+            limits: what a single request may ask for.
+            turn_seconds: how long a request works on while others wait.
+        """
+        self.bodies = HeldBytes(held_bytes)
+        self._limits = limits
+        self._turn_seconds = turn_seconds
+        self._places = _Places(slots, queue)
+        self._pool = ThreadPoolExecutor(slots + queue, thread_name_prefix="avex-request")
+
+    def close(self) -> None:
+        """Wait for requests at work."""
+        self._pool.shutdown()
+
+    def check_room(self) -> None:
+        """Raise OverloadError if a request that came now would find no place."""
+        self._places.check_room()
+
+    async def run(self, work: Callable[[], Answer], deadline: Deadline) -> Answer:
+        """Answer of the work, done in a thread once there is a slot.
+
+        The work asks `allowance.current` between its steps. Cancelling this call ends the wait at once, and the work
+        at its next step; until then it keeps its slot.
+
+        Raises:
+            OverloadError: the queue is full.
+            DeadlineError: the deadline passed.
+        """
+        await self._enter()
+        try:
+            return await asyncio.wrap_future(self._start(work, deadline))
+        finally:
+            deadline.abandon()  # whatever ended the wait, nobody reads what the thread would still find
+
+    async def _enter(self) -> None:
+        """Wait for a slot."""
+        ready = asyncio.Event()
+        grant = partial(asyncio.get_running_loop().call_soon_threadsafe, ready.set)
+        if self._places.enter(grant):
+            return
+        try:
+            await ready.wait()
+        except asyncio.CancelledError:
+            self._places.give_up(grant)
+            raise
+
+    def _start(self, work: Callable[[], Answer], deadline: Deadline) -> Future[Answer]:
+        visit = _Visit(self._places, deadline, self._turn_seconds)
+        allowance = Allowance(self._limits, deadline, visit.take_turns, visit.take_room)
+
+        def run() -> Answer:
+            with granted(allowance):
+                deadline.check()
+                return work()
+
+        try:
+            future = self._pool.submit(copy_context().run, run)
+        except RuntimeError:  # closed
+            visit.end()
+            raise OverloadError("the service is stopping; ask another one") from None
+        # Not when the wait ends: a request whose client has gone works on until its next step.
+        future.add_done_callback(lambda _: visit.end())
+        return future
+
+
+class _Places:
+    """Slots and rooms for large recordings, as many of one as of the other, and who waits for them.
+
+    Who waits is known by the function that grants it what it waits for; such a function is called with the lock
+    held and only wakes somebody.
+    """
+
+    def __init__(self, slots: int, queue: int) -> None:
+        self._slots = slots
+        self._queue = queue
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._working = 0
+        self._large = 0
+        self._for_slot: deque[Callable[[], object]] = deque()
+        self._for_room: deque[Callable[[], object]] = deque()
+
+    def check_room(self) -> None:
+        with self._lock:
+            self._check_room()
+
+    def enter(self, grant: Callable[[], object]) -> bool:
+        """Take a slot (True) or a place in the queue; OverloadError if there is neither."""
+        with self._lock:
+            self._check_room()
+            self._inside += 1
+            return self._take_slot(grant)
+
+    def give_up(self, grant: Callable[[], object]) -> None:
+        """Go without having worked, while waiting for the first slot."""
+        with self._lock:
+            if not self._stop_waiting(grant):
+                self._free_slot()  # it was granted meanwhile
+            self._inside -= 1
+
+    def exit(self, *, slot: bool, room: bool) -> None:
+        """Go, and free what one has."""
+        with self._lock:
+            if slot:
+                self._free_slot()
+            if room:
+                self._free_room()
+            self._inside -= 1
+
+    def take_slot(self, grant: Callable[[], object]) -> bool:
+        """Take a slot (True) or wait for one."""
+        with self._lock:
+            return self._take_slot(grant)
+
+    def stop_waiting(self, grant: Callable[[], object]) -> bool:
+        """Wait no more; False if it was granted meanwhile."""
+        with self._lock:
+            return self._stop_waiting(grant)
+
+    def swap_slot(self, grant: Callable[[], object]) -> bool:
+        """Give the slot to whoever waits longest and line up again; False if nobody waits."""
+        with self._lock:
+            if not self._for_slot:
+                return False
+            self._for_slot.append(grant)
+            self._free_slot()
+            return True
+
+    def take_room(self, grant: Callable[[], object]) -> bool:
+        """Take room for a large recording (True), or free the slot and wait for room."""
+        with self._lock:
+            if self._large < self._slots:
+                self._large += 1
+                return True
+            self._for_room.append(grant)
+            self._free_slot()
+            return False
+
+    def _take_slot(self, grant: Callable[[], object]) -> bool:
+        if self._working < self._slots:
+            self._working += 1
+            return True
+        self._for_slot.append(grant)
+        return False
+
+    def _free_slot(self) -> None:
+        if self._for_slot:
+            self._for_slot.popleft()()
+        else:
+            self._working -= 1
+
+    def _free_room(self) -> None:
+        if self._for_room:
+            self._for_room.popleft()()
+        else:
+            self._large -= 1
+
+    def _stop_waiting(self, grant: Callable[[], object]) -> bool:
+        for line in (self._for_slot, self._for_room):
+            if grant in line:
+                line.remove(grant)
+                return True
+        return False
+
+    def _check_room(self) -> None:
+        if self._inside == self._slots + self._queue:
+            raise OverloadError(
+                f"the service is busy: {self._slots} requests at work and {self._queue} waiting; try again later"
+            )
+
+
+class _Visit:
+    """A request that has its first slot, from within its thread."""
+
+    def __init__(self, places: _Places, deadline: Deadline, turn_seconds: float) -> None:
+        self._places = places
+        self._deadline = deadline
+        self._turn_seconds = turn_seconds
+        self._began = time.monotonic()
+        self._has_slot = True
+        self._has_room = False
+
+    def take_turns(self) -> None:
+        """Let others have a turn if this one's is over."""
+        if time.monotonic() - self._began < self._turn_seconds:
+            return
+        ready = threading.Event()
+        if self._places.swap_slot(ready.set):
+            self._has_slot = False
+            self._await(ready)
+            self._has_slot = True
+        self._began = time.monotonic()
+
+    def take_room(self, size: int) -> None:
+        """Wait for room if a decoded recording of so many bytes needs it."""
+        if size <= LARGE_BYTES or self._has_room:
+            return
+        ready = threading.Event()
+        if not self._places.take_room(ready.set):
+            self._has_slot = False
+            self._await(ready)
+        self._has_room = True
+        if not self._has_slot:
+            ready = threading.Event()
+            if not self._places.take_slot(ready.set):
+                self._await(ready)
+            self._has_slot = True
+
+    def end(self) -> None:
+        """Give back what it has."""
+        self._places.exit(slot=self._has_slot, room=self._has_room)
+
+    def _await(self, ready: threading.Event) -> None:
+        """Until it is granted; raises what `Deadline.check` does where nobody waits for the answer any more."""
+        self._deadline.wait(ready)
+        if self._places.stop_waiting(ready.set):
+            self._deadline.check()
+
+
+class HeldBytes:
+    """The bytes that requests hold, all together; used on the event loop alone."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._held = 0
+
+    def check_room(self, size: int) -> None:
+        """Raise OverloadError if so many more would be too many."""
+        if self._held + size > self.total:
+            raise OverloadError(
+                f"the service is busy: the requests at hand take all but {self.total - self._held} of the "
+                f"{self.total} bytes that it holds; try again later"
+            )
+
+    def take(self, size: int) -> None:
+        """Hold so many more; raises as `check_room`."""
+        self.check_room(size)
+        self._held += size
+
+    def give_back(self, size: int) -> None:
+        """Hold so many fewer."""
+        self._held -= size
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """By what a request that has passed the gate gets its slot."""
+
+    admission: Admission
+    deadline: Deadline
+
+
+_ticket: ContextVar[Ticket] = ContextVar("avex_ticket")
+
+
+def hold_ticket(ticket: Ticket) -> None:
+    """Give it to the request of this task; set where a transport lets it in."""
+    _ticket.set(ticket)
+
+
+async def admitted(work: Callable[[], Answer]) -> Answer:
+    """`Admission.run` for the request of this task."""
+    ticket = _ticket.get()
+    return await ticket.admission.run(work, ticket.deadline)

@@ -1,0 +1,82 @@
+"""Where bundles lie on disk, and whether a folder has changed since it was last looked at."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from avex_serve.bundle import MANIFEST, read_bundle
+from avex_serve.errors import BundleError
+
+# (name, inode, modification time in ns, size) of every file. A bundle that is moved into the place of another has
+# other inodes, and one that is still being copied has another size each time.
+Stamp = tuple[tuple[str, int, int, int], ...]
+
+
+def find_bundles(roots: Iterable[Path]) -> list[Path]:
+    """The folders that hold a bundle, each once and in the order of the roots.
+
+    A root is a bundle, or a folder of bundles: its sub-folders are bundles, or hold one a version. A root in which
+    there is no bundle counts as one itself, so that opening it tells what is wrong.
+    """
+    found: dict[Path, None] = {}
+    for root in roots:
+        inside = [] if _has_manifest(root) else list(_inside(root))
+        found.update(dict.fromkeys(inside or [root]))
+    return list(found)
+
+
+def check_any(roots: Iterable[Path]) -> None:
+    """Raise BundleError, with every reason, unless at least one whole bundle lies in the roots."""
+    reasons = []
+    for folder in find_bundles(roots):
+        try:
+            read_bundle(folder)
+        except BundleError as error:
+            reasons.append(str(error))
+        else:
+            return
+    raise BundleError("; ".join(reasons))
+
+
+def stamp(folder: Path) -> Stamp:
+    """What tells whether the files of a folder are still the same; looks at no content."""
+    files = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                status = entry.stat()
+                files.append((entry.name, status.st_ino, status.st_mtime_ns, status.st_size))
+    except OSError:  # something vanished meanwhile: the next look will tell
+        return ()
+    return tuple(sorted(files))
+
+
+def is_gone(folder: Path) -> bool:
+    """Whether there is no such folder; a disk that can't be read at the moment is another matter."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _inside(root: Path) -> Iterator[Path]:
+    for folder in _folders(root):
+        if _has_manifest(folder):
+            yield folder
+        else:
+            yield from filter(_has_manifest, _folders(folder))
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        # A name that begins with a dot is a bundle in the making, or a volume's own.
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _has_manifest(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()

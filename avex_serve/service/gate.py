@@ -1,0 +1,86 @@
+"""What every request passes before anything reads it, whatever the transport: key, room, deadline."""
+
+import math
+from dataclasses import dataclass
+from typing import Final, Self
+
+from avex_serve.errors import InputError
+from avex_serve.runtime.admission import Admission
+from avex_serve.runtime.allowance import Deadline, Limits
+from avex_serve.runtime.cores import usable_cores
+from avex_serve.service.keys import Keys
+from avex_serve.service.settings import Settings
+
+QUEUE_FACTOR: Final = 16  # waiting requests for each at work
+TIMEOUT_MARGIN: Final = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The gate of a worker, one for HTTP and gRPC together."""
+
+    keys: Keys
+    admission: Admission
+    body_bytes: int  # of one body at most
+    read_seconds: float  # for a body to arrive
+    answer_seconds: float  # from arrival to answer
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """The gate that the settings describe.
+
+        Raises:
+            InputError: see `Keys.from_settings`.
+        """
+        slots = settings.concurrency or usable_cores()
+        admission = Admission(
+            slots,
+            QUEUE_FACTOR * slots if settings.queue is None else settings.queue,
+            settings.max_held_bytes,
+            Limits(
+                seconds=settings.max_seconds,
+                decoded_bytes=settings.max_decoded_bytes,
+                channels=settings.max_channels,
+                windows=settings.max_windows,
+                json_bytes=settings.max_json_bytes,
+            ),
+        )
+        return cls(
+            Keys.from_settings(settings),
+            admission,
+            settings.max_body_bytes,
+            settings.read_timeout_seconds,
+            settings.timeout_seconds,
+        )
+
+    def deadline(self, seconds: float | None) -> Deadline:
+        """The deadline of a request whose client waits so long; None: it doesn't say."""
+        return Deadline(self.answer_seconds if seconds is None else min(seconds, self.answer_seconds))
+
+
+def http_time_limit() -> float:
+    """Seconds after which BentoML may cut a request off: a little later than the gate does.
+
+    BentoML wants it when the service's class is made, and keeps a timer for each request until then.
+    """
+    try:
+        return Settings.from_environment().timeout_seconds + TIMEOUT_MARGIN
+    except InputError:  # which keeps the service from starting, with a message
+        return TIMEOUT_MARGIN
+
+
+def parse_seconds(name: str, text: str | None) -> float | None:
+    """A client's time limit, None for None.
+
+    Raises:
+        InputError: no positive number.
+    """
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise InputError(f"{name} is {text[:20]!r}; expected a positive number of seconds")
+    return seconds

@@ -1,0 +1,121 @@
+"""Prometheus metrics with bounded labels, for all workers together.
+
+    avex_requests_total{transport, route, status}       status: 2xx, 4xx, 5xx of HTTP, the code's name of gRPC
+    avex_request_duration_seconds{transport, route}
+    avex_requests_in_progress{transport}
+    avex_rejections_total{transport, status}            refused before any work was done
+    avex_stage_duration_seconds{stage}                  decode, resample, queue, infer: a request's total of each,
+                                                        which is more than it took where threads ran side by side
+    avex_batch_size                                     rows of each batch that was inferred
+    avex_model_info{name, version, format, device}      1 for each model that is served
+
+A route is a template or `other`, so that paths nobody serves don't make series. Workers share their series by files
+in PROMETHEUS_MULTIPROC_DIR, which BentoML sets and clears.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from avex_serve.runtime.engine import Engine
+from avex_serve.runtime.stages import Work
+
+# From a few milliseconds for a small model to minutes for a recording of hours.
+SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+MODEL: Final = ("name", "version", "format", "device")
+ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+REFUSALS: Final = frozenset({
+    *("401", "403", "408", "413", "429", "503", "504"),
+    *("UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
+})  # fmt: skip
+
+
+class Metrics:
+    """The metrics of this process, and those of all workers as text.
+
+    `served` lends the engines that are served when it is asked.
+    """
+
+    def __init__(self, served: Callable[[], AbstractContextManager[Iterable[Engine]]]) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._served = served
+        self._requests = Counter(
+            "avex_requests", "Requests answered.", ["transport", "route", "status"], registry=registry
+        )
+        self._durations = Histogram(
+            "avex_request_duration_seconds",
+            "From the request to the end of its answer.",
+            ["transport", "route"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._in_progress = Gauge(
+            "avex_requests_in_progress",
+            "Requests being answered.",
+            ["transport"],
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self._rejections = Counter(
+            "avex_rejections", "Requests refused before any work.", ["transport", "status"], registry=registry
+        )
+        self._stages = Histogram(
+            "avex_stage_duration_seconds",
+            "Seconds of a request in each stage.",
+            ["stage"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._batches = Histogram(
+            "avex_batch_size", "Rows of a batch that was inferred.", buckets=ROWS, registry=registry
+        )
+
+    @contextmanager
+    def in_progress(self, transport: str) -> Iterator[None]:
+        """Count a request as in progress during the block."""
+        with self._in_progress.labels(transport).track_inprogress():
+            yield
+
+    def observe(self, transport: str, route: str, status: str, seconds: float, work: Work) -> None:
+        """Count a request that was answered."""
+        shown = f"{status[0]}xx" if status.isdecimal() else status
+        self._requests.labels(transport, route, shown).inc()
+        self._durations.labels(transport, route).observe(seconds)
+        if status in REFUSALS:
+            self._rejections.labels(transport, status).inc()
+        for stage, part in work.totals().items():
+            self._stages.labels(stage).observe(part)
+        for rows in work.batches:
+            self._batches.observe(rows)
+
+    def text(self) -> bytes:
+        """The metrics of all workers in Prometheus' text format."""
+        registry = self._registry
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry) + generate_latest(_Only(self._model_info()))
+
+    def _model_info(self) -> Metric:
+        family = GaugeMetricFamily("avex_model_info", "A model that is served.", labels=MODEL)
+        with self._served() as engines:
+            for engine in engines:
+                manifest, backend = engine.manifest, engine.backend
+                family.add_metric([manifest.name, manifest.version, backend.format, backend.device], 1)
+        return family
+
+
+class _Only(CollectorRegistry):
+    """A registry of one metric."""
+
+    def __init__(self, metric: Metric) -> None:
+        super().__init__()
+        self._metric = metric
+
+    def collect(self) -> Iterable[Metric]:
+        yield self._metric

@@ -1,0 +1,380 @@
+"""Slots, queue and turns, with work that waits until the test lets it go."""
+
+import asyncio
+import random
+import threading
+import time
+
+import pytest
+
+from avex_serve.errors import ClientGoneError, DeadlineError, OverloadError
+from avex_serve.runtime import allowance
+from avex_serve.runtime.admission import LARGE_BYTES, Admission, HeldBytes, Ticket, admitted, hold_ticket
+from avex_serve.runtime.allowance import Deadline, Limits
+
+PATIENCE = 20  # seconds until a test that hangs fails
+
+
+@pytest.fixture
+def open_admission():
+    """Make one, closed at the end."""
+    made = []
+
+    def make(slots=1, queue=0, **arguments):
+        made.append(Admission(slots, queue, 2**20, Limits(), **arguments))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+class Work:
+    """Work that lasts until `end`."""
+
+    def __init__(self):
+        self.began, self.end = threading.Event(), threading.Event()
+
+    def __call__(self):
+        self.began.set()
+        assert self.end.wait(PATIENCE)
+        return "done"
+
+
+def start(admission, work, deadline=None):
+    return asyncio.create_task(admission.run(work, deadline or Deadline()))
+
+
+async def seen(event):
+    assert await asyncio.to_thread(event.wait, PATIENCE)
+
+
+async def until(condition):
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def run(test):
+    async def bounded():
+        async with asyncio.timeout(PATIENCE):
+            await test
+
+    asyncio.run(bounded())
+
+
+@pytest.mark.parametrize(("slots", "queue"), [(1, 0), (1, 2), (3, 2)])
+def test_slots_and_queue_are_bounded(open_admission, slots, queue):
+    admission = open_admission(slots, queue)
+
+    async def test():
+        at_work = [Work() for _ in range(slots)]
+        waiting = [Work() for _ in range(queue)]
+        tasks = [start(admission, work) for work in at_work]
+        for work in at_work:
+            await seen(work.began)
+        tasks += [start(admission, work) for work in waiting]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadError, match=f"{slots} requests at work and {queue} waiting"):
+            admission.check_room()
+        with pytest.raises(OverloadError):
+            await start(admission, Work())
+        assert not any(work.began.is_set() for work in waiting)
+        for work in (*at_work, *waiting):
+            work.end.set()
+        assert await asyncio.gather(*tasks) == ["done"] * (slots + queue)
+        admission.check_room()
+
+    run(test())
+
+
+def test_first_come_first_served(open_admission):
+    admission, order = open_admission(1, 9), []
+
+    async def test():
+        first = Work()
+        tasks = [start(admission, first)]
+        await seen(first.began)
+        tasks += [start(admission, lambda i=i: order.append(i)) for i in range(9)]
+        await asyncio.sleep(0)
+        first.end.set()
+        await asyncio.gather(*tasks)
+
+    run(test())
+    assert order == list(range(9))
+
+
+def test_cancelled_while_waiting(open_admission):
+    """Its place is free at once, and it is never done."""
+    admission = open_admission(1, 1)
+
+    async def test():
+        first, second, third = Work(), Work(), Work()
+        one = start(admission, first)
+        await seen(first.began)
+        two = start(admission, second)
+        await asyncio.sleep(0)
+        two.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await two
+        three = start(admission, third)
+        await asyncio.sleep(0)
+        first.end.set()
+        third.end.set()
+        assert await asyncio.gather(one, three) == ["done", "done"]
+        assert not second.began.is_set()
+
+    run(test())
+
+
+def test_cancelled_at_the_moment_its_turn_comes(open_admission):
+    admission = open_admission(1, 1)
+
+    async def test():
+        first = Work()
+        one = start(admission, first)
+        await seen(first.began)
+        two = start(admission, Work())
+        await asyncio.sleep(0)
+        first.end.set()
+        time.sleep(0.2)  # the slot is handed over while the event loop can't notice
+        two.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await two
+        await one
+        third = Work()
+        third.end.set()
+        assert await start(admission, third) == "done"
+
+    run(test())
+
+
+def test_cancelled_at_work(open_admission):
+    """It keeps its slot until its next step, which tells it to end."""
+    admission = open_admission()
+    ended = []
+
+    def work():
+        began.set()
+        proceed.wait(PATIENCE)
+        try:
+            allowance.current().checkpoint()
+        except ClientGoneError as error:
+            ended.append(error)
+            raise
+
+    began, proceed = threading.Event(), threading.Event()
+
+    async def test():
+        task = start(admission, work)
+        await seen(began)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(OverloadError):
+            admission.check_room()
+        proceed.set()
+        await until(lambda: ended)
+        second = Work()
+        second.end.set()
+        await until(lambda: has_room(admission))
+        assert await start(admission, second) == "done"
+
+    run(test())
+
+
+def has_room(admission):
+    try:
+        admission.check_room()
+    except OverloadError:
+        return False
+    return True
+
+
+def test_deadline_that_passed_in_the_queue(open_admission):
+    admission = open_admission(1, 1)
+
+    async def test():
+        first, second = Work(), Work()
+        one = start(admission, first)
+        await seen(first.began)
+        two = start(admission, second, Deadline(0.01))
+        await asyncio.sleep(0.02)
+        first.end.set()
+        await one
+        with pytest.raises(DeadlineError, match="not ready in time"):
+            await two
+        assert not second.began.is_set()
+
+    run(test())
+
+
+def test_deadline_that_passes_at_work(open_admission):
+    admission = open_admission()
+
+    def work():
+        while True:
+            allowance.current().checkpoint()
+
+    async def test():
+        with pytest.raises(DeadlineError):
+            await start(admission, work, Deadline(0.05))
+        await until(lambda: has_room(admission))
+
+    run(test())
+
+
+def test_short_request_beside_a_long_one_in_the_only_slot(open_admission):
+    admission = open_admission(1, 1, turn_seconds=0)
+    short_done, steps = threading.Event(), []
+
+    def long():
+        while not short_done.is_set():
+            began.set()
+            steps.append(allowance.current().checkpoint())
+        return "long"
+
+    began = threading.Event()
+
+    async def test():
+        task = start(admission, long)
+        await seen(began)
+        assert await start(admission, lambda: "short") == "short"
+        assert not task.done()
+        short_done.set()
+        assert await task == "long"
+
+    run(test())
+    assert steps
+
+
+def large_until(release, begun):
+    """Work on a large recording that passes its turns on until it is let go."""
+
+    def work():
+        allowance.current().check_recording(LARGE_BYTES, 1, 16000)
+        begun.append(1)
+        while not release.is_set():
+            allowance.current().checkpoint()
+        return "large"
+
+    return work
+
+
+def test_as_many_large_recordings_at_once_as_slots(open_admission):
+    """The others wait for room without a slot, and small ones pass them."""
+    admission = open_admission(2, 20, turn_seconds=0)
+    release, begun = threading.Event(), []
+
+    async def test():
+        tasks = [start(admission, large_until(release, begun)) for _ in range(6)]
+        await until(lambda: len(begun) == 2)
+        for _ in range(10):
+            assert await start(admission, lambda: "small") == "small"
+        assert len(begun) == 2
+        release.set()
+        assert await asyncio.gather(*tasks) == ["large"] * 6
+
+    run(test())
+    assert len(begun) == 6
+
+
+def test_waiting_for_room_ends_with_the_client_and_with_the_deadline(open_admission):
+    admission = open_admission(1, 2, turn_seconds=0)
+    release, begun, ended = threading.Event(), [], []
+
+    def second():
+        begun.append(2)
+        try:
+            allowance.current().check_recording(LARGE_BYTES, 1, 16000)
+        except Exception as error:
+            ended.append(type(error))
+            raise
+
+    async def test():
+        first = start(admission, large_until(release, begun))
+        await until(lambda: begun == [1])
+        leaving, late = start(admission, second), start(admission, second, Deadline(0.3))
+        await until(lambda: begun == [1, 2, 2])
+        leaving.cancel()
+        await asyncio.gather(leaving, late, return_exceptions=True)
+        await until(lambda: len(ended) == 2)
+        assert set(ended) == {ClientGoneError, DeadlineError}
+        await until(lambda: has_room(admission))
+        assert not first.done()
+        release.set()
+        assert await first == "large"
+
+    run(test())
+
+
+def test_errors_of_the_work_arrive_and_free_the_slot(open_admission):
+    admission = open_admission()
+
+    async def test():
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError):
+                await start(admission, lambda: 1 / 0)
+
+    run(test())
+
+
+def test_every_slot_comes_back_after_a_storm(open_admission):
+    admission = open_admission(3, 10, turn_seconds=0)
+    random_ = random.Random(0)
+
+    def work():
+        for size in range(random_.randrange(5)):
+            allowance.current().check_recording(size * LARGE_BYTES // 12, 1, 16000)
+            allowance.current().checkpoint()
+
+    async def client():
+        await asyncio.sleep(random_.random() / 20)
+        task = start(admission, work, Deadline(random_.random() / 20))
+        if random_.random() < 0.5:
+            await asyncio.sleep(random_.random() / 50)
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def test():
+        await asyncio.gather(*(client() for _ in range(500)))
+        at_work = [Work() for _ in range(3)]
+        tasks = []
+        for work in at_work:
+            await until(lambda: has_room(admission))
+            tasks.append(start(admission, work))
+        for work in at_work:
+            await seen(work.began)
+            work.end.set()
+        await asyncio.gather(*tasks)
+
+    run(test())
+
+
+def test_closed(open_admission):
+    admission = open_admission()
+    admission.close()
+
+    async def test():
+        with pytest.raises(OverloadError, match="is stopping"):
+            await start(admission, Work())
+
+    run(test())
+
+
+def test_ticket_of_the_task(open_admission):
+    async def test():
+        hold_ticket(Ticket(open_admission(), Deadline()))
+        assert await admitted(lambda: 7) == 7
+
+    run(test())
+
+
+def test_held_bytes():
+    held = HeldBytes(10)
+    held.take(6)
+    with pytest.raises(OverloadError, match="all but 4 of the 10 bytes"):
+        held.take(5)
+    held.take(4)
+    held.give_back(6)
+    held.check_room(6)

@@ -1,0 +1,141 @@
+"""SIGTERM under load: what was accepted is answered, what comes later is refused, and it ends in time."""
+
+import contextlib
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+import tritonclient.grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from avex_serve.runtime.audio import decode
+from tests.service.conftest import encode, running_server
+
+LIMITS = {"AVEX_MAX_WINDOWS": "1000000"}
+OVERLAP = 0.095  # a window every 5 ms: seconds of work
+
+
+@pytest.fixture(scope="module")
+def long():
+    """A recording that takes a while."""
+    return encode(60, 16000, 1, "WAV")
+
+
+def in_progress(server):
+    lines = server.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("avex_requests_in_progress"))
+
+
+def wait_until_in_progress(server, count):
+    deadline = time.monotonic() + 30
+    while in_progress(server) < count + 1:  # the question itself is one
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def infer(server, recording, overlap=0.0):
+    audio = tritonclient.grpc.InferInput("waveform", [1], "BYTES")
+    audio.set_data_from_numpy(np.array([recording], dtype=np.object_))
+    wanted = [tritonclient.grpc.InferRequestedOutput("scores")]
+    with tritonclient.grpc.InferenceServerClient(server.grpc) as client:
+        answer = client.infer("tiny", [audio], outputs=wanted, parameters={"overlap": overlap})
+        return answer.as_numpy("scores")
+
+
+def predict(server, recording, **options):
+    return httpx.post(f"{server.url}/predict", content=recording, params=options, timeout=60)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_was_accepted_is_answered(tmp_path, audio_bundle, audio_engine, long, wav, workers):
+    (tmp_path / "bentoml.yml").write_text(f"services:\n  AvexService:\n    workers: {workers}\n")
+    expected = audio_engine.predict(*decode(long), overlap=OVERLAP, top_k=1, threshold=0.6).model_dump(mode="json")
+    expected_scores = audio_engine.score(*decode(long), overlap=OVERLAP).scores
+    short = audio_engine.predict(*decode(wav)).model_dump(mode="json")
+    outcomes = []
+    over = threading.Event()
+
+    def load_http(server):
+        with httpx.Client(base_url=server.url, timeout=60) as client:  # one connection, kept alive
+            while not over.is_set():
+                try:
+                    answer = client.post("/predict", content=wav)
+                except httpx.TransportError:
+                    outcomes.append("no connection")
+                    time.sleep(0.05)
+                    continue
+                right = answer.status_code == 200 and answer.json() == short
+                outcomes.append("right" if right else answer.status_code)
+
+    def load_grpc(server):
+        expected = audio_engine.score(*decode(wav)).scores
+        while not over.is_set():
+            try:
+                np.testing.assert_array_equal(infer(server, wav), expected)
+                outcomes.append("right")
+            except tritonclient.grpc.InferenceServerException as error:
+                outcomes.append(error.status())
+                time.sleep(0.05)
+
+    with (
+        running_server(
+            tmp_path, AVEX_BUNDLE=str(audio_bundle), BENTOML_CONFIG=str(tmp_path / "bentoml.yml"), **LIMITS
+        ) as server,
+        ThreadPoolExecutor(8) as pool,
+        grpc.insecure_channel(server.grpc) as channel,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(over.set)
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
+        watch = health.Watch(health_pb2.HealthCheckRequest())  # an open stream must not hold the end up
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        by_http = [pool.submit(predict, server, long, overlap=OVERLAP, top_k=1, threshold=0.6) for _ in range(2)]
+        by_grpc = [pool.submit(infer, server, long, OVERLAP) for _ in range(2)]
+        wait_until_in_progress(server, 4)
+        loads = [pool.submit(load, server) for load in (load_http, load_http, load_grpc)]
+        while "right" not in outcomes:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        if workers == 1:  # with two, the other one may have ended already
+            for path in ("/readyz", "/v2/health/ready"):
+                assert server.get(path).status_code == 503
+            assert server.get("/livez").status_code == 200
+            refused = predict(server, wav)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert "shutting down" in refused.json()["error"]
+            with pytest.raises(tritonclient.grpc.InferenceServerException, match="UNAVAILABLE"):
+                infer(server, wav)
+        for future in by_http:
+            assert future.result().json() == expected
+        for future in by_grpc:
+            np.testing.assert_array_equal(future.result(), expected_scores)
+        assert server.process.wait(30) == 0
+        over.set()
+        for load in loads:
+            load.result()
+        with contextlib.suppress(grpc.RpcError):
+            watch.cancel()
+    assert set(outcomes) <= {"right", 503, "no connection", "StatusCode.UNAVAILABLE"}
+    assert {"right", "StatusCode.UNAVAILABLE"} <= set(outcomes)
+
+
+def test_time_is_bounded(tmp_path, audio_bundle):
+    endless = encode(1200, 16000, 1, "WAV")
+    with (
+        running_server(tmp_path, AVEX_BUNDLE=str(audio_bundle), AVEX_DRAIN_SECONDS="0.5", **LIMITS) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        request = pool.submit(predict, server, endless, overlap=OVERLAP)
+        wait_until_in_progress(server, 1)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(httpx.TransportError):
+            request.result()
+        server.process.wait(30)
+        assert "AVEX_DRAIN_SECONDS (0.5) are over: 1 requests are cut off" in server.log

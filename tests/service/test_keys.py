@@ -1,0 +1,302 @@
+"""Keys over HTTP and gRPC, and gRPC over TLS with certificates made here."""
+
+import contextlib
+import socket
+import subprocess
+
+import bentoml
+import grpc
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tritonclient.grpc import service_pb2
+
+from avex_serve.errors import AuthenticationError, InputError
+from avex_serve.service.grpc_gate import server_credentials
+from avex_serve.service.keys import Keys
+from avex_serve.service.settings import Settings
+from tests.service.conftest import encode, running_server
+from tests.service.test_lifecycle import refused_start
+
+KEYS = ("first-key.of~two", "c2Vjb25k+/w==", "third_key_from_a_file")
+WAV = encode(0.1, 16000, 1, "WAV")
+PAYLOAD = "marker-of-a-payload"
+SERVICE = "/inference.GRPCInferenceService/"
+PATIENCE = 20
+
+
+def openssl(folder, *arguments):
+    subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """A folder with an authority, and certificates of a server on 127.0.0.1 and of a client that it signed."""
+    folder = tmp_path_factory.mktemp("certificates")
+    new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-sha256")
+    openssl(folder, *new, "-x509", "-days", "2", "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.pem")
+    for name in ("server", "client"):
+        openssl(folder, *new, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        (folder / "extensions").write_text("subjectAltName = IP:127.0.0.1\n")
+        sign = ("x509", "-req", "-days", "2", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial")
+        openssl(folder, *sign, "-in", f"{name}.csr", "-extfile", "extensions", "-out", f"{name}.pem")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, audio_bundle, certificates):
+    """Keys from both places, and gRPC that asks clients for a certificate."""
+    folder = tmp_path_factory.mktemp("locked")
+    (folder / "keys").write_text(f"\n  {KEYS[2]}\r\n\n")
+    with running_server(
+        folder,
+        AVEX_BUNDLE=str(audio_bundle),
+        AVEX_API_KEYS=f"{KEYS[0]}, {KEYS[1]},",
+        AVEX_API_KEYS_FILE=str(folder / "keys"),
+        AVEX_GRPC_CERTIFICATE=str(certificates / "server.pem"),
+        AVEX_GRPC_KEY=str(certificates / "server.key"),
+        AVEX_GRPC_CLIENT_CA=str(certificates / "ca.pem"),
+    ) as server:
+        yield server
+    assert not any(key in server.log for key in KEYS)
+    assert PAYLOAD not in server.log
+
+
+@pytest.fixture
+def channel(server, certificates):
+    files = [(certificates / name).read_bytes() for name in ("ca.pem", "client.key", "client.pem")]
+    with grpc.secure_channel(server.grpc, grpc.ssl_channel_credentials(*files)) as channel:
+        yield channel
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"}
+
+
+GUARDED = [
+    ("GET", "/"),
+    ("GET", "/metrics"),
+    ("GET", "/docs.json"),
+    ("GET", "/schema.json"),
+    ("GET", "/static_content/main.js"),
+    ("GET", "/nothing"),
+    ("GET", "/livez/"),
+    ("GET", "//livez"),
+    ("GET", "/livez%0a"),
+    ("GET", "/LIVEZ"),
+    ("GET", "/predict/../livez"),
+    ("GET", "/v2"),
+    ("GET", "/v2/health"),
+    ("GET", "/v2/health/live/"),
+    ("GET", "/v2/models/tiny"),
+    ("GET", "/v2/models/tiny/ready"),
+    ("POST", "/v2/models/tiny/infer"),
+    ("POST", "/predict"),
+    ("POST", "/embed"),
+    ("POST", "/classify"),
+    ("OPTIONS", "/predict"),
+    ("HEAD", "/"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), GUARDED)
+def test_everything_needs_a_key(server, method, path):
+    with contextlib.closing(socket.create_connection(("127.0.0.1", server.http_port), PATIENCE)) as connection:
+        connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n".encode())
+        answer = connection.recv(1000)  # before the body has come
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert b"www-authenticate: bearer" in answer.lower()
+
+
+@pytest.mark.parametrize("path", ["/livez", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"])
+def test_health_needs_none(server, path):
+    assert server.get(path).status_code == 200
+
+
+REFUSED = {
+    "empty": "",
+    "scheme alone": "Bearer",
+    "without scheme": KEYS[0],
+    "another scheme": f"Basic {KEYS[0]}",
+    "cut": f"Bearer {KEYS[0][:-1]}",
+    "longer": f"Bearer {KEYS[0]}x",
+    "another case": f"Bearer {KEYS[0].upper()}",
+    "two": f"Bearer {KEYS[0]} {KEYS[1]}",
+    "list": f"Bearer {KEYS[0]},{KEYS[1]}",
+    "another": "Bearer nothing",
+    "not ASCII": "Bearer schlüssel",
+}
+
+
+@pytest.mark.parametrize("header", REFUSED.values(), ids=REFUSED)
+def test_wrong_key(server, channel, header):
+    headers = {"authorization": header.encode("latin-1")}
+    answer = server.client.post("/predict", content=PAYLOAD, headers=headers)
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert not any(key in answer.text for key in KEYS)
+    if header.isascii():
+        assert rpc_error(channel, "ModelInfer", header)[0] == "UNAUTHENTICATED"
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_key(server, channel, predict, key):
+    for header in (f"Bearer {key}", f"bearer  {key}"):
+        answer = server.client.post("/predict", content=WAV, headers={"authorization": header})
+        assert answer.json() == predict(WAV)
+    answer = channel.unary_unary(f"{SERVICE}ModelInfer")(
+        infer_request(), metadata=(("authorization", f"Bearer {key}"),), timeout=PATIENCE
+    )
+    assert service_pb2.ModelInferResponse.FromString(answer).model_name == "tiny"
+
+
+def infer_request():
+    request = service_pb2.ModelInferRequest(model_name="tiny")
+    request.inputs.add(name="waveform", datatype="BYTES", shape=[1])
+    request.raw_input_contents.append(len(WAV).to_bytes(4, "little") + WAV)
+    return request.SerializeToString()
+
+
+def rpc_error(channel, method, authorization=None):
+    metadata = () if authorization is None else (("authorization", authorization),)
+    with pytest.raises(grpc.RpcError) as caught:
+        channel.unary_unary(f"{SERVICE}{method}")(PAYLOAD.encode(), metadata=metadata, timeout=PATIENCE)
+    return caught.value.code().name, caught.value.details()
+
+
+@pytest.mark.parametrize("method", ["ServerMetadata", "ModelReady", "ModelMetadata", "ModelInfer", "Nothing"])
+def test_every_method_needs_a_key(channel, method):
+    code, details = rpc_error(channel, method)
+    assert code == "UNAUTHENTICATED"
+    assert "Authorization: Bearer KEY" in details
+
+
+def test_health_over_grpc_needs_none(channel):
+    stub = health_pb2_grpc.HealthStub(channel)
+    serving = health_pb2.HealthCheckResponse.SERVING
+    assert stub.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE).status == serving
+    watch = stub.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
+    assert next(watch).status == serving
+    watch.cancel()
+    for method in ("ServerLive", "ServerReady"):
+        assert channel.unary_unary(f"{SERVICE}{method}")(b"", timeout=PATIENCE)
+
+
+def test_clients_with_a_key(server, certificates, tmp_path, predict):
+    path = tmp_path / "recording.wav"
+    path.write_bytes(WAV)
+    with bentoml.SyncHTTPClient(server.url, token=KEYS[0]) as client:
+        assert client.predict(audio=path) == predict(WAV)
+        client._temp_dir.cleanup()  # which closing forgets
+    with tritonclient.http.InferenceServerClient(server.http) as client:
+        assert client.get_model_metadata("tiny", headers=bearer(KEYS[1]))["name"] == "tiny"
+        assert client.is_server_live()
+    with tritonclient.grpc.InferenceServerClient(
+        server.grpc,
+        ssl=True,
+        root_certificates=str(certificates / "ca.pem"),
+        private_key=str(certificates / "client.key"),
+        certificate_chain=str(certificates / "client.pem"),
+    ) as client:
+        assert client.get_model_metadata("tiny", headers=bearer(KEYS[1])).name == "tiny"
+        assert client.is_server_live()
+
+
+def test_channels_that_are_not_trusted(server, certificates):
+    """In plain text, and over TLS without the client's certificate or with one that nobody signed."""
+    ca = (certificates / "ca.pem").read_bytes()
+    openssl(
+        certificates,
+        *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-x509", "-days", "2"),
+        *("-subj", "/CN=stranger", "-keyout", "stranger.key", "-out", "stranger.pem"),
+    )
+    stranger = [(certificates / f"stranger.{end}").read_bytes() for end in ("key", "pem")]
+    for open_channel in (
+        lambda: grpc.insecure_channel(server.grpc),
+        lambda: grpc.secure_channel(server.grpc, grpc.ssl_channel_credentials(ca)),
+        lambda: grpc.secure_channel(server.grpc, grpc.ssl_channel_credentials(ca, *stranger)),
+    ):
+        with open_channel() as channel:
+            assert rpc_error(channel, "ServerLive")[0] == "UNAVAILABLE"
+
+
+# What doesn't start
+
+
+def settings(**variables):
+    return Settings.from_environment(variables)
+
+
+def test_no_keys_let_everybody_in():
+    Keys.from_settings(settings()).check(None)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (",", "is set and holds no key"),
+        ("good,s3cret with blank", "entry 2 is no key"),
+        ("schlüssel", "entry 1 is no"),
+    ],
+)
+def test_keys_that_are_none(tmp_path, text, reason):
+    path = tmp_path / "keys"
+    path.write_text(text.replace(",", "\n"))
+    for variables in ({"AVEX_API_KEYS": text}, {"AVEX_API_KEYS_FILE": str(path)}):
+        with pytest.raises(InputError, match=reason) as caught:
+            Keys.from_settings(settings(**variables))
+        assert "s3cret" not in str(caught.value)
+
+
+def test_key_file_that_can_not_be_read(tmp_path):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, reason in ((tmp_path / "nowhere", "No such file"), (tmp_path, "Is a directory"), (binary, "not text")):
+        with pytest.raises(InputError, match=reason):
+            Keys.from_settings(settings(AVEX_API_KEYS_FILE=str(path)))
+
+
+def test_settings_never_show_keys():
+    with_keys = settings(AVEX_API_KEYS="s3cret")
+    assert "s3cret" not in f"{with_keys!r} {with_keys} {with_keys.model_dump()} {with_keys.model_dump_json()}"
+    with pytest.raises(InputError) as caught:
+        settings(AVEX_API_KEYS="s3cret", AVEX_QUEUE="-1")
+    assert "s3cret" not in str(caught.value)
+    with pytest.raises(AuthenticationError) as refusal:
+        Keys.from_settings(with_keys).check("Bearer s3cret-and-more")
+    assert "s3cret" not in str(refusal.value)
+
+
+def test_certificates_that_can_not_be_used(certificates, tmp_path):
+    locked = ("ec", "-in", "server.key", "-aes256", "-passout", "pass:secret", "-out", "locked.key")
+    openssl(certificates, *locked)
+    (certificates / "nonsense").write_text("nonsense")
+
+    def of(**files):
+        return {f"AVEX_GRPC_{name.upper()}": str(certificates / file) for name, file in files.items()}
+
+    for variables, reason in (
+        (of(certificate="server.pem"), "AVEX_GRPC_CERTIFICATE and AVEX_GRPC_KEY together"),
+        (of(key="server.key"), "AVEX_GRPC_CERTIFICATE and AVEX_GRPC_KEY together"),
+        (of(client_ca="ca.pem"), "without AVEX_GRPC_CERTIFICATE"),
+        (of(certificate="nowhere", key="server.key"), "AVEX_GRPC_CERTIFICATE: .*nowhere can't be read"),
+        (of(certificate="server.pem", key="client.key"), "KEY_VALUES_MISMATCH"),
+        (of(certificate="nonsense", key="server.key"), "can't be used"),
+        (of(certificate="server.pem", key="locked.key"), "without a password"),
+        (of(certificate="server.pem", key="server.key", client_ca="nonsense"), "can't be used"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            server_credentials(settings(**variables))
+    assert server_credentials(settings()) is None
+    assert server_credentials(settings(**of(certificate="server.pem", key="server.key"))) is not None
+
+
+def test_service_does_not_start_without_the_keys_that_it_was_told(tmp_path, audio_bundle):
+    message = refused_start(tmp_path, AVEX_BUNDLE=str(audio_bundle), AVEX_API_KEYS_FILE=str(tmp_path / "nowhere"))
+    assert "AVEX_API_KEYS_FILE" in message
+
+
+def test_service_does_not_start_with_half_a_certificate(tmp_path, audio_bundle):
+    message = refused_start(tmp_path, AVEX_BUNDLE=str(audio_bundle), AVEX_GRPC_KEY="server.key")
+    assert "AVEX_GRPC_CERTIFICATE and AVEX_GRPC_KEY together" in message

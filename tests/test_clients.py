@@ -1,0 +1,104 @@
+"""Every example of docs/clients.md runs, against a service that serves a bundle of that name."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from avex_serve.runtime.audio import decode
+from avex_serve.runtime.engine import open_bundle
+from tests.bundles import make_audio_bundle
+from tests.service.conftest import encode, running_server
+
+PAGE = (Path(__file__).parents[1] / "docs" / "clients.md").read_text()
+SHELL = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return make_audio_bundle(tmp_path_factory.mktemp("clients") / "bundle", name="my_probe")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, bundle):
+    with running_server(tmp_path_factory.mktemp("clients") / "server", AVEX_BUNDLE=str(bundle)) as server:
+        yield server
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a recording."""
+    (tmp_path / "recording.wav").write_bytes(encode(2.5, 16000, 1, "WAV"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def engine(bundle):
+    with open_bundle(bundle) as engine:
+        yield engine
+
+
+def localised(code, server):
+    code = code.replace("overlap=1", "overlap=0.05")  # the tiny model's window is shorter
+    return code.replace("localhost:3000", server.http).replace("localhost:3001", server.grpc)
+
+
+def shell(code, server):
+    command = ["bash", "-euo", "pipefail", "-c", localised(code, server)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def python(code, server):
+    names = {}
+    exec(compile(localised(code, server), "docs/clients.md", "exec"), names)
+    return names
+
+
+def test_curl(server, workplace, engine):
+    answers = [json.loads(each) for each in re.findall(r"\{.*?\}(?=\{\"bundle\"|$)", shell(SHELL[0], server))]
+    recording = decode("recording.wav")
+    expected = [
+        engine.predict(*recording, top_k=1),
+        engine.predict(*recording, threshold=0.3, overlap=0.05),
+        engine.embedding_document(*recording, overlap=0.0),
+    ]
+    assert answers == [each.model_dump(mode="json") for each in expected]
+
+
+def test_curl_with_an_id(server, workplace, engine):
+    headers = shell(SHELL[1], server)
+    assert "x-request-id: dawn-7" in headers
+    expected = engine.predict(*decode("recording.wav")).model_dump(mode="json")
+    assert json.loads(Path("answer.json").read_text()) == expected
+
+
+def test_curl_with_the_protocol(server, workplace, engine):
+    (scores,) = json.loads(shell(SHELL[2], server))["outputs"]
+    expected = engine.score(*decode("recording.wav")).scores
+    np.testing.assert_allclose(np.reshape(scores["data"], scores["shape"]), expected, rtol=1e-6)
+
+
+def test_bentoml(server, workplace, engine, capsys):
+    names = python(PYTHON[0], server)
+    names["client"]._temp_dir.cleanup()  # which closing forgets
+    assert names["prediction"] == engine.predict(*decode("recording.wav"), top_k=1).model_dump(mode="json")
+    assert len(capsys.readouterr().out.splitlines()) == len(names["prediction"]["detections"])
+
+
+@pytest.mark.parametrize("code", [PYTHON[1], PYTHON[3]], ids=["grpc", "http"])
+def test_triton(server, workplace, engine, code):
+    np.testing.assert_array_equal(python(code, server)["scores"], engine.score(*decode("recording.wav")).scores)
+
+
+def test_triton_with_windows(server, engine):
+    names = python(PYTHON[2], server)
+    np.testing.assert_array_equal(names["embeddings"], engine.infer(names["windows"])["embedding"])
+
+
+def test_no_example_is_left_out():
+    assert (len(SHELL), len(PYTHON)) == (3, 4)
