@@ -73,6 +73,10 @@ class Settings(BaseModel):
     max_held_bytes: int = Field(2**30, ge=1, description="of all bodies that a worker holds at once")
     max_json_bytes: int = Field(16 * 2**20, ge=1, description="of JSON in one body; binary tensors don't count")
     max_seconds: float = Field(3600, gt=0, description="length of a recording, in seconds")
+    max_clip_seconds: float = Field(
+        30, gt=0, description="of a clip that is inferred in one piece, where a bundle takes clips of any length"
+    )
+    max_steps: int = Field(4096, ge=1, description="of a sequence of embeddings that a head reads")
     max_decoded_bytes: int = Field(
         2 * 2**30, ge=1, description="of a recording once decoded: 4 for each sample of each channel"
     )
