@@ -12,6 +12,8 @@ from avex_serve.errors import InputError
 PREFIX: Final = "AVEX_"
 DEMO_BUNDLE: Final = Path(__file__).parents[1] / "demo" / "bundle"
 
+KEYS: Final = ("api_keys", "api_keys_file")
+
 ModelControl = Literal["none", "explicit"]
 
 
@@ -98,13 +100,17 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """The settings; an empty variable counts as unset.
+        """The settings; an empty variable counts as unset, but for those of keys: no key is no leave to serve all.
 
         Raises:
             InputError: a value that makes no sense.
         """
         names = {field: PREFIX + field.upper() for field in cls.model_fields}
-        given = {field: environment[name] for field, name in names.items() if environment.get(name)}
+        given = {
+            field: environment[name]
+            for field, name in names.items()
+            if environment.get(name) or (field in KEYS and name in environment)
+        }
         try:
             return cls.model_validate(given)
         except ValidationError as error:
