@@ -72,8 +72,12 @@ class AvexService:
 
     def _open(self, folder: Path) -> Engine:
         settings = self.settings
-        threads = settings.threads or threads_of_worker(_workers())
-        return open_bundle(folder, settings.device, precision=settings.precision, threads=threads)
+        return open_bundle(folder, settings.device, precision=settings.precision, threads=self.threads)
+
+    @cached_property
+    def threads(self) -> int:
+        """Threads that infer in this process."""
+        return self.settings.threads or threads_of_worker(_workers())
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -110,7 +114,7 @@ class AvexService:
     @cached_property
     def gate(self) -> Gate:
         """What requests pass before they are answered."""
-        return Gate.from_settings(self.settings)
+        return Gate.from_settings(self.settings, self.threads)
 
     @bentoml.api
     def predict(

@@ -7,7 +7,6 @@ from typing import Final, Self
 from avex_serve.errors import InputError
 from avex_serve.runtime.admission import Admission
 from avex_serve.runtime.allowance import Deadline, Limits
-from avex_serve.runtime.cores import usable_cores
 from avex_serve.service.keys import Keys
 from avex_serve.service.settings import Settings
 
@@ -26,13 +25,17 @@ class Gate:
     answer_seconds: float  # from arrival to answer
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> Self:
+    def from_settings(cls, settings: Settings, threads: int) -> Self:
         """The gate that the settings describe.
+
+        Args:
+            settings: of the service.
+            threads: that infer in this worker, and as many requests at work unless the settings say otherwise.
 
         Raises:
             InputError: see `Keys.from_settings`.
         """
-        slots = settings.concurrency or usable_cores()
+        slots = settings.concurrency or threads
         admission = Admission(
             slots,
             QUEUE_FACTOR * slots if settings.queue is None else settings.queue,

@@ -12,7 +12,8 @@ from avex_serve.errors import InputError
 PREFIX: Final = "AVEX_"
 DEMO_BUNDLE: Final = Path(__file__).parents[1] / "demo" / "bundle"
 
-KEYS: Final = ("api_keys", "api_keys_file")
+# What keeps strangers out: set and empty, by a variable that was not filled in, they are no leave to serve all.
+GUARDS: Final = ("api_keys", "api_keys_file", "grpc_certificate", "grpc_key", "grpc_client_ca")
 
 ModelControl = Literal["none", "explicit"]
 
@@ -57,7 +58,7 @@ class Settings(BaseModel):
     )
 
     concurrency: int | None = Field(
-        None, ge=1, description="requests at work at once in a worker, HTTP and gRPC together; by default one a core"
+        None, ge=1, description="requests at work at once in a worker, of all transports; by default one a thread"
     )
     queue: int | None = Field(
         None, ge=0, description="requests that wait for those at work; by default 16 times as many"
@@ -100,17 +101,15 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """The settings; an empty variable counts as unset, but for those of keys: no key is no leave to serve all.
+        """The settings; an empty variable counts as unset, but for those of keys and TLS, which are refused.
 
         Raises:
             InputError: a value that makes no sense.
         """
         names = {field: PREFIX + field.upper() for field in cls.model_fields}
-        given = {
-            field: environment[name]
-            for field, name in names.items()
-            if environment.get(name) or (field in KEYS and name in environment)
-        }
+        given = {field: environment[name] for field, name in names.items() if environment.get(name)}
+        if empty := [names[field] for field in GUARDS if environment.get(names[field]) == ""]:
+            raise InputError(f"{', '.join(empty)} is set and empty; fill it in, or unset it to do without")
         try:
             return cls.model_validate(given)
         except ValidationError as error:

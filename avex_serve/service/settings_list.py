@@ -58,4 +58,6 @@ def _redacted(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, list):  # as the variable has it
+        return os.pathsep.join(map(str, value))
     return "none" if value is None else str(value)

@@ -117,9 +117,17 @@ def test_command_imports_no_server():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("field", GUARDS)
+def test_an_empty_variable_does_not_open_the_service(field):
+    variable = f"AVEX_{field.upper()}"
+    with pytest.raises(InputError, match=f"{variable} is set and empty; fill it in, or unset it"):
+        Settings.from_environment({variable: ""})
+
+
 def test_gate_of_the_settings():
     settings = Settings.from_environment({"AVEX_TIMEOUT_SECONDS": "20"})
-    gate = Gate.from_settings(settings)
+    gate = Gate.from_settings(settings, threads=3)
+    assert gate.admission.slots == 3
     assert 19 < gate.deadline(None).remaining <= 20
     assert 19 < gate.deadline(30).remaining <= 20
     assert gate.deadline(1).remaining <= 1
