@@ -74,6 +74,7 @@ def model_card(assembly: Assembly, verification: Verification, manifest: Manifes
         manifest: of the bundle; its files need not be listed yet.
     """
     untrained = ", ".join(head.name for head in assembly.heads if not head.trained)
+    onnx = any(check.format == "onnx" for check in verification.checks)
     warning = f"\n**A head that is not trained, its weights are random: {untrained}.**\n" if untrained else ""
     return f"""# {assembly.name}
 
@@ -85,12 +86,12 @@ Licence of the weights: {assembly.licence}. The backbone's licence holds for eve
 {_labels(assembly)}
 ## Use it
 
-{_calls(manifest)}
+{_calls(manifest, onnx)}
 
 ## Verification
 
 Each format was compared with the module that it was exported from, on the inputs in `verification.npz`. The same on
-your machine, without torch: `avex-serve verify .`
+your machine{", without torch" if onnx else ""}: `avex-serve verify .`
 
 ```
 {verification.table()}
@@ -175,7 +176,7 @@ def _listed(labels: tuple[str, ...], file: str) -> str:
     return listed if len(labels) <= _LISTED else f"The first {_LISTED} of {len(labels)}; all in `{file}`: {listed}"
 
 
-def _calls(manifest: Manifest) -> str:
+def _calls(manifest: Manifest, onnx: bool) -> str:
     spec = manifest.inputs[0]
     if not manifest.probes:
         return _EMBED_CALLS
@@ -188,5 +189,5 @@ def _calls(manifest: Manifest) -> str:
     if len(manifest.probes) > 1:
         predict = f"'{predict}?probe={probe.name}'"
     every = "" if len(manifest.probes) == 1 else _ALL_PROBES
-    calls = _AUDIO_CALLS if manifest.masked else f"{_AUDIO_CALLS}\n\n{_OPENSOUNDSCAPE}"  # which has no masks
+    calls = f"{_AUDIO_CALLS}\n\n{_OPENSOUNDSCAPE}" if onnx and not manifest.masked else _AUDIO_CALLS
     return calls.format(**known, activation=activation, predict=predict, every=every)

@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "--padding-mask", action="store_true", help="take a padding mask beside the clips, for BEATs and EAT"
     )
     parser.add_argument(
-        "--activation", choices=("sigmoid", "softmax", "none"), default="sigmoid", help="of the scores"
+        "--activation", choices=("sigmoid", "softmax", "none"), help="of the scores (default: sigmoid)"
     )
     parser.add_argument(
         "--format", choices=("onnx", "torchscript", "pt2"), action="append", help="default: onnx and torchscript"
@@ -179,8 +179,8 @@ def _request(arguments: argparse.Namespace) -> "Request":
 
     recipes = _recipes(arguments)
     if arguments.embeddings:
-        for option, given in {"offline": arguments.offline, "labels": arguments.labels}.items():
-            if given:
+        for option in ("offline", "labels", "activation"):
+            if getattr(arguments, option):
                 raise InputError(f"--{option} is for heads, which --embeddings leaves out; give one of them")
     if len(recipes) > 1:
         if arguments.offline:
@@ -194,9 +194,12 @@ def _request(arguments: argparse.Namespace) -> "Request":
         raise InputError("--input-dim is for --offline; an audio bundle takes its shapes from the backbone")
     if arguments.clip_seconds is not None and arguments.offline:
         raise InputError("--clip-seconds is for audio; with --offline clients bring embeddings")
-    for option in ("dynamic_length", "padding_mask"):
+    for option in ("dynamic_length", "padding_mask", "verify_audio"):
         if getattr(arguments, option) and arguments.offline:
             raise InputError(f"--{option.replace('_', '-')} is for audio; with --offline clients bring embeddings")
+    for option in ("profile", "explain", "without"):
+        if getattr(arguments, option) and arguments.offline:
+            raise InputError(f"--{option} is for passes, of which a head alone has none; leave out --offline")
     if arguments.calibration is not None and arguments.quantize is None:
         raise InputError("--calibration is for --quantize int8; without it nothing is calibrated")
     return Request(
@@ -243,8 +246,6 @@ def _export(arguments: argparse.Namespace) -> None:
     from avex_export.export import USUAL_FORMATS, export_bundle
 
     request = _request(arguments)
-    if arguments.profile and arguments.offline:
-        raise InputError("--profile measures passes, of which a head alone has none; leave out --offline")
     output = arguments.output or _BUNDLES / bundle_name(request)
     formats = tuple(dict.fromkeys(arguments.format or USUAL_FORMATS))
     if arguments.half and "torchscript" not in formats:
@@ -257,14 +258,17 @@ def _export(arguments: argparse.Namespace) -> None:
         request,
         output,
         formats,
-        arguments.activation,
+        arguments.activation or "sigmoid",
         arguments.verify_audio,
         without=_without(arguments),
         profiled=arguments.profile,
     )
     if not manifest.trained:
         print("avex-export: the head has random weights: its answers mean nothing", file=sys.stderr)
-    print(f"serve it: AVEX_BUNDLE={output} bentoml serve avex_serve.service:AvexService")
+    if formats == ("pt2",):
+        print("PT2 is to be compiled and is not served; a bundle to serve needs --format onnx or torchscript")
+    else:
+        print(f"serve it: AVEX_BUNDLE={output} bentoml serve avex_serve.service:AvexService")
 
 
 def _positive(text: str) -> float:

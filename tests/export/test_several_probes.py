@@ -219,6 +219,7 @@ def test_embeddings_that_are_merged_by_trained_weights_need_them(tmp_path, expor
         (["--weights", "w.safetensors"], "--weights is for one probe"),
         (["--embeddings", "--offline"], "--offline is for heads, which --embeddings leaves out"),
         (["--embeddings", "--labels", "l.txt"], "--labels is for heads"),
+        (["--embeddings", "--activation", "softmax"], "--activation is for heads"),
         (["--name", "a/b"], "--name 'a/b': expected letters"),
         (["--bundle-version", "1 2"], "--bundle-version '1 2': expected letters"),
     ],
@@ -228,6 +229,32 @@ def test_options_that_make_no_sense(tmp_path, export, saved, options, message):
     assert code == 2
     assert message in err
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--verify-audio", "a.wav"], "--verify-audio is for audio"),
+        (["--without", "pooling"], "--without is for passes"),
+        (["--explain"], "--explain is for passes"),
+        (["--profile"], "--profile is for passes"),
+    ],
+)
+def test_options_that_a_head_alone_has_no_use_for(tmp_path, export, saved, options, message):
+    asked = asked_for(saved[0], ("birds",))
+    code, _, err = export(*asked, "--offline", "--input-dim", 32, *options, "--output", tmp_path / "b")
+    assert (code, message in err) == (2, True)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("format", ["torchscript", "pt2"])
+def test_without_onnx_nothing_is_said_to_run_without_torch(tmp_path, export, saved, format):
+    code, out, _ = export(*asked_for(saved[0], ("birds",)), "--format", format, "--output", tmp_path / "b")
+    card = (tmp_path / "b" / "README.md").read_text("utf-8")
+    assert code == 0
+    assert "OpenSoundscape" not in card
+    assert "without torch" not in card
+    assert ("serve it:" in out) == (format == "torchscript")
 
 
 def test_probes_of_the_same_name(tmp_path, export, saved):
