@@ -14,7 +14,7 @@ from avex_export.card import model_card
 from avex_export.cases import example_batch, example_inputs
 from avex_export.graph import Assembly, Output, eager_graph, export_graph, half_graph
 from avex_export.int8 import gates
-from avex_export.int8.build import add_int8, refuse_unfit
+from avex_export.int8.build import add_int8, find_clips, refuse_unfit
 from avex_export.onnx_graph import write_onnx
 from avex_export.passes import EXTERNAL_DATA
 from avex_export.profile import gains_table, profile
@@ -83,8 +83,10 @@ def export_bundle(
         progress(f"assemble {', '.join(recipe.name for recipe in request.recipes)}")
         assembly = assemble(request)
         progress(_summary(assembly))
+        clips = None
         if request.int8:
             refuse_unfit(assembly, formats)
+            clips = find_clips(assembly, request.calibration)
         for path in recordings:
             audio.decode(path)  # a bad one is told before the work begins
         backends = _write_formats(assembly, folder, formats, without, progress)
@@ -100,10 +102,10 @@ def export_bundle(
         if profiled:
             verification = replace(verification, gains=tuple(profile(assembly, without, progress)))
             say(gains_table(verification.gains))
-        if request.int8:
+        if clips is not None:
             progress("round to int8, and compare on clips held out")
             path, metadata, exact = folder / ONNX_INT8, _onnx_metadata(assembly), backends["onnx"]
-            backend, rounded = add_int8(assembly, path, metadata, exact, draft, request.calibration, without)
+            backend, rounded = add_int8(assembly, path, metadata, exact, draft, clips, without)
             say(gates.text(rounded.agreement))
             fields["quantisation"] = rounded.model_dump()
             checks = compare(verification.cases, assembly, draft, folder, [backend])

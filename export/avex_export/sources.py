@@ -71,7 +71,8 @@ def find_source(request: Request, recipe: Recipe) -> Source:
     labels = _labels(request, path, saved)
     if saved is not None and len(labels) != saved.num_classes:
         raise ExportError(
-            f"--labels {request.labels} has {len(labels)} labels, the probe {saved.num_classes} classes"
+            f"--labels {request.labels} has {len(labels)} labels, the probe {recipe.name} has {saved.num_classes} "
+            "classes"
         )
     return Source(recipe, path, saved, labels)
 

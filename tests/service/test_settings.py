@@ -11,7 +11,7 @@ from pydantic import Field, SecretStr
 from avex_serve.cli import main
 from avex_serve.errors import InputError
 from avex_serve.service.gate import Gate
-from avex_serve.service.settings import DEMO_BUNDLE, Settings
+from avex_serve.service.settings import DEMO_BUNDLE, GUARDS, Settings
 from avex_serve.service.settings_list import list_settings, table
 
 
@@ -126,7 +126,7 @@ def test_an_empty_variable_does_not_open_the_service(field):
 
 def test_gate_of_the_settings():
     settings = Settings.from_environment({"AVEX_TIMEOUT_SECONDS": "20"})
-    gate = Gate.from_settings(settings, threads=3)
+    gate = Gate.from_settings(settings, threads=2)
     assert gate.admission.slots == 3
     assert 19 < gate.deadline(None).remaining <= 20
     assert 19 < gate.deadline(30).remaining <= 20

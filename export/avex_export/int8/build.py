@@ -7,7 +7,7 @@ import torch
 
 from avex_export.cases import example_inputs
 from avex_export.graph import Assembly, AudioGraph, export_graph
-from avex_export.int8.clips import built_in, from_recordings
+from avex_export.int8.clips import Clips, built_in, from_recordings
 from avex_export.int8.gates import check, compare
 from avex_export.int8.products import quantise
 from avex_export.onnx_graph import write_onnx
@@ -42,13 +42,26 @@ def refuse_unfit(assembly: Assembly, formats: Collection[str]) -> None:
         )
 
 
+def find_clips(assembly: Assembly, recordings: Path | None) -> Clips:
+    """Clips of a folder's recordings, or of built-in sounds for None.
+
+    Raises:
+        InputError: too few recordings.
+        AudioError: a recording is damaged.
+    """
+    samples, rate = assembly.clip_samples, assembly.sample_rate
+    assert samples is not None
+    assert rate is not None
+    return built_in(samples, rate) if recordings is None else from_recordings(recordings, samples, rate)
+
+
 def add_int8(
     assembly: Assembly,
     path: Path,
     metadata: Mapping[str, str],
     exact: Backend,
     manifest: Manifest,
-    recordings: Path | None,
+    clips: Clips,
     without: Collection[str] = (),
 ) -> tuple[Backend, Quantisation]:
     """Write the int8 graph, compare it with the float32 one, and give what runs it and what it is.
@@ -59,18 +72,12 @@ def add_int8(
         metadata: of the graph.
         exact: runs the float32 graph.
         manifest: of the bundle that is being made.
-        recordings: a folder to calibrate on; None: built-in sounds.
+        clips: what to calibrate and to judge it on.
         without: passes to leave out, see `avex_export.passes`.
 
     Raises:
-        InputError: too few recordings.
-        AudioError: a recording is damaged.
         ExportError: the graph is too far from the float32 one.
     """
-    samples, rate = assembly.clip_samples, assembly.sample_rate
-    assert samples is not None
-    assert rate is not None
-    clips = built_in(samples, rate) if recordings is None else from_recordings(recordings, samples, rate)
     graph = export_graph(assembly, without)
     assert isinstance(graph, AudioGraph)
     products = quantise(graph, torch.from_numpy(clips.calibration))
