@@ -47,10 +47,12 @@ class Attacker:
 
     def grpc(self, method, data, service=SERVICE):
         """Send it; a refusal has a status that blames the request."""
+        status = "OK"
         try:
             rpc(self._channel, method, data, service)
         except grpc.RpcError as error:
-            assert error.code().name not in NEVER, error
+            status = f"{error.code().name}: {error.details()}"
+        assert status.partition(":")[0] not in NEVER, status
 
     def raw(self, port, data):
         """Send bytes, then nothing more, and read what comes."""
