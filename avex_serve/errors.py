@@ -9,6 +9,7 @@
     ├── UnsupportedError      this bundle can't answer that        400  UNIMPLEMENTED        exit 2
     ├── AuthenticationError   no key, or one that isn't known      401  UNAUTHENTICATED
     ├── OverloadError         no place for the request now         503  RESOURCE_EXHAUSTED
+    ├── StorageError          no room on disk for the request      507  RESOURCE_EXHAUSTED
     ├── SlowRequestError      the request didn't arrive in time    408  DEADLINE_EXCEEDED
     ├── DeadlineError         the answer would come too late       504  DEADLINE_EXCEEDED
     ├── ClientGoneError       nobody waits for the answer          499  CANCELLED
@@ -88,6 +89,13 @@ class OverloadError(AvexServeError):
 
     http_status = 503
     http_headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
+    grpc_status = "RESOURCE_EXHAUSTED"
+
+
+class StorageError(AvexServeError):
+    """The disk has no room for the request's body."""
+
+    http_status = 507
     grpc_status = "RESOURCE_EXHAUSTED"
 
 

@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from avex_serve.errors import AvexServeError, InputError, NotFoundError, UnsupportedError
+from avex_serve.errors import AvexServeError, InputError, NotFoundError, StorageError, UnsupportedError
 from avex_serve.runtime import linked
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
@@ -227,6 +227,9 @@ async def _read_audio(request: Request, options: type[Options]) -> tuple[bytes, 
                     raise InputError(f"form field {name!r}: expected one file {AUDIO_FIELD!r} and options as text")
     except (MultiPartException, ValueError) as error:
         raise InputError(f"malformed multipart body: {error}") from None
+    except OSError as error:  # of the temporary file that holds a large part
+        logger.error("a form's file can't be stored: %s", error.strerror)
+        raise StorageError("the service has no room on disk for a form; send the recording as the body") from None
     if audio is None:
         raise InputError(
             f"the multipart body holds no whole file {AUDIO_FIELD!r}; send it as -F {AUDIO_FIELD}=@FILE"

@@ -203,7 +203,7 @@ class Model:
             outputs, windows = self._infer_recordings(tensor.data, request.parameters)
             parameters["windows"] = json.dumps(windows)
         else:
-            outputs = self._engine.infer(tensor.data.reshape(tensor.shape), mask)
+            outputs = self._engine.infer(_shaped(tensor), mask)
         labels: dict[str, tuple[str, ...]] = {}
         for probe in self._engine.manifest.probes:
             outputs[probe.scores] = activate(outputs[probe.logits], probe.activation)
@@ -249,8 +249,7 @@ class Model:
                 f"input {mask.name!r} has type {mask.datatype} beside {tensor.datatype}; expected BOOL beside FP32: "
                 "of recordings it is made here"
             )
-        assert isinstance(mask.data, np.ndarray)
-        return tensor, mask.data.reshape(mask.shape)
+        return tensor, _shaped(mask)
 
     def _infer_recordings(
         self, recordings: list[bytes], parameters: InferParameters
@@ -345,6 +344,19 @@ def refuse_shared_memory(name: str, parameters: Collection[str]) -> None:
     """Raise UnsupportedError if a tensor's parameters say that it lies in shared memory."""
     if "shared_memory_region" in parameters:
         raise UnsupportedError(f"{name!r}: {NO_SHARED_MEMORY}")
+
+
+def _shaped(tensor: InputTensor) -> np.ndarray:
+    """The data of an FP32 or BOOL tensor in its shape."""
+    assert isinstance(tensor.data, np.ndarray)
+    try:
+        return tensor.data.reshape(tensor.shape)
+    except (
+        ValueError
+    ):  # of no elements, or of ones alone: as many as came, in more or larger dimensions than numpy has
+        raise TensorError(
+            f"input {tensor.name!r} has a shape of {len(tensor.shape)} dimensions that no tensor has"
+        ) from None
 
 
 def _classified(values: np.ndarray, count: int, labels: tuple[str, ...] | None) -> OutputTensor:

@@ -271,6 +271,8 @@ INFER_BODIES = {
     "shape without its data": fp32(shape=[2, WINDOW]),
     "negative shape": fp32(shape=[-1, -WINDOW]),
     "huge shape": fp32(shape=[2**62, 2**62]),
+    "huge shape of no elements": fp32(shape=[0, 2**64], data=[]),
+    "too many dimensions": fp32(shape=[1] * 100, data=[0]),
     "shape text": fp32(shape="abc"),
     "no rows": fp32(shape=[0, WINDOW], data=[]),
     "nan": fp32(data=[float("nan")] * WINDOW),

@@ -1,0 +1,47 @@
+"""Requests that the OpenAPI document allows, and such that it doesn't, made up by schemathesis."""
+
+import contextlib
+import warnings
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.errors import Unsatisfiable
+
+from tests.fuzz.attacks import check_status
+from tests.fuzz.test_fuzz import SEED
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import schemathesis
+    from schemathesis import GenerationMode
+
+EXAMPLES = 20  # of each operation and mode
+
+
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_requests_by_the_document(besieged, question, mode):
+    schema = schemathesis.openapi.from_dict(besieged.get("/docs.json").json())
+    schema.config.update(base_url=besieged.url)
+    sent = 0
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @seed(SEED)
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case):
+            nonlocal sent
+            answer = case.call(timeout=30)
+            check_status(answer.status_code, answer.text)
+            sent += 1
+
+        with contextlib.suppress(Unsatisfiable):  # nothing about it can be wrong
+            ask()
+        question.check(besieged)
+    assert sent >= EXAMPLES
