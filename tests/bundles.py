@@ -51,6 +51,32 @@ def make_embedding_bundle(target: Path, name: str = "tiny-offline", reads: str |
     )
 
 
+def make_sequence_bundle(target: Path, name: str = "tiny-sequence") -> Path:
+    """Embeddings (-1, time, DIM) → logits (-1, labels) of their mean."""
+    inputs = [{"name": "embedding", "shape": (-1, -1, DIM)}]
+    outputs = [{"name": "logits", "shape": (-1, len(LABELS))}]
+    matrix = np.random.default_rng(0).normal(size=(DIM, len(LABELS))).astype(np.float32)
+    nodes = [
+        helper.make_node("ReduceMean", ["embedding", "axis"], ["mean"], keepdims=0),
+        helper.make_node("MatMul", ["mean", "to_logits"], ["logits"]),
+    ]
+    return _write(
+        target,
+        {"linear": LABELS},
+        helper.make_graph(
+            nodes,
+            "sequence",
+            *([_value_info(**spec) for spec in specs] for specs in (inputs, outputs)),
+            [numpy_helper.from_array(np.array([1]), "axis"), numpy_helper.from_array(matrix, "to_logits")],
+        ),
+        name=name,
+        kind="embedding",
+        probes=[{**PROBE, "activation": "sigmoid"}],
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
 def make_slow_bundle(target: Path, name: str = "slow") -> Path:
     """An audio bundle that takes tens of milliseconds a window, for a product with a large matrix, 300 times."""
     random = np.random.default_rng(0)

@@ -24,6 +24,7 @@ from typing import Final, TypeVar
 
 from avex_serve.errors import OverloadError
 from avex_serve.runtime.allowance import Allowance, Deadline, Limits, granted
+from avex_serve.runtime.stages import QUEUE, stage
 
 Answer = TypeVar("Answer")
 
@@ -83,7 +84,8 @@ class Admission:
         if self._places.enter(grant):
             return
         try:
-            await ready.wait()
+            with stage(QUEUE):
+                await ready.wait()
         except asyncio.CancelledError:
             self._places.give_up(grant)
             raise
@@ -256,7 +258,8 @@ class _Visit:
 
     def _await(self, ready: threading.Event) -> None:
         """Until it is granted; raises what `Deadline.check` does where nobody waits for the answer any more."""
-        self._deadline.wait(ready)
+        with stage(QUEUE):
+            self._deadline.wait(ready)
         if self._places.stop_waiting(ready.set):
             self._deadline.check()
 

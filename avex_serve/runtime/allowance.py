@@ -21,6 +21,9 @@ class Limits:
     """How much one request may ask for."""
 
     seconds: float = math.inf  # of a recording
+    # Attention takes memory by the square of these:
+    clip_seconds: float = math.inf  # of a clip that goes through the graph in one piece
+    steps: float = math.inf  # of a sequence of embeddings
     decoded_bytes: float = math.inf  # of a recording: float32 samples of all channels
     channels: float = math.inf
     windows: float = math.inf  # of a recording
@@ -94,6 +97,23 @@ class Allowance:
                 f"the recording takes more than {self.limits.decoded_bytes} bytes once decoded; send it in pieces"
             )
         self.take_room(4 * frames)
+
+    def check_clip(self, samples: int, sample_rate: int, window: int) -> None:
+        """Raise TooLargeError for a clip that is longer than is taken and than a window, in samples."""
+        longest = max(window / sample_rate, self.limits.clip_seconds)
+        if samples > longest * sample_rate:
+            raise TooLargeError(
+                f"a clip of {samples} samples is longer than the {longest:g} s that are taken in one piece; send "
+                "shorter ones, or the recording as it is, which is cut here"
+            )
+
+    def check_steps(self, count: int) -> None:
+        """Raise TooLargeError for a sequence of too many embeddings."""
+        if count > self.limits.steps:
+            raise TooLargeError(
+                f"a sequence of {count} embeddings is longer than the {self.limits.steps} that are taken; send "
+                "those of shorter clips"
+            )
 
     def check_windows(self, count: int) -> None:
         """Raise TooLargeError for too many windows."""

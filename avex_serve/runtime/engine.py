@@ -229,9 +229,11 @@ class Engine:
 
         Raises:
             TensorError: another shape or type, no rows, or values or results that are not finite.
+            TooLargeError: longer clips or sequences than the current allowance has it.
             UnsupportedError: a mask, and the bundle takes none.
         """
         self.check_input(batch)
+        self._check_length(batch)
         if padding_mask is not None:
             self._check_mask(padding_mask, batch)
         return self._outputs(self._names(), _chunks(self.graph_inputs(batch, padding_mask), self.backend.max_batch))
@@ -267,6 +269,12 @@ class Engine:
             raise TensorError(f"input {spec.name!r} of shape {list(batch.shape)} is empty; send at least one row")
         if not np.isfinite(batch).all():
             raise TensorError(f"input {spec.name!r} holds NaN or infinite values; expected finite ones")
+
+    def _check_length(self, batch: np.ndarray) -> None:
+        if (spec := self.manifest.audio) is not None:
+            allowance.current().check_clip(batch.shape[1], spec.sample_rate, spec.window_samples)
+        elif batch.ndim == 3:
+            allowance.current().check_steps(batch.shape[1])
 
     def _check_mask(self, mask: np.ndarray, batch: np.ndarray) -> None:
         if not self.manifest.masked:

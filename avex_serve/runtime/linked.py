@@ -10,7 +10,7 @@ import numpy as np
 
 from avex_serve.bundle import Manifest, ProbeInfo
 from avex_serve.errors import UnsupportedError
-from avex_serve.runtime.engine import Engine
+from avex_serve.runtime.engine import Engine, Heard
 from avex_serve.runtime.repository import Repository
 from avex_serve.runtime.results import Prediction, Predictions, Selection, score_scale
 
@@ -57,14 +57,36 @@ def predict(
             return engine.predict(wave, sample_rate, threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
         head = engine.probe(probe)
         selection = _selection(head, threshold, top_k)
-        with repository.lease_those(lambda audio: _output(audio, engine.manifest, head) is not None) as sources:
-            if not sources:
-                raise UnsupportedError(_why_none(repository, engine.manifest, head))
-            output = _output(sources[0].manifest, engine.manifest, head)
-            assert output is not None
-            heard = sources[0].hear(wave, sample_rate, [output], overlap=overlap)
-        logits = engine.infer(heard.outputs[output])[head.logits]
-        return engine.prediction(head, heard, logits, selection)
+        heard, embeddings = _hear(repository, engine.manifest, head, wave, sample_rate, overlap)
+        return engine.prediction(head, heard, engine.infer(embeddings)[head.logits], selection)
+
+
+def infer_recording(
+    repository: Repository,
+    engine: Engine,
+    wave: np.ndarray,
+    sample_rate: int,
+    *,
+    overlap: float = 0.0,
+    probe: str | None = None,
+) -> dict[str, np.ndarray]:
+    """The raw outputs of a bundle of either kind for a recording, (N, …) with one row a window.
+
+    Args:
+        repository: what is served.
+        engine: the bundle, leased from there.
+        wave: see `predict`, as for the arguments below.
+        sample_rate: of the wave, in Hz.
+        overlap: of neighbouring windows, in seconds.
+        probe: name of the head whose embeddings a bundle that takes some is given.
+
+    Raises:
+        AvexServeError: as `predict`.
+    """
+    if engine.manifest.kind == "audio":
+        return engine.infer_recording(wave, sample_rate, overlap=overlap)
+    _, embeddings = _hear(repository, engine.manifest, engine.probe(probe), wave, sample_rate, overlap)
+    return engine.infer(embeddings)
 
 
 def predict_all(
@@ -113,6 +135,19 @@ def predict_all(
                 for (engine, head, logits), selection in zip(answers, selections, strict=True)
             ]
         )
+
+
+def _hear(
+    repository: Repository, reader: Manifest, head: ProbeInfo, wave: np.ndarray, sample_rate: int, overlap: float
+) -> tuple[Heard, np.ndarray]:
+    """The embeddings of a recording (N, …) that a head reads, by an audio bundle that makes them."""
+    with repository.lease_those(lambda audio: _output(audio, reader, head) is not None) as sources:
+        if not sources:
+            raise UnsupportedError(_why_none(repository, reader, head))
+        output = _output(sources[0].manifest, reader, head)
+        assert output is not None
+        heard = sources[0].hear(wave, sample_rate, [output], overlap=overlap)
+    return heard, heard.outputs[output]
 
 
 def _selection(head: ProbeInfo, threshold: float | None, top_k: int | None) -> Selection:

@@ -11,7 +11,7 @@ import numpy as np
 
 DECODE: Final = "decode"
 RESAMPLE: Final = "resample"
-QUEUE: Final = "queue"  # a batch waits for a thread
+QUEUE: Final = "queue"  # a request waits for a slot or its next turn, or a batch of it for a thread
 INFER: Final = "infer"
 
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -40,11 +40,11 @@ class Drain:
         self._previous: dict[int, Any] = {}
         self._task: asyncio.Task[None] | None = None
 
-    def on_signals(self, announce: Callable[[], Awaitable[None]]) -> None:
+    def on_signals(self, announce: Callable[[], None]) -> None:
         """Drain when the process is told to end; call it on the event loop.
 
         Args:
-            announce: tells clients that watch the health that it ends.
+            announce: tells clients that watch the health that it ends; `draining` says so by then.
         """
         loop = asyncio.get_running_loop()
 
@@ -72,9 +72,9 @@ class Drain:
             if self._running == 0:
                 self._idle.set()
 
-    async def _end(self, number: int, announce: Callable[[], Awaitable[None]]) -> None:
+    async def _end(self, number: int, announce: Callable[[], None]) -> None:
         logger.info("shutting down: %d requests are running, and get %g s", self._running, self._seconds)
-        await announce()
+        announce()
         try:
             async with asyncio.timeout(self._seconds):
                 while self._running:

@@ -39,6 +39,8 @@ class Gate:
             settings.max_held_bytes,
             Limits(
                 seconds=settings.max_seconds,
+                clip_seconds=settings.max_clip_seconds,
+                steps=settings.max_steps,
                 decoded_bytes=settings.max_decoded_bytes,
                 channels=settings.max_channels,
                 windows=settings.max_windows,

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol and the standard health service over gRPC, on the event loop of a BentoML worker."""
+"""The Open Inference Protocol over gRPC, and the server, on the event loop of a BentoML worker."""
 
 import logging
 import socket
@@ -10,15 +10,16 @@ from typing import Any, Final
 
 import grpc
 import numpy as np
-from google.protobuf.message import DecodeError, Message
-from grpc_health.v1 import health, health_pb2
+from google.protobuf.message import Message
 
 from avex_serve.errors import AvexServeError, InputError, TensorError
 from avex_serve.service import oip, oip_repository
 from avex_serve.service.desk import Desk
 from avex_serve.service.gate import Gate
 from avex_serve.service.grpc_gate import GrpcGate, server_credentials
+from avex_serve.service.grpc_health import Health
 from avex_serve.service.grpc_messages import SERVICE, message_class
+from avex_serve.service.interception import Call, decoded
 from avex_serve.service.options import validated
 from avex_serve.service.settings import Settings
 
@@ -28,15 +29,13 @@ logger = logging.getLogger("bentoml.avex_serve")
 MAX_DETAILS: Final = 1000
 GRACE_SECONDS: Final = 1.0  # for answers to leave: calls have ended by then, see `avex_serve.service.drain`
 
-Method = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
-
 
 class GrpcServer:
     """A running server; `start` makes one."""
 
-    def __init__(self, server: grpc.aio.Server, servicer: health.aio.HealthServicer) -> None:
+    def __init__(self, server: grpc.aio.Server, health: Health) -> None:
         self._server = server
-        self._health = servicer
+        self._health = health
 
     @classmethod
     async def start(
@@ -68,8 +67,8 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),
             ],
         )
-        servicer = health.aio.HealthServicer()
-        server.add_generic_rpc_handlers((_inference(desk, ready), _health(servicer)))
+        health = Health(ready)
+        server.add_generic_rpc_handlers((_inference(desk, ready), health.handlers()))
         try:
             if credentials is None:
                 server.add_insecure_port(settings.grpc_address)
@@ -78,13 +77,11 @@ class GrpcServer:
         except RuntimeError as error:
             raise InputError(f"gRPC can't listen on {settings.grpc_address}: {error}") from None
         await server.start()
-        for service in ("", SERVICE):
-            await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
-        return cls(server, servicer)
+        return cls(server, health)
 
-    async def announce_end(self) -> None:
-        """Say NOT_SERVING to whoever asks for the health or watches it."""
-        await self._health.enter_graceful_shutdown()
+    def announce_end(self) -> None:
+        """Tell those who watch the health at once that the service is no longer ready."""
+        self._health.look()
 
     async def stop(self) -> None:
         """Stop; streams of watchers are cut off."""
@@ -227,7 +224,7 @@ def _inference(desk: Desk, ready: Callable[[], bool]) -> grpc.GenericRpcHandler:
     }
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
-            _decoded(message_class(f"{name}Request"), _guarded(name, method)),
+            decoded(message_class(f"{name}Request"), _guarded(name, method)),
             response_serializer=message_class(f"{name}Response").SerializeToString,
         )
         for name, method in methods.items()
@@ -238,20 +235,7 @@ def _inference(desk: Desk, ready: Callable[[], bool]) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
-def _health(servicer: health.aio.HealthServicer) -> grpc.GenericRpcHandler:
-    request_class = health_pb2.HealthCheckRequest
-    serializer = health_pb2.HealthCheckResponse.SerializeToString
-    check, watch = _decoded(request_class, servicer.Check), _decoded(request_class, servicer.Watch)
-    return grpc.method_handlers_generic_handler(
-        health.SERVICE_NAME,
-        {
-            "Check": grpc.unary_unary_rpc_method_handler(check, response_serializer=serializer),
-            "Watch": grpc.unary_stream_rpc_method_handler(watch, response_serializer=serializer),
-        },
-    )
-
-
-def _guarded(name: str, method: Callable[[Any], Awaitable[Message]]) -> Method:
+def _guarded(name: str, method: Callable[[Any], Awaitable[Message]]) -> Call:
     """The method with every error as a status."""
 
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Message:
@@ -268,23 +252,8 @@ def _guarded(name: str, method: Callable[[Any], Awaitable[Message]]) -> Method:
     return call
 
 
-def _refusal(reason: str) -> Method:
+def _refusal(reason: str) -> Call:
     async def call(_: Any, context: grpc.aio.ServicerContext) -> None:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, reason)
-
-    return call
-
-
-def _decoded(request_class: type[Message], method: Method) -> Method:
-    """The method for undecoded requests: gRPC itself logs a traceback where one is no message."""
-
-    async def call(data: bytes, context: grpc.aio.ServicerContext) -> Any:
-        try:
-            request = request_class.FromString(data)
-        except DecodeError:
-            await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, f"the request is no {request_class.DESCRIPTOR.name}"
-            )
-        return await method(request, context)
 
     return call

@@ -17,6 +17,7 @@ from avex_serve.errors import AvexServeError, DeadlineError, InputError, SlowReq
 from avex_serve.runtime.admission import Ticket, hold_ticket
 from avex_serve.service.gate import Gate
 from avex_serve.service.grpc_messages import SERVICE
+from avex_serve.service.interception import Call
 from avex_serve.service.settings import Settings
 
 # Asked by those who watch over the service, without a key, also while it is busy.
@@ -25,8 +26,6 @@ HEALTH: Final = frozenset(
     | {f"/{SERVICE}/{method}" for method in ("ServerLive", "ServerReady")}
 )
 WORK: Final = f"/{SERVICE}/ModelInfer"  # what the admission limit is for
-
-Call = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
 
 class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]

@@ -3,8 +3,9 @@
 The model takes the input that its manifest names first, in one of two forms:
 
     FP32   the graph's own input, e.g. windows (B, samples)
-    BYTES  (recordings,), audio bundles only: each element is an encoded recording (WAV, FLAC, OGG, MP3), which is
-           decoded, mixed down, resampled and cut into windows as by ``/predict``
+    BYTES  (recordings,): each element is an encoded recording (WAV, FLAC, OGG, MP3), which is decoded, mixed down,
+           resampled and cut into windows as by ``/predict``; for a bundle that takes embeddings an audio bundle that
+           is served makes them
 
 Where the manifest has a second input, ``padding_mask``, it may come with FP32: BOOL of the same shape, true where a
 clip is padded. Without it nothing is.
@@ -30,8 +31,10 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from avex_serve.errors import InputError, TensorError, UnsupportedError
+from avex_serve.runtime import linked
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine
+from avex_serve.runtime.repository import Repository
 from avex_serve.runtime.results import activate
 from avex_serve.service.options import validated
 from avex_serve.version import __version__
@@ -134,10 +137,10 @@ class InferAnswer:
 class Model:
     """An engine as a model of the protocol."""
 
-    def __init__(self, engine: Engine, versions: tuple[str, ...]) -> None:
-        """`versions` are all that are served of the model, this one among them."""
+    def __init__(self, engine: Engine, repository: Repository) -> None:
+        """The engine is leased from that repository."""
         self._engine = engine
-        self._versions = versions
+        self._repository = repository
 
     @property
     def name(self) -> str:
@@ -156,7 +159,7 @@ class Model:
         scores = [TensorMetadata(p.scores, FP32, manifest.output(p.logits).shape) for p in manifest.probes]
         return ModelMetadata(
             name=self.name,
-            versions=self._versions,
+            versions=tuple(self._repository.versions(self.name)),
             platform=PLATFORMS[self._engine.backend.format],
             inputs=tuple(TensorMetadata(spec.name, _DATATYPES[spec.dtype], spec.shape) for spec in manifest.inputs),
             outputs=(*outputs, *scores),
@@ -189,7 +192,7 @@ class Model:
         Raises:
             InputError: inputs, outputs or parameters that don't fit the model.
             NotFoundError: no such probe.
-            UnsupportedError: recordings for a bundle that takes embeddings.
+            UnsupportedError: recordings, and no audio bundle that is served makes the embeddings that it takes.
         """
         if request.parameters.probe is not None:
             self._engine.probe(request.parameters.probe)
@@ -197,7 +200,7 @@ class Model:
         tensor, mask = self._inputs(request.inputs)
         parameters: dict[str, str | bool] = {}
         if isinstance(tensor.data, list):
-            outputs, windows = self._infer_recordings(tensor.data, request.parameters.overlap)
+            outputs, windows = self._infer_recordings(tensor.data, request.parameters)
             parameters["windows"] = json.dumps(windows)
         else:
             outputs = self._engine.infer(tensor.data.reshape(tensor.shape), mask)
@@ -249,12 +252,15 @@ class Model:
         assert isinstance(mask.data, np.ndarray)
         return tensor, mask.data.reshape(mask.shape)
 
-    def _infer_recordings(self, recordings: list[bytes], overlap: float) -> tuple[dict[str, np.ndarray], list[int]]:
-        if self._engine.manifest.kind != "audio":
-            raise UnsupportedError(f"model {self.name!r} takes embeddings as FP32, not recordings as BYTES")
+    def _infer_recordings(
+        self, recordings: list[bytes], parameters: InferParameters
+    ) -> tuple[dict[str, np.ndarray], list[int]]:
         if not recordings:
             raise TensorError("no recordings; send at least one element")
-        answers = [self._engine.infer_recording(*decode(recording), overlap=overlap) for recording in recordings]
+        answers = [
+            linked.infer_recording(self._repository, self._engine, *decode(recording), **parameters.model_dump())
+            for recording in recordings
+        ]
         outputs = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
         return outputs, [len(next(iter(answer.values()))) for answer in answers]
 

@@ -53,7 +53,7 @@ def leased_model(repository: Repository, name: str, version: str | None) -> Iter
     if not name:
         raise NotFoundError("the request names no model")
     with repository.lease(name, version) as engine:
-        yield oip.Model(engine, tuple(repository.versions(name)))
+        yield oip.Model(engine, repository)
 
 
 def server_ready(repository: Repository) -> bool:

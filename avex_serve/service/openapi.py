@@ -103,7 +103,7 @@ def paths() -> dict[str, Any]:
         },
         "/v2": _get("Name, version and extensions of the server", _ref("ServerMetadata")),
         "/v2/health/live": _get("Whether the process lives", _flag("live")),
-        "/v2/health/ready": _get("Whether every model is ready", _flag("ready"), unready=_json(_flag("ready"))),
+        "/v2/health/ready": _get("Whether requests are taken", _flag("ready"), unready=_json(_flag("ready"))),
         "/v2/repository/index": _control(
             "The bundles on disk, and why some are not served", [], _INDEX, _READY_ONLY
         ),
@@ -112,7 +112,7 @@ def paths() -> dict[str, Any]:
         **model,
         "/livez": _get("Whether the process lives", None),
         "/healthz": _get("As /livez", None),
-        "/readyz": _get("Whether every model is ready", None, unready=_TEXT),
+        "/readyz": _get("As /v2/health/ready", None, unready=_TEXT),
         "/metrics": _get("Metrics in Prometheus' text format", None),
         "/docs.json": _get("This document", _ANY),
         "/schema.json": _get("What BentoML's client needs", _ANY),
@@ -238,7 +238,7 @@ _TENSORS: Final = {
     "items": _object({"name": _NAME, "datatype": _NAME, "shape": _SHAPE}),
 }
 _INPUT: Final = _object(
-    {"name": _NAME, "shape": _SHAPE, "datatype": {"enum": ["FP32", "BYTES"]}},
+    {"name": _NAME, "shape": _SHAPE, "datatype": {"enum": ["FP32", "BYTES", "BOOL"]}},
     {"parameters": _ANY, "data": {"description": "numbers, nested as the shape or flat; for BYTES base64"}},
 )
 # What pydantic doesn't know: the messages of the protocol, and errors.

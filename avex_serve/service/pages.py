@@ -135,14 +135,26 @@ def _cell(value: Any) -> str:
 
 
 def _commands(models: list[dict[str, Any]], base: str) -> list[str]:
+    """Commands for each kind of model; where there are several, each names the one that it asks."""
+    names = dict.fromkeys(model["name"] for model in models)
+
+    def first(kind: str, *, labels: bool = False) -> str | None:
+        fitting = (each["name"] for each in models if each["kind"] == kind and (each["labels"] or not labels))
+        return next(fitting, None)
+
+    def query(name: str, *options: str) -> str:
+        pairs = [*options, *([f"model={name}"] if len(names) > 1 else [])]
+        return "?" + "&".join(pairs) if pairs else ""
+
     commands = []
-    if any(model["kind"] == "audio" and model["labels"] for model in models):
+    if (name := first("audio", labels=True)) is not None:
+        form = f" -F model={name}" if len(names) > 1 else ""
         commands += [
-            f"curl --data-binary @recording.wav '{base}/predict?top_k=3'",
-            f"curl -F audio=@recording.wav -F threshold=0.3 {base}/predict",
+            f"curl --data-binary @recording.wav '{base}/predict{query(name, 'top_k=3')}'",
+            f"curl -F audio=@recording.wav -F threshold=0.3{form} {base}/predict",
         ]
-    if any(model["kind"] == "audio" for model in models):
-        commands.append(f"curl --data-binary @recording.wav {base}/embed")
-    if any(model["kind"] == "embedding" for model in models):
+    if (name := first("audio")) is not None:
+        commands.append(f"curl --data-binary @recording.wav '{base}/embed{query(name)}'")
+    if first("embedding") is not None:
         commands.append(f"curl --json @embeddings.json {base}/classify")
-    return commands + [f"curl {base}/v2/models/{model['name']}" for model in models]
+    return commands + [f"curl {base}/v2/models/{name}" for name in names]

@@ -12,6 +12,8 @@ from avex_serve.errors import InputError
 PREFIX: Final = "AVEX_"
 DEMO_BUNDLE: Final = Path(__file__).parents[1] / "demo" / "bundle"
 
+KEYS: Final = ("api_keys", "api_keys_file")
+
 ModelControl = Literal["none", "explicit"]
 
 
@@ -73,6 +75,10 @@ class Settings(BaseModel):
     max_held_bytes: int = Field(2**30, ge=1, description="of all bodies that a worker holds at once")
     max_json_bytes: int = Field(16 * 2**20, ge=1, description="of JSON in one body; binary tensors don't count")
     max_seconds: float = Field(3600, gt=0, description="length of a recording, in seconds")
+    max_clip_seconds: float = Field(
+        30, gt=0, description="of a clip that is inferred in one piece, where a bundle takes clips of any length"
+    )
+    max_steps: int = Field(4096, ge=1, description="of a sequence of embeddings that a head reads")
     max_decoded_bytes: int = Field(
         2 * 2**30, ge=1, description="of a recording once decoded: 4 for each sample of each channel"
     )
@@ -94,13 +100,17 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """The settings; an empty variable counts as unset.
+        """The settings; an empty variable counts as unset, but for those of keys: no key is no leave to serve all.
 
         Raises:
             InputError: a value that makes no sense.
         """
         names = {field: PREFIX + field.upper() for field in cls.model_fields}
-        given = {field: environment[name] for field, name in names.items() if environment.get(name)}
+        given = {
+            field: environment[name]
+            for field, name in names.items()
+            if environment.get(name) or (field in KEYS and name in environment)
+        }
         try:
             return cls.model_validate(given)
         except ValidationError as error:

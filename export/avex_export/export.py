@@ -22,7 +22,7 @@ from avex_export.progress import Progress
 from avex_export.pt2 import Pt2Backend, write_pt2
 from avex_export.sources import Request
 from avex_export.torchscript import write_torchscript
-from avex_export.verify import Verification, verify
+from avex_export.verify import Verification, compare, verify
 from avex_serve.bundle import (
     CARD,
     LABELS,
@@ -42,7 +42,7 @@ from avex_serve.runtime import audio
 from avex_serve.runtime.backend import Backend
 from avex_serve.runtime.onnx_backend import OnnxBackend
 from avex_serve.runtime.torch_backend import TorchBackend
-from avex_serve.runtime.verification import TOLERANCE
+from avex_serve.runtime.verification import TOLERANCE, table
 
 FORMATS = ("onnx", "torchscript", "pt2")
 USUAL_FORMATS = ("onnx", "torchscript")
@@ -103,9 +103,12 @@ def export_bundle(
         if request.int8:
             progress("round to int8, and compare on clips held out")
             path, metadata, exact = folder / ONNX_INT8, _onnx_metadata(assembly), backends["onnx"]
-            rounded = add_int8(assembly, path, metadata, exact, draft, request.calibration, without)
+            backend, rounded = add_int8(assembly, path, metadata, exact, draft, request.calibration, without)
             say(gates.text(rounded.agreement))
             fields["quantisation"] = rounded.model_dump()
+            checks = compare(verification.cases, assembly, draft, folder, [backend])
+            say(table(checks))
+            verification = verification.with_checks(checks)
         manifest = _seal(assembly, folder, verification, fields)
     progress(f"wrote {output}")
     return manifest

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,6 +42,10 @@ class Verification:
         """As text."""
         return table(self.checks, self.skipped)
 
+    def with_checks(self, checks: Sequence[Check]) -> "Verification":
+        """These comparisons beside its own."""
+        return replace(self, checks=(*self.checks, *checks))
+
     def write(self, folder: Path) -> None:
         """Put the evidence into a bundle that is being made."""
         record = Record(
@@ -80,20 +84,24 @@ def verify(
         NotFoundError: a recording that is not there.
     """
     cases, skipped = make_cases(graph, assembly, recordings)
-    labels = {head.name: head.labels for head in assembly.heads}
-    bundle = Bundle(directory=folder, manifest=manifest, labels=labels, digest="0" * 64)
-    checks: list[Check] = []
-    with contextlib.ExitStack() as stack:
-        engines = [stack.enter_context(Engine(bundle, backend)) for backend in backends.values()]
-        for case in bar(cases, "compare"):
-            for engine in engines:
-                checks += run_case(engine, case)
+    checks = compare(cases, assembly, manifest, folder, list(backends.values()))
     if (folder / TORCHSCRIPT).exists():
         checks.append(_on_meta(graph, assembly, folder / TORCHSCRIPT))
     kept = _kept(cases)
     if len(kept) < len(cases):
         skipped.append(f"not kept in the bundle: {len(cases) - len(kept)} recordings, for their size")
     return Verification(tuple(checks), tuple(kept), tuple(skipped), this_machine())
+
+
+def compare(
+    cases: Sequence[Case], assembly: Assembly, manifest: Manifest, folder: Path, backends: Sequence[Backend]
+) -> list[Check]:
+    """Run the cases on each backend; arguments as in `verify`."""
+    labels = {head.name: head.labels for head in assembly.heads}
+    bundle = Bundle(directory=folder, manifest=manifest, labels=labels, digest="0" * 64)
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(Engine(bundle, backend)) for backend in backends]
+        return [check for case in bar(cases, "compare") for engine in engines for check in run_case(engine, case)]
 
 
 def _kept(cases: Sequence[Case]) -> list[Case]:

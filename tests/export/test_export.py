@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -504,7 +505,9 @@ def test_weights_that_merge_layers_are_part_of_what_makes_the_embedding(trained)
 def test_an_export_that_is_ended_leaves_nothing_behind(tmp_path, number):
     arguments = ["--probe", "linear_last", "--output", str(tmp_path / "bundle")]
     command = [sys.executable, "-u", "-m", "avex_export", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells let jobs in the background ignore it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, preexec_fn=listening, **pipes) as process:
         for line in process.stdout:
             if "write ONNX" in line:
                 process.send_signal(number)

@@ -1,5 +1,7 @@
 """Int8: how products are rounded, what comes of a whole model, and what is refused."""
 
+import json
+
 import numpy as np
 import onnx
 import pytest
@@ -15,10 +17,12 @@ from avex_export.int8.rounding import compensated, nearest, steps
 from avex_export.passes import Target, rewrite
 from avex_serve import open_bundle
 from avex_serve.bundle import draft_manifest, read_bundle
+from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError, InputError
 from avex_serve.models.probes import build_probe_from_config
 from avex_serve.runtime.onnx_backend import OnnxBackend
+from tests.bundles import replace_file
 from tests.export.conftest import UNTRAINED
 from tests.models.backbones import (
     RATE,
@@ -228,6 +232,32 @@ class Answers:
     def run(self, batch):
         embedding, logits = next(self._rows)
         return {"embedding": embedding[None], "logits": logits[None]}
+
+
+def test_int8_is_verified_by_what_it_was_off_by_where_it_was_made(tmp_path, export, model, labels, capsys):
+    output = tmp_path / "bundle"
+    export("--probe", "linear_last", "--model", model, "--labels", labels, *INT8, "--output", output)
+    checks = [check for check in read_record(output) if check["format"] == "onnx-int8"]
+    recordings, clips = (sum(check["whole_way"] is way for check in checks) for way in (True, False))
+    assert (recordings, clips) == (4, 5)
+    assert all(check["rows"] == 1 for check in checks if not check["whole_way"])
+    assert max(check["errors"]["embedding"]["eager"] for check in checks if not check["whole_way"]) > 1e-4
+    assert serve(["verify", str(output)]) == 0
+    assert capsys.readouterr().out.count("onnx-int8  ") == len(checks)
+
+    graph = onnx.load(output / "model_int8.onnx")
+    for tensor in graph.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) // 2, tensor.name))
+    replace_file(output, "model_int8.onnx", graph.SerializeToString())
+    assert serve(["verify", str(output)]) == 5
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("✗")]
+    assert lines
+    assert all("onnx-int8" in line for line in lines)
+
+
+def read_record(bundle):
+    return json.loads((bundle / "verification.json").read_text())["checks"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from avex_serve.errors import ClientGoneError, DeadlineError, OverloadError
 from avex_serve.runtime import allowance
 from avex_serve.runtime.admission import LARGE_BYTES, Admission, HeldBytes, Ticket, admitted, hold_ticket
 from avex_serve.runtime.allowance import Deadline, Limits
+from avex_serve.runtime.stages import recorded
 
 PATIENCE = 20  # seconds until a test that hangs fails
 
@@ -102,6 +103,25 @@ def test_first_come_first_served(open_admission):
 
     run(test())
     assert order == list(range(9))
+
+
+def test_the_wait_for_a_slot_is_written_down(open_admission):
+    admission = open_admission(slots=1, queue=1)
+
+    async def test():
+        first, second = Work(), Work()
+        with recorded() as at_once:
+            running = start(admission, first)
+        with recorded() as after_it:
+            waiting = start(admission, second)
+        await seen(first.began)
+        first.end.set()
+        second.end.set()
+        await asyncio.gather(running, waiting)
+        assert at_once.seconds == []
+        assert [name for name, _ in after_it.seconds] == ["queue"]
+
+    run(test())
 
 
 def test_cancelled_while_waiting(open_admission):

@@ -15,7 +15,7 @@ from avex_serve.errors import ClientGoneError, DeadlineError, TooLargeError
 from avex_serve.runtime import allowance
 from avex_serve.runtime.allowance import Allowance, Deadline, Limits, granted
 from avex_serve.runtime.audio import decode
-from tests.bundles import SAMPLE_RATE, WINDOW
+from tests.bundles import DIM, SAMPLE_RATE, WINDOW, make_measuring_bundle, make_sequence_bundle
 
 
 def allow(deadline=None, take_turns=lambda: None, **limits):
@@ -29,7 +29,7 @@ def encoded(frames, channels=1, rate=SAMPLE_RATE, container="FLAC"):
 
 
 def test_nothing_is_limited_by_default():
-    assert allowance.current().limits == Limits(*[math.inf] * 5)
+    assert allowance.current().limits == Limits(*[math.inf] * 7)
     allowance.current().checkpoint()
 
 
@@ -88,6 +88,23 @@ def test_many_channels_are_decoded_in_small_blocks(monkeypatch):
     monkeypatch.setattr(soundfile.SoundFile, "read", noting)
     assert decode(encoded(10_000, channels=500, container="WAV")).wave.size == 10_000
     assert largest <= 2**20
+
+
+def test_clips_are_limited_but_for_a_window(tmp_path):
+    with open_bundle(make_measuring_bundle(tmp_path / "bundle", shortest=600)) as engine:
+        for limit, longest in ((0.2, 3200), (0.05, WINDOW)):
+            with allow(clip_seconds=limit):
+                engine.infer(np.ones((1, longest), np.float32))
+                taken = f"clip of {longest + 1} samples is longer than the {longest / SAMPLE_RATE:g} s"
+                with pytest.raises(TooLargeError, match=taken):
+                    engine.infer(np.ones((1, longest + 1), np.float32))
+
+
+def test_sequences_of_embeddings_are_limited(tmp_path):
+    with open_bundle(make_sequence_bundle(tmp_path / "bundle")) as engine, allow(steps=5):
+        assert engine.classify(np.ones((2, 5, DIM), np.float32)).results
+        with pytest.raises(TooLargeError, match="sequence of 6 embeddings is longer than the 5 that are taken"):
+            engine.classify(np.ones((2, 6, DIM), np.float32))
 
 
 def test_windows_are_limited(audio_bundle):

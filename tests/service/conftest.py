@@ -5,6 +5,7 @@ import io
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from tests.bundles import make_slow_bundle
 
 START_SECONDS = 60
 STOP_SECONDS = 30
+SERVICE = "avex_serve.service:AvexService"
 BENTOML = Path(sys.executable).with_name("bentoml")
 
 
@@ -38,7 +40,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
+        return str(self.client.base_url).rstrip("/")
 
     @property
     def http(self) -> str:
@@ -77,11 +79,15 @@ def serve_command(http_port, *service):
 
 
 @contextlib.contextmanager
-def running_server(folder, cwd=None, service=("avex_serve.service:AvexService",), **variables):
-    """`bentoml serve` until the block ends; by then it must have logged no traceback."""
+def running_server(folder, cwd=None, service=(SERVICE,), authority=None, **variables):
+    """`bentoml serve` until the block ends; by then it must have logged no traceback.
+
+    Where it serves HTTP over TLS, `authority` is the file of who signed its certificate.
+    """
     folder.mkdir(exist_ok=True)
     http_port, grpc_port = free_ports(2)
-    client = httpx.Client(base_url=f"http://127.0.0.1:{http_port}", timeout=30)
+    scheme, verify = ("http", True) if authority is None else ("https", ssl.create_default_context(cafile=authority))
+    client = httpx.Client(base_url=f"{scheme}://127.0.0.1:{http_port}", timeout=30, verify=verify)
     log_path = folder / "log.txt"
     environment = server_environment(
         folder / "home", AVEX_GRPC_HOST="127.0.0.1", AVEX_GRPC_PORT=str(grpc_port), **variables

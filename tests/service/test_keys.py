@@ -6,6 +6,7 @@ import subprocess
 
 import bentoml
 import grpc
+import httpx
 import pytest
 import tritonclient.grpc
 import tritonclient.http
@@ -16,6 +17,7 @@ from avex_serve.errors import AuthenticationError, InputError
 from avex_serve.service.grpc_gate import server_credentials
 from avex_serve.service.keys import Keys
 from avex_serve.service.settings import Settings
+from tests.service.conftest import SERVICE as AVEX_SERVICE
 from tests.service.conftest import encode, running_server
 from tests.service.test_lifecycle import refused_start
 
@@ -203,6 +205,21 @@ def test_clients_with_a_key(server, certificates, tmp_path, predict):
         assert client.is_server_live()
 
 
+def test_http_over_tls(tmp_path, certificates, audio_bundle, predict):
+    files = ("--ssl-certfile", str(certificates / "server.pem"), "--ssl-keyfile", str(certificates / "server.key"))
+    with running_server(
+        tmp_path, service=(AVEX_SERVICE, *files), authority=certificates / "ca.pem", AVEX_BUNDLE=str(audio_bundle)
+    ) as server:
+        assert server.url.startswith("https://")
+        assert server.post("/predict", content=WAV).json() == predict(WAV)
+        with tritonclient.http.InferenceServerClient(
+            server.http, ssl=True, ssl_options={"ca_certs": str(certificates / "ca.pem")}
+        ) as client:
+            assert client.is_server_ready()
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"http://{server.http}/livez")
+
+
 def test_channels_that_are_not_trusted(server, certificates):
     """In plain text, and over TLS without the client's certificate or with one that nobody signed."""
     ca = (certificates / "ca.pem").read_bytes()
@@ -235,6 +252,7 @@ def test_no_keys_let_everybody_in():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("", "is set and holds no key"),
         (",", "is set and holds no key"),
         ("good,s3cret with blank", "entry 2 is no key"),
         ("schlüssel", "entry 1 is no"),
@@ -252,7 +270,12 @@ def test_keys_that_are_none(tmp_path, text, reason):
 def test_key_file_that_can_not_be_read(tmp_path):
     binary = tmp_path / "binary"
     binary.write_bytes(b"\xff\xfe\x00")
-    for path, reason in ((tmp_path / "nowhere", "No such file"), (tmp_path, "Is a directory"), (binary, "not text")):
+    for path, reason in (
+        (tmp_path / "nowhere", "No such file"),
+        ("", "Is a directory"),
+        (tmp_path, "Is a directory"),
+        (binary, "not text"),
+    ):
         with pytest.raises(InputError, match=reason):
             Keys.from_settings(settings(AVEX_API_KEYS_FILE=str(path)))
 

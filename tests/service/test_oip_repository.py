@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import queue
 import shutil
 import time
@@ -14,6 +15,7 @@ import tritonclient.grpc.aio
 import tritonclient.http
 import tritonclient.http.aio
 from google.protobuf.json_format import MessageToDict
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
@@ -21,7 +23,7 @@ from avex_serve import open_bundle
 from avex_serve.bundle import ONNX
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.results import activate
-from avex_serve.service.grpc_messages import message_class
+from avex_serve.service.grpc_messages import SERVICE, message_class
 from tests.bundles import (
     DIM,
     FINGERPRINT,
@@ -366,6 +368,45 @@ def test_a_bundle_that_takes_embeddings_is_asked_about_a_recording(server, shelf
         assert answer.status_code == status
         assert text in answer.json()["error"]
     assert server.post("/predict_all", content=b"no audio", params={"model": "probes"}).status_code == 400
+
+
+def test_recordings_for_a_bundle_that_takes_embeddings(triton, shelf, wav, recording):
+    module, client = triton
+    recordings = np.array([wav, recording], dtype=np.object_)
+    audio = module.InferInput("embedding", [2], "BYTES").set_data_from_numpy(recordings)
+    answer = client.infer("offline", [audio], parameters={"overlap": 0.05})
+    with open_bundle(shelf / "probes") as maker, open_bundle(shelf / "offline") as reader:
+        heard = [maker.embed(*decode(each), overlap=0.05).embeddings for each in recordings]
+        expected = reader.infer(np.concatenate(heard))
+        scores = activate(expected["logits"], reader.probe(None).activation)
+    np.testing.assert_allclose(answer.as_numpy("logits"), expected["logits"], rtol=1e-6)
+    np.testing.assert_allclose(answer.as_numpy("scores"), scores, rtol=1e-6)
+    told = as_dict(answer.get_response())["parameters"]["windows"]
+    assert json.loads(told["string_param"] if isinstance(told, dict) else told) == [len(each) for each in heard]
+
+
+def test_health_follows_the_models(tmp_path):
+    make_audio_bundle(tmp_path / "bundles" / "tiny")
+    variables = {"AVEX_BUNDLE": str(tmp_path / "bundles"), **OPTIONS}
+    with (
+        running_server(tmp_path / "server", **variables) as server,
+        grpc.insecure_channel(server.grpc) as channel,
+        tritonclient.grpc.InferenceServerClient(server.grpc) as client,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=60)
+        assert next(watch).status == serving
+        for change, ready in ((client.unload_model, False), (client.load_model, True)):
+            change("tiny")
+            assert server.get("/readyz").status_code == (200 if ready else 503)
+            assert client.is_server_ready() is ready
+            assert next(watch).status == (serving if ready else not_serving)
+            for service in ("", SERVICE):
+                answer = health.Check(health_pb2.HealthCheckRequest(service=service))
+                assert answer.status == (serving if ready else not_serving)
+        unknown = health.Watch(health_pb2.HealthCheckRequest(service="tiny"), timeout=60)
+        assert next(unknown).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 def test_models_by_bentomls_client(server, wav, tmp_path):

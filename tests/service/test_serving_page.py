@@ -1,5 +1,6 @@
 """What docs/serving-models.md says is true: its commands and its program run against the bundles that it shows."""
 
+import html
 import json
 import re
 import shlex
@@ -66,6 +67,21 @@ def test_requests(workplace, server, command):
         assert answer["version"] == "1"
     if "index" in command:
         assert {"name": "birds", "version": "1", "state": "READY", "reason": ""} in answer
+
+
+def test_commands_of_the_start_page(workplace, server):
+    page = server.client.get("/", headers={"accept": "text/html"}).text
+    commands = html.unescape(page.partition("<pre>")[2].partition("</pre>")[0]).splitlines()
+    assert {line.split("/")[-1].partition("?")[0].strip("'") for line in commands} == {
+        "predict",
+        "embed",
+        "classify",
+        *("birds", "frogs", "owls"),
+    }
+    for line in commands:
+        if "embeddings.json" not in line:
+            done = subprocess.run([*shlex.split(line), "-sS"], cwd=workplace, capture_output=True, check=True)
+            assert "error" not in json.loads(done.stdout), line
 
 
 @pytest.mark.parametrize("command", [*EXPORT, *re.findall(r"`(avex-export [^`]+)`", PAGE)])

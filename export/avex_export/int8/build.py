@@ -50,8 +50,8 @@ def add_int8(
     manifest: Manifest,
     recordings: Path | None,
     without: Collection[str] = (),
-) -> Quantisation:
-    """Write the int8 graph, compare it with the float32 one, and say what it is.
+) -> tuple[Backend, Quantisation]:
+    """Write the int8 graph, compare it with the float32 one, and give what runs it and what it is.
 
     Args:
         assembly: that `refuse_unfit` lets pass.
@@ -76,10 +76,10 @@ def add_int8(
     products = quantise(graph, torch.from_numpy(clips.calibration))
     example = example_inputs(assembly, 2)
     write_onnx(graph, example, path, ["waveform"], metadata, external_data=EXTERNAL_DATA not in without)
-    rounded = OnnxBackend(path, ["waveform"], list(graph.outputs))
+    rounded = OnnxBackend(path, ["waveform"], list(graph.outputs), int8=True)
     agreement = compare(exact, rounded, clips.held_out, manifest)
     check(agreement)
-    return Quantisation(
+    return rounded, Quantisation(
         kind="int8",
         file=path.name,
         weight_bits=7,

@@ -1,0 +1,68 @@
+"""The standard health service over gRPC: what `/readyz` says, for those who ask and those who watch.
+
+It asks at each call, since models come and go: gRPC's own servicer only knows what it was told. It knows no single
+models, for it is answered without a key: whoever has one asks `ModelReady`.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any, Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2
+
+from avex_serve.service.grpc_messages import SERVICE
+from avex_serve.service.interception import decoded
+
+SERVICES: Final = ("", SERVICE)  # "" is the server as a whole
+LOOK_SECONDS: Final = 1.0  # between two looks for those who watch
+
+_Answer = health_pb2.HealthCheckResponse
+
+
+class Health:
+    """The service; used on the event loop alone."""
+
+    def __init__(self, ready: Callable[[], bool]) -> None:
+        """`ready` says whether the service takes requests."""
+        self._ready = ready
+        self._wake = asyncio.Event()
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """What the server answers calls by."""
+        request, serializer = health_pb2.HealthCheckRequest, _Answer.SerializeToString
+        check, watch = decoded(request, self._check), decoded(request, self._watch)
+        return grpc.method_handlers_generic_handler(
+            health.SERVICE_NAME,
+            {
+                "Check": grpc.unary_unary_rpc_method_handler(check, response_serializer=serializer),
+                "Watch": grpc.unary_stream_rpc_method_handler(watch, response_serializer=serializer),
+            },
+        )
+
+    def look(self) -> None:
+        """Tell those who watch now what has changed."""
+        self._wake.set()  # wakes all who wait
+        self._wake.clear()
+
+    async def _check(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        if request.service not in SERVICES:
+            names = " and ".join(map(repr, SERVICES))
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service[:80]!r}; known: {names}")
+        return _Answer(status=self._status(request.service))
+
+    async def _watch(self, request: Any, context: grpc.aio.ServicerContext) -> None:
+        told = None
+        while True:
+            if (status := self._status(request.service)) != told:
+                await context.write(_Answer(status=status))
+                told = status
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._wake.wait()
+
+    def _status(self, service: str) -> int:
+        if service not in SERVICES:
+            return int(_Answer.SERVICE_UNKNOWN)
+        return int(_Answer.SERVING if self._ready() else _Answer.NOT_SERVING)
