@@ -4,11 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test bench format train-demo clean
+.PHONY: help demo test bench bench-overhead format train-demo clean
 
 help:
 	@echo "make demo        export the demo probe, serve it and ask it over HTTP and gRPC"
 	@echo "make test        format, lint, types, import contracts and tests"
+	@echo "make bench       speed and memory against avex (installs it: gigabytes)"
+	@echo "make bench-overhead  what HTTP and gRPC cost beside the engine"
 	@echo "make format      rewrite the code in the project's format"
 	@echo "make train-demo  train the demo model and its probes anew (minutes)"
 	@echo "make clean       remove .venv and caches"
@@ -37,6 +39,9 @@ AVEX ?= .bench/avex/bin/python
 
 bench: $(INSTALLED) $(AVEX)
 	$(BIN)/python bench/run.py --avex $(AVEX) --write docs/performance.md
+
+bench-overhead: $(INSTALLED)
+	$(BIN)/python bench/overhead.py --write docs/overhead.md
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -48,6 +48,11 @@ class Worker:
         self._say(str(count) if path is None else f"{count} {path}")
         return float(self._hear())
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def stop(self) -> None:
         """End the process."""
         self._process.stdin.close()

@@ -3,18 +3,12 @@
 It does what a user would do, with the user's own commands: ``avex-export``, ``bentoml serve``, a request.
 """
 
-import contextlib
 import importlib.util
-import os
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +17,7 @@ import numpy as np
 import soundfile
 
 from avex_serve.bundle import read_bundle
+from avex_serve.demo.server import running_server
 from avex_serve.demo.sounds import Event, make_recording
 from avex_serve.errors import AvexServeError, DependencyError
 from avex_serve.runtime.audio import decode
@@ -34,8 +29,6 @@ from avex_serve.service.grpc_messages import SERVICE, message_class
 PROBE = "linear_last"
 SEED = 7
 SAMPLE_RATE = 16000  # Hz
-_START_SECONDS = 90  # that the server gets to come up
-_STOP_SECONDS = 30
 
 
 def run_demo() -> None:
@@ -62,13 +55,18 @@ def run_demo() -> None:
         print("(The demo removes its bundle at the end; the same command without --output keeps one.)")
 
         _title("3. bentoml serve avex_serve.service:AvexService")
-        with _server(bundle, folder) as (http_port, grpc_port):
-            _title(f"4. Over HTTP: curl --data-binary @recording.wav http://127.0.0.1:{http_port}/predict")
-            over_http = _ask_http(recording, http_port)
+        started = time.monotonic()
+        with running_server(bundle, folder) as server:
+            for line in server.log.read_text("utf-8", "replace").splitlines():
+                if "serving bundle" in line:
+                    print(line)
+            print(f"ready after {time.monotonic() - started:.1f} s")
+            _title(f"4. Over HTTP: curl --data-binary @recording.wav http://127.0.0.1:{server.http_port}/predict")
+            over_http = _ask_http(recording, server.http_port)
             right = _show(over_http.detections, events)
 
-            _title(f"5. Over gRPC: inference.GRPCInferenceService/ModelInfer on 127.0.0.1:{grpc_port}")
-            over_grpc = _detections(bundle, recording, _ask_grpc(recording, grpc_port))
+            _title(f"5. Over gRPC: inference.GRPCInferenceService/ModelInfer on 127.0.0.1:{server.grpc_port}")
+            over_grpc = _detections(bundle, recording, _ask_grpc(recording, server.grpc_port))
             _show(over_grpc, events)
         _check(bundle, recording, over_http, over_grpc)
     print(f"\n{right} of {len(events)} sounds named right; HTTP, gRPC and a prediction without a server agree.")
@@ -76,67 +74,6 @@ def run_demo() -> None:
 
 def _title(text: str) -> None:
     print(f"\n== {text}", flush=True)
-
-
-@contextlib.contextmanager
-def _server(bundle: Path, folder: Path) -> Iterator[tuple[int, int]]:
-    """`bentoml serve` on free ports of this machine, until the block ends."""
-    http_port, grpc_port = _free_ports(2)
-    environment = {
-        **os.environ,
-        "AVEX_BUNDLE": str(bundle),
-        "AVEX_DEVICE": "cpu",  # the answers are compared to the last bit
-        "AVEX_GRPC_HOST": "127.0.0.1",
-        "AVEX_GRPC_PORT": str(grpc_port),
-        "BENTOML_HOME": str(folder / "bentoml"),  # two servers with one home disturb each other's metrics
-        "BENTOML_DO_NOT_TRACK": "True",
-    }
-    command = [sys.executable, "-m", "bentoml", "serve", "avex_serve.service:AvexService"]
-    command += ["--host", "127.0.0.1", "--port", str(http_port)]
-    log = folder / "server.log"
-    started = time.monotonic()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        while not _is_ready(http_port):
-            if process.poll() is not None or time.monotonic() > started + _START_SECONDS:
-                raise AvexServeError(f"the server did not come up; its log:\n{log.read_text('utf-8', 'replace')}")
-            time.sleep(0.1)
-        for line in log.read_text("utf-8", "replace").splitlines():
-            if "serving bundle" in line:
-                print(line)
-        print(f"ready after {time.monotonic() - started:.1f} s")
-        yield http_port, grpc_port
-    finally:
-        _stop(process)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-def _is_ready(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
 
 
 def _ask_http(recording: Path, port: int) -> Prediction:
