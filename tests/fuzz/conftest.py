@@ -36,5 +36,5 @@ def besieged(tmp_path_factory, audio_bundle, question):
         assert Worker(server).process == worker.process
         assert worker.memory <= MEMORY_GROWTH * memory
         assert worker.files <= files + 2  # connections that are closing
-        assert worker.threads <= threads
+        assert worker.threads <= threads + 2  # pools that reach their size
         assert set(temporary.rglob("*")) == left

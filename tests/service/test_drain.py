@@ -23,7 +23,7 @@ OVERLAP = 0.095  # a window every 5 ms: seconds of work
 @pytest.fixture(scope="module")
 def long():
     """A recording that takes a while."""
-    return encode(60, 16000, 1, "WAV")
+    return encode(120, 16000, 1, "WAV")
 
 
 def in_progress(server):

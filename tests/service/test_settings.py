@@ -127,7 +127,6 @@ def test_an_empty_variable_does_not_open_the_service(field):
 def test_gate_of_the_settings():
     settings = Settings.from_environment({"AVEX_TIMEOUT_SECONDS": "20"})
     gate = Gate.from_settings(settings, threads=2)
-    assert gate.admission.slots == 3
     assert 19 < gate.deadline(None).remaining <= 20
     assert 19 < gate.deadline(30).remaining <= 20
     assert gate.deadline(1).remaining <= 1
