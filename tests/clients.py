@@ -164,6 +164,13 @@ class Worker:
 
 
 def workers(server):
-    """The processes that serve, of a `bentoml serve`."""
+    """The processes that serve, of a `bentoml serve`; one that was killed doesn't count."""
     children = psutil.Process(server.process.pid).children(recursive=True)
-    return [child for child in children if "_bentoml_impl.worker.service" in child.cmdline()]
+    return [child for child in children if "_bentoml_impl.worker.service" in _command(child)]
+
+
+def _command(process):
+    try:
+        return process.cmdline()
+    except (psutil.ZombieProcess, psutil.NoSuchProcess):
+        return []
