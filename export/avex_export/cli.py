@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _BUNDLES = Path("export") / "bundles"
 _USUAL_PROBE = "linear_last"
+_LONGEST_CLIP = 3600  # seconds; beyond it, numbers are slips of the keyboard that end in the allocator's messages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="backbone: a registered name or a YAML file (default: the saved probe's)")
     parser.add_argument("--weights", type=Path, help="weights of the head: a state dict, or a saved probe's folder")
     parser.add_argument("--labels", type=Path, help="JSON {label: index}, or text with one label a line")
-    parser.add_argument("--clip-seconds", type=_positive, help="length of a clip (default: the backbone's)")
+    parser.add_argument("--clip-seconds", type=_seconds, help="length of a clip (default: the backbone's)")
     parser.add_argument(
         "--dynamic-length",
         action="store_true",
@@ -187,6 +188,8 @@ def _request(arguments: argparse.Namespace) -> "Request":
             raise InputError("--offline exports one head; give one --probe, or export the heads one by one")
         if arguments.weights is not None:
             raise InputError("--weights is for one probe; save each probe with save_probe() and give its folder")
+        if arguments.labels is not None and any(recipe.saved is not None for recipe in recipes):
+            raise InputError("--labels would name the classes of every probe, and saved ones bring their own")
     for option, given in {"name": arguments.name, "bundle-version": arguments.bundle_version}.items():
         if given is not None and not re.fullmatch(NAME_PATTERN, given):
             raise InputError(f"--{option} {given!r}: expected letters, digits, '.', '_' and '-', at most 128")
@@ -200,6 +203,8 @@ def _request(arguments: argparse.Namespace) -> "Request":
     for option in ("profile", "explain", "without"):
         if getattr(arguments, option) and arguments.offline:
             raise InputError(f"--{option} is for passes, of which a head alone has none; leave out --offline")
+    if arguments.half and arguments.offline:
+        raise InputError("--half is for backbones, which --offline leaves out; give one of them")
     if arguments.calibration is not None and arguments.quantize is None:
         raise InputError("--calibration is for --quantize int8; without it nothing is calibrated")
     return Request(
@@ -271,13 +276,13 @@ def _export(arguments: argparse.Namespace) -> None:
         print(f"serve it: AVEX_BUNDLE={output} bentoml serve avex_serve.service:AvexService")
 
 
-def _positive(text: str) -> float:
+def _seconds(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    if not 0 < value <= _LONGEST_CLIP:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length of a clip; expected seconds up to {_LONGEST_CLIP}")
     return value
 
 

@@ -463,7 +463,9 @@ def test_mistakes_are_told_without_a_traceback(tmp_path, export, model, labels, 
 def test_bad_options_are_told(tmp_path):
     program = Path(sys.executable).with_name("avex-export")
     for option, message in (
-        (["--clip-seconds", "-1"], "-1 is not a positive number"),
+        (["--clip-seconds", "-1"], "'-1' is no length of a clip; expected seconds up to 3600"),
+        (["--clip-seconds", "1e300"], "'1e300' is no length of a clip"),
+        (["--offline", "--input-dim", "32", "--half"], "--half is for backbones, which --offline leaves out"),
         (["--input-dim", "a,b"], "expected D or T,D"),
         (["--format", "tflite"], "invalid choice"),
     ):

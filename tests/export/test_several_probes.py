@@ -217,6 +217,7 @@ def test_embeddings_that_are_merged_by_trained_weights_need_them(tmp_path, expor
     [
         (["--offline", "--input-dim", "32"], "--offline exports one head"),
         (["--weights", "w.safetensors"], "--weights is for one probe"),
+        (["--labels", "l.txt"], "--labels would name the classes of every probe, and saved ones bring their own"),
         (["--embeddings", "--offline"], "--offline is for heads, which --embeddings leaves out"),
         (["--embeddings", "--labels", "l.txt"], "--labels is for heads"),
         (["--embeddings", "--activation", "softmax"], "--activation is for heads"),
