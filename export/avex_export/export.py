@@ -110,7 +110,7 @@ def export_bundle(
             fields["quantisation"] = rounded.model_dump()
             checks = compare(verification.cases, assembly, draft, folder, [backend])
             say(table(checks))
-            verification = verification.with_checks(checks)
+            verification = replace(verification, checks=(*verification.checks, *checks))
         manifest = _seal(assembly, folder, verification, fields)
     progress(f"wrote {output}")
     return manifest

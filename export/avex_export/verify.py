@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,10 +41,6 @@ class Verification:
     def table(self) -> str:
         """As text."""
         return table(self.checks, self.skipped)
-
-    def with_checks(self, checks: Sequence[Check]) -> "Verification":
-        """These comparisons beside its own."""
-        return replace(self, checks=(*self.checks, *checks))
 
     def write(self, folder: Path) -> None:
         """Put the evidence into a bundle that is being made."""
