@@ -1,15 +1,17 @@
+import asyncio
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from pydantic import Field, SecretStr
 
 from avex_serve.cli import main
-from avex_serve.errors import InputError
+from avex_serve.errors import InputError, OverloadError
 from avex_serve.service.gate import Gate
 from avex_serve.service.settings import DEMO_BUNDLE, GUARDS, Settings
 from avex_serve.service.settings_list import list_settings, table
@@ -131,3 +133,18 @@ def test_gate_of_the_settings():
     assert 19 < gate.deadline(30).remaining <= 20
     assert gate.deadline(1).remaining <= 1
     gate.admission.close()
+
+
+def test_as_many_requests_are_at_work_as_threads_infer():
+    async def test():
+        gate = Gate.from_settings(Settings(queue=0), threads=2)
+        done = threading.Event()
+        working = [asyncio.create_task(gate.admission.run(done.wait, gate.deadline(30))) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadError, match="2 requests at work and 0 waiting"):
+            gate.admission.check_room()
+        done.set()
+        assert await asyncio.gather(*working) == [True, True]
+        gate.admission.close()
+
+    asyncio.run(test())
