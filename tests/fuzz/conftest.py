@@ -10,6 +10,7 @@ from tests.fuzz import attacks
 from tests.service.conftest import RECORDINGS, running_server
 
 MEMORY_GROWTH = 1.3
+POOLS = 8  # threads by which pools may still grow after the warm-up; thousands of requests would leak more
 WARM_UP = 150  # hostile requests of each kind
 
 
@@ -36,5 +37,5 @@ def besieged(tmp_path_factory, audio_bundle, question):
         assert Worker(server).process == worker.process
         assert worker.memory <= MEMORY_GROWTH * memory
         assert worker.files <= files + 2  # connections that are closing
-        assert worker.threads <= threads + 2  # pools that reach their size
+        assert worker.threads <= threads + POOLS
         assert set(temporary.rglob("*")) == left
