@@ -76,8 +76,8 @@ def test_half_needs_torchscript_and_audio(export, tmp_path):
     assert "--half is for TorchScript" in error
     options = ["--half", "--offline", "--input-dim", "128", "--output", tmp_path / "x"]
     code, _, error = export("--probe", "linear_last", *options)
-    assert code == 4
-    assert "half precision is for" in error
+    assert code == 2
+    assert "--half is for backbones" in error
     assert not (tmp_path / "x").exists()
 
 
