@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from avex_export.passes import Target, rewrite
+from avex_export.passes.efficientnet import PooledConvolution
 from avex_serve import open_bundle
 from avex_serve.bundle import read_bundle
 from avex_serve.configs import ProbeConfig
@@ -71,7 +72,7 @@ def test_only_tapped_layers_are_left(untrained, tmp_path):
     names = {i.name for i in onnx.load(tmp_path / "bundle" / "model.onnx").graph.initializer}
     module = torch.jit.load(tmp_path / "bundle" / "model.torchscript.pt")
     for found in (names, {name for name, _ in module.named_parameters()}):
-        assert any("features.2.1.block.3.0" in name for name in found)
+        assert any("features.2.1.block.3." in name for name in found)
         assert not any(
             "features.3" in name or "model.classifier" in name or "2.1.block.3.1" in name for name in found
         )
@@ -101,21 +102,20 @@ def test_a_fine_tuned_probe_is_saved_without_the_unused_classifier_and_exported(
         np.testing.assert_allclose(engine.infer(noise(2).numpy())["logits"], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_norms_behind_tapped_convolutions_are_folded_unless_that_would_cost_digits():
+def test_means_are_taken_before_tapped_convolutions_of_large_maps_and_norms_folded_where_nothing_is_tapped():
     config = ProbeConfig(target_layers=["all"], aggregation="mean")
     probe = build_probe_from_config(config, 5, "cpu", base_model=effnet(n_mels=32)).eval()
+    tapped = sum(layer.endswith(".0") for layer in probe.layers) - 1  # what comes after the last one is left out
 
-    def norms(changed=None, aggregation="mean"):
+    def rewritten(samples, aggregation="mean"):
         special = copy.deepcopy(probe)
         special.aggregation = aggregation
-        if changed is not None:
-            special.base_model.get_submodule(changed).weight.data[1] = 1e-4
-        rewrite(Target((special,), RATE))
-        return [name for name, part in special.named_modules() if isinstance(part, nn.BatchNorm2d)]
+        rewrite(Target((special,), samples))
+        parts = list(special.modules())
+        pooled = sum(isinstance(part, PooledConvolution) for part in parts)
+        return pooled, sum(isinstance(part, nn.BatchNorm2d) for part in parts)
 
-    norm = "model.features.2.0.block.3.1"
-    probe.base_model.get_submodule(norm).bias.data[1] = 0.1
-    assert norms() == []
-    assert norms(norm) == [f"base_model.{norm}"]
-    tapped = sum(layer.endswith(".0") for layer in probe.layers) - 1  # what comes after the last one is left out
-    assert len(norms(aggregation="max")) == tapped
+    few, many = rewritten(RATE), rewritten(30 * RATE)
+    assert 1 < few[0] < many[0]
+    assert (few[1], many[1]) == (tapped - few[0], tapped - many[0])
+    assert rewritten(RATE, aggregation="max") == (0, tapped)

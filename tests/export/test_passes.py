@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from avex_export.passes import PASSES, Target, rewrite
-from avex_export.passes.pooling import MeanOverLastAxis, MeanOverTime
+from avex_export.passes import PASSES, Target, efficientnet, pooling, rewrite
 from avex_serve.configs import AudioConfig, ProbeConfig
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.layers import BACKBONE
@@ -116,6 +115,10 @@ TAPPED = {
         ["model.features.0.1"],
         ["model.features.2.1.block.3"],
         ["model.features.2.1.block.3.0", "model.features.0.0"],
+        ["model.features.0.0"],
+        ["model.features.1.0.block.2.0"],
+        ["model.features.2.0.block.2.fc1", "model.features.2.0.block.3.0"],
+        ["model.features.2.0.block.2.fc2"],
         ["model.features.2.1.stochastic_depth", "model.features.2.1.block.0.0"],
         ["model.features.2.1.block.1.0"],
         ["model.features.3", "model.features.2.0"],
@@ -191,7 +194,7 @@ def test_the_mean_is_taken_before_the_last_operator(models, name, fields):
     special, applied = rewritten(probe)
     assert "pooling" in applied
     assert_same(embeddings(special, noise(2)), embeddings(probe, noise(2)))
-    assert sum(isinstance(part, MeanOverTime | MeanOverLastAxis) for part in special.modules()) == 1
+    assert sum(isinstance(part, pooling.MeanOverTime | efficientnet.MeanOverTime) for part in special.modules()) == 1
 
 
 class Seeing(ModelBase):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from avex_export.passes.efficientnet import fold_batch_norms, fold_image_channels
 from avex_export.passes.lowering import lower
-from avex_export.passes.pooling import pool_before_tapped_operator
+from avex_export.passes.pooling import pool_before_tapped_operators
 from avex_export.passes.spectra import fold_fourier_transform, fold_front_end
 from avex_export.passes.target import Target
 from avex_export.passes.transformers import bake_position_bias, fold_norms, merge_projections
@@ -30,15 +30,13 @@ PASSES = (
     Pass("front-end", "fold mean, pre-emphasis and window of Kaldi's frames into the DFT's matrix", fold_front_end),
     Pass("fourier", "fold the real DFT of a spectrogram four ways by its symmetries", fold_fourier_transform),
     Pass("image", "convolve the spectrogram once instead of three equal channels", fold_image_channels),
-    Pass("batch-norm", "fold batch norms into the convolutions before them", fold_batch_norms),
     Pass(
         "position-bias", "bake the relative position bias and the positional convolution's norm", bake_position_bias
     ),
     Pass("projections", "one product for queries, keys, values and gates, with their scale", merge_projections),
     Pass("norms", "fold the residual's scale and the biases into the layer norms", fold_norms),
-    Pass(
-        "pooling", "take the mean, or the first token, before the last tapped operator", pool_before_tapped_operator
-    ),
+    Pass("pooling", "take the mean, or the first token, before tapped operators", pool_before_tapped_operators),
+    Pass("batch-norm", "fold batch norms into the convolutions before them", fold_batch_norms),
 )
 
 

@@ -1,77 +1,14 @@
 """Passes over EfficientNet."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from avex_export.passes.target import Target
-from avex_serve.models.efficientnet import ConvNorm, EfficientNetModel
-
-# Where a norm shifts a channel by so many times what it scales its deviation to, undoing it would cost digits.
-_LARGEST_SHIFT = 30.0
-
-
-class UnfoldedMeans(nn.Module):
-    """Tapped convolutions into which a batch norm was folded (B, C, H, W) → means of what they give without it.
-
-    A norm is linear in each channel, so it can be taken back from the mean instead of from every step.
-    """
-
-    def __init__(self, norms: Mapping[str, nn.BatchNorm2d]) -> None:
-        """Take the norms by the names of the convolutions before them."""
-        super().__init__()
-        self.layers = tuple(norms)
-        for i, norm in enumerate(norms.values()):
-            scale, shift = _scale_and_shift(norm)
-            self.register_buffer(f"scale_{i}", (1 / scale).float()[:, None, None])
-            self.register_buffer(f"shift_{i}", (-shift / scale).float()[:, None, None])
-
-    def forward(self, tapped: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same names; those layers are (B, C, H, 1)."""
-        found = dict(tapped)
-        for i, name in enumerate(self.layers):
-            mean = tapped[name].mean(dim=3, keepdim=True)
-            found[name] = mean * getattr(self, f"scale_{i}") + getattr(self, f"shift_{i}")
-        return found
-
-
-def fold_batch_norms(target: Target) -> bool:
-    """Fold each batch norm into its convolution.
-
-    Where the convolution is tapped, before the norm, the fold is taken back from the tap, if that is no more than a
-    mean; else the norm stays.
-    """
-    model = target.model
-    if not isinstance(model, EfficientNetModel):
-        return False
-    undone: dict[str, nn.BatchNorm2d] = {}
-    for name, part in model.model.named_modules(prefix="model"):
-        if isinstance(part, ConvNorm) and len(part) > 1:
-            convolution, norm = part[0], part[1]
-            assert isinstance(convolution, nn.Conv2d)
-            assert isinstance(norm, nn.BatchNorm2d)
-            if f"{name}.0" in target.layers:
-                if target.pooling != "mean" or not _can_be_undone(norm):
-                    continue
-                undone[f"{name}.0"] = norm
-            part[0] = fuse_conv_bn_eval(convolution, norm)
-            part[1] = nn.Identity()
-    if undone:
-        model.tap_pooling = UnfoldedMeans(undone)
-    return True
-
-
-def _can_be_undone(norm: nn.BatchNorm2d) -> bool:
-    return bool((norm.bias.abs() <= _LARGEST_SHIFT * norm.weight.abs()).all() and (norm.weight != 0).all())
-
-
-def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    assert norm.running_var is not None
-    assert norm.running_mean is not None
-    scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-    return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
+from avex_serve.models.efficientnet import Bottleneck, ConvNorm, EfficientNetModel, SqueezeExcite
+from avex_serve.models.layers import Taps
 
 
 def fold_image_channels(target: Target) -> bool:
@@ -81,9 +18,166 @@ def fold_image_channels(target: Target) -> bool:
         return False
     first = model.model.features[0]
     assert isinstance(first, ConvNorm)
-    stem = first[0]
-    assert isinstance(stem, nn.Conv2d)
+    stem = _convolution(first)
     with torch.no_grad():
         stem.weight = nn.Parameter(stem.weight.double().sum(dim=1, keepdim=True).float(), requires_grad=False)
     stem.in_channels = model.channels = 1
     return True
+
+
+class MeanOverTime(nn.Module):
+    """(B, C, H, W) → (B, C, H, 1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The mean over time, whose axis stays."""
+        return x.mean(dim=3, keepdim=True)
+
+
+class PooledGains(nn.Module):
+    """Squeeze and excitation (B, C, H, W) → the same, and its mean over time (B, C, H, 1).
+
+    The mean over time is a step on the way to the mean of a channel, so it costs nothing.
+    """
+
+    def __init__(self, part: SqueezeExcite) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = part.fc1, part.fc2
+        self.over_time = MeanOverTime()
+
+    def forward(self, x: Tensor, taps: Taps, name: str) -> tuple[Tensor, Tensor]:
+        """Offers no layer."""
+        means = self.over_time(x)
+        squeezed = nn.functional.silu(self.fc1(means.mean(dim=(2, 3), keepdim=True)))
+        gains = self.fc2(squeezed).sigmoid()
+        return x * gains, means * gains
+
+
+class PooledConvolution(ConvNorm):
+    """Convolution and what follows; the convolution is tapped as what it makes of a mean over time, (B, C' * H)."""
+
+    weight: Tensor  # of the convolution before anything is folded into it
+
+    def __init__(self, part: ConvNorm) -> None:
+        nn.ModuleList.__init__(self, part)
+        self.register_buffer("weight", _convolution(part).weight.detach())
+
+    def offer(self, pooled: Tensor, x: Tensor, taps: Taps, name: str) -> Tensor:
+        """Offer what it makes of the mean (B, C', H, …), and go on with the convolution's input."""
+        taps(f"{name}.0", pooled.reshape(-1, pooled.shape[1] * pooled.shape[2]))
+        if not taps.complete:
+            for part in self:
+                x = part(x)
+        return x
+
+
+class PooledProjection(PooledConvolution):
+    """The end of a bottleneck, behind `PooledGains`."""
+
+    def forward(self, pair: tuple[Tensor, Tensor], taps: Taps, name: str) -> Tensor:  # type: ignore[override]
+        """Offers the convolution."""
+        x, means = pair
+        return self.offer(self.weight.flatten(1) @ means.flatten(2), x, taps, name)
+
+
+class PooledStem(PooledConvolution):
+    """The first convolution and what follows.
+
+    Each column of the kernel sees other frames of the image, so the mean is one for each of them.
+    """
+
+    seen: Tensor  # (frames, kernel): 1 where a column of the kernel sees a frame
+
+    def __init__(self, part: ConvNorm, frames: int) -> None:
+        super().__init__(part)
+        convolution = _convolution(part)
+        assert isinstance(convolution.padding, tuple)
+        self.padding, self.stride = convolution.padding[1], convolution.stride[1]
+        kernel = convolution.kernel_size[1]
+        self.steps = (frames + 2 * self.padding - kernel) // self.stride + 1
+        seen = torch.zeros(frames, kernel)
+        for column in range(kernel):
+            at = column - self.padding + self.stride * torch.arange(self.steps)
+            seen[at[(at >= 0) & (at < frames)], column] = 1.0
+        self.register_buffer("seen", seen)
+
+    def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
+        """Offers the convolution."""
+        means = x @ self.seen / self.steps  # (B, C, H, kernel)
+        pooled = nn.functional.conv2d(means, self.weight, stride=(self.stride, 1), padding=(self.padding, 0))
+        return self.offer(pooled, x, taps, name)
+
+
+def pool_before_convolutions(target: Target, model: EfficientNetModel) -> bool:
+    """Take the mean over time before tapped convolutions instead of after them, where all that is tapped is such.
+
+    Before the stem only in clips of one length.
+    """
+    layers, modules = target.layers, dict(model.named_modules())
+    if not all(isinstance(modules.get(layer), nn.Conv2d) for layer in layers):
+        return False  # parts of the network end later than they begin
+    spectrogram, stem = model.audio_spectrogram, model.model.features[0]
+    assert spectrogram is not None
+    assert isinstance(stem, ConvNorm)
+    with torch.no_grad():
+        _, height, frames = spectrogram(torch.zeros(1, target.samples)).shape
+    size = _strided((height, frames), _convolution(stem))
+    pooled = set()
+    for name, part in modules.items():
+        if isinstance(part, Bottleneck) and len(part.block) > part.last_part:  # not cut off
+            filtering = part.block[part.last_part - 2]
+            assert isinstance(filtering, ConvNorm)
+            size = _strided(size, _convolution(filtering))
+            if _pool_bottleneck(part, name, size, layers):
+                pooled.add(f"{name}.block.{part.last_part}.0")
+    if "model.features.0.0" in layers and not target.any_length:
+        model.model.features[0] = PooledStem(stem, frames)
+        pooled.add("model.features.0.0")
+    deepest = max(layers, key=list(modules).index)
+    convolution, part = modules[deepest], modules[deepest.rpartition(".")[0]]
+    assert isinstance(convolution, nn.Conv2d)
+    small = convolution.kernel_size == convolution.stride == (1, 1)
+    if deepest not in pooled and small and isinstance(part, ConvNorm):
+        part[0] = nn.Sequential(MeanOverTime(), convolution)
+        pooled.add(deepest)
+    return bool(pooled)
+
+
+def _pool_bottleneck(part: Bottleneck, name: str, size: tuple[int, int], layers: Sequence[str]) -> bool:
+    """Pool before the convolution that ends a bottleneck, if it is tapped and that saves work."""
+    end = part.last_part
+    gains = f"{name}.block.{end - 1}"
+    if f"{name}.block.{end}.0" not in layers or any(layer.startswith(f"{gains}.") for layer in layers):
+        return False
+    squeeze, projection = part.block[end - 1], part.block[end]
+    assert isinstance(squeeze, SqueezeExcite)
+    assert isinstance(projection, ConvNorm)
+    if _convolution(projection).in_channels > 2 * size[0] * size[1]:
+        return False  # its weights are larger than what it gives, whose mean is then soon taken
+    part.block[end - 1], part.block[end] = PooledGains(squeeze), PooledProjection(projection)
+    return True
+
+
+def _strided(size: tuple[int, int], convolution: nn.Conv2d) -> tuple[int, int]:
+    return -(-size[0] // convolution.stride[0]), -(-size[1] // convolution.stride[1])
+
+
+def fold_batch_norms(target: Target) -> bool:
+    """Fold each batch norm into its convolution, unless the convolution itself is tapped, before the norm."""
+    model = target.model
+    if not isinstance(model, EfficientNetModel):
+        return False
+    for name, part in model.model.named_modules(prefix="model"):
+        if not isinstance(part, ConvNorm) or len(part) == 1:
+            continue
+        if isinstance(part, PooledConvolution) or f"{name}.0" not in target.layers:
+            norm = part[1]
+            assert isinstance(norm, nn.BatchNorm2d)
+            part[0] = fuse_conv_bn_eval(_convolution(part), norm)
+            part[1] = nn.Identity()
+    return True
+
+
+def _convolution(part: ConvNorm) -> nn.Conv2d:
+    convolution = part[0]
+    assert isinstance(convolution, nn.Conv2d)
+    return convolution

@@ -1,6 +1,7 @@
 """Half precision, for TorchScript on CUDA: the network in float16, front end and answers in float32."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ class _Cast(nn.Module):
         super().__init__()
         self.module, self.dtype = module, dtype
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
         """The module's output for the cast input."""
-        return self.module(x.to(self.dtype))
+        return self.module(x.to(self.dtype), *others)
 
 
 def halve(probes: Sequence[Probe], dtype: torch.dtype = torch.float16) -> None:
@@ -61,6 +62,4 @@ def _cast_first_layer(model: ModelBase, dtype: torch.dtype) -> None:
         encoder = model.backbone.model.local_encoder
         encoder.proj = _Cast(encoder.proj, dtype)  # type: ignore[assignment]
     elif isinstance(model, EfficientNetModel):
-        stem = model.model.features[0]
-        assert isinstance(stem, nn.ModuleList)
-        stem[0] = _Cast(stem[0], dtype)
+        model.model.features[0] = _Cast(model.model.features[0], dtype)

@@ -1,4 +1,4 @@
-"""Pooling before the last tapped operator: it is linear, so the mean of its outputs is its output for the mean."""
+"""Pooling before tapped operators: they are linear, so the mean of their outputs is their output for the mean."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avex_export.passes.efficientnet import pool_before_convolutions
 from avex_export.passes.target import Target
 from avex_export.passes.transformers import MergedAttention
 from avex_serve.models import beats, eat, efficientnet
@@ -50,14 +51,6 @@ class PooledTaps(nn.Module):
         return {name: self.mean(x) if name in self.layers else x for name, x in tapped.items()}
 
 
-class MeanOverLastAxis(nn.Module):
-    """(B, C, H, W) → (B, C, H, 1)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The mean over time, whose axis stays."""
-        return x.mean(dim=3, keepdim=True)
-
-
 class FirstToken(nn.Module):
     """(B, T, D) → (B, 1, D)."""
 
@@ -66,12 +59,12 @@ class FirstToken(nn.Module):
         return x[:, :1]
 
 
-def pool_before_tapped_operator(target: Target) -> bool:
+def pool_before_tapped_operators(target: Target) -> bool:
     """Aggregate, in place, before the operator of the deepest tapped layer, where the pass ends, and others at once.
 
-    That is BEATs' ``fc2``, EAT's ``attn.proj`` or EfficientNet's last convolution, 1 x 1. The layer that is tapped
-    then has one step of time. A mean commutes with any linear operator, the first token with any that looks at
-    tokens one by one.
+    That is BEATs' ``fc2``, EAT's ``attn.proj`` or EfficientNet's last convolution, 1 x 1, and there those that end
+    bottlenecks and the first one, too. The layer that is tapped then has one step of time. A mean commutes with any
+    linear operator, the first token with any that looks at tokens one by one.
     """
     model, layers, how = target.model, target.layers, target.pooling
     if how is None:
@@ -83,7 +76,7 @@ def pool_before_tapped_operator(target: Target) -> bool:
         tokens = model.cfg.patches + 1
         return _pool_taps(model, layers, how, tokens, _pool_eat(model, layers, how, tokens))
     if isinstance(model, efficientnet.EfficientNetModel) and how == "mean":
-        return _pool_efficientnet(model, layers)
+        return pool_before_convolutions(target, model)
     return False
 
 
@@ -140,18 +133,3 @@ def _last_block(blocks: nn.ModuleList, name: str, layers: Sequence[str], parts: 
     if len(tapped) != 1 or not tapped <= parts:
         return None, None
     return f"{name}.{deepest}.{tapped.pop()}", blocks[deepest]
-
-
-def _pool_efficientnet(model: efficientnet.EfficientNetModel, layers: Sequence[str]) -> bool:
-    modules = dict(model.named_modules())
-    order = list(modules)
-    deepest = max(layers, key=lambda layer: order.index(layer) if layer in modules else len(order))
-    convolution = modules.get(deepest)
-    if not all(isinstance(modules.get(layer), nn.Conv2d) for layer in layers):
-        return False  # parts of the network end later than they begin
-    if not (isinstance(convolution, nn.Conv2d) and convolution.kernel_size == convolution.stride == (1, 1)):
-        return False
-    part = modules[deepest.rpartition(".")[0]]
-    assert isinstance(part, efficientnet.ConvNorm)
-    part[0] = _Then(MeanOverLastAxis(), convolution)
-    return True
