@@ -19,12 +19,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
-from functools import partial
 from typing import Final, TypeVar
 
 from avex_serve.errors import OverloadError
 from avex_serve.runtime.allowance import Allowance, Deadline, Limits, granted
-from avex_serve.runtime.stages import QUEUE, stage
+from avex_serve.runtime.stages import QUEUE, begin, stage
 
 Answer = TypeVar("Answer")
 
@@ -71,55 +70,72 @@ class Admission:
             OverloadError: the queue is full.
             DeadlineError: the deadline passed.
         """
-        await self._enter()
+        answer: Future[Answer] = Future()
+        answer.set_running_or_notify_cancel()  # so that whoever ends the wait leaves it alone
+        end_wait = begin(QUEUE)
+        start = self._starter(work, deadline, answer, end_wait)
+        if self._places.enter(start):
+            start()
         try:
-            return await asyncio.wrap_future(self._start(work, deadline))
+            return await asyncio.wrap_future(answer)
+        except asyncio.CancelledError:
+            if self._places.give_up(start):
+                end_wait()
+            raise
         finally:
             deadline.abandon()  # whatever ended the wait, nobody reads what the thread would still find
 
-    async def _enter(self) -> None:
-        """Wait for a slot."""
-        ready = asyncio.Event()
-        grant = partial(asyncio.get_running_loop().call_soon_threadsafe, ready.set)
-        if self._places.enter(grant):
-            return
-        try:
-            with stage(QUEUE):
-                await ready.wait()
-        except asyncio.CancelledError:
-            self._places.give_up(grant)
-            raise
+    def _starter(
+        self, work: Callable[[], Answer], deadline: Deadline, answer: "Future[Answer]", end_wait: Callable[[], None]
+    ) -> Callable[[], None]:
+        """What starts the work in a thread, once there is a slot for it.
 
-    def _start(self, work: Callable[[], Answer], deadline: Deadline) -> Future[Answer]:
-        visit = _Visit(self._places, deadline, self._turn_seconds)
-        allowance = Allowance(self._limits, deadline, visit.take_turns, visit.take_room)
+        Whoever frees the slot calls it, so that the slot need not wait for the event loop.
+        """
+        context = copy_context()
 
         def run() -> Answer:
-            with granted(allowance):
-                deadline.check()
-                return work()
+            end_wait()
+            visit = _Visit(self._places, deadline, self._turn_seconds)
+            try:
+                with granted(Allowance(self._limits, deadline, visit.take_turns, visit.take_room)):
+                    deadline.check()
+                    return work()
+            finally:
+                visit.end()  # not when the wait ends: a request whose client has gone works on until its next step
 
-        try:
-            future = self._pool.submit(copy_context().run, run)
-        except RuntimeError:  # closed
-            visit.end()
-            raise OverloadError("the service is stopping; ask another one") from None
-        # Not when the wait ends: a request whose client has gone works on until its next step.
-        future.add_done_callback(lambda _: visit.end())
-        return future
+        def start() -> None:
+            try:
+                self._pool.submit(context.run, _fulfil, answer, run)
+            except RuntimeError:  # closed
+                self._places.exit(slot=True, room=False)
+                answer.set_exception(OverloadError("the service is stopping; ask another one"))
+
+        return start
+
+
+def _fulfil(answer: "Future[Answer]", work: Callable[[], Answer]) -> None:
+    """Set the answer, or the error, of the work."""
+    try:
+        result = work()
+    except BaseException as error:
+        answer.set_exception(error)
+        del answer  # the error's traceback holds this frame: no cycle
+    else:
+        answer.set_result(result)
 
 
 class _Places:
     """Slots and rooms for large recordings, as many of one as of the other, and who waits for them.
 
     Who waits is known by the function that grants it what it waits for; such a function is called with the lock
-    held and only wakes somebody.
+    held and only wakes or starts somebody.
     """
 
     def __init__(self, slots: int, queue: int) -> None:
         self._slots = slots
         self._queue = queue
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # who can't be started gives back the slot at once
         self._inside = 0
         self._working = 0
         self._large = 0
@@ -137,12 +153,13 @@ class _Places:
             self._inside += 1
             return self._take_slot(grant)
 
-    def give_up(self, grant: Callable[[], object]) -> None:
-        """Go without having worked, while waiting for the first slot."""
+    def give_up(self, grant: Callable[[], object]) -> bool:
+        """Go while waiting for the first slot; False if it was granted meanwhile."""
         with self._lock:
-            if not self._stop_waiting(grant):
-                self._free_slot()  # it was granted meanwhile
-            self._inside -= 1
+            waited = self._stop_waiting(grant)
+            if waited:
+                self._inside -= 1
+            return waited
 
     def exit(self, *, slot: bool, room: bool) -> None:
         """Go, and free what one has."""

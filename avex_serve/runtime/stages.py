@@ -45,17 +45,25 @@ def recorded() -> Iterator[Work]:
         _current.reset(token)
 
 
+def begin(name: str) -> Callable[[], None]:
+    """Write down how long it takes until the function that is returned is called, in whatever thread.
+
+    Does nothing outside of `recorded`.
+    """
+    if (work := _current.get()) is None:
+        return lambda: None
+    start = perf_counter()
+    return lambda: work.seconds.append((name, perf_counter() - start))
+
+
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Write down how long the block takes. Does nothing outside of `recorded`."""
-    if (work := _current.get()) is None:
-        yield
-        return
-    start = perf_counter()
+    end = begin(name)
     try:
         yield
     finally:
-        work.seconds.append((name, perf_counter() - start))
+        end()
 
 
 Run = Callable[..., dict[str, np.ndarray]]  # see `Backend.run`
@@ -65,11 +73,11 @@ def in_pool(run: Run, model: str) -> Run:
     """`run` for a thread of a pool, which has no context: how long each batch waited and ran, and its rows."""
     if (work := _current.get()) is None:
         return run
-    asked = perf_counter()
+    end_wait = begin(QUEUE)
 
     def call(*inputs: np.ndarray) -> dict[str, np.ndarray]:
+        end_wait()
         start = perf_counter()
-        work.seconds.append((QUEUE, start - asked))
         try:
             return run(*inputs)
         finally:

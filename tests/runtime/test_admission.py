@@ -3,7 +3,6 @@
 import asyncio
 import random
 import threading
-import time
 
 import pytest
 
@@ -106,7 +105,7 @@ def test_first_come_first_served(open_admission):
 
 
 def test_the_wait_for_a_slot_is_written_down(open_admission):
-    admission = open_admission(slots=1, queue=1)
+    admission = open_admission(slots=1, queue=2)
 
     async def test():
         first, second = Work(), Work()
@@ -114,12 +113,18 @@ def test_the_wait_for_a_slot_is_written_down(open_admission):
             running = start(admission, first)
         with recorded() as after_it:
             waiting = start(admission, second)
+        with recorded() as given_up:
+            leaving = start(admission, Work())
         await seen(first.began)
+        await asyncio.sleep(0.2)
+        leaving.cancel()
         first.end.set()
         second.end.set()
         await asyncio.gather(running, waiting)
-        assert at_once.seconds == []
-        assert [name for name, _ in after_it.seconds] == ["queue"]
+        [(_, short)], [(_, long)], [(_, lost)] = at_once.seconds, after_it.seconds, given_up.seconds
+        assert short < long
+        assert lost > 0.1
+        assert {name for work in (at_once, after_it, given_up) for name, _ in work.seconds} == {"queue"}
 
     run(test())
 
@@ -154,14 +159,17 @@ def test_cancelled_at_the_moment_its_turn_comes(open_admission):
         first = Work()
         one = start(admission, first)
         await seen(first.began)
-        two = start(admission, Work())
+        second = Work()
+        two = start(admission, second)
         await asyncio.sleep(0)
         first.end.set()
-        time.sleep(0.2)  # the slot is handed over while the event loop can't notice
+        assert second.began.wait(PATIENCE)  # the slot is handed over without the event loop
         two.cancel()
         with pytest.raises(asyncio.CancelledError):
             await two
         await one
+        second.end.set()
+        await until(lambda: has_room(admission))
         third = Work()
         third.end.set()
         assert await start(admission, third) == "done"
@@ -378,6 +386,28 @@ def test_closed(open_admission):
     async def test():
         with pytest.raises(OverloadError, match="is stopping"):
             await start(admission, Work())
+
+    run(test())
+
+
+def test_closed_while_others_wait(open_admission):
+    """Each of them is told, as soon as its turn would have come."""
+    admission = open_admission(slots=1, queue=3)
+
+    async def test():
+        first = Work()
+        at_work = start(admission, first)
+        await seen(first.began)
+        waiting = [start(admission, Work()) for _ in range(3)]
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(asyncio.to_thread(admission.close))
+        await asyncio.sleep(0.1)
+        first.end.set()
+        assert await at_work == "done"
+        for task in waiting:
+            with pytest.raises(OverloadError, match="is stopping"):
+                await task
+        await closing
 
     run(test())
 
