@@ -118,7 +118,7 @@ def _fulfil(answer: "Future[Answer]", work: Callable[[], Answer]) -> None:
     """Set the answer, or the error, of the work."""
     try:
         result = work()
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - it is raised where the answer is awaited
         answer.set_exception(error)
         del answer  # the error's traceback holds this frame: no cycle
     else:

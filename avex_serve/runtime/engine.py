@@ -1,9 +1,11 @@
 """The engine: a bundle ready to answer. HTTP, gRPC and the command line all call this one object."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypedDict
@@ -17,7 +19,7 @@ from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.backend import Backend, open_backend
 from avex_serve.runtime.batcher import batched
 from avex_serve.runtime.cores import usable_cores
-from avex_serve.runtime.stages import in_pool
+from avex_serve.runtime.stages import Run, in_pool
 from avex_serve.runtime.windows import WindowPlan, plan_windows
 
 # One batch (B, …) of each input of the graph.
@@ -58,6 +60,7 @@ class Engine:
         # One call of the backend uses one core: this is where a recording's windows spread over the cores.
         self.threads = threads or usable_cores()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="avex-infer")
+        self._places = threading.Semaphore(self.threads)
 
     def __enter__(self) -> Self:
         return self
@@ -358,13 +361,19 @@ class Engine:
         return outputs
 
     def _run(self, batches: Iterable[Inputs]) -> Iterator[dict[str, np.ndarray]]:
+        batches = iter(batches)
+        first, second = next(batches), next(batches, None)
+        if second is None:  # a thread of its own would only have to wake up
+            allowance.current().checkpoint()
+            yield self._inference()(*first)
+            return
         # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
         ahead = 2 * self.threads
         waiting: deque[Future[dict[str, np.ndarray]]] = deque()
         try:
-            for batch in batches:
+            for batch in chain((first, second), batches):
                 allowance.current().checkpoint()
-                waiting.append(self._pool.submit(in_pool(self.backend.run, self.manifest.name), *batch))
+                waiting.append(self._pool.submit(self._inference(), *batch))
                 if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -372,6 +381,16 @@ class Engine:
         finally:
             for future in waiting:  # none, unless an error ended the loop
                 future.cancel()
+
+    def _inference(self) -> Run:
+        """What runs one batch, in whatever thread, once fewer than `threads` of them run."""
+        run = in_pool(self.backend.run, self.manifest.name)
+
+        def infer(*inputs: np.ndarray) -> dict[str, np.ndarray]:
+            with self._places:
+                return run(*inputs)
+
+        return infer
 
     def _answer(self, head: ProbeInfo) -> "_AnswerFields":
         return {
