@@ -61,6 +61,7 @@ class Engine:
         self.threads = threads or usable_cores()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="avex-infer")
         self._places = threading.Semaphore(self.threads)
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -71,8 +72,12 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Wait for running calls and free the threads."""
+        """Wait for running calls and free the threads; later calls raise RuntimeError."""
         self._pool.shutdown()
+        for _ in range(self.threads):
+            self._places.acquire()
+        self._closed = True
+        self._places.release(self.threads)
 
     @property
     def manifest(self) -> Manifest:
@@ -388,6 +393,8 @@ class Engine:
 
         def infer(*inputs: np.ndarray) -> dict[str, np.ndarray]:
             with self._places:
+                if self._closed:
+                    raise RuntimeError(f"the engine of bundle {self.manifest.name} is closed; open the bundle again")
                 return run(*inputs)
 
         return infer

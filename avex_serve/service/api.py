@@ -10,7 +10,7 @@ paths are answered by `avex_serve.service.http`.
 import logging
 import os
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,7 +40,7 @@ from avex_serve.service.observe import ObservedGrpc, ObservedHttp, Observer
 from avex_serve.service.oip import from_numbers
 from avex_serve.service.pages import Pages
 from avex_serve.service.settings import Settings
-from avex_serve.service.tracing import Tracing
+from avex_serve.service.tracing import Tracing, leave_out_unsent_spans
 
 logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the information of loggers that are not its own
 
@@ -246,10 +246,12 @@ def _workers() -> int:
     return int(system_resources()["cpu"]) or 1 if workers == "cpu_count" else int(workers)
 
 
+@cache
 def _current() -> Any:
     return bentoml.get_current_service()
 
 
+leave_out_unsent_spans()
 # The first one is the outermost.
 AvexService.add_asgi_middleware(ObservedHttp, observer=lambda: _current().observer)
 AvexService.add_asgi_middleware(DrainingHttp, drain=lambda: _current().drain)

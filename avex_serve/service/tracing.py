@@ -10,8 +10,11 @@ Without either nothing is traced.
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final
+from functools import cached_property
+from typing import Any, Final
 
+# BentoML has no public way to its tracer provider and its configuration.
+from bentoml._internal.configuration.containers import BentoMLContainer
 from opentelemetry import propagate, trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import SpanKind, StatusCode, Tracer
@@ -41,9 +44,8 @@ class Tracing:
         if environment.get("OTEL_SDK_DISABLED") != "true" and any(environment.get(name) for name in ENDPOINTS):
             provider = _exporting_provider()
             return cls(provider.get_tracer("avex_serve"), frozenset({"http", "grpc"}), provider)
-        # BentoML has no public way to its tracer provider.
-        from bentoml._internal.configuration.containers import BentoMLContainer
-
+        if not _bentoml_sends():
+            return cls(trace.NoOpTracer(), frozenset())
         return cls(BentoMLContainer.tracer_provider.get().get_tracer("avex_serve"), frozenset({"grpc"}))
 
     @contextmanager
@@ -64,6 +66,29 @@ class Tracing:
         """Send what is not yet sent."""
         if self._provider is not None:
             self._provider.shutdown()
+
+
+def leave_out_unsent_spans() -> None:
+    """Keep BentoML from making a span of each HTTP request where none of them would be sent."""
+    BentoMLContainer.tracing_excluded_urls.set(_Untraced())
+
+
+class _Untraced:
+    """The URLs without spans; asked first when BentoML has read its configuration, which is after it starts."""
+
+    def url_disabled(self, url: str) -> bool:
+        return self._configured is None or self._configured.url_disabled(url)
+
+    @cached_property
+    def _configured(self) -> Any:
+        if not _bentoml_sends():
+            return None
+        BentoMLContainer.tracing_excluded_urls.reset()
+        return BentoMLContainer.tracing_excluded_urls.get()
+
+
+def _bentoml_sends() -> bool:
+    return BentoMLContainer.config.tracing.exporter_type.get() is not None
 
 
 class RequestSpan:

@@ -118,6 +118,7 @@ def test_the_wait_for_a_slot_is_written_down(open_admission):
         await seen(first.began)
         await asyncio.sleep(0.2)
         leaving.cancel()
+        await asyncio.wait([leaving])
         first.end.set()
         second.end.set()
         await asyncio.gather(running, waiting)
