@@ -93,6 +93,7 @@ class Admission:
         Whoever frees the slot calls it, so that the slot need not wait for the event loop.
         """
         context = copy_context()
+        taken = threading.Lock()  # by the thread, or by whoever finds that there is none
 
         def run() -> Answer:
             end_wait()
@@ -104,12 +105,19 @@ class Admission:
             finally:
                 visit.end()  # not when the wait ends: a request whose client has gone works on until its next step
 
+        def take() -> None:
+            if taken.acquire(blocking=False):
+                _fulfil(answer, run)
+
         def start() -> None:
             try:
-                self._pool.submit(context.run, _fulfil, answer, run)
-            except RuntimeError:  # closed
-                self._places.exit(slot=True, room=False)
-                answer.set_exception(OverloadError("the service is stopping; ask another one"))
+                self._pool.submit(context.run, take)
+            except RuntimeError:  # closed, or no thread can be started: then the pool may have kept the work
+                if taken.acquire(blocking=False):
+                    self._places.exit(slot=True, room=False)
+                    answer.set_exception(
+                        OverloadError("the service is stopping or has no thread left; ask another one")
+                    )
 
         return start
 

@@ -402,7 +402,7 @@ def test_closed_while_others_wait(open_admission):
         waiting = [start(admission, Work()) for _ in range(3)]
         await asyncio.sleep(0)
         closing = asyncio.create_task(asyncio.to_thread(admission.close))
-        await asyncio.sleep(0.1)
+        await until(lambda: admission._pool._shutdown)
         first.end.set()
         assert await at_work == "done"
         for task in waiting:
@@ -411,6 +411,32 @@ def test_closed_while_others_wait(open_admission):
         await closing
 
     run(test())
+
+
+def test_no_thread_can_be_started(open_admission, monkeypatch):
+    """The pool keeps what it has no thread for, and does it once it has one: nobody asks for it any more."""
+    admission, done = open_admission(slots=1, queue=1), []
+
+    def fail(_):
+        raise RuntimeError("can't start new thread")
+
+    async def test():
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            with pytest.raises(OverloadError, match="no thread left"):
+                await start(admission, lambda: done.append("kept"))
+        for _ in range(3):
+            await start(admission, lambda: done.append("later"))
+        first, second = Work(), Work()
+        tasks = [start(admission, work) for work in (first, second)]
+        await seen(first.began)
+        assert not second.began.is_set()  # there is one slot, still
+        first.end.set()
+        second.end.set()
+        await asyncio.gather(*tasks)
+
+    run(test())
+    assert done == ["later"] * 3
 
 
 def test_ticket_of_the_task(open_admission):
