@@ -374,6 +374,49 @@ def test_batches_follow_the_backend_and_keep_their_order(audio_bundle):
         assert len(engine.score(wave, SAMPLE_RATE).scores) == 10
 
 
+class WaitingBackend(CountingBackend):
+    """Runs until it may end, and counts how many run at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.running, self.most = 0, 0
+        self.lock, self.began, self.end = threading.Lock(), threading.Event(), threading.Event()
+
+    def run(self, batch):
+        with self.lock:
+            self.running += 1
+            self.most = max(self.most, self.running)
+        self.began.set()
+        assert self.end.wait(20)
+        with self.lock:
+            self.running -= 1
+        return super().run(batch)
+
+
+def test_callers_of_single_batches_share_the_threads_and_closing_waits_for_them(audio_bundle):
+    backend = WaitingBackend()
+    engine = Engine(read_bundle(audio_bundle), backend, threads=2)
+    one, many = np.ones((1, WINDOW), np.float32), np.ones((20, WINDOW), np.float32)
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(engine.infer, batch) for batch in (one, one, many, one, many)]
+        assert backend.began.wait(20)
+        threading.Timer(0.2, backend.end.set).start()
+        assert [len(answer.result(20)["logits"]) for answer in answers] == [1, 1, 20, 1, 20]
+        assert backend.most <= 2
+        backend.began.clear()
+        backend.end.clear()
+        last = pool.submit(engine.infer, one)
+        assert backend.began.wait(20)
+        closing = pool.submit(engine.close)
+        with pytest.raises(TimeoutError):
+            closing.result(0.3)
+        backend.end.set()
+        closing.result(20)
+        assert len(last.result(20)["logits"]) == 1
+        with pytest.raises(RuntimeError, match="is closed"):
+            engine.infer(one)
+
+
 def test_closing_frees_the_threads(audio_bundle, wave):
     before = threading.active_count()
     with open_bundle(audio_bundle) as engine:
