@@ -34,7 +34,7 @@ class MeanOverTime(nn.Module):
 
 
 class PooledGains(nn.Module):
-    """Squeeze and excitation (B, C, H, W) → the same, and its mean over time (B, C, H, 1).
+    """Squeeze and excitation (B, C, H, W) → the same, and its mean over time (B, C, H).
 
     The mean over time is a step on the way to the mean of a channel, so it costs nothing.
     """
@@ -49,7 +49,7 @@ class PooledGains(nn.Module):
         means = self.over_time(x)
         squeezed = nn.functional.silu(self.fc1(means.mean(dim=(2, 3), keepdim=True)))
         gains = self.fc2(squeezed).sigmoid()
-        return x * gains, means * gains
+        return x * gains, (means * gains).squeeze(3)
 
 
 class PooledConvolution(ConvNorm):
@@ -76,7 +76,7 @@ class PooledProjection(PooledConvolution):
     def forward(self, pair: tuple[Tensor, Tensor], taps: Taps, name: str) -> Tensor:  # type: ignore[override]
         """Offers the convolution."""
         x, means = pair
-        return self.offer(self.weight.flatten(1) @ means.flatten(2), x, taps, name)
+        return self.offer(self.weight.flatten(1) @ means, x, taps, name)
 
 
 class PooledStem(PooledConvolution):
@@ -86,6 +86,7 @@ class PooledStem(PooledConvolution):
     """
 
     seen: Tensor  # (frames, kernel): 1 where a column of the kernel sees a frame
+    bias: Tensor
 
     def __init__(self, part: ConvNorm, frames: int) -> None:
         super().__init__(part)
@@ -99,11 +100,12 @@ class PooledStem(PooledConvolution):
             at = column - self.padding + self.stride * torch.arange(self.steps)
             seen[at[(at >= 0) & (at < frames)], column] = 1.0
         self.register_buffer("seen", seen)
+        self.register_buffer("bias", torch.zeros(convolution.out_channels))
 
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
         """Offers the convolution."""
         means = x @ self.seen / self.steps  # (B, C, H, kernel)
-        pooled = nn.functional.conv2d(means, self.weight, stride=(self.stride, 1), padding=(self.padding, 0))
+        pooled = nn.functional.conv2d(means, self.weight, self.bias, (self.stride, 1), (self.padding, 0))
         return self.offer(pooled, x, taps, name)
 
 
@@ -174,10 +176,20 @@ def fold_batch_norms(target: Target) -> bool:
             assert isinstance(norm, nn.BatchNorm2d)
             part[0] = fuse_conv_bn_eval(_convolution(part), norm)
             part[1] = nn.Identity()
+        else:
+            _add_bias(part)
     return True
+
+
+def _add_bias(part: ConvNorm) -> None:
+    """Zeros: without them the graph would make them in each run, and onnxruntime can't block such a convolution."""
+    convolution = _convolution(part)
+    convolution.bias = nn.Parameter(torch.zeros(convolution.out_channels), requires_grad=False)
 
 
 def _convolution(part: ConvNorm) -> nn.Conv2d:
     convolution = part[0]
+    if isinstance(convolution, nn.Sequential):
+        *_, convolution = convolution  # behind `MeanOverTime`
     assert isinstance(convolution, nn.Conv2d)
     return convolution
