@@ -13,6 +13,7 @@ DECODE: Final = "decode"
 RESAMPLE: Final = "resample"
 QUEUE: Final = "queue"  # a request waits for a slot or its next turn, or a batch of it for a thread
 INFER: Final = "infer"
+STAGES: Final = (DECODE, RESAMPLE, QUEUE, INFER)
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from avex_serve.runtime.engine import Engine
-from avex_serve.runtime.stages import Work
+from avex_serve.runtime.stages import STAGES, Work
 
 # From a few milliseconds for a small model to minutes for a recording of hours.
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+TRANSPORTS: Final = ("http", "grpc")
 MODEL: Final = ("name", "version", "format", "device")
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 REFUSALS: Final = frozenset({
@@ -54,23 +55,25 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        self._in_progress = Gauge(
+        in_progress = Gauge(
             "avex_requests_in_progress",
             "Requests being answered.",
             ["transport"],
             multiprocess_mode="livesum",
             registry=registry,
         )
+        self._in_progress = {transport: in_progress.labels(transport) for transport in TRANSPORTS}
         self._rejections = Counter(
             "avex_rejections", "Requests refused before any work.", ["transport", "status"], registry=registry
         )
-        self._stages = Histogram(
+        stages = Histogram(
             "avex_stage_duration_seconds",
             "Seconds of a request in each stage.",
             ["stage"],
             buckets=SECONDS,
             registry=registry,
         )
+        self._stages = {stage: stages.labels(stage) for stage in STAGES}
         self._batches = Histogram(
             "avex_batch_size", "Rows of a batch that was inferred.", buckets=ROWS, registry=registry
         )
@@ -78,7 +81,7 @@ class Metrics:
     @contextmanager
     def in_progress(self, transport: str) -> Iterator[None]:
         """Count a request as in progress during the block."""
-        with self._in_progress.labels(transport).track_inprogress():
+        with self._in_progress[transport].track_inprogress():
             yield
 
     def observe(self, transport: str, route: str, status: str, seconds: float, work: Work) -> None:
@@ -89,7 +92,7 @@ class Metrics:
         if status in REFUSALS:
             self._rejections.labels(transport, status).inc()
         for stage, part in work.totals().items():
-            self._stages.labels(stage).observe(part)
+            self._stages[stage].observe(part)
         for rows in work.batches:
             self._batches.observe(rows)
 
