@@ -23,6 +23,15 @@ REFUSED = "refused"  # with a status that says to come again
 LOST = "lost"  # the connection broke, or there was none
 
 
+def until(find):
+    """What is found in time; fails if nothing is."""
+    end = time.monotonic() + PATIENCE
+    while not (found := find()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
 class Question:
     """A recording, and what an engine in this process says of it."""
 

@@ -30,7 +30,6 @@ from avex_serve.service.desk import Desk
 from avex_serve.service.drain import Drain, DrainingGrpc, DrainingHttp
 from avex_serve.service.gate import Gate, http_time_limit
 from avex_serve.service.grpc import GrpcServer, check_port_is_free
-from avex_serve.service.grpc_gate import server_credentials
 from avex_serve.service.http import OwnRoutes
 from avex_serve.service.http_gate import HttpGate
 from avex_serve.service.keys import Keys
@@ -40,6 +39,7 @@ from avex_serve.service.observe import ObservedGrpc, ObservedHttp, Observer
 from avex_serve.service.oip import from_numbers
 from avex_serve.service.pages import Pages
 from avex_serve.service.settings import Settings
+from avex_serve.service.tls import server_credentials
 from avex_serve.service.tracing import Tracing, leave_out_unsent_spans
 
 logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the information of loggers that are not its own

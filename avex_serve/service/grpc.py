@@ -16,12 +16,13 @@ from avex_serve.errors import AvexServeError, InputError, TensorError
 from avex_serve.service import oip, oip_repository
 from avex_serve.service.desk import Desk
 from avex_serve.service.gate import Gate
-from avex_serve.service.grpc_gate import GrpcGate, server_credentials
+from avex_serve.service.grpc_gate import GrpcGate
 from avex_serve.service.grpc_health import Health
 from avex_serve.service.grpc_messages import SERVICE, message_class
 from avex_serve.service.interception import Call, decoded
 from avex_serve.service.options import validated
 from avex_serve.service.settings import Settings
+from avex_serve.service.tls import server_credentials
 
 logger = logging.getLogger("bentoml.avex_serve")
 

@@ -1,13 +1,11 @@
-"""The gate over gRPC: an interceptor in front of every method, and TLS.
+"""The gate over gRPC: an interceptor in front of every method.
 
 A call without a key or without room is refused before its message is received. gRPC cancels a call itself when its
 client leaves or its deadline passes.
 """
 
 import asyncio
-import ssl
 from collections.abc import Awaitable, Callable, Iterable
-from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -18,7 +16,6 @@ from avex_serve.runtime.admission import Ticket, hold_ticket
 from avex_serve.service.gate import Gate
 from avex_serve.service.grpc_messages import SERVICE
 from avex_serve.service.interception import Call
-from avex_serve.service.settings import Settings
 
 # Asked by those who watch over the service, without a key, also while it is busy.
 HEALTH: Final = frozenset(
@@ -103,43 +100,6 @@ class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             raise InputError("the call ended without a message; send one")
         message: bytes = data
         return message
-
-
-def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """What TLS needs, None where no certificate is set.
-
-    Raises:
-        InputError: a file that can't be read, or one without the other.
-    """
-    certificate, key, client_ca = settings.grpc_certificate, settings.grpc_key, settings.grpc_client_ca
-    if certificate is None and key is None:
-        if client_ca is not None:
-            raise InputError("AVEX_GRPC_CLIENT_CA is set without AVEX_GRPC_CERTIFICATE and AVEX_GRPC_KEY")
-        return None
-    if certificate is None or key is None:
-        raise InputError("set AVEX_GRPC_CERTIFICATE and AVEX_GRPC_KEY together, or none of them")
-    chain, private = _read("AVEX_GRPC_CERTIFICATE", certificate), _read("AVEX_GRPC_KEY", key)
-    roots = None if client_ca is None else _read("AVEX_GRPC_CLIENT_CA", client_ca)
-    # gRPC itself would not say what is wrong with them.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(certificate, key, password="")
-        if client_ca is not None:
-            context.load_verify_locations(client_ca)
-    except (ssl.SSLError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise InputError(
-            f"AVEX_GRPC_CERTIFICATE, AVEX_GRPC_KEY or AVEX_GRPC_CLIENT_CA can't be used ({reason}); "
-            "expected a certificate chain and its key, without a password, in PEM"
-        ) from None
-    return grpc.ssl_server_credentials([(private, chain)], roots, require_client_auth=roots is not None)
-
-
-def _read(name: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{name}: {path} can't be read: {error.strerror}") from None
 
 
 def _authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:

@@ -17,6 +17,7 @@ from avex_serve.service.interception import decoded
 
 SERVICES: Final = ("", SERVICE)  # "" is the server as a whole
 LOOK_SECONDS: Final = 1.0  # between two looks for those who watch
+MAX_WATCHERS: Final = 256  # of a worker: they need no key
 
 _Answer = health_pb2.HealthCheckResponse
 
@@ -28,6 +29,7 @@ class Health:
         """`ready` says whether the service takes requests."""
         self._ready = ready
         self._wake = asyncio.Event()
+        self._watchers = 0
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """What the server answers calls by."""
@@ -53,6 +55,16 @@ class Health:
         return _Answer(status=self._status(request.service))
 
     async def _watch(self, request: Any, context: grpc.aio.ServicerContext) -> None:
+        if self._watchers == MAX_WATCHERS:
+            reason = f"{MAX_WATCHERS} streams watch already; call Check"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+        self._watchers += 1
+        try:
+            await self._tell(request, context)
+        finally:
+            self._watchers -= 1
+
+    async def _tell(self, request: Any, context: grpc.aio.ServicerContext) -> None:
         told = None
         while True:
             if (status := self._status(request.service)) != told:

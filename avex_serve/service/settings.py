@@ -87,8 +87,12 @@ class Settings(BaseModel):
     max_windows: int = Field(10_000, ge=1, description="into which a recording is cut; more with more overlap")
 
     api_keys: SecretStr | None = Field(None, description="keys that clients may send, separated by commas")
-    api_keys_file: Path | None = Field(None, description="a file with such keys, one a line")
-    grpc_certificate: Path | None = Field(None, description="gRPC over TLS: the server's certificate chain, PEM")
+    api_keys_file: Path | None = Field(
+        None, description="a file with such keys, one a line; read again when it changes"
+    )
+    grpc_certificate: Path | None = Field(
+        None, description="gRPC over TLS: the server's certificate chain, PEM; read again when it changes"
+    )
     grpc_key: Path | None = Field(None, description="the private key of that certificate, PEM")
     grpc_client_ca: Path | None = Field(
         None, description="gRPC over TLS: clients must show a certificate that these sign, PEM"

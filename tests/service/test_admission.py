@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2
 
 from tests.bundles import SAMPLE_RATE, WINDOW
+from tests.clients import until
 from tests.service.conftest import encode, running_server
 
 
@@ -44,14 +45,6 @@ def infer_request(audio):
     request.inputs.add(name="waveform", datatype="BYTES", shape=[1])
     request.raw_input_contents.append(len(audio).to_bytes(4, "little") + audio)
     return request.SerializeToString()
-
-
-def until(condition):
-    end = time.monotonic() + PATIENCE
-    while not (answer := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return answer
 
 
 class Leaver:

@@ -1,6 +1,7 @@
 """Keys over HTTP and gRPC, and gRPC over TLS with certificates made here."""
 
 import contextlib
+import shutil
 import socket
 import subprocess
 
@@ -14,9 +15,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2
 
 from avex_serve.errors import AuthenticationError, InputError
-from avex_serve.service.grpc_gate import server_credentials
 from avex_serve.service.keys import Keys
 from avex_serve.service.settings import Settings
+from avex_serve.service.tls import server_credentials
+from tests.clients import until
 from tests.service.conftest import SERVICE as AVEX_SERVICE
 from tests.service.conftest import encode, running_server
 from tests.service.test_lifecycle import refused_start
@@ -236,6 +238,68 @@ def test_channels_that_are_not_trusted(server, certificates):
     ):
         with open_channel() as channel:
             assert rpc_error(channel, "ServerLive")[0] == "UNAVAILABLE"
+
+
+# What is renewed
+
+
+@pytest.fixture
+def renewable(tmp_path, certificates, audio_bundle):
+    """A server with copies of the files, and their folder."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name in ("server.pem", "server.key"):
+        shutil.copy(certificates / name, folder)
+    (folder / "keys").write_text("key-of-before\n")
+    with running_server(
+        tmp_path,
+        AVEX_BUNDLE=str(audio_bundle),
+        AVEX_API_KEYS_FILE=str(folder / "keys"),
+        AVEX_GRPC_CERTIFICATE=str(folder / "server.pem"),
+        AVEX_GRPC_KEY=str(folder / "server.key"),
+    ) as server:
+        yield server, folder
+
+
+def test_files_are_read_again(renewable, certificates):
+    server, folder = renewable
+
+    def status(key):
+        return server.client.get("/v2/models/tiny", headers=bearer(key)).status_code
+
+    def trusted(authority):
+        with grpc.secure_channel(server.grpc, grpc.ssl_channel_credentials(authority.read_bytes())) as channel:
+            try:
+                return channel.unary_unary(f"{SERVICE}ServerLive")(b"", timeout=PATIENCE)
+            except grpc.RpcError as error:
+                return error.code() is not grpc.StatusCode.UNAVAILABLE
+
+    (folder / "keys").write_text("no key at all\n")
+    until(lambda: status("key-of-before") == 200 and "entry 1 is no key" in server.log)
+    assert status("key-of-now") == 401
+    (folder / "keys").write_text("key-of-now\n")
+    until(lambda: status("key-of-now") == 200)
+    assert status("key-of-before") == 401
+
+    own = (
+        "-subj",
+        "/CN=server",
+        "-addext",
+        "subjectAltName = IP:127.0.0.1",
+        "-keyout",
+        "new.key",
+        "-out",
+        "new.pem",
+    )
+    openssl(folder, *("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-x509"), *own)
+    before, now = certificates / "ca.pem", folder / "new.pem"
+    assert trusted(before)
+    shutil.copy(folder / "new.pem", folder / "server.pem")  # its key isn't there yet
+    until(lambda: trusted(before) and "KEY_VALUES_MISMATCH" in server.log)
+    assert not trusted(now)
+    shutil.copy(folder / "new.key", folder / "server.key")
+    until(lambda: trusted(now))
+    assert not trusted(before)
 
 
 # What doesn't start

@@ -17,6 +17,7 @@ import soundfile
 from tritonclient.grpc import service_pb2
 
 from tests.bundles import DIM, SAMPLE_RATE, WINDOW
+from tests.clients import until
 from tests.service.conftest import encode, running_server
 
 MAX_BODY = 2 * 2**20
@@ -161,14 +162,6 @@ def refused_without_body(server, *head):
     with connection(server, *head) as other:
         time.sleep(0.1)
         return readable(other) and received(other).startswith(b"HTTP/1.1 503 ")
-
-
-def until(condition):
-    end = time.monotonic() + PATIENCE
-    while not (answer := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return answer
 
 
 def test_slow_body(server):

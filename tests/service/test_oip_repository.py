@@ -23,6 +23,7 @@ from avex_serve import open_bundle
 from avex_serve.bundle import ONNX
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.results import activate
+from avex_serve.service.grpc_health import MAX_WATCHERS
 from avex_serve.service.grpc_messages import SERVICE, message_class
 from tests.bundles import (
     DIM,
@@ -35,6 +36,7 @@ from tests.bundles import (
     make_embedding_bundle,
     make_probes_bundle,
 )
+from tests.clients import until
 from tests.service.conftest import running_server
 from tests.service.test_http import bento_client
 from tests.service.test_oip import fields
@@ -407,6 +409,13 @@ def test_health_follows_the_models(tmp_path):
                 assert answer.status == (serving if ready else not_serving)
         unknown = health.Watch(health_pb2.HealthCheckRequest(service="tiny"), timeout=60)
         assert next(unknown).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        more = [health.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(MAX_WATCHERS - 2)]
+        assert all(next(each).status == serving for each in more)
+        with pytest.raises(grpc.RpcError) as refused:
+            next(health.Watch(health_pb2.HealthCheckRequest(), timeout=60))
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        more[0].cancel()
+        until(lambda: next(health.Watch(health_pb2.HealthCheckRequest(), timeout=60)).status == serving)
 
 
 def test_models_by_bentomls_client(server, wav, tmp_path):

@@ -5,7 +5,6 @@ import http.server
 import json
 import re
 import threading
-import time
 
 import grpc
 import httpx
@@ -19,6 +18,7 @@ from starlette.routing import Route
 from avex_serve.runtime.cores import usable_cores
 from avex_serve.service import AvexService
 from avex_serve.service.oip_repository import REFUSED_PATHS
+from tests.clients import until
 from tests.service.conftest import running_server
 
 PATIENCE = 30  # seconds
@@ -100,17 +100,8 @@ def log_lines(server):
     return [json.loads(line) for line in lines]
 
 
-def eventually(find):
-    """What is found in time: logs and spans are written after the answer has left."""
-    deadline = time.monotonic() + PATIENCE
-    while not (found := find()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
-
-
 def line_of(server, identity):
-    return eventually(lambda: [line for line in log_lines(server) if line.get("request_id") == identity])
+    return until(lambda: [line for line in log_lines(server) if line.get("request_id") == identity])
 
 
 @contextlib.contextmanager
@@ -218,7 +209,7 @@ def test_no_path_forges_a_line(server):
 
 def test_text_log_has_the_id_and_errors_too(audio_server, wav):
     audio_server.client.post("/predict", content=wav, headers={"X-Request-ID": "in-text"})
-    found = eventually(lambda: re.findall(r".*http POST /predict 200 .*request_id=in-text\)", audio_server.log))
+    found = until(lambda: re.findall(r".*http POST /predict 200 .*request_id=in-text\)", audio_server.log))
     assert len(found) == 1
 
 
@@ -233,7 +224,7 @@ def test_traces(server, collector, wav):
         found = {span.name: (span, resource) for span, resource in collector.spans if span.trace_id.hex() == trace}
         return found if len(found) == 2 else None
 
-    found = eventually(spans)
+    found = until(spans)
     assert set(found) == {"POST /predict", MODEL_READY[1:]}
     span, resource = found["POST /predict"]
     assert span.parent_span_id.hex() == "b7ad6b7169203331"
@@ -260,7 +251,7 @@ def test_traces_as_bentoml_is_configured(tmp_path, audio_bundle, collector, wav)
         with channel(server) as each:
             each.unary_unary(MODEL_READY)(b"\n\x04tiny", metadata=[("traceparent", parent)])
         found = {"POST /predict", MODEL_READY[1:]}
-        eventually(lambda: found <= {span.name for span, _ in collector.spans if span.trace_id.hex() == trace})
+        until(lambda: found <= {span.name for span, _ in collector.spans if span.trace_id.hex() == trace})
 
 
 def test_workers_share_the_cores(server, audio_server):

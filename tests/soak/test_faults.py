@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from avex_serve import open_bundle
-from tests.clients import LOST, RIGHT, Question, Worker, load, workers
+from tests.clients import LOST, RIGHT, Question, Worker, load, until, workers
 from tests.service.conftest import encode, running_server
 
 PATIENCE = 60  # seconds
@@ -22,13 +22,6 @@ SPOOLED = encode(20, 44100, 2, "WAV")  # a form's file of more than 1 MiB goes t
 def question(audio_bundle):
     with open_bundle(audio_bundle) as engine:
         return Question(engine, RECORDING)
-
-
-def until(condition):
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.mark.slow
