@@ -18,8 +18,8 @@ from avex_serve.service.desk import Desk
 from avex_serve.service.gate import Gate
 from avex_serve.service.grpc_gate import GrpcGate
 from avex_serve.service.grpc_health import Health
-from avex_serve.service.grpc_messages import SERVICE, message_class
-from avex_serve.service.interception import Call, decoded
+from avex_serve.service.grpc_messages import SERVICE, decoded, message_class
+from avex_serve.service.interception import Call
 from avex_serve.service.options import validated
 from avex_serve.service.settings import Settings
 from avex_serve.service.tls import server_credentials
@@ -151,11 +151,13 @@ class _Servicer:
         await self._desk.unload(request.model_name)
         return message_class("RepositoryModelUnloadResponse")()
 
-    async def model_infer(self, request: Any) -> Message:
-        response: Message = await self._desk.serve(partial(self._infer, request))
+    async def model_infer(self, data: bytes) -> Message:
+        """Takes the message as it came: decoded, it would take its place in memory twice while it waits."""
+        response: Message = await self._desk.serve(partial(self._infer, data))
         return response
 
-    def _infer(self, request: Any) -> Any:
+    def _infer(self, data: bytes) -> Any:
+        request: Any = decoded(message_class("ModelInferRequest"), data)
         with self._model(request.model_name, request.model_version) as model:
             answer = model.infer(_parse(request))
         response: Any = message_class("ModelInferResponse")(
@@ -221,27 +223,32 @@ def _inference(desk: Desk, ready: Callable[[], bool]) -> grpc.GenericRpcHandler:
         "RepositoryIndex": servicer.repository_index,
         "RepositoryModelLoad": servicer.repository_model_load,
         "RepositoryModelUnload": servicer.repository_model_unload,
-        "ModelInfer": servicer.model_infer,
     }
     handlers = {
-        name: grpc.unary_unary_rpc_method_handler(
-            decoded(message_class(f"{name}Request"), _guarded(name, method)),
-            response_serializer=message_class(f"{name}Response").SerializeToString,
-        )
-        for name, method in methods.items()
+        name: _handler(name, _decoding(message_class(f"{name}Request"), method)) for name, method in methods.items()
     }
+    handlers["ModelInfer"] = _handler("ModelInfer", servicer.model_infer)
     handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(_refusal(oip_repository.NO_STREAM))
     for name, reason in oip_repository.REFUSED_METHODS.items():
         handlers[name] = grpc.unary_unary_rpc_method_handler(_refusal(reason))
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
 
-def _guarded(name: str, method: Callable[[Any], Awaitable[Message]]) -> Call:
-    """The method with every error as a status."""
+def _decoding(
+    request_class: type[Message], method: Callable[[Any], Awaitable[Message]]
+) -> Callable[[bytes], Awaitable[Message]]:
+    async def call(data: bytes) -> Message:
+        return await method(decoded(request_class, data))
 
-    async def call(request: Any, context: grpc.aio.ServicerContext) -> Message:
+    return call
+
+
+def _handler(name: str, method: Callable[[bytes], Awaitable[Message]]) -> grpc.RpcMethodHandler:
+    """What answers a call, with every error as a status."""
+
+    async def call(data: bytes, context: grpc.aio.ServicerContext) -> Message:
         try:
-            return await method(request)
+            return await method(data)
         except AvexServeError as error:
             status, details = grpc.StatusCode[error.grpc_status], str(error)[:MAX_DETAILS]
         except Exception as error:
@@ -250,7 +257,8 @@ def _guarded(name: str, method: Callable[[Any], Awaitable[Message]]) -> Call:
         await context.abort(status, details)
         raise AssertionError("abort raises")
 
-    return call
+    serializer = message_class(f"{name}Response").SerializeToString
+    return grpc.unary_unary_rpc_method_handler(call, response_serializer=serializer)
 
 
 def _refusal(reason: str) -> Call:

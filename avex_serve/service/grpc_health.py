@@ -12,8 +12,7 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health, health_pb2
 
-from avex_serve.service.grpc_messages import SERVICE
-from avex_serve.service.interception import decoded
+from avex_serve.service.grpc_messages import SERVICE, decoded
 
 SERVICES: Final = ("", SERVICE)  # "" is the server as a whole
 LOOK_SECONDS: Final = 1.0  # between two looks for those who watch
@@ -33,13 +32,12 @@ class Health:
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """What the server answers calls by."""
-        request, serializer = health_pb2.HealthCheckRequest, _Answer.SerializeToString
-        check, watch = decoded(request, self._check), decoded(request, self._watch)
+        serializer = _Answer.SerializeToString
         return grpc.method_handlers_generic_handler(
             health.SERVICE_NAME,
             {
-                "Check": grpc.unary_unary_rpc_method_handler(check, response_serializer=serializer),
-                "Watch": grpc.unary_stream_rpc_method_handler(watch, response_serializer=serializer),
+                "Check": grpc.unary_unary_rpc_method_handler(self._check, response_serializer=serializer),
+                "Watch": grpc.unary_stream_rpc_method_handler(self._watch, response_serializer=serializer),
             },
         )
 
@@ -48,13 +46,15 @@ class Health:
         self._wake.set()  # wakes all who wait
         self._wake.clear()
 
-    async def _check(self, request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def _check(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
+        request: Any = decoded(health_pb2.HealthCheckRequest, data)
         if request.service not in SERVICES:
             names = " and ".join(map(repr, SERVICES))
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service[:80]!r}; known: {names}")
         return _Answer(status=self._status(request.service))
 
-    async def _watch(self, request: Any, context: grpc.aio.ServicerContext) -> None:
+    async def _watch(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        request: Any = decoded(health_pb2.HealthCheckRequest, data)
         if self._watchers == MAX_WATCHERS:
             reason = f"{MAX_WATCHERS} streams watch already; call Check"
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)

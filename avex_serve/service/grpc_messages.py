@@ -8,7 +8,9 @@ Triton's client, which registers the same names.
 from typing import Final
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
+
+from avex_serve.errors import InputError
 
 PACKAGE: Final = "inference"
 SERVICE: Final = "inference.GRPCInferenceService"
@@ -118,3 +120,15 @@ _pool.Add(_file())
 def message_class(name: str) -> type[Message]:
     """The class of a message, e.g. ``ModelInferRequest``."""
     return message_factory.GetMessageClass(_pool.FindMessageTypeByName(f"{PACKAGE}.{name}"))
+
+
+def decoded(kind: type[Message], data: bytes) -> Message:
+    """The message of a kind that came as bytes: gRPC itself would log a traceback where they are none.
+
+    Raises:
+        InputError: they are none.
+    """
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise InputError(f"the request is no {kind.DESCRIPTOR.name}") from None

@@ -418,6 +418,14 @@ def test_unknown_model_over_grpc(audio_server, method):
 def test_garbage_over_grpc(audio_server):
     for method in ("ServerLive", "ServerReady", "ServerMetadata", "ModelReady", "ModelMetadata"):
         assert rpc_error(audio_server, b"\xff\xff", method) == "INVALID_ARGUMENT"
+    with grpc.insecure_channel(audio_server.grpc) as channel:
+        for ask in (
+            channel.unary_unary("/grpc.health.v1.Health/Check"),
+            lambda data: next(channel.unary_stream("/grpc.health.v1.Health/Watch")(data)),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                ask(b"\xff\xff")
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert rpc_error(audio_server, b"", "Nothing") == "UNIMPLEMENTED"
     with pytest.raises(grpc.RpcError) as caught:
         call(audio_server, "Check", b"\xff\xff", service="grpc.health.v1.Health")
