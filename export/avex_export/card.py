@@ -104,7 +104,8 @@ your machine{", without torch" if onnx else ""}: `avex-serve verify .`
 def _what(assembly: Assembly) -> str:
     if assembly.headless:
         outputs = [output.name for output in assembly.outputs]
-        lines = [f"- `{o}`{_layers(assembly.heads[assembly.outputs[i].head])}" for i, o in enumerate(outputs)]
+        read = [assembly.heads[output.head] for output in assembly.outputs]
+        lines = [f"- `{o}`{_layers(head)}, {_pooled(head)}" for o, head in zip(outputs, read, strict=True)]
         return "\n".join(
             [f"Embeddings of the backbone `{assembly.model}`, for heads that are served alone:\n", *lines]
         )
@@ -116,6 +117,11 @@ def _what(assembly: Assembly) -> str:
 
 def _kind(head: Head) -> str:
     return type(head.probe).__name__.removesuffix("Probe").lower()
+
+
+def _pooled(head: Head) -> str:
+    how = head.probe.aggregation
+    return "as sequences" if how == "none" else f"aggregated by {how}"
 
 
 def _layers(head: Head) -> str:

@@ -197,7 +197,9 @@ def test_embeddings_need_no_weights_or_labels_of_a_head(tmp_path, export, model)
     manifest = read_bundle(tmp_path / "base").manifest
     assert [spec.name for spec in manifest.outputs] == ["embedding"]
     assert not list((tmp_path / "base").glob("*labels.json"))
-    assert "## Labels" not in (tmp_path / "base" / "README.md").read_text()
+    card = (tmp_path / "base" / "README.md").read_text("utf-8")
+    assert "## Labels" not in card
+    assert "aggregated by mean\n" in card
     metadata = {p.key: p.value for p in onnx.load(tmp_path / "base" / "model.onnx").metadata_props}
     assert metadata["embedding_outputs_key"] == "embedding"
     assert "classes" not in metadata
