@@ -97,6 +97,14 @@ def test_the_matrix_product_is_the_more_exact_spectrum_where_a_band_is_nearly_em
     assert errors["product"] < errors["fft"]
 
 
+@pytest.mark.parametrize("until", [8000, 3700])
+def test_a_recorders_offset_leaves_nothing_behind(until):
+    quiet = np.random.default_rng(0).integers(-3, 4, 8000)
+    signal = (quiet + np.where(np.arange(8000) < until, 10000, 0)).astype(np.float32)
+    features = fbank("folded")(torch.from_numpy(signal)[None])[0].numpy()
+    np.testing.assert_allclose(features, exact(fbank(), signal), atol=2e-5)
+
+
 @pytest.mark.parametrize("power", POWERS)
 def test_silence_is_the_floor(power):
     features = fbank(power)(torch.zeros(2, 1600))
