@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -84,6 +85,7 @@ class Admission:
             raise
         finally:
             deadline.abandon()  # whatever ended the wait, nobody reads what the thread would still find
+            del answer  # this frame is in the traceback of the error that it holds: no cycle
 
     def _starter(
         self, work: Callable[[], Answer], deadline: Deadline, answer: "Future[Answer]", end_wait: Callable[[], None]
@@ -93,7 +95,6 @@ class Admission:
         Whoever frees the slot calls it, so that the slot need not wait for the event loop.
         """
         context = copy_context()
-        taken = threading.Lock()  # by the thread, or by whoever finds that there is none
 
         def run() -> Answer:
             end_wait()
@@ -105,17 +106,23 @@ class Admission:
             finally:
                 visit.end()  # not when the wait ends: a request whose client has gone works on until its next step
 
+        # Taken by the thread, or by whoever finds that there is none. The functions here don't refer to the answer
+        # itself: their frames hang on the traceback of the error that it may hold, and such a cycle would keep body
+        # and recording until garbage is collected.
+        pending = deque([(answer, run)])
+
         def take() -> None:
-            if taken.acquire(blocking=False):
-                _fulfil(answer, run)
+            with suppress(IndexError):
+                _fulfil(*pending.pop())
 
         def start() -> None:
             try:
                 self._pool.submit(context.run, take)
             except RuntimeError:  # closed, or no thread can be started: then the pool may have kept the work
-                if taken.acquire(blocking=False):
+                with suppress(IndexError):
+                    untaken, _ = pending.pop()
                     self._places.exit(slot=True, room=False)
-                    answer.set_exception(
+                    untaken.set_exception(
                         OverloadError("the service is stopping or has no thread left; ask another one")
                     )
 

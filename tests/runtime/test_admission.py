@@ -1,12 +1,15 @@
 """Slots, queue and turns, with work that waits until the test lets it go."""
 
 import asyncio
+import gc
 import random
 import threading
+import weakref
 
+import numpy as np
 import pytest
 
-from avex_serve.errors import ClientGoneError, DeadlineError, OverloadError
+from avex_serve.errors import AudioError, ClientGoneError, DeadlineError, OverloadError
 from avex_serve.runtime import allowance
 from avex_serve.runtime.admission import LARGE_BYTES, Admission, HeldBytes, Ticket, admitted, hold_ticket
 from avex_serve.runtime.allowance import Deadline, Limits
@@ -346,6 +349,77 @@ def test_errors_of_the_work_arrive_and_free_the_slot(open_admission):
                 await start(admission, lambda: 1 / 0)
 
     run(test())
+
+
+@pytest.fixture
+def no_collection():
+    """What is freed within the test is freed because nothing refers to it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class Array(np.ndarray):
+    """One that can be referred to weakly."""
+
+
+def refuse():
+    try:
+        raise ValueError("the reason")
+    except ValueError:
+        raise AudioError("no audio") from None
+
+
+def go_on():
+    while True:
+        allowance.current().checkpoint()
+
+
+@pytest.mark.parametrize("leave", [False, True])
+@pytest.mark.parametrize(
+    ("end", "seconds", "error"),
+    [
+        (refuse, 60, AudioError),
+        (lambda: 1 / 0, 60, ZeroDivisionError),
+        (go_on, 0.2, DeadlineError),
+    ],
+)
+def test_a_request_that_failed_leaves_nothing_in_memory(open_admission, no_collection, leave, end, seconds, error):
+    """Neither its body nor its recording, whether its client has gone or not."""
+    admission, left, began, proceed = open_admission(), [], threading.Event(), threading.Event()
+
+    def noted(size):
+        array = np.ones(size).view(Array)
+        left.append(weakref.ref(array))
+        return array
+
+    async def ask():
+        body = noted(10)
+
+        def work():
+            recording = noted(body.size)
+            began.set()
+            proceed.wait(PATIENCE)
+            end()
+            return recording
+
+        await admission.run(work, Deadline(seconds))
+
+    async def test():
+        task = asyncio.create_task(ask())
+        await seen(began)
+        if leave:
+            task.cancel()
+        else:
+            proceed.set()
+        [outcome] = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(outcome, asyncio.CancelledError if leave else error)
+        proceed.set()
+
+    run(test())
+    admission.close()
+    assert [each() is None for each in left] == [True, True]
 
 
 def test_every_slot_comes_back_after_a_storm(open_admission):
