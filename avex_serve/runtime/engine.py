@@ -335,9 +335,10 @@ class Engine:
     def _windows(self, recording: Recording, overlap: float) -> tuple[WindowPlan, Iterator[Inputs]]:
         spec = self._audio_spec()
         wave = audio.check_wave(recording.wave)
-        wave = audio.resample(wave, recording.sample_rate, spec.sample_rate)
-        plan = plan_windows(wave.size, spec.window_samples, spec.sample_rate, overlap, spec.shortest_samples)
+        total = audio.resampled_size(wave.size, recording.sample_rate, spec.sample_rate)
+        plan = plan_windows(total, spec.window_samples, spec.sample_rate, overlap, spec.shortest_samples)
         allowance.current().check_windows(len(plan.starts))
+        wave = audio.resample(wave, recording.sample_rate, spec.sample_rate)
         return plan, plan.batches(wave, self.backend.max_batch, masked=self.manifest.masked)
 
     def _audio_spec(self) -> AudioSpec:

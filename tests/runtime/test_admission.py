@@ -13,6 +13,7 @@ from avex_serve.errors import AudioError, ClientGoneError, DeadlineError, Overlo
 from avex_serve.runtime import allowance
 from avex_serve.runtime.admission import LARGE_BYTES, Admission, HeldBytes, Ticket, admitted, hold_ticket
 from avex_serve.runtime.allowance import Deadline, Limits
+from avex_serve.runtime.audio import resample
 from avex_serve.runtime.stages import recorded
 
 PATIENCE = 20  # seconds until a test that hangs fails
@@ -280,11 +281,19 @@ def test_short_request_beside_a_long_one_in_the_only_slot(open_admission):
     assert steps
 
 
-def large_until(release, begun):
+def decode_large():
+    allowance.current().check_recording(LARGE_BYTES, 1, 16000)
+
+
+def resample_to_large():
+    resample(np.zeros(LARGE_BYTES // 4 // 16 + 1, np.float32), 1000, 16000)
+
+
+def large_until(release, begun, make=decode_large):
     """Work on a large recording that passes its turns on until it is let go."""
 
     def work():
-        allowance.current().check_recording(LARGE_BYTES, 1, 16000)
+        make()
         begun.append(1)
         while not release.is_set():
             allowance.current().checkpoint()
@@ -293,13 +302,14 @@ def large_until(release, begun):
     return work
 
 
-def test_as_many_large_recordings_at_once_as_slots(open_admission):
+@pytest.mark.parametrize("make", [decode_large, resample_to_large])
+def test_as_many_large_recordings_at_once_as_slots(open_admission, make):
     """The others wait for room without a slot, and small ones pass them."""
     admission = open_admission(2, 20, turn_seconds=0)
     release, begun = threading.Event(), []
 
     async def test():
-        tasks = [start(admission, large_until(release, begun)) for _ in range(6)]
+        tasks = [start(admission, large_until(release, begun, make)) for _ in range(6)]
         await until(lambda: len(begun) == 2)
         for _ in range(10):
             assert await start(admission, lambda: "small") == "small"

@@ -18,8 +18,8 @@ from avex_serve.runtime.audio import decode
 from tests.bundles import DIM, SAMPLE_RATE, WINDOW, make_measuring_bundle, make_sequence_bundle
 
 
-def allow(deadline=None, take_turns=lambda: None, **limits):
-    return granted(Allowance(Limits(**limits), deadline or Deadline(), take_turns, lambda _: None))
+def allow(deadline=None, take_turns=lambda: None, take_room=lambda _: None, **limits):
+    return granted(Allowance(Limits(**limits), deadline or Deadline(), take_turns, take_room))
 
 
 def encoded(frames, channels=1, rate=SAMPLE_RATE, container="FLAC"):
@@ -113,6 +113,16 @@ def test_windows_are_limited(audio_bundle):
         assert len(engine.score(wave, SAMPLE_RATE).scores) == 3
         with pytest.raises(TooLargeError, match="has 5 windows; at most 3"):
             engine.score(wave, SAMPLE_RATE, overlap=0.05)
+
+
+def test_too_many_windows_are_not_resampled(audio_bundle):
+    rooms = []
+    with open_bundle(audio_bundle) as engine, allow(take_room=rooms.append, windows=3):
+        engine.score(np.zeros(30, np.float32), 100)
+        assert rooms == [4 * WINDOW * 3]
+        with pytest.raises(TooLargeError, match="has 4 windows; at most 3"):
+            engine.score(np.zeros(31, np.float32), 100)
+    assert len(rooms) == 1
 
 
 @pytest.mark.parametrize(
