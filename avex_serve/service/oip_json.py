@@ -86,7 +86,7 @@ def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
                 raise TensorError(
                     f"input {tensor.name!r}: binary_data_size is {size!r}; {len(rest)} bytes follow the JSON"
                 )
-            data, rest = oip.from_raw(tensor.name, tensor.datatype, rest[:size]), rest[size:]
+            data, rest = oip.from_raw(tensor.name, tensor.datatype, tensor.shape, rest[:size]), rest[size:]
         inputs.append(oip.InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
     if rest:
         raise TensorError(f"{len(rest)} bytes follow the JSON that no input lays claim to by binary_data_size")

@@ -407,6 +407,27 @@ def test_bad_infer_over_grpc(audio_server, request_, code):
     assert rpc_error(audio_server, request_) == code
 
 
+@pytest.mark.parametrize(
+    ("shape", "raw", "text"),
+    [
+        ([1], b"\x01\0\0\0a" * 2, "more than the 1 elements that its shape says"),
+        ([2], bytes(8), "an element of BYTES is empty"),
+        ([2**62] * 65, b"\x01\0\0\0a", "a shape of 65 dimensions that no tensor has"),
+    ],
+)
+def test_recordings_that_are_not_looked_for(audio_server, shape, raw, text):
+    """Millions of them would be, in a body of the size that is taken."""
+    request = infer_windows(datatype="BYTES", shape=shape, raw=[raw])
+    with pytest.raises(grpc.RpcError) as caught:
+        call(audio_server, "ModelInfer", request.SerializeToString())
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert text in caught.value.details()
+    tensor = {"name": "waveform", "shape": shape, "datatype": "BYTES", "parameters": {"binary_data_size": len(raw)}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    assert refused(audio_server.post(INFER, content=head + raw, headers=headers), 400, text)
+
+
 @pytest.mark.parametrize("method", ["ModelReady", "ModelMetadata"])
 def test_unknown_model_over_grpc(audio_server, method):
     for name, version in (("other", ""), ("tiny", "2")):
