@@ -56,7 +56,10 @@ EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_configuratio
 _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 _LENGTH_BYTES: Final = 4  # before each element of a BYTES tensor, little-endian
 MAX_DIMENSIONS: Final = 64  # as many as numpy has
-STEP: Final = 1000  # elements of BYTES that are found in about a millisecond
+STEP: Final = 1000  # elements of BYTES that are found, or made, in about a millisecond
+TEXT_BYTES: Final = (
+    256  # of memory for each text of a classification until the answer is written: measured, rounded up
+)
 
 
 @dataclass(frozen=True)
@@ -372,8 +375,11 @@ def _shaped(tensor: InputTensor) -> np.ndarray:
 def _classified(values: np.ndarray, count: int, labels: tuple[str, ...] | None) -> OutputTensor:
     """The largest values of each row, the largest first, as (…, count) texts ``value:index[:label]``."""
     order = np.argsort(-values, axis=-1, kind="stable")[..., :count]
+    allowance.current().extend_answer(TEXT_BYTES * order.size, "ask for a lower classification, or send fewer rows")
     best = np.empty(order.shape, dtype=object)
-    for place, index in np.ndenumerate(order):
+    for done, (place, index) in enumerate(np.ndenumerate(order)):
+        if done % STEP == 0:
+            allowance.current().checkpoint()
         text = f"{values[(*place[:-1], index)]:f}:{index}"  # a value as Triton writes it
         best[place] = (f"{text}:{labels[index]}" if labels is not None else text).encode()
     return OutputTensor(BYTES, best)

@@ -10,6 +10,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from avex_serve.errors import InputError, TensorError
+from avex_serve.runtime import allowance
+from avex_serve.runtime.results import NUMBER_BYTES
 from avex_serve.service import oip
 from avex_serve.service.options import validated
 
@@ -122,6 +124,9 @@ def dump_answer(model: oip.Model, request: JsonRequest, answer: oip.InferAnswer)
         elif tensor.datatype == oip.BYTES:
             output["data"] = [each.decode() for each in tensor.array.ravel()]
         else:
+            allowance.current().extend_answer(
+                NUMBER_BYTES * tensor.array.size, "ask for outputs in binary, or send fewer rows"
+            )
             output["data"] = tensor.array.ravel().tolist()
         outputs.append(output)
     document: dict[str, Any] = {"model_name": model.name, "model_version": model.version}

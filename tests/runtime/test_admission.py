@@ -289,6 +289,11 @@ def resample_to_large():
     resample(np.zeros(LARGE_BYTES // 4 // 16 + 1, np.float32), 1000, 16000)
 
 
+def answer_much():
+    for _ in range(2):
+        allowance.current().extend_answer(LARGE_BYTES // 2 + 1, "ask for less")
+
+
 def large_until(release, begun, make=decode_large):
     """Work on a large recording that passes its turns on until it is let go."""
 
@@ -302,7 +307,7 @@ def large_until(release, begun, make=decode_large):
     return work
 
 
-@pytest.mark.parametrize("make", [decode_large, resample_to_large])
+@pytest.mark.parametrize("make", [decode_large, resample_to_large, answer_much])
 def test_as_many_large_recordings_at_once_as_slots(open_admission, make):
     """The others wait for room without a slot, and small ones pass them."""
     admission = open_admission(2, 20, turn_seconds=0)
