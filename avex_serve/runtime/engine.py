@@ -283,6 +283,11 @@ class Engine:
         if not np.isfinite(batch).all():
             raise TensorError(f"input {spec.name!r} holds NaN or infinite values; expected finite ones")
 
+    def check_overlap(self, overlap: float) -> None:
+        """Raise InputError for an overlap that windows of this bundle can't have, as `predict` does."""
+        spec = self._audio_spec()
+        plan_windows(0, spec.window_samples, spec.sample_rate, overlap)
+
     def _check_length(self, batch: np.ndarray) -> None:
         if (spec := self.manifest.audio) is not None:
             allowance.current().check_clip(batch.shape[1], spec.sample_rate, spec.window_samples)

@@ -25,6 +25,7 @@ import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -261,7 +262,9 @@ class Model:
         if not recordings:
             raise TensorError("no recordings; send at least one element")
         answers = [
-            linked.infer_recording(self._repository, self._engine, *decode(recording), **parameters.model_dump())
+            linked.infer_recording(
+                self._repository, self._engine, partial(decode, recording), **parameters.model_dump()
+            )
             for recording in recordings
         ]
         outputs = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
