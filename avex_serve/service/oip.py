@@ -306,10 +306,7 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> np.n
 
 def from_flags(name: str, data: object) -> np.ndarray:
     """A bool array of the shape in which truth values are nested in lists; TensorError for anything else."""
-    try:
-        array = np.asarray(data)
-    except ValueError:
-        raise TensorError(f"{name} is ragged: lists beside one another differ in length") from None
+    array = _array(name, data)
     if array.size and array.dtype != np.bool_:
         raise TensorError(f"{name} holds something else than true and false")
     return array.astype(bool)
@@ -319,16 +316,27 @@ def from_numbers(name: str, data: object) -> np.ndarray:
     """A float32 array of the shape in which numbers are nested in lists.
 
     Raises:
-        TensorError: something else than numbers, or lists of unequal lengths.
+        TensorError: something else than numbers, or lists of unequal lengths or nested deeper than tensors are.
     """
-    try:
-        array = np.asarray(data)
-    except ValueError:
-        raise TensorError(f"{name} is ragged: lists beside one another differ in length") from None
+    array = _array(name, data)
     if array.size and array.dtype.kind not in "iuf":
         raise TensorError(f"{name} holds something else than numbers")
     with np.errstate(over="ignore"):  # the engine refuses what is infinite
         return array.astype(np.float32)
+
+
+def _array(name: str, data: object) -> np.ndarray:
+    try:
+        return np.asarray(data)
+    except ValueError:
+        depth, inner = 0, data
+        while isinstance(inner, list) and inner:
+            depth, inner = depth + 1, inner[0]
+        if depth > MAX_DIMENSIONS:
+            raise TensorError(
+                f"{name} has lists in lists, {depth} deep; expected at most {MAX_DIMENSIONS}"
+            ) from None
+        raise TensorError(f"{name} is ragged: lists beside one another differ in length") from None
 
 
 def to_raw(tensor: OutputTensor) -> bytes:

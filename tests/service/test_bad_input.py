@@ -208,6 +208,13 @@ def test_bad_classify(embedding_server, body):
     assert refused(embedding_server.post("/classify", content=body), 400)
 
 
+def test_lists_in_lists(embedding_server):
+    deep = b'{"embeddings": ' + b"[" * 100 + b"0" + b"]" * 100 + b"}"
+    assert refused(
+        embedding_server.post("/classify", content=deep), 400, "lists in lists, 100 deep; expected at most"
+    )
+
+
 def test_classify_with_unknown_probe(embedding_server):
     body = {"embeddings": [[0] * DIM], "probe": "nothing"}
     assert refused(embedding_server.post("/classify", json=body), 404, "no probe 'nothing'")
