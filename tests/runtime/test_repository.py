@@ -156,6 +156,51 @@ def test_the_second_of_a_name_and_version_is_refused(shelf, opened):
     assert [state.ready for state in repository.index()] == [True]
 
 
+def test_a_folder_that_is_renamed_is_served_all_the_while(shelf):
+    old, new = bundle(shelf / "old"), shelf / "new"
+    served_meanwhile = []
+
+    def open_engine(folder):
+        if folder == new:
+            served_meanwhile.append(served(repository))
+        return open_bundle(folder)
+
+    repository = Repository([shelf], open_engine)
+    with repository.lease() as before:
+        old.rename(new)
+        for _ in range(3):
+            repository.refresh()
+            with repository.lease() as engine:
+                assert engine.manifest.version == "1"
+        assert engine.bundle.directory == new
+        assert [(state.ready, state.reason) for state in repository.index()] == [(True, "")]
+        assert not is_closed(before)
+    assert is_closed(before)
+    assert served_meanwhile == [[("tiny", "1")]]
+    repository.close()
+    assert is_closed(engine)
+
+
+def test_a_second_one_takes_over_when_the_first_is_removed(shelf, opened):
+    first, second = bundle(shelf / "a"), bundle(shelf / "b", activation="softmax")
+    repository = opened(shelf)
+    for _ in range(2):
+        repository.refresh()
+    first.rename(shelf / ".away")
+    repository.refresh()
+    (shelf / ".away").rename(first)  # away for a moment
+    for _ in range(2):
+        repository.refresh()
+        with repository.lease() as engine:
+            assert engine.bundle.directory == first
+    shutil.rmtree(first)
+    for _ in range(2):
+        repository.refresh()
+        with repository.lease() as engine:
+            assert engine.manifest.version == "1"
+    assert engine.bundle.directory == second
+
+
 def test_bundles_come_and_go(shelf, opened):
     bundle(shelf / "1", version="1")
     repository = opened(shelf)
