@@ -280,6 +280,16 @@ def test_no_request_fails_while_bundles_are_replaced(shelf, opened):
     assert {"2", "3", "4"} <= seen
 
 
+def test_an_editors_lock_keeps_no_bundle_from_being_replaced(shelf, opened):
+    folder = bundle(shelf / "a")
+    (folder / ".#lock").symlink_to("nowhere")
+    repository = opened(shelf)
+    bundle(folder, version="2")
+    (folder / ".#lock").symlink_to("nowhere")
+    repository.refresh()
+    assert version_of(repository) == "2"
+
+
 def test_a_bundle_that_is_still_being_copied_waits(shelf, opened, caplog, tmp_path):
     bundle(shelf / "a")
     repository = opened(shelf)
