@@ -79,10 +79,18 @@ def _inside(root: Path) -> Iterator[Path]:
 def _folders(folder: Path) -> list[Path]:
     try:
         # A name that begins with a dot is a bundle in the making, or a volume's own.
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(path for path in folder.iterdir() if _is_folder(path) and not path.name.startswith("."))
     except OSError:
         return []
 
 
 def _has_manifest(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
+    with suppress(OSError):  # as of a folder that may not be entered, such as a disk's lost+found
+        return (folder / MANIFEST).is_file()
+    return False
+
+
+def _is_folder(path: Path) -> bool:
+    with suppress(OSError):  # as of a link into such a folder
+        return path.is_dir()
+    return False

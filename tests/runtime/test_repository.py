@@ -290,6 +290,16 @@ def test_an_editors_lock_keeps_no_bundle_from_being_replaced(shelf, opened):
     assert version_of(repository) == "2"
 
 
+def test_what_can_not_be_looked_at_keeps_no_bundle_from_being_found(shelf):
+    """As a folder that may not be entered, but that root can."""
+    too_long = "x" * 300
+    (shelf / "odd").symlink_to(too_long)
+    (shelf / "versions").mkdir()
+    (shelf / "versions" / MANIFEST).symlink_to(too_long)
+    folder = bundle(shelf / "whole")
+    assert find_bundles([shelf]) == [folder]
+
+
 def test_a_bundle_that_is_still_being_copied_waits(shelf, opened, caplog, tmp_path):
     bundle(shelf / "a")
     repository = opened(shelf)
