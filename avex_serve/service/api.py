@@ -11,13 +11,14 @@ import logging
 import os
 from contextlib import AbstractContextManager
 from functools import cache, cached_property
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
 import bentoml
 from anyio import to_thread
 
-from avex_serve.errors import AvexServeError
+from avex_serve.errors import AvexServeError, InputError
 from avex_serve.runtime import linked
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.cores import threads_of_worker
@@ -196,6 +197,7 @@ class AvexService:
             settings = Settings.from_environment()
             configure_logs(settings.log_format)
             check_any(settings.bundle)
+            _check_ports_differ(settings)
             check_port_is_free(settings)
             Keys.from_settings(settings)
             server_credentials(settings)
@@ -244,6 +246,22 @@ def _workers() -> int:
     services = BentoMLContainer.config.services.get()
     workers = (services.get(AvexService.name) or {}).get("workers") or 1
     return int(system_resources()["cpu"]) or 1 if workers == "cpu_count" else int(workers)
+
+
+def _check_ports_differ(settings: Settings) -> None:
+    """Raise InputError if gRPC is to listen where HTTP will, as `bentoml serve` and its configuration say."""
+    import click  # BentoML's command is made with it
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    command = click.get_current_context(silent=True)
+    given = {} if command is None else command.params
+    port = given.get("port") or BentoMLContainer.http.port.get()
+    host = ip_address(given.get("host") or BentoMLContainer.http.host.get())
+    same_host = host == settings.grpc_host or host.is_unspecified or settings.grpc_host.is_unspecified
+    if port == settings.grpc_port and same_host:
+        raise InputError(
+            f"AVEX_GRPC_PORT is {port}, on which HTTP listens; set another one, or give HTTP another --port"
+        )
 
 
 @cache
