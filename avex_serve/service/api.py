@@ -11,7 +11,6 @@ import logging
 import os
 from contextlib import AbstractContextManager
 from functools import cache, cached_property
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +44,7 @@ from avex_serve.service.tracing import Tracing, leave_out_unsent_spans
 
 logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the information of loggers that are not its own
 
+EVERYWHERE: Final = {"0.0.0.0", "::"}
 STARTUP_FAILED: Final = 3  # exit code, uvicorn's for this case
 
 
@@ -256,9 +256,8 @@ def _check_ports_differ(settings: Settings) -> None:
     command = click.get_current_context(silent=True)
     given = {} if command is None else command.params
     port = given.get("port") or BentoMLContainer.http.port.get()
-    host = ip_address(given.get("host") or BentoMLContainer.http.host.get())
-    same_host = host == settings.grpc_host or host.is_unspecified or settings.grpc_host.is_unspecified
-    if port == settings.grpc_port and same_host:
+    hosts = {given.get("host") or BentoMLContainer.http.host.get(), str(settings.grpc_host)}
+    if port == settings.grpc_port and (len(hosts) == 1 or hosts & EVERYWHERE):
         raise InputError(
             f"AVEX_GRPC_PORT is {port}, on which HTTP listens; set another one, or give HTTP another --port"
         )
