@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from avex_serve.bundle import NAME_PATTERN
 from avex_serve.errors import AvexServeError, DependencyError, InputError
+from avex_serve.terminal import drop_output, escape_unprintable
 
 if TYPE_CHECKING:
     from avex_export.recipes import Recipe
@@ -26,6 +27,7 @@ _LONGEST_CLIP = 3600  # seconds; beyond it, numbers are slips of the keyboard th
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or the error's own (see `avex_serve.errors`)."""
     arguments = _parser().parse_args(argv)
+    escape_unprintable()
     try:
         with _ended_by_sigterm():
             _run(arguments)
@@ -45,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> None:
         if arguments.list:
             from avex_export.listing import listing
 
-            print(listing())
+            _say(listing())
         elif arguments.explain:
             _explain(arguments)
         else:
@@ -69,6 +71,13 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `avex-export … | head`: the bundle is made all the same
+        drop_output()
 
 
 def _fail(message: str, code: int) -> int:
@@ -149,9 +158,9 @@ def _explain(arguments: argparse.Namespace) -> None:
     applied = None
     if arguments.probe or arguments.embeddings:
         applied = export_graph(assemble(_request(arguments)), _without(arguments)).passes
-    print("passes, in order:")
+    _say("passes, in order:")
     for name, summary in SUMMARIES.items():
-        print(f"  {name:14} {summary}{_told(name, applied, arguments.without)}")
+        _say(f"  {name:14} {summary}{_told(name, applied, arguments.without)}")
 
 
 def _told(name: str, applied: Sequence[str] | None, without: Sequence[str]) -> str:
@@ -265,15 +274,16 @@ def _export(arguments: argparse.Namespace) -> None:
         formats,
         arguments.activation or "sigmoid",
         arguments.verify_audio,
+        _say,
         without=_without(arguments),
         profiled=arguments.profile,
     )
     if not manifest.trained:
         print("avex-export: the head has random weights: its answers mean nothing", file=sys.stderr)
     if formats == ("pt2",):
-        print("PT2 is to be compiled and is not served; a bundle to serve needs --format onnx or torchscript")
+        _say("PT2 is to be compiled and is not served; a bundle to serve needs --format onnx or torchscript")
     else:
-        print(f"serve it: AVEX_BUNDLE={output} bentoml serve avex_serve.service:AvexService")
+        _say(f"serve it: AVEX_BUNDLE={output} bentoml serve avex_serve.service:AvexService")
 
 
 def _seconds(text: str) -> float:

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 import avex_serve
 from avex_export.cases import make_cases
+from avex_export.cli import main
 from avex_export.graph import Assembly, eager_graph
 from avex_export.recipes import variants
 from avex_serve import open_bundle
@@ -547,3 +549,25 @@ def test_the_probe_is_left_as_it_was(trained):
         exported = export_graph(assembly)(wave)[0]
         torch.testing.assert_close(eager_graph(assembly)(wave)[0], before, rtol=0, atol=0)
     torch.testing.assert_close(exported, before, rtol=1e-4, atol=1e-4)
+
+
+# -- standard output -----------------------------------------------------------------------------------------------
+
+ALONE = ["--probe", "linear_last", "--offline", "--input-dim", "128", "--format", "onnx"]
+
+
+def test_signs_that_the_terminal_cannot_show_are_escaped(tmp_path, monkeypatch):
+    with (tmp_path / "out").open("w", encoding="ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main([*ALONE, "--output", str(tmp_path / "bundle")]) == 0
+    assert r"\u2713" in (tmp_path / "out").read_text()
+    assert read_bundle(tmp_path / "bundle").manifest.trained
+
+
+def test_a_reader_that_goes_away_does_not_end_the_export(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main([*ALONE, "--output", str(tmp_path / "bundle")]) == 0
+    assert read_bundle(tmp_path / "bundle").manifest.trained
