@@ -2,6 +2,7 @@
 
 import json
 
+from avex_export.cases import example_inputs
 from avex_export.graph import Assembly, Head
 from avex_export.int8 import gates
 from avex_export.verify import Verification
@@ -64,6 +65,17 @@ tensor.set_data_from_numpy(embeddings)
 scores = client.infer("{name}", [tensor]).as_numpy("{scores}")  # (embeddings, {labels})
 ```"""
 
+_PT2_CALLS = """\
+`model.pt2` is a program of torch.export, to be compiled for where it will run; as it is, torch runs it. It is not
+served: a bundle to serve needs `--format onnx` or `torchscript`.
+
+```python
+import torch
+
+program = torch.export.load("model.pt2").module()
+outputs = program({inputs})  # {outputs}
+```"""
+
 
 def model_card(assembly: Assembly, verification: Verification, manifest: Manifest) -> str:
     """Markdown: what the bundle is, how to serve and call it, and how well its formats agree.
@@ -74,7 +86,8 @@ def model_card(assembly: Assembly, verification: Verification, manifest: Manifes
         manifest: of the bundle; its files need not be listed yet.
     """
     untrained = ", ".join(head.name for head in assembly.heads if not head.trained)
-    onnx = any(check.format == "onnx" for check in verification.checks)
+    formats = {check.format for check in verification.checks}
+    onnx, served = "onnx" in formats, formats != {"pt2"}
     warning = f"\n**A head that is not trained, its weights are random: {untrained}.**\n" if untrained else ""
     return f"""# {assembly.name}
 
@@ -86,12 +99,12 @@ Licence of the weights: {assembly.licence}. The backbone's licence holds for eve
 {_labels(assembly)}
 ## Use it
 
-{_calls(manifest, onnx)}
+{_calls(manifest, onnx) if served else _pt2_calls(assembly, manifest)}
 
 ## Verification
 
-Each format was compared with the module that it was exported from, on the inputs in `verification.npz`. The same on
-your machine{", without torch" if onnx else ""}: `avex-serve verify .`
+Each format was compared with the module that it was exported from, on the inputs in `verification.npz`.
+{_again(onnx) if served else "The module's answers to them are there too."}
 
 ```
 {verification.table()}
@@ -197,3 +210,12 @@ def _calls(manifest: Manifest, onnx: bool) -> str:
     every = "" if len(manifest.probes) == 1 else _ALL_PROBES
     calls = f"{_AUDIO_CALLS}\n\n{_OPENSOUNDSCAPE}" if onnx and not manifest.masked else _AUDIO_CALLS
     return calls.format(**known, activation=activation, predict=predict, every=every)
+
+
+def _again(onnx: bool) -> str:
+    return f"The same on your machine{', without torch' if onnx else ''}: `avex-serve verify .`"
+
+
+def _pt2_calls(assembly: Assembly, manifest: Manifest) -> str:
+    inputs = [f"torch.zeros({tuple(each.shape)}, dtype={each.dtype})" for each in example_inputs(assembly, 2)]
+    return _PT2_CALLS.format(inputs=", ".join(inputs), outputs=", ".join(spec.name for spec in manifest.outputs))

@@ -1,5 +1,6 @@
 """Several probes on one backbone, and the backbone without heads."""
 
+import contextlib
 import json
 import shutil
 
@@ -257,7 +258,14 @@ def test_without_onnx_nothing_is_said_to_run_without_torch(tmp_path, export, sav
     assert code == 0
     assert "OpenSoundscape" not in card
     assert "without torch" not in card
-    assert ("serve it:" in out) == (format == "torchscript")
+    served = format == "torchscript"
+    assert ("serve it:" in out, "bentoml serve" in card, "avex-serve verify" in card) == (served,) * 3
+    if not served:
+        answered = {}
+        with contextlib.chdir(tmp_path / "b"):
+            exec(card.split("```python\n")[1].split("```")[0], answered)
+        assert [tuple(output.shape) for output in answered["outputs"]] == [(2, 2), (2, 32)]
+        assert "# logits, embedding\n" in card
 
 
 def test_probes_of_the_same_name(tmp_path, export, saved):
