@@ -65,9 +65,8 @@ def find_source(request: Request, recipe: Recipe) -> Source:
             "probe; export the folder itself (--probe FOLDER)"
         )
     if request.headless:
-        # Of the head nothing is exported, but it is built to see what it reads.
-        classes = 1 if saved is None else saved.num_classes
-        return Source(recipe, path, saved, tuple(str(i) for i in range(classes)))
+        # Of the head nothing is exported, but it is built to see what it reads: one class will do.
+        return Source(recipe, path, saved, ("",))
     labels = _labels(request, path, saved)
     if saved is not None and len(labels) != saved.num_classes:
         raise ExportError(

@@ -206,6 +206,23 @@ def test_embeddings_need_no_weights_or_labels_of_a_head(tmp_path, export, model)
     assert "classes" not in metadata
 
 
+def test_embeddings_merged_by_the_weights_of_a_state_dict(tmp_path, export, model):
+    config = find_recipe("lstm_all").config
+    probe = build_probe_from_config(config, 3, "cpu", base_model=tiny_beats(seed=5)).eval()
+    with torch.no_grad():
+        probe.layer_weights.copy_(torch.arange(len(probe.layer_weights)))
+    torch.save(probe.state_dict(), tmp_path / "head.pt")
+    asked = ("--embeddings", "--probe", "lstm_all", "--model", model, "--weights", tmp_path / "head.pt")
+    code, _, err = export(*asked, "--format", "onnx", "--output", tmp_path / "base")
+    assert (code, err) == (0, "")
+    wave = noise(2)
+    with open_bundle(tmp_path / "base") as base, torch.no_grad():
+        np.testing.assert_allclose(base.infer(wave.numpy())["embedding"], probe.combine(wave)[0], atol=1e-4)
+    torch.save({"layer_weights": torch.zeros(9)}, tmp_path / "head.pt")
+    code, _, err = export(*asked, "--output", tmp_path / "other")
+    assert (code, "layer_weights is (9,)" in err) == (4, True)
+
+
 def test_embeddings_that_are_merged_by_trained_weights_need_them(tmp_path, export, model):
     code, _, err = export("--embeddings", "--probe", "lstm_all", "--model", model, "--output", tmp_path / "base")
     assert code == 4
