@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avex_export.memory import shortage_told
 from avex_serve.bundle import NAME_PATTERN
 from avex_serve.errors import AvexServeError, DependencyError, InputError
 from avex_serve.terminal import drop_output, escape_unprintable
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     escape_unprintable()
     try:
-        with _ended_by_sigterm():
+        with _ended_by_sigterm(), shortage_told():
             _run(arguments)
     except AvexServeError as error:
         return _fail(str(error), error.exit_code)

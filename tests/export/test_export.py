@@ -30,6 +30,7 @@ from tests.export.conftest import LABELS, UNTRAINED, head, row
 from tests.models.backbones import RATE, noise, tiny_beats
 
 VARIANTS = sorted(variants())
+ALONE = ["--probe", "linear_last", "--offline", "--input-dim", "128", "--format", "onnx"]
 
 
 @pytest.fixture
@@ -538,6 +539,14 @@ def test_labels_given_twice_are_told_before_the_export(tmp_path, export, trained
     assert "twice.txt names labels more than once: bat" in err
 
 
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty])
+def test_too_little_memory_is_told(tmp_path, export, monkeypatch, allocate):
+    monkeypatch.setattr("avex_export.export.verify", lambda *_: allocate(2**55))
+    code, _, err = export(*ALONE, "--output", tmp_path / "bundle")
+    assert (code, "give a smaller --clip-seconds" in err) == (4, True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_probe_is_left_as_it_was(trained):
     from avex_export.graph import export_graph
 
@@ -552,8 +561,6 @@ def test_the_probe_is_left_as_it_was(trained):
 
 
 # -- standard output -----------------------------------------------------------------------------------------------
-
-ALONE = ["--probe", "linear_last", "--offline", "--input-dim", "128", "--format", "onnx"]
 
 
 def test_signs_that_the_terminal_cannot_show_are_escaped(tmp_path, monkeypatch):
