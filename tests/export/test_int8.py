@@ -1,6 +1,8 @@
 """Int8: how products are rounded, what comes of a whole model, and what is refused."""
 
+import io
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -303,14 +305,24 @@ def test_decisions_of_a_softmax_are_the_best_label():
     assert agreement.decisions == 0.5
 
 
+class Terminal(io.StringIO):
+    """Standard error that somebody looks at."""
+
+    def isatty(self):
+        return True
+
+
 def test_a_model_below_a_gate_is_refused_and_nothing_is_written(tmp_path, export, model, labels, monkeypatch):
     monkeypatch.setattr(gates, "CENTRED_COSINE", 1.1)
-    code, out, err = export(
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    code, out, _ = export(
         "--probe", "linear_last", "--model", model, "--labels", labels, *INT8, "--output", tmp_path / "bundle"
     )
     assert code == 4
     assert "int8" not in out.replace("round to int8", "")
-    assert "can't be served in int8" in err
+    # The long steps have their bars where somebody looks.
+    for shown in ("round to int8:", " 0/7 ", "compare:", " 0/24 ", "can't be served in int8"):
+        assert shown in terminal.getvalue()
     assert not list(tmp_path.iterdir())
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from avex_export.progress import bar
 from avex_serve.bundle import Activation, Agreement, Manifest
 from avex_serve.errors import ExportError
 from avex_serve.runtime.backend import Backend
@@ -42,10 +43,10 @@ def check(agreement: Agreement) -> None:
 
 def compare(exact: Backend, rounded: Backend, clips: np.ndarray, manifest: Manifest) -> Agreement:
     """Run both graphs on clips (M, S), one by one as the service does; of several outputs the worst counts."""
-    runs = [[backend.run(clip[None]) for clip in clips] for backend in (exact, rounded)]
+    runs = [(exact.run(clip[None]), rounded.run(clip[None])) for clip in bar(list(clips), "compare")]
     expected, found = (
         {name: np.concatenate([run[name] for run in answers]).astype(np.float64) for name in answers[0]}
-        for answers in runs
+        for answers in zip(*runs, strict=True)
     )
     cosines, centred = [], []
     for info in manifest.embeddings:
