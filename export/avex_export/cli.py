@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     if not (arguments.probe or arguments.embeddings or arguments.list or arguments.explain):
         raise InputError("nothing to export: give --probe, or --list to see what there is")
+    if arguments.list:
+        _refuse_beside("--list", arguments, {"list"})
+    elif not (arguments.probe or arguments.embeddings):
+        _refuse_beside("--explain without --probe", arguments, {"explain", "without"})
     try:
         if arguments.list:
             from avex_export.listing import listing
@@ -55,6 +59,13 @@ def _run(arguments: argparse.Namespace) -> None:
             _export(arguments)
     except ModuleNotFoundError as error:
         raise DependencyError(f"{error.name} is not installed; pip install 'avex-serve[export]'") from error
+
+
+def _refuse_beside(what: str, arguments: argparse.Namespace, used: Collection[str]) -> None:
+    """Raise InputError for an option that is given and would have no effect."""
+    for name, usual in vars(_parser().parse_args([])).items():
+        if name not in used and getattr(arguments, name) != usual:
+            raise InputError(f"--{name.replace('_', '-')} has no effect beside {what}; leave out one of them")
 
 
 @contextlib.contextmanager
@@ -156,12 +167,12 @@ def _explain(arguments: argparse.Namespace) -> None:
     from avex_export.graph import export_graph
     from avex_export.passes import SUMMARIES
 
-    applied = None
+    applied, without = None, _without(arguments)
     if arguments.probe or arguments.embeddings:
-        applied = export_graph(assemble(_request(arguments)), _without(arguments)).passes
+        applied = export_graph(assemble(_request(arguments)), without).passes
     _say("passes, in order:")
     for name, summary in SUMMARIES.items():
-        _say(f"  {name:14} {summary}{_told(name, applied, arguments.without)}")
+        _say(f"  {name:14} {summary}{_told(name, applied, without)}")
 
 
 def _told(name: str, applied: Sequence[str] | None, without: Sequence[str]) -> str:
