@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _BUNDLES = Path("export") / "bundles"
 _USUAL_PROBE = "linear_last"
+# Windows lacks the second.
+_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _LONGEST_CLIP = 3600  # seconds; beyond it, numbers are slips of the keyboard that end in the allocator's messages
 
 
@@ -30,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     escape_unprintable()
     try:
-        with _ended_by_sigterm(), shortage_told():
+        with _ended_by_signals(), shortage_told():
             _run(arguments)
     except AvexServeError as error:
         return _fail(str(error), error.exit_code)
@@ -69,8 +71,8 @@ def _refuse_beside(what: str, arguments: argparse.Namespace, used: Collection[st
 
 
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does, so that the half-written folder goes."""
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and a lost terminal end the command as Ctrl-C does, so that the half-written folder goes."""
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
         return
@@ -78,11 +80,12 @@ def _ended_by_sigterm() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in _ENDINGS:
+            if (previous := signal.getsignal(number)) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, interrupt)
+                stack.callback(signal.signal, number, previous)
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _say(text: str) -> None:

@@ -509,11 +509,11 @@ def test_weights_that_merge_layers_are_part_of_what_makes_the_embedding(trained)
     assert embedding_fingerprint() != before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_export_that_is_ended_leaves_nothing_behind(tmp_path, number):
     arguments = ["--probe", "linear_last", "--output", str(tmp_path / "bundle")]
     command = [sys.executable, "-u", "-m", "avex_export", *arguments]
-    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells let jobs in the background ignore it
+    listening = partial(signal.signal, number, signal.SIG_DFL)  # shells let jobs in the background ignore some
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, preexec_fn=listening, **pipes) as process:
         for line in process.stdout:
