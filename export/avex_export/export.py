@@ -16,6 +16,7 @@ from avex_export.graph import Assembly, Output, eager_graph, export_graph, half_
 from avex_export.int8 import gates
 from avex_export.int8.build import add_int8, find_clips, refuse_unfit
 from avex_export.onnx_graph import write_onnx
+from avex_export.output import parents_taken_back
 from avex_export.passes import EXTERNAL_DATA
 from avex_export.profile import gains_table, profile
 from avex_export.progress import Progress
@@ -73,13 +74,13 @@ def export_bundle(
 
     Raises:
         ExportError: it can't be assembled, a format doesn't answer as the eager module does, or int8 is too far off.
-        InputError: too few recordings to calibrate on.
+        InputError: too few recordings to calibrate on, or a file where a folder above the output should be.
         AudioError: a recording that can't be read.
         NotFoundError: a recording that is not there.
         FileExistsError: the output folder holds something else.
     """
     progress = Progress(say)
-    with atomic_directory(output, marker=MANIFEST) as folder:
+    with parents_taken_back(output), atomic_directory(output, marker=MANIFEST) as folder:
         progress(f"assemble {', '.join(recipe.name for recipe in request.recipes)}")
         assembly = assemble(request)
         progress(_summary(assembly))

@@ -381,7 +381,8 @@ def test_a_format_that_differs_leaves_nothing_behind(tmp_path, export, trained, 
         return graph
 
     monkeypatch.setattr(module, "export_graph", broken)
-    output = tmp_path / "out" / "bundle"
+    output = tmp_path / "out" / "of" / "it" / "bundle"
+    (tmp_path / "out").mkdir()
     code, out, err = export("--probe", folder, "--output", output)
     assert code == 4
     assert "✗" in out
@@ -529,9 +530,9 @@ def test_an_export_that_is_ended_leaves_nothing_behind(tmp_path, number):
 def test_an_output_that_can_not_be_made_is_told(tmp_path, export, trained):
     _, folder = trained()
     (tmp_path / "file").write_text("")
-    code, _, err = export("--probe", folder, "--output", tmp_path / "file" / "bundle")
-    assert code == 2
-    assert str(tmp_path / "file") in err
+    for below in ("bundle", "deeper/bundle"):
+        code, _, err = export("--probe", folder, "--output", tmp_path / "file" / below)
+        assert (code, f"{tmp_path / 'file'} is a file, not a folder" in err) == (2, True)
 
 
 def test_labels_given_twice_are_told_before_the_export(tmp_path, export, trained):
