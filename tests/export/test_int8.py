@@ -388,6 +388,18 @@ def test_built_in_sounds_have_the_clips_length_at_any_rate():
         assert clips.held_out.shape == (24, samples)
 
 
+def test_recordings_that_are_all_the_same_are_at_fault_and_not_the_model(tmp_path, export, model, labels):
+    (tmp_path / "silence").mkdir()
+    soundfile.write(tmp_path / "silence" / "a.wav", np.zeros(12 * RATE), RATE)
+    code, _, err = export(
+        "--probe", "linear_last", "--model", model, "--labels", labels, *INT8,
+        "--calibration", tmp_path / "silence", "--output", tmp_path / "bundle",
+    )  # fmt: skip
+    assert code == 4
+    assert "all 6 clips held out have the same embedding" in err
+    assert "can't be served" not in err
+
+
 @pytest.mark.slow
 def test_a_trained_model_calibrated_on_real_recordings(tmp_path, export):
     output = tmp_path / "bundle"
