@@ -38,7 +38,7 @@ from avex_serve.bundle import (
     draft_manifest,
     seal_bundle,
 )
-from avex_serve.errors import ExportError
+from avex_serve.errors import AudioError, ExportError
 from avex_serve.runtime import audio
 from avex_serve.runtime.backend import Backend
 from avex_serve.runtime.onnx_backend import OnnxBackend
@@ -88,8 +88,8 @@ def export_bundle(
         if request.int8:
             refuse_unfit(assembly, formats)
             clips = find_clips(assembly, request.calibration)
-        for path in recordings:
-            audio.decode(path)  # a bad one is told before the work begins
+        for path in recordings:  # a bad one is told before the work begins
+            _check_recording(path, assembly)
         backends = _write_formats(assembly, folder, formats, without, progress)
         progress("verify against the eager module")
         fields = _fields(assembly, activation)
@@ -115,6 +115,15 @@ def export_bundle(
         manifest = _seal(assembly, folder, verification, fields)
     progress(f"wrote {output}")
     return manifest
+
+
+def _check_recording(path: Path, assembly: Assembly) -> None:
+    assert assembly.sample_rate is not None
+    wave, rate = audio.decode(path)
+    try:
+        audio.resample(wave, rate, assembly.sample_rate)
+    except AudioError as error:
+        raise AudioError(f"{path}: {error}") from None
 
 
 def _write_formats(

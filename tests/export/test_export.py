@@ -183,10 +183,15 @@ def test_several_recordings_and_those_too_long_to_keep(tmp_path, export, trained
     assert "not kept in the bundle: 1 recordings, for their size" in out
     assert serve(["verify", str(tmp_path / "bundle")]) == 0
     assert capsys.readouterr().out.count("✓") == 11
-    for name, message in (("nowhere.wav", "no such file"), ("labels.json", "can't be decoded")):
-        (tmp_path / "labels.json").write_text("{}" * 50)
-        code, _, err = export("--probe", folder, "--output", tmp_path / "b", "--verify-audio", tmp_path / name)
-        assert code == 2
+    (tmp_path / "labels.json").write_text("{}" * 50)
+    soundfile.write(tmp_path / "slow.wav", np.zeros(50), 50)
+    for name, message in (
+        ("nowhere.wav", "nowhere.wav: no such file"),
+        ("labels.json", "can't be decoded"),
+        ("slow.wav", "slow.wav: sample rate 50; expected 100 to"),
+    ):
+        code, out, err = export("--probe", folder, "--output", tmp_path / "b", "--verify-audio", tmp_path / name)
+        assert (code, "write ONNX" in out) == (2, False)
         assert message in err
 
 
