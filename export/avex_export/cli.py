@@ -213,7 +213,10 @@ def _request(arguments: argparse.Namespace) -> "Request":
         if arguments.weights is not None:
             raise InputError("--weights is for one probe; save each probe with save_probe() and give its folder")
         if arguments.labels is not None and any(recipe.saved is not None for recipe in recipes):
-            raise InputError("--labels would name the classes of every probe, and saved ones bring their own")
+            raise InputError(
+                "--labels would name the classes of every probe, and saved ones bring their own; write the others "
+                "with save_probe() and their labels too"
+            )
     for option, given in {"name": arguments.name, "bundle-version": arguments.bundle_version}.items():
         if given is not None and not re.fullmatch(NAME_PATTERN, given):
             raise InputError(f"--{option} {given!r}: expected letters, digits, '.', '_' and '-', at most 128")

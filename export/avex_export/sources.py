@@ -67,7 +67,7 @@ def find_source(request: Request, recipe: Recipe) -> Source:
     if request.headless:
         # Of the head nothing is exported, but it is built to see what it reads: one class will do.
         return Source(recipe, path, saved, ("",))
-    labels = _labels(request, path, saved)
+    labels = _labels(request, recipe, path, saved)
     if saved is not None and len(labels) != saved.num_classes:
         raise ExportError(
             f"--labels {request.labels} has {len(labels)} labels, the probe {recipe.name} has {saved.num_classes} "
@@ -98,7 +98,7 @@ def _weights(request: Request, recipe: Recipe) -> Path | None:
     )
 
 
-def _labels(request: Request, source: Path | None, saved: SavedProbe | None) -> tuple[str, ...]:
+def _labels(request: Request, recipe: Recipe, source: Path | None, saved: SavedProbe | None) -> tuple[str, ...]:
     if request.labels is not None:
         return read_label_file(request.labels)
     folder = source if saved is not None else None
@@ -106,6 +106,11 @@ def _labels(request: Request, source: Path | None, saved: SavedProbe | None) -> 
         folder = _DEMO_PROBES / "linear_last"  # random heads for the demo model name its sounds
         saved = read_saved(folder)
     labels = None if folder is None or saved is None else read_labels(folder, saved.num_classes)
+    if labels is None and len(request.recipes) > 1 and any(each.saved is not None for each in request.recipes):
+        raise ExportError(
+            f"no labels for {recipe.name}, and beside saved probes --labels can't give them; write it with "
+            "save_probe() and its labels and give that folder, or export it by itself"
+        )
     if labels is None:
         raise ExportError(
             "no labels: give --labels FILE, JSON {label: index}, or text with one label a line in the logits' order"

@@ -290,6 +290,13 @@ def test_probes_of_the_same_name(tmp_path, export, saved):
     assert (code, "two are called birds" in err) == (2, True)
 
 
+def test_a_probe_without_labels_beside_a_saved_one(tmp_path, export, saved, model):
+    asked = (*asked_for(saved[0], ("birds",)), "--probe", "linear_last", "--allow-untrained")
+    code, _, err = export(*asked, "--model", model, "--output", tmp_path / "b")
+    for remedy in ("save_probe() and its labels", "by itself"):
+        assert (code, remedy in err) == (4, True)
+
+
 def test_probes_on_different_backbones(tmp_path, export, saved):
     other = write_model(tmp_path / "other.yml", tiny_beats(seed=6), tiny_spec(), licence="CC0-1.0")
     probe = build_probe_from_config(CONFIGS["birds"], 2, "cpu", base_model=load_model(other)).eval()
