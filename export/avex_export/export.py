@@ -45,7 +45,6 @@ from avex_serve.runtime.onnx_backend import OnnxBackend
 from avex_serve.runtime.torch_backend import TorchBackend
 from avex_serve.runtime.verification import TOLERANCE, table
 
-FORMATS = ("onnx", "torchscript", "pt2")
 USUAL_FORMATS = ("onnx", "torchscript")
 
 
@@ -65,7 +64,7 @@ def export_bundle(
     Args:
         request: what to export.
         output: the bundle's folder; a bundle that is there is replaced.
-        formats: among `FORMATS`.
+        formats: among ``onnx``, ``torchscript`` and ``pt2``.
         activation: what turns the logits into scores.
         recordings: real audio to verify on, in place of synthetic sounds.
         say: where progress goes.
