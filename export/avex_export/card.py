@@ -7,7 +7,15 @@ from avex_export.graph import Assembly, Head
 from avex_export.int8 import gates
 from avex_export.verify import Verification
 from avex_serve.bundle import LABELS, Manifest, Quantisation
+from avex_serve.configs import ProbeType
 
+_KINDS: dict[ProbeType, str] = {
+    "linear": "a linear",
+    "mlp": "an MLP",
+    "lstm": "an LSTM",
+    "attention": "an attention",
+    "transformer": "a transformer",
+}
 # More labels than this are in labels.json alone.
 _LISTED = 100
 
@@ -31,7 +39,7 @@ scores = client.infer("{name}", [audio]).as_numpy("{scores}")  # (windows, {labe
 ```"""
 
 _OPENSOUNDSCAPE = """\
-`model.onnx` opens in OpenSoundscape (`pip install 'opensoundscape[onnx]'`):
+`model.onnx` opens in OpenSoundscape (`pip install 'opensoundscape[onnx]'`){first}:
 
 ```python
 from opensoundscape import ONNXModel
@@ -123,13 +131,16 @@ def _what(assembly: Assembly) -> str:
             [f"Embeddings of the backbone `{assembly.model}`, for heads that are served alone:\n", *lines]
         )
     if len(assembly.heads) == 1:
-        return f"A {_kind(assembly.heads[0])} probe on the backbone `{assembly.model}`{_layers(assembly.heads[0])}."
-    lines = [f"- `{head.name}`, a {_kind(head)} probe{_layers(head)}" for head in assembly.heads]
+        (head,) = assembly.heads
+        kind = _kind(head)
+        return f"{kind[0].upper()}{kind[1:]} probe on the backbone `{assembly.model}`{_layers(head)}."
+    lines = [f"- `{head.name}`, {_kind(head)} probe{_layers(head)}" for head in assembly.heads]
     return "\n".join([f"Probes on the backbone `{assembly.model}`, which is run once for all of them:\n", *lines])
 
 
 def _kind(head: Head) -> str:
-    return type(head.probe).__name__.removesuffix("Probe").lower()
+    assert head.probe.config is not None
+    return _KINDS[head.probe.config.probe_type]
 
 
 def _pooled(head: Head) -> str:
@@ -209,7 +220,8 @@ def _calls(manifest: Manifest, onnx: bool) -> str:
         predict = f"'{predict}?probe={probe.name}'"
     every = "" if len(manifest.probes) == 1 else _ALL_PROBES
     calls = f"{_AUDIO_CALLS}\n\n{_OPENSOUNDSCAPE}" if onnx and not manifest.masked else _AUDIO_CALLS
-    return calls.format(**known, activation=activation, predict=predict, every=every)
+    first = "" if len(manifest.probes) == 1 else f", which hears the first probe alone, `{probe.name}`"
+    return calls.format(**known, activation=activation, predict=predict, every=every, first=first)
 
 
 def _again(onnx: bool) -> str:

@@ -145,7 +145,14 @@ def test_a_bundle_holds_what_it_should(tmp_path, export, trained, model):
     assert verification["machine"]["versions"]["torch"] == torch.__version__
     assert verification["machine"]["cpu"]
     card = (output / "README.md").read_text()
-    for part in (", ".join(LABELS), "CC0-1.0", "digital silence", "long: real.wav", 'activation_layer="softmax"'):
+    for part in (
+        "\nA linear probe on",
+        ", ".join(LABELS),
+        "CC0-1.0",
+        "digital silence",
+        "long: real.wav",
+        'activation_layer="softmax"',
+    ):
         assert part in card
     assert "not trained" not in card
     assert [path.name for path in output.parent.iterdir()] == ["bundle"]

@@ -129,7 +129,12 @@ def test_its_evidence_and_card_name_each_head(bundle, capsys):
             check["passed"] and set(check["errors"]) in ({"logits", "embedding"}, {"scores", "embedding"})
             for check in of_it
         )
-        assert f"- `{name}`, a" in (bundle / "README.md").read_text()
+    card = (bundle / "README.md").read_text("utf-8")
+    for line in ("- `birds`, a linear probe", "- `frogs`, an MLP probe", "- `calls`, an LSTM probe"):
+        assert line in card
+    assert (
+        "OpenSoundscape (`pip install 'opensoundscape[onnx]'`), which hears the first probe alone, `birds`:" in card
+    )
 
 
 def test_a_head_that_answers_otherwise_is_found(bundle, tmp_path, capsys):
