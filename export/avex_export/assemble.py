@@ -29,6 +29,7 @@ def assemble(request: Request) -> Assembly:
 
     Raises:
         ExportError: weights or labels are missing, or don't fit; or the probes don't go together.
+        InputError: a file of labels holds none.
         NotFoundError: a file that was named is not there.
     """
     if request.model is not None:

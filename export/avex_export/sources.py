@@ -6,7 +6,7 @@ from pathlib import Path
 import avex_serve
 from avex_export.recipes import Recipe
 from avex_serve.bundle import parse_labels
-from avex_serve.errors import ExportError, NotFoundError
+from avex_serve.errors import BundleError, ExportError, InputError, NotFoundError
 from avex_serve.models.probes.storage import WEIGHTS, SavedProbe, read_labels, read_saved
 
 DEFAULT_MODEL = "avex_demo"
@@ -55,6 +55,7 @@ def find_source(request: Request, recipe: Recipe) -> Source:
 
     Raises:
         ExportError: weights or labels are missing, or don't fit.
+        InputError: a file holds no labels.
         NotFoundError: a file that was named is not there.
     """
     path = _weights(request, recipe)
@@ -123,20 +124,25 @@ def read_label_file(path: Path) -> tuple[str, ...]:
 
     Raises:
         NotFoundError: no such file.
-        ExportError: no labels in it.
+        InputError: it can't be read, or holds no labels.
     """
     try:
         text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise NotFoundError(f"--labels {path}: no such file") from None
     except OSError as error:
-        raise NotFoundError(f"--labels {path}: {error.strerror}") from None
+        raise InputError(f"--labels {path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ExportError(f"--labels {path} is not UTF-8 text: {error}") from None
+        raise InputError(f"--labels {path} is not UTF-8 text: {error}") from None
     if path.suffix == ".json":
-        return parse_labels(text, source=str(path))
+        try:
+            return parse_labels(text, source=str(path))
+        except BundleError as error:
+            raise InputError(f"--labels {error}") from None
     labels = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not labels:
-        raise ExportError(f"--labels {path} holds no labels; expected one a line")
+        raise InputError(f"--labels {path} holds no labels; expected one a line")
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise ExportError(f"--labels {path} names labels more than once: {', '.join(twice[:5])}")
+        raise InputError(f"--labels {path} names labels more than once: {', '.join(twice[:5])}")
     return labels

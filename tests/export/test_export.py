@@ -547,12 +547,27 @@ def test_an_output_that_can_not_be_made_is_told(tmp_path, export, trained):
         assert (code, f"{tmp_path / 'file'} is a file, not a folder" in err) == (2, True)
 
 
-def test_labels_given_twice_are_told_before_the_export(tmp_path, export, trained):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("twice.txt", b"bat\nbat\nbee\nfrog\nwind\n", "twice.txt names labels more than once: bat"),
+        ("empty.txt", b"\n", "empty.txt holds no labels"),
+        ("latin.txt", "Zaunkönig".encode("latin-1"), "latin.txt is not UTF-8 text"),
+        ("list.json", b"[1]", "list.json must be one JSON object"),
+        ("folder", None, "folder can't be read: Is a directory"),
+    ],
+)
+def test_bad_labels_are_told_before_the_export(tmp_path, export, trained, name, content, message):
     _, folder = trained()
-    (tmp_path / "twice.txt").write_text("bat\nbat\nbee\nfrog\nwind\n")
-    code, out, err = export("--probe", folder, "--labels", tmp_path / "twice.txt", "--output", tmp_path / "b")
-    assert (code, "write ONNX" in out) == (4, False)
-    assert "twice.txt names labels more than once: bat" in err
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    code, out, err = export("--probe", folder, "--labels", path, "--output", tmp_path / "b")
+    assert (code, "write ONNX" in out) == (2, False)
+    assert f"--labels {tmp_path}" in err
+    assert message in err
 
 
 @pytest.mark.parametrize("allocate", [torch.empty, np.empty])
