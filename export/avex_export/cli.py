@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AvexServeError as error:
         return _fail(str(error), error.exit_code)
     except OSError as error:  # of the output folder; those of other files were told by name
-        return _fail(str(error), InputError.exit_code)
+        told = str(error) if error.filename is None else f"--output {error.filename}: {error.strerror}"
+        return _fail(told, InputError.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", 130)
     return 0

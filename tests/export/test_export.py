@@ -545,6 +545,8 @@ def test_an_output_that_can_not_be_made_is_told(tmp_path, export, trained):
     for below in ("bundle", "deeper/bundle"):
         code, _, err = export("--probe", folder, "--output", tmp_path / "file" / below)
         assert (code, f"{tmp_path / 'file'} is a file, not a folder" in err) == (2, True)
+    code, _, err = export("--probe", folder, "--output", tmp_path / ("long" * 99))
+    assert (code, err) == (2, f"avex-export: --output {tmp_path / ('long' * 99)}: File name too long\n")
 
 
 @pytest.mark.parametrize(
