@@ -98,6 +98,15 @@ def test_the_matrix_product_is_the_more_exact_spectrum_where_a_band_is_nearly_em
 
 
 @pytest.mark.parametrize("power", POWERS)
+@pytest.mark.parametrize("until", [8000, 3700])
+def test_a_recorders_offset_leaves_nothing_behind(power, until):
+    quiet = np.random.default_rng(0).integers(-3, 4, 8000)
+    signal = ((quiet + np.where(np.arange(8000) < until, 10000, 0)) / 2**15).astype(np.float32)
+    features = fbank(power)(torch.from_numpy(signal)[None])[0].numpy()
+    np.testing.assert_allclose(features, exact(fbank(), signal), atol=2e-5)
+
+
+@pytest.mark.parametrize("power", POWERS)
 def test_silence_is_the_floor(power):
     features = fbank(power)(torch.zeros(2, 1600))
     assert features.unique().tolist() == pytest.approx([np.log(np.finfo(np.float32).eps)])

@@ -52,17 +52,21 @@ class ProductFramePower(FramePower):
         return self.transform(self.prepare(frames, window))
 
 
-class FoldedFramePower(nn.Module):
-    """Kaldi's power spectrum of a frame as the transform alone: all before it is linear in the samples."""
+class FoldedFramePower(FramePower):
+    """Kaldi's power spectrum of a frame with the window in the transform.
+
+    Mean and pre-emphasis are linear in the samples too, but what they take away, a recorder's offset or wind, may be
+    thousands of times as large as what it lies over, and would leave its rounding noise behind in the product.
+    """
 
     def __init__(self, power: FramePower, window: Tensor) -> None:
-        super().__init__()
-        prepared = power.prepare(torch.eye(len(window), dtype=torch.float64), window.double())
-        self.transform = Transform(*(prepared @ matrix for matrix in dft_matrices(len(window), power.n_fft)))
+        super().__init__(power.n_fft, power.preemphasis)
+        column = window.double()[:, None]
+        self.transform = Transform(*(column * matrix for matrix in dft_matrices(len(window), power.n_fft)))
 
     def forward(self, frames: Tensor, window: Tensor) -> Tensor:
         """(B, F, win_length) → (B, F, n_fft // 2 + 1); the window is in the matrix."""
-        return self.transform(frames)
+        return self.transform(self.emphasise(frames))
 
 
 class ProductPower(nn.Module):
