@@ -1,7 +1,6 @@
 """The engine: a bundle ready to answer. HTTP, gRPC and the command line all call this one object."""
 
 import os
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.backend import Backend, open_backend
 from avex_serve.runtime.batcher import batched
 from avex_serve.runtime.cores import usable_cores
+from avex_serve.runtime.fair import FairSemaphore
 from avex_serve.runtime.stages import Run, in_pool
 from avex_serve.runtime.windows import WindowPlan, plan_windows
 
@@ -63,7 +63,7 @@ class Engine:
         # One call of the backend uses one core: this is where a recording's windows spread over the cores.
         self.threads = threads or usable_cores()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="avex-infer")
-        self._places = threading.Semaphore(self.threads)
+        self._places = FairSemaphore(self.threads)
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -80,7 +80,8 @@ class Engine:
         for _ in range(self.threads):
             self._places.acquire()
         self._closed = True
-        self._places.release(self.threads)
+        for _ in range(self.threads):
+            self._places.release()
 
     @property
     def manifest(self) -> Manifest:
