@@ -19,6 +19,7 @@ from avex_serve.service.gate import Gate
 from avex_serve.service.grpc_gate import GrpcGate
 from avex_serve.service.grpc_health import Health
 from avex_serve.service.grpc_messages import SERVICE, decoded, message_class
+from avex_serve.service.grpc_parts import check_parts
 from avex_serve.service.interception import Call
 from avex_serve.service.options import validated
 from avex_serve.service.settings import Settings
@@ -157,6 +158,7 @@ class _Servicer:
         return response
 
     def _infer(self, data: bytes) -> Any:
+        check_parts(data)
         request: Any = decoded(message_class("ModelInferRequest"), data)
         with self._model(request.model_name, request.model_version) as model:
             answer = model.infer(_parse(request))

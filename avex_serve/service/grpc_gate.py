@@ -11,9 +11,16 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health
 
-from avex_serve.errors import AvexServeError, DeadlineError, InputError, OverloadError, SlowRequestError
+from avex_serve.errors import (
+    AvexServeError,
+    DeadlineError,
+    InputError,
+    OverloadError,
+    SlowRequestError,
+    TooLargeError,
+)
 from avex_serve.runtime.admission import Ticket, hold_ticket
-from avex_serve.service.gate import Gate
+from avex_serve.service.gate import CONTROL_BYTES, Gate
 from avex_serve.service.grpc_messages import SERVICE
 from avex_serve.service.interception import Call
 
@@ -81,6 +88,8 @@ class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     async def _answer(self, answer: Call, method: str, context: grpc.aio.ServicerContext) -> Any:
         deadline = self._gate.deadline(context.time_remaining())
         data = await self._receive(method, context)
+        if method != WORK and len(data) > CONTROL_BYTES:
+            raise TooLargeError(f"the message has {len(data)} bytes; at most {CONTROL_BYTES} are taken here")
         bodies = self._gate.admission.bodies
         bodies.take(len(data))
         try:

@@ -196,6 +196,54 @@ def readable(connection):
         connection.settimeout(PATIENCE)
 
 
+EMPTY_INPUT, EMPTY_OUTPUT, EMPTY_RAW, EMPTY_PARAMETER = b"*\0", b"2\0", b":\0", b'"\0'
+
+
+def grpc_field(number, content):
+    """A field of a message as it travels, with up to 2**21 bytes."""
+    size = len(content)
+    return bytes([number << 3 | 2, size & 127 | 128, size >> 7 & 127 | 128, size >> 14]) + content
+
+
+SMALL_PARTS = {
+    "inputs": EMPTY_INPUT * 20_000,
+    "outputs": EMPTY_OUTPUT * 20_000,
+    "raw contents": EMPTY_RAW * 20_000,
+    "parameters": EMPTY_PARAMETER * 20_000,
+    "parameters of inputs": grpc_field(5, EMPTY_PARAMETER * 9000) * 2,
+    "parameters of outputs": grpc_field(6, b"\x12\0" * 9000) * 2,
+    "recordings": grpc_field(5, grpc_field(5, b"B\0" * 20_000)),
+    "dimensions": grpc_field(5, grpc_field(3, bytes(20_000))),
+    "integers": grpc_field(5, grpc_field(5, grpc_field(3, bytes(20_000)))),
+}
+
+
+@pytest.mark.parametrize("parts", SMALL_PARTS.values(), ids=SMALL_PARTS)
+def test_message_of_many_small_parts(server, parts):
+    """It would take many times its size in memory."""
+    code, details = rpc_error(server, service_pb2.ModelInferRequest(model_name="tiny").SerializeToString() + parts)
+    assert code == "INVALID_ARGUMENT"
+    assert details.startswith("the message has more than 16384 fields")
+
+
+@pytest.mark.parametrize("data", [b"*\x05", b"\x2b\x2c", b"\xff" * 11, b"\x0d\0", b"\x80" * 9 + b"\x01\0", b"\0\0"])
+def test_message_that_is_none(server, data):
+    assert rpc_error(server, data) == ("INVALID_ARGUMENT", "the request is no ModelInferRequest")
+
+
+def test_numbers_of_a_tensor_are_no_parts(server):
+    request = service_pb2.ModelInferRequest(model_name="tiny")
+    tensor = request.inputs.add(name="waveform", datatype="FP32", shape=[20, WINDOW])
+    tensor.contents.fp32_contents.extend(range(20 * WINDOW))
+    assert call(server, request.SerializeToString())
+
+
+@pytest.mark.parametrize("method", ["RepositoryModelLoad", "RepositoryIndex", "ModelMetadata", "ServerLive"])
+def test_small_message_that_is_large(server, method):
+    code, details = rpc_error(server, bytes(2**16 + 1), f"/inference.GRPCInferenceService/{method}")
+    assert (code, details) == ("INVALID_ARGUMENT", "the message has 65537 bytes; at most 65536 are taken here")
+
+
 def test_slow_message_over_grpc(server):
     ended = threading.Event()
 
