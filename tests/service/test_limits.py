@@ -264,6 +264,60 @@ def test_call_without_a_message(server):
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+# Heads
+
+MAX_HEAD = 2**16
+START = b"GET /livez HTTP/1.1\r\nHost: a\r\n"
+LARGE_HEADS = {
+    "header that doesn't end": START + b"X-A: " + b"a" * MAX_HEAD,
+    "name that doesn't end": START + b"a" * MAX_HEAD,
+    "path that doesn't end": b"GET /" + b"a" * MAX_HEAD,
+    "header": START + b"X-A: " + b"a" * MAX_HEAD + b"\r\n\r\n",
+    "path": b"GET /" + b"a" * MAX_HEAD + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+    "headers": START + b"a: b\r\n" * (MAX_HEAD // 6) + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("piece", [2**10, 2**20], ids=["in pieces", "at once"])
+@pytest.mark.parametrize("head", LARGE_HEADS.values(), ids=LARGE_HEADS)
+def test_head_that_is_too_large(server, head, piece):
+    with socket.create_connection(("127.0.0.1", server.http_port), timeout=PATIENCE) as connection:
+        with contextlib.suppress(ConnectionError):
+            for start in range(0, len(head), piece):
+                connection.sendall(head[start : start + piece])
+        answer = received(connection)
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        assert b"larger than the 65536 bytes" in answer
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1000) == b""
+
+
+def test_head_of_the_limit(server):
+    assert server.client.get("/livez", headers={"x-a": "a" * (MAX_HEAD - 1000)}).status_code == 200
+    assert server.client.get("/livez", headers={"x-a": "a" * MAX_HEAD}).status_code == 431
+
+
+@pytest.mark.parametrize("opening", [b"1\r\nx\r\n0\r\nA: ", b"1\r\nx\r\n1;a="], ids=["trailer", "extension"])
+def test_chunked_body_with_endless_additions(server, opening):
+    with connection(server, "POST /predict HTTP/1.1", "Transfer-Encoding: chunked", body=opening) as connection_:
+        assert any(breaks(connection_, b"a" * 2**14) for _ in range(1000))
+
+
+def breaks(connection, piece):
+    """Whether the other side has closed it."""
+    try:
+        connection.sendall(piece)
+    except ConnectionError:
+        return True
+    return False
+
+
+def test_body_in_many_small_pieces(server, predict):
+    """Who sends little at a time gets there."""
+    pieces = (WAV[start : start + 1000] for start in range(0, len(WAV), 1000))
+    assert server.post("/predict", content=pieces).json() == predict(WAV)
+
+
 # Recordings
 
 
