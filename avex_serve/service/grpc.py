@@ -230,7 +230,7 @@ def _inference(desk: Desk, ready: Callable[[], bool]) -> grpc.GenericRpcHandler:
         name: _handler(name, _decoding(message_class(f"{name}Request"), method)) for name, method in methods.items()
     }
     handlers["ModelInfer"] = _handler("ModelInfer", servicer.model_infer)
-    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(_refusal(oip_repository.NO_STREAM))
+    handlers["ModelStreamInfer"] = grpc.stream_unary_rpc_method_handler(_refusal(oip_repository.NO_STREAM))
     for name, reason in oip_repository.REFUSED_METHODS.items():
         handlers[name] = grpc.unary_unary_rpc_method_handler(_refusal(reason))
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
