@@ -136,6 +136,8 @@ def test_beyond_the_queue_both_transports_refuse_at_once(server):
             "/metrics",
         ):
             assert server.get(path).status_code == 200
+        assert server.post("/v2/repository/index").json()[0]["name"] == "slow"
+        assert server.post("/v2/repository/models/slow/load").status_code == 403
         check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
         assert check.status == health_pb2.HealthCheckResponse.SERVING
         assert channel.unary_unary("/inference.GRPCInferenceService/ServerMetadata")(b"", timeout=PATIENCE)
