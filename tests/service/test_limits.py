@@ -382,6 +382,16 @@ def test_json(server):
     assert refused(answer, 400, "comes with 32000 elements")  # the JSON alone counts
 
 
+def test_json_that_is_parsed_on_the_event_loop(server):
+    large = b'{"a": [' + b"[]," * 2**15 + b"[]]}"
+    assert len(large) < 100_000  # which is taken elsewhere
+    assert refused(server.post("/v2/repository/index", content=large), 413, "65536 bytes that are taken here")
+    for change in ("load", "unload"):  # forbidden here: the body isn't waited for
+        head = (f"POST /v2/repository/models/tiny/{change} HTTP/1.1", "Content-Length: 1000")
+        with connection(server, *head) as connection_:
+            assert received(connection_).startswith(b"HTTP/1.1 403 ")
+
+
 # Forms
 
 OPENING = b'--b\r\nContent-Disposition: form-data; name="audio"; filename="a.wav"\r\n'
