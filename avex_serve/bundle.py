@@ -110,7 +110,7 @@ class Agreement(_Strict):
     cosine: float = Field(description="of the embeddings, mean over the clips")
     centred_cosine: float = Field(description="the same of the embeddings less float32's mean embedding")
     lowest_centred_cosine: float = Field(description="of a clip")
-    decisions: float | None = Field(description="share of those that are the same; None: there is no head")
+    decisions: float | None = Field(None, description="share of those that are the same; None: there is no head")
 
 
 class Quantisation(_Strict):

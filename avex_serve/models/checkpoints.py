@@ -67,7 +67,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     others = sorted(str(name) for name, value in content.items() if not isinstance(value, Tensor))
     if others:
         raise ValueError(
-            f"checkpoint {path} holds no state dict: beside tensors there are {_some(others)}; expected tensors "
+            f"checkpoint {path} holds no state dict: beside tensors there are {some(others)}; expected tensors "
             f"only, or a mapping with them under {' or '.join(_WRAPPERS)}"
         )
     if not content:
@@ -147,9 +147,15 @@ def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
         "of another shape": sorted(shapes),
     }
     if any(differences.values()):
-        told = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in differences.items() if names)
+        told = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in differences.items() if names)
         raise ValueError(f"{source} doesn't fit {type(module).__name__}: {told}")
     module.load_state_dict(state)
+
+
+def differing(own: StateDict, state: StateDict) -> list[str]:
+    """Names of the weights that both hold and that differ, as far as the precision in `state` can tell."""
+    both = [n for n, t in own.items() if n in state and t.is_floating_point() and not _COMPUTED.search(n)]
+    return sorted(n for n in both if not torch.equal(own[n].to(state[n]).flatten(), state[n].flatten()))
 
 
 def count_classes(state: StateDict) -> int | None:
@@ -171,6 +177,11 @@ def fingerprint(module: ModelBase) -> str:
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def some(names: list[str]) -> str:
+    """The first of many names, and how many there are beside them."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _read(path: Path) -> Any:
@@ -215,7 +226,7 @@ def _refuse_placeholder(state: StateDict, source: str) -> None:
     """Raise ValueError for what a failed upload or an unfinished download leaves: no values, or only zeros."""
     empty = sorted(name for name, tensor in state.items() if tensor.numel() == 0)
     if empty:
-        raise ValueError(f"{source} has {len(empty)} tensors of size zero: {_some(empty)}; get it again")
+        raise ValueError(f"{source} has {len(empty)} tensors of size zero: {some(empty)}; get it again")
     weights = [tensor for tensor in state.values() if tensor.is_floating_point()]
     if not any(tensor.any() for tensor in weights):
         raise ValueError(f"{source} holds nothing but zeros in {len(state)} tensors; get it again")
@@ -242,7 +253,3 @@ def _rename(name: str) -> str:
     for pattern, replacement in _RENAMES:
         name = pattern.sub(replacement, name)
     return name
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

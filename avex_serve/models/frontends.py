@@ -109,10 +109,14 @@ class FramePower(nn.Module):
         return torch.fft.rfft(self.prepare(frames, window), n=self.n_fft).abs().pow(2.0)
 
     def prepare(self, frames: Tensor, window: Tensor) -> Tensor:
-        """What is transformed: (…, win_length) of the same shape. It is linear in the frames."""
+        """What is transformed: (…, win_length) of the same shape."""
+        return self.emphasise(frames) * window
+
+    def emphasise(self, frames: Tensor) -> Tensor:
+        """Frames (…, win_length) without their mean, and with less of what is low."""
         frames = frames - frames.mean(dim=-1, keepdim=True)
         previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
-        return (frames - self.preemphasis * previous) * window
+        return frames - self.preemphasis * previous
 
 
 class EATFrontEnd(nn.Module):

@@ -12,10 +12,10 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from avex_serve.bundle import EVIDENCE, VERIFICATION, Bundle
 from avex_serve.errors import BundleError
@@ -49,8 +49,14 @@ class CaseEntry(_Document):
     """A case without its arrays."""
 
     name: str
-    sample_rate: int | None
-    batches: tuple[int, ...]
+    sample_rate: PositiveInt | None
+    batches: tuple[PositiveInt, ...]
+
+    @model_validator(mode="after")
+    def _goes_somewhere(self) -> Self:
+        if self.sample_rate is None and not self.batches:
+            raise ValueError(f"{self.name!r} goes through no graph: it has no batches")
+        return self
 
 
 class Errors(_Document):
@@ -79,7 +85,7 @@ class Check(_Document):
     whole_way: bool  # whether a recording went through windows, graph, activation and stitching
     errors: dict[str, Errors]  # by output
     decisions: Decisions | None
-    by_float64: bool  # whether float64 was the judge, since float32 itself is off by more than the tolerance
+    by_float64: bool  # whether float64 was the judge, since eager mode is further away than may pass
     passed: bool
 
 
@@ -99,7 +105,7 @@ class Record(_Document):
     optimisation: str  # of onnxruntime, as it serves
     tolerance: float
     passed: bool
-    cases: tuple[CaseEntry, ...]  # those whose arrays are in verification.npz
+    cases: tuple[CaseEntry, ...] = Field(min_length=1)  # those whose arrays are in verification.npz
     checks: tuple[Check, ...]
     skipped: tuple[str, ...]  # what was not compared or not kept, and why
     passes: tuple[Gain, ...] = ()  # if they were profiled
@@ -143,7 +149,7 @@ def read_evidence(bundle: Bundle) -> tuple[Record, list[Case]]:
         record = Record.model_validate(raw)
         with arrays.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return record, [_case(entry, i, stored) for i, entry in enumerate(record.cases)]
-    except (ValidationError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValidationError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise BundleError(f"the evidence in {bundle.directory} can't be read ({error}); export again") from None
 
 

@@ -21,7 +21,9 @@ class TorchBackend:
         if device == "cuda" and not cuda_is_available():
             raise DependencyError("device cuda was asked for, but torch sees no CUDA device; use cpu or auto")
         try:
-            self._module = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]
+            module = torch.jit.load(str(path), map_location=device).eval()  # type: ignore[no-untyped-call]
+            # Here and not in the file: frozen weights are constants, which stay on the device where they are.
+            self._module = torch.jit.freeze(module)
         except RuntimeError as error:
             raise BundleError(f"torch can't load {path}: {error}") from error
         self.device = device

@@ -41,6 +41,9 @@ scores = model.predict(["recording.wav"], activation_layer={activation})
 embeddings = model.embed(["recording.wav"])
 ```"""
 
+_FILLED = """
+It fills up the last clip of a recording with zeros, which the service hears at its own length: there they differ."""
+
 _ALL_PROBES = "    curl -F audio=@recording.wav http://localhost:3000/predict_all\n"
 
 _EMBED_CALLS = """\
@@ -195,5 +198,7 @@ def _calls(manifest: Manifest, onnx: bool) -> str:
     if len(manifest.probes) > 1:
         predict = f"'{predict}?probe={probe.name}'"
     every = "" if len(manifest.probes) == 1 else _ALL_PROBES
-    calls = f"{_AUDIO_CALLS}\n\n{_OPENSOUNDSCAPE}" if onnx and not manifest.masked else _AUDIO_CALLS
+    opens = f"\n\n{_OPENSOUNDSCAPE}" if onnx and not manifest.masked else ""
+    filled = f"\n{_FILLED}" if opens and spec.shape[1] == -1 else ""
+    calls = f"{_AUDIO_CALLS}{opens}{filled}"
     return calls.format(**known, activation=activation, predict=predict, every=every)

@@ -1,6 +1,7 @@
 """The export itself: assemble, write each format, verify, seal the bundle."""
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -253,7 +254,13 @@ def _onnx_metadata(assembly: Assembly) -> dict[str, str]:
     if assembly.clip_samples is not None and assembly.sample_rate is not None:
         metadata |= {
             "sample_rate": str(assembly.sample_rate),
-            "sample_duration": str(assembly.clip_samples / assembly.sample_rate),
+            "sample_duration": str(_seconds(assembly.clip_samples, assembly.sample_rate)),
             "embedding_outputs_key": assembly.embedding_of(0).name,
         }
     return metadata
+
+
+def _seconds(samples: int, rate: int) -> float:
+    """Seconds whose product with the rate is no less than the samples, since OpenSoundscape rounds it down."""
+    seconds = samples / rate
+    return seconds if seconds * rate >= samples else math.nextafter(seconds, math.inf)

@@ -225,6 +225,14 @@ def test_the_onnx_file_says_what_other_tools_ask(tmp_path, export, trained):
     assert not (tmp_path / "bundle" / "model.torchscript.pt").exists()
 
 
+def test_a_duration_gives_all_samples_when_a_reader_rounds_down(tmp_path, export, trained):
+    _, folder = trained()
+    assert int(32160 / RATE * RATE) == 32159
+    export("--probe", folder, "--clip-seconds", "2.01", "--output", tmp_path / "bundle", "--format", "onnx")
+    metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "bundle" / "model.onnx").metadata_props}
+    assert int(float(metadata["sample_duration"]) * RATE) == 32160
+
+
 def test_only_tapped_layers_are_left(tmp_path, export, trained):
     _, folder = trained(target_layers=[0])
     export("--probe", folder, "--output", tmp_path / "bundle")

@@ -7,6 +7,7 @@ import onnx
 import pytest
 import soundfile
 import torch
+import yaml
 from torch import nn
 
 from avex_export.graph import OnePassGraph
@@ -16,7 +17,7 @@ from avex_export.int8.products import Int8Linear, quantise
 from avex_export.int8.rounding import compensated, nearest, steps
 from avex_export.passes import Target, rewrite
 from avex_serve import open_bundle
-from avex_serve.bundle import draft_manifest, read_bundle
+from avex_serve.bundle import VERIFICATION, draft_manifest, read_bundle
 from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError, InputError
@@ -254,6 +255,37 @@ def test_int8_is_verified_by_what_it_was_off_by_where_it_was_made(tmp_path, expo
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("✗")]
     assert lines
     assert all("onnx-int8" in line for line in lines)
+    # What isn't known can't be judged by.
+    replace_file(
+        output, VERIFICATION, json.dumps(json.loads((output / VERIFICATION).read_bytes()) | {"checks": []}).encode()
+    )
+    assert serve(["verify", str(output)]) == 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--embeddings"],
+        ["--probe", "linear_last", "--without", "projections"],
+        ["--probe", "queries"],
+    ],
+    ids=str,
+)
+def test_what_else_has_an_int8_graph(tmp_path, export, model, labels, options):
+    """Embeddings alone; attention whose products aren't merged, by option or since one of them is tapped."""
+    recipe = {"probe_type": "linear", "target_layers": ["backbone.encoder.layers.0.self_attn.q_proj"]}
+    (tmp_path / "queries.yml").write_text(yaml.safe_dump({"probe_config": recipe}))
+    options = [str(tmp_path / "queries.yml") if option == "queries" else option for option in options]
+    heads = () if "--embeddings" in options else ("--labels", labels, "--allow-untrained")
+    output = tmp_path / "bundle"
+    code, _, err = export(
+        *options, "--model", model, *heads, "--format", "onnx", "--quantize", "int8", "--output", output
+    )
+    assert code == 0, err
+    with open_bundle(output) as engine:
+        assert engine.backend.format == "onnx-int8"
+        assert np.isfinite(engine.infer(noise(1).numpy())["embedding"]).all()
+    assert serve(["verify", str(output)]) == 0
 
 
 def read_record(bundle):

@@ -98,7 +98,10 @@ def test_clips_of_any_length_are_answered_as_the_probe_does(
     manifest = read_bundle(output).manifest
     assert (manifest.audio.window_samples, manifest.audio.shortest_samples) == (RATE, shortest)
     assert [spec.shape for spec in manifest.inputs] == [(-1, -1)]
-    assert f"clips of any length from {shortest} samples" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert f"clips of any length from {shortest} samples" in card
+    assert "OpenSoundscape" in card
+    assert "fills up the last clip of a recording with zeros" in card
     for form in ("onnx", "torchscript"):
         only_keep(output, form)
         with open_bundle(output, "cpu") as engine:

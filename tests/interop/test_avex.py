@@ -10,6 +10,7 @@ from avex_serve.models.custom import adapt
 from avex_serve.models.efficientnet import Bottleneck
 from avex_serve.models.hooks import tap_by_hooks
 from avex_serve.models.probes import build_probe_from_config
+from avex_serve.models.probes.storage import load_head
 from avex_serve.models.utils.factory import build_model_from_spec
 from tests.models.backbones import TINY, noise
 
@@ -57,6 +58,32 @@ def test_our_probe_gives_what_avexs_probe_gives(model, layers):
     theirs.classifier.load_state_dict(ours.classifier.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(logits, theirs(noise(3)), rtol=1e-6, atol=1e-6)
+
+
+def test_a_probe_trained_in_avex_answers_as_there_or_is_refused(model):
+    fields = {"probe_type": "linear", "target_layers": ["last_layer"], "aggregation": "mean"}
+    ours = build_ours(model)  # with the weights from before the training
+    theirs = avex.models.probes.build_probe_from_config(
+        avex.configs.ProbeConfig(**fields), num_classes=3, device="cpu", base_model=model
+    )
+    theirs.train()(noise(3))  # as in a step of the training
+    with torch.no_grad():
+        expected = theirs.eval()(noise(3, seed=2))
+
+    def load(**changes):
+        config = ProbeConfig(**fields, **changes)
+        probe = build_probe_from_config(config, 3, "cpu", base_model=ours, target_length=16000)
+        load_head(probe, theirs.state_dict(), "head.pt")
+        return probe.eval()
+
+    if hasattr(model, "backbone"):  # BEATs, which has no statistics
+        probe = load()
+    else:
+        with pytest.raises(ValueError, match=r"another backbone.*running_mean"):
+            load()
+        probe = load(freeze_backbone=False)
+    with torch.no_grad():
+        torch.testing.assert_close(probe(noise(3, seed=2)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_masks_and_the_length_of_a_clip_are_avexs(model):

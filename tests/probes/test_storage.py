@@ -7,8 +7,9 @@ from avex_export.cli import main
 from avex_serve import load_model
 from avex_serve.bundle import read_bundle
 from avex_serve.models.probes import load_probe, save_probe
+from avex_serve.models.probes.storage import load_head
 from tests.hub import hub_cache, use_cache
-from tests.models.backbones import noise, tiny_beats, tiny_spec, write_model
+from tests.models.backbones import effnet, noise, tiny_beats, tiny_spec, write_model
 from tests.probes.test_probes import HEADS, build, logits
 
 LABELS = ("bat", "bee", "bird", "frog", "wind")
@@ -104,6 +105,28 @@ def test_another_backbone_is_refused(tmp_path, backbone):
     save_file(other, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="was trained on a backbone with fingerprint"):
         load_probe(tmp_path / "probe", checkpoint_path=str(tmp_path / "other.safetensors"))
+
+
+@pytest.mark.parametrize("make", [tiny_beats, effnet], ids=lambda make: make.__name__)
+def test_a_state_dict_that_holds_another_backbone_is_refused(make):
+    """As avex leaves a frozen EfficientNet, whose batch statistics change while its probe is trained."""
+    trained = build(base=make(seed=5))
+    probe = build(base=make(seed=5))
+    state = {name: tensor.half() for name, tensor in trained.state_dict().items()}
+    load_head(probe, state, "half.pt")
+    load_head(probe, trained.state_dict(), "head.pt")
+    torch.testing.assert_close(logits(probe, noise(2)), logits(trained, noise(2)), rtol=0, atol=0)
+    moved = [n for n, _ in trained.base_model.named_buffers(prefix="base_model") if n.endswith("running_mean")]
+    moved = moved[-1] if moved else "base_model.backbone.layer_norm.bias"
+    with torch.no_grad():
+        trained.get_buffer(moved).add_(0.1) if "running" in moved else trained.get_parameter(moved).add_(0.1)
+    before = logits(probe, noise(2))
+    with pytest.raises(ValueError, match=rf"another backbone.* 1 of its tensors differ: {moved};.*freeze_backbone"):
+        load_head(probe, trained.state_dict(), "head.pt")
+    torch.testing.assert_close(logits(probe, noise(2)), before, rtol=0, atol=0)
+    taken = build(base=make(seed=6), freeze_backbone=False).eval()
+    load_head(taken, trained.state_dict(), "head.pt")
+    torch.testing.assert_close(logits(taken, noise(2)), logits(trained, noise(2)), rtol=0, atol=0)
 
 
 def test_a_classifier_of_the_backbone_is_no_part_of_the_probe(tmp_path, backbone):

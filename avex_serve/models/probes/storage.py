@@ -21,9 +21,11 @@ from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import (
     StateDict,
     brought_to,
+    differing,
     fingerprint,
     load_strictly,
     read_state_dict,
+    some,
 )
 from avex_serve.models.custom import Backbone, adapt
 from avex_serve.models.probes.base import Probe, Shape
@@ -200,16 +202,23 @@ def read_labels(folder: Path, num_classes: int) -> tuple[str, ...] | None:
 def load_head(probe: Probe, state: StateDict, source: str) -> None:
     """Load weights into a probe, strictly: of the head alone if its backbone is frozen, else of everything.
 
-    A state dict saved by avex holds the backbone too (``base_model.…``): it is left out for a frozen backbone.
+    A state dict saved by avex holds the backbone too (``base_model.…``): of a frozen one it must be the probe's.
 
     Raises:
-        ValueError: names or shapes that don't fit.
+        ValueError: names or shapes that don't fit, or another backbone than the probe's.
     """
     state = brought_to(probe.state_dict(), state)
     if not probe.freeze_backbone:
         state = {**{n: t for n, t in probe.state_dict().items() if n.startswith(_UNUSED)}, **state}
     elif probe.base_model is not None:
         own = {n: t for n, t in probe.state_dict().items() if n.startswith("base_model.")}
+        if others := [name for name in differing(own, state) if not name.startswith(_UNUSED)]:
+            raise ValueError(
+                f"{source} was trained on another backbone than the probe's: {len(others)} of its tensors differ: "
+                f"{some(others)}; load the backbone with the weights of the training, or set freeze_backbone=False "
+                "in the probe's configuration to take them from here (in avex training changes the batch statistics "
+                "of a frozen EfficientNet)"
+            )
         state = {**{n: t for n, t in state.items() if not n.startswith("base_model.")}, **own}
     load_strictly(probe, state, source)
 

@@ -86,7 +86,8 @@ def quantise(graph: AudioGraph, clips: Tensor) -> int:
     """Turn the products of a rewritten graph's transformer into integers, in place, one after the other.
 
     Each is rounded on what it hears behind those that were rounded before it, and its bias takes up the mean of all
-    their errors. Products of one token a clip, behind the pooling, stay: they cost nothing.
+    their errors. Products of one token a clip, behind the pooling, stay: they cost nothing. So does BEATs' small one
+    for each head of each token, where it isn't merged with the large ones.
 
     Args:
         graph: rewritten by `avex_export.passes`, on BEATs or EAT.
@@ -104,7 +105,7 @@ def quantise(graph: AudioGraph, clips: Tensor) -> int:
 
     def listen(name: str) -> RemovableHandle:
         def hear(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.shape[1] > 1:
+            if output.ndim == 3 and output.shape[1] > 1:
                 means[name] = output.flatten(0, 1).mean(dim=0)
 
         return linears[name].register_forward_hook(hear)

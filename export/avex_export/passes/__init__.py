@@ -27,7 +27,7 @@ class Pass:
 
 PASSES = (
     Pass("dead-layers", "leave out what comes after the tapped layers, and classifiers", drop_dead_layers),
-    Pass("front-end", "fold pre-emphasis and window of Kaldi's frames into the DFT's matrix", fold_front_end),
+    Pass("front-end", "fold the window of Kaldi's frames into the DFT's matrix", fold_front_end),
     Pass("fourier", "fold the real DFT of a spectrogram four ways by its symmetries", fold_fourier_transform),
     Pass("image", "convolve the spectrogram once instead of three equal channels", fold_image_channels),
     Pass(

@@ -1,7 +1,6 @@
 """Power spectra as products with constant matrices, which runtimes are fast at, and how the products get smaller.
 
-The matrices are made in float64. A product is more exact than an FFT in float32 where a band is nearly empty, except
-beside a much louder low frequency.
+The matrices are made in float64. A product is more exact than an FFT in float32 where a band is nearly empty.
 """
 
 import math
@@ -53,21 +52,21 @@ class ProductFramePower(FramePower):
         return self.transform(self.prepare(frames, window))
 
 
-class FoldedFramePower(nn.Module):
-    """Kaldi's power spectrum of a frame as the transform alone: all before it is linear in the samples.
+class FoldedFramePower(FramePower):
+    """Kaldi's power spectrum of a frame with the window in the transform.
 
-    The mean is still taken off the samples: a recorder's offset, thousands of times as large as what it lies under,
-    would leave its rounding noise behind in the product.
+    Mean and pre-emphasis are linear in the samples too, but what they take away, a recorder's offset or wind, may be
+    thousands of times as large as what it lies over, and would leave its rounding noise behind in the product.
     """
 
     def __init__(self, power: FramePower, window: Tensor) -> None:
-        super().__init__()
-        prepared = power.prepare(torch.eye(len(window), dtype=torch.float64), window.double())
-        self.transform = Transform(*(prepared @ matrix for matrix in dft_matrices(len(window), power.n_fft)))
+        super().__init__(power.n_fft, power.preemphasis)
+        column = window.double()[:, None]
+        self.transform = Transform(*(column * matrix for matrix in dft_matrices(len(window), power.n_fft)))
 
     def forward(self, frames: Tensor, window: Tensor) -> Tensor:
         """(B, F, win_length) → (B, F, n_fft // 2 + 1); the window is in the matrix."""
-        return self.transform(frames - frames.mean(dim=-1, keepdim=True))
+        return self.transform(self.emphasise(frames))
 
 
 class ProductPower(nn.Module):
