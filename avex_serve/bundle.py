@@ -369,7 +369,7 @@ def seal_bundle(folder: Path, labels: Mapping[str, tuple[str, ...]], fields: Map
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     manifest = draft_manifest({**fields, "files": files})
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True) + "\n", "utf-8")
-    return manifest
+    return read_manifest(folder).manifest  # what can't be read is not sealed
 
 
 def draft_manifest(fields: Mapping[str, Any]) -> Manifest:

@@ -15,7 +15,7 @@
     ├── ClientGoneError       nobody waits for the answer          499  CANCELLED
     ├── ForbiddenError        the service's settings forbid it     403  PERMISSION_DENIED    exit 2
     ├── UnavailableError      known, and not served at present     503  UNAVAILABLE          exit 3
-    ├── BundleError           the folder is no whole bundle        500  FAILED_PRECONDITION  exit 3
+    ├── BundleError           the folder is no whole bundle        422  FAILED_PRECONDITION  exit 3
     ├── DependencyError       an optional package is missing       500  FAILED_PRECONDITION  exit 3
     ├── ExportError           the exporter can't or won't go on    500  INTERNAL             exit 4
     └── VerificationError     a bundle answers otherwise here      500  INTERNAL             exit 5
@@ -140,6 +140,7 @@ class UnavailableError(AvexServeError):
 class BundleError(AvexServeError):
     """A folder is not a whole, readable bundle."""
 
+    http_status = 422  # to who asks that it be loaded; the service goes on as before
     grpc_status = "FAILED_PRECONDITION"
     exit_code = 3
 

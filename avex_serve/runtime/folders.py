@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from avex_serve.bundle import MANIFEST, read_bundle
@@ -41,14 +42,19 @@ def check_any(roots: Iterable[Path]) -> None:
 def stamp(folder: Path) -> Stamp:
     """What tells whether the files of a folder are still the same; looks at no content."""
     files = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                status = entry.stat()
+    with suppress(OSError), os.scandir(folder) as entries:  # a folder that vanished has no files
+        for entry in entries:
+            if status := _status(entry):
                 files.append((entry.name, status.st_ino, status.st_mtime_ns, status.st_size))
-    except OSError:  # something vanished meanwhile: the next look will tell
-        return ()
     return tuple(sorted(files))
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Of what a link leads to, of the link itself where that is nowhere; None if the entry vanished."""
+    for follow in (True, False):
+        with suppress(OSError):
+            return entry.stat(follow_symlinks=follow)
+    return None
 
 
 def is_gone(folder: Path) -> bool:
@@ -73,10 +79,18 @@ def _inside(root: Path) -> Iterator[Path]:
 def _folders(folder: Path) -> list[Path]:
     try:
         # A name that begins with a dot is a bundle in the making, or a volume's own.
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(path for path in folder.iterdir() if _is_folder(path) and not path.name.startswith("."))
     except OSError:
         return []
 
 
 def _has_manifest(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
+    with suppress(OSError):  # as of a folder that may not be entered, such as a disk's lost+found
+        return (folder / MANIFEST).is_file()
+    return False
+
+
+def _is_folder(path: Path) -> bool:
+    with suppress(OSError):  # as of a link into such a folder
+        return path.is_dir()
+    return False

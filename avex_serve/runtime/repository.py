@@ -215,13 +215,13 @@ class Repository:
 
     def _look_around(self, *, patient: bool) -> None:
         found = self._find_places()
-        for place in list(self._places.values()):
-            if place.folder in found:
-                self._look_at(place, patient=patient)
-            else:
-                self._look_after(place)
+        for folder in found:
+            self._look_at(self._places[folder], patient=patient)
+        # Only now: a bundle whose folder was renamed has been taken over from the new one.
+        for place in [place for folder, place in self._places.items() if folder not in found]:
+            self._look_after(place)
 
-    def _find_places(self) -> set[Path]:
+    def _find_places(self) -> list[Path]:
         found = find_bundles(self._roots)
         for folder in found:
             if folder not in self._places:
@@ -230,7 +230,7 @@ class Repository:
                 name, version = (folder.parent.name, folder.name) if nested else (folder.name, "")
                 with self._lock:
                     self._places[folder] = _Place(folder, name, version)
-        return set(found)
+        return found
 
     def _called(self, name: str) -> list[_Place]:
         if called := [place for place in self._places.values() if place.is_called(name)]:
@@ -277,12 +277,17 @@ class Repository:
             logger.warning("bundle %s has random weights: its answers mean nothing", manifest.name)
 
     def _check_unique(self, place: _Place, manifest: Manifest) -> None:
-        other = self._served.get((manifest.name, manifest.version))
-        if other is not None and other is not place.served:
-            raise BundleError(
-                f"{place.folder} holds {manifest.name}, version {manifest.version}, which is served from "
-                f"{other.engine.bundle.directory}; remove one of the two, or give it another version"
-            )
+        other = self._place_of((manifest.name, manifest.version))
+        if other is None or other is place or (other.gone and is_gone(other.folder)):
+            return
+        raise BundleError(
+            f"{place.folder} holds {manifest.name}, version {manifest.version}, which is served from "
+            f"{other.folder}; remove one of the two, or give it another version"
+        )
+
+    def _place_of(self, key: tuple[str, str]) -> _Place | None:
+        """Where the model of that name and version is served from."""
+        return next((place for place in self._places.values() if place.served and place.served.key == key), None)
 
     def _open(self, folder: Path) -> Engine:
         engine = self._open_engine(folder)
@@ -309,6 +314,8 @@ class Repository:
         gone = is_gone(place.folder)
         if place.served is not None and not (gone and place.gone):
             place.gone = gone  # without a manifest a folder is one that is being copied
+            if gone:  # and what lies elsewhere under its name may take over
+                self._reconsider(place.served.key)
             return
         if place.served is not None:
             logger.info("bundle %s, version %s, is gone: %s", *place.served.key, place.folder)
@@ -317,26 +324,33 @@ class Repository:
             del self._places[place.folder]
 
     def _exchange(self, place: _Place, engine: Engine | None, reason: str = "") -> None:
-        """Serve this engine, or none, in place of the one before."""
+        """Serve this engine, or none, in place of the one before; also of one of its name from another folder."""
+        fresh = None if engine is None else _Served(engine)
+        before = [place.served] if place.served is not None else []
         with self._lock:
-            before, place.served = place.served, None
-            if before is not None:
-                del self._served[before.key]
-                before.retired = True
-            if engine is not None:
-                place.served = _Served(engine)
-                self._served[place.served.key] = place.served
+            place.served = None
+            if fresh is not None and (other := self._place_of(fresh.key)) is not None and other.served is not None:
+                before.append(other.served)
+                other.served = None
+            for served in before:
+                del self._served[served.key]
+                served.retired = True
+            if fresh is not None:
+                place.served = self._served[fresh.key] = fresh
             else:
                 place.settled = None
             place.reason = place.logged = reason
-            idle = before is not None and before.leases == 0
-        if before is None:
-            return
-        if idle:
-            before.engine.close()
-        for other in self._places.values():
-            if other is not place and other.reason and (other.name, other.version) == before.key:
-                other.settled = None  # what was refused because of this one isn't any more
+            idle = [served for served in before if served.leases == 0]
+        for served in idle:
+            served.engine.close()
+        for served in before:
+            self._reconsider(served.key)
+
+    def _reconsider(self, key: tuple[str, str]) -> None:
+        """Look again at what is refused because this one is served."""
+        for place in self._places.values():
+            if place.reason and (place.name, place.version) == key:
+                place.settled = None
 
     def _give_back(self, served: _Served) -> None:
         with self._lock:

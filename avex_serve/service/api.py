@@ -17,7 +17,7 @@ from typing import Any, Final
 import bentoml
 from anyio import to_thread
 
-from avex_serve.errors import AvexServeError
+from avex_serve.errors import AvexServeError, InputError
 from avex_serve.runtime import linked
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.cores import threads_of_worker
@@ -45,6 +45,7 @@ from avex_serve.service.tracing import Tracing, leave_out_unsent_spans
 
 logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the information of loggers that are not its own
 
+EVERYWHERE: Final = {"0.0.0.0", "::"}
 STARTUP_FAILED: Final = 3  # exit code, uvicorn's for this case
 
 
@@ -197,6 +198,7 @@ class AvexService:
             settings = Settings.from_environment()
             configure_logs(settings.log_format)
             check_any(settings.bundle)
+            _check_ports_differ(settings)
             check_port_is_free(settings)
             Keys.from_settings(settings)
             server_credentials(settings)
@@ -245,6 +247,21 @@ def _workers() -> int:
     services = BentoMLContainer.config.services.get()
     workers = (services.get(AvexService.name) or {}).get("workers") or 1
     return int(system_resources()["cpu"]) or 1 if workers == "cpu_count" else int(workers)
+
+
+def _check_ports_differ(settings: Settings) -> None:
+    """Raise InputError if gRPC is to listen where HTTP will, as `bentoml serve` and its configuration say."""
+    import click  # BentoML's command is made with it
+    from bentoml._internal.configuration.containers import BentoMLContainer
+
+    command = click.get_current_context(silent=True)
+    given = {} if command is None else command.params
+    port = given.get("port") or BentoMLContainer.http.port.get()
+    hosts = {given.get("host") or BentoMLContainer.http.host.get(), str(settings.grpc_host)}
+    if port == settings.grpc_port and (len(hosts) == 1 or hosts & EVERYWHERE):
+        raise InputError(
+            f"AVEX_GRPC_PORT is {port}, on which HTTP listens; set another one, or give HTTP another --port"
+        )
 
 
 @cache

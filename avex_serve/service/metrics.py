@@ -10,23 +10,26 @@
     avex_model_info{name, version, format, device}      1 for each model that is served
 
 A route is a template or `other`, so that paths nobody serves don't make series. Workers share their series by files
-in PROMETHEUS_MULTIPROC_DIR, which BentoML sets and clears.
+in PROMETHEUS_MULTIPROC_DIR, which BentoML sets and clears. A worker that takes the place of one that died begins by
+taking the requests of the dead out of those in progress.
 """
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.stages import STAGES, Work
 
 # From a few milliseconds for a small model to minutes for a recording of hours.
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+SHARED: Final = "PROMETHEUS_MULTIPROC_DIR"
 TRANSPORTS: Final = ("http", "grpc")
 MODEL: Final = ("name", "version", "format", "device")
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -43,6 +46,8 @@ class Metrics:
     """
 
     def __init__(self, served: Callable[[], AbstractContextManager[Iterable[Engine]]]) -> None:
+        if directory := os.environ.get(SHARED):
+            _forget_the_dead(Path(directory))
         self._registry = registry = CollectorRegistry()
         self._served = served
         self._requests = Counter(
@@ -99,7 +104,7 @@ class Metrics:
     def text(self) -> bytes:
         """The metrics of all workers in Prometheus' text format."""
         registry = self._registry
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        if SHARED in os.environ:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry) + generate_latest(_Only(self._model_info()))
@@ -111,6 +116,17 @@ class Metrics:
                 manifest, backend = engine.manifest, engine.backend
                 family.add_metric([manifest.name, manifest.version, backend.format, backend.device], 1)
         return family
+
+
+def _forget_the_dead(directory: Path) -> None:
+    """Take what workers were at when they died out of the gauges."""
+    for file in directory.glob("gauge_live*_*.db"):
+        pid = int(file.stem.rpartition("_")[2])
+        try:
+            os.kill(pid, 0)
+        except OSError:  # no such process, or somebody else's by now
+            with suppress(FileNotFoundError):  # another worker, which starts at the same time, was faster
+                mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
 class _Only(CollectorRegistry):

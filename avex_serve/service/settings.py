@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, SecretStr, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from avex_serve.errors import InputError
 
@@ -39,7 +40,7 @@ class Settings(BaseModel):
         "auto", description="which graph runs; auto: int8 on a CPU where the bundle has it"
     )
     reload_seconds: float = Field(
-        10, ge=0, allow_inf_nan=False, description="between two looks for new bundles on disk; 0: never"
+        10, ge=0, le=86_400, description="between two looks for new bundles on disk; 0: never"
     )
     model_control: ModelControl = Field(
         "none", description="whether clients may load and unload models (explicit) or not (none)"
@@ -101,7 +102,11 @@ class Settings(BaseModel):
     @field_validator("bundle", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return [part for part in value.split(os.pathsep) if part] if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        if folders := [part for part in value.split(os.pathsep) if part]:
+            return folders
+        raise PydanticCustomError("no_folder", "it names no folder; name one, or unset it to serve the demo bundle")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:

@@ -156,6 +156,51 @@ def test_the_second_of_a_name_and_version_is_refused(shelf, opened):
     assert [state.ready for state in repository.index()] == [True]
 
 
+def test_a_folder_that_is_renamed_is_served_all_the_while(shelf):
+    old, new = bundle(shelf / "old"), shelf / "new"
+    served_meanwhile = []
+
+    def open_engine(folder):
+        if folder == new:
+            served_meanwhile.append(served(repository))
+        return open_bundle(folder)
+
+    repository = Repository([shelf], open_engine)
+    with repository.lease() as before:
+        old.rename(new)
+        for _ in range(3):
+            repository.refresh()
+            with repository.lease() as engine:
+                assert engine.manifest.version == "1"
+        assert engine.bundle.directory == new
+        assert [(state.ready, state.reason) for state in repository.index()] == [(True, "")]
+        assert not is_closed(before)
+    assert is_closed(before)
+    assert served_meanwhile == [[("tiny", "1")]]
+    repository.close()
+    assert is_closed(engine)
+
+
+def test_a_second_one_takes_over_when_the_first_is_removed(shelf, opened):
+    first, second = bundle(shelf / "a"), bundle(shelf / "b", activation="softmax")
+    repository = opened(shelf)
+    for _ in range(2):
+        repository.refresh()
+    first.rename(shelf / ".away")
+    repository.refresh()
+    (shelf / ".away").rename(first)  # away for a moment
+    for _ in range(2):
+        repository.refresh()
+        with repository.lease() as engine:
+            assert engine.bundle.directory == first
+    shutil.rmtree(first)
+    for _ in range(2):
+        repository.refresh()
+        with repository.lease() as engine:
+            assert engine.manifest.version == "1"
+    assert engine.bundle.directory == second
+
+
 def test_bundles_come_and_go(shelf, opened):
     bundle(shelf / "1", version="1")
     repository = opened(shelf)
@@ -233,6 +278,26 @@ def test_no_request_fails_while_bundles_are_replaced(shelf, opened):
         thread.join()
     assert failures == []
     assert {"2", "3", "4"} <= seen
+
+
+def test_an_editors_lock_keeps_no_bundle_from_being_replaced(shelf, opened):
+    folder = bundle(shelf / "a")
+    (folder / ".#lock").symlink_to("nowhere")
+    repository = opened(shelf)
+    bundle(folder, version="2")
+    (folder / ".#lock").symlink_to("nowhere")
+    repository.refresh()
+    assert version_of(repository) == "2"
+
+
+def test_what_can_not_be_looked_at_keeps_no_bundle_from_being_found(shelf):
+    """As a folder that may not be entered, but that root can."""
+    too_long = "x" * 300
+    (shelf / "odd").symlink_to(too_long)
+    (shelf / "versions").mkdir()
+    (shelf / "versions" / MANIFEST).symlink_to(too_long)
+    folder = bundle(shelf / "whole")
+    assert find_bundles([shelf]) == [folder]
 
 
 def test_a_bundle_that_is_still_being_copied_waits(shelf, opened, caplog, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import socket
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import bentoml
 import grpc
@@ -28,6 +29,9 @@ WAV = encode(0.1, 16000, 1, "WAV")
 PAYLOAD = "marker-of-a-payload"
 SERVICE = "/inference.GRPCInferenceService/"
 PATIENCE = 20
+
+
+NEW = ("req", "-x509", "-days", "2", "-nodes", "-subj", "/CN=server", "-addext", "subjectAltName = IP:127.0.0.1")
 
 
 def openssl(folder, *arguments):
@@ -385,3 +389,38 @@ def test_service_does_not_start_without_the_keys_that_it_was_told(tmp_path, audi
 def test_service_does_not_start_with_half_a_certificate(tmp_path, audio_bundle):
     message = refused_start(tmp_path, AVEX_BUNDLE=str(audio_bundle), AVEX_GRPC_KEY="server.key")
     assert "AVEX_GRPC_CERTIFICATE and AVEX_GRPC_KEY together" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [
+        (("rsa:2048",), True),
+        (("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"), True),
+        (("ec", "-pkeyopt", "ec_paramgen_curve:secp384r1"), True),
+        (("ec", "-pkeyopt", "ec_paramgen_curve:secp521r1"), False),
+        (("ec", "-pkeyopt", "ec_paramgen_curve:secp256k1"), False),
+        (("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-pkeyopt", "ec_param_enc:explicit"), False),
+        (("ed25519",), False),
+        (("rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048"), False),
+    ],
+    ids=lambda value: "-".join(value).rpartition(":")[2] if isinstance(value, tuple) else "",
+)
+def test_keys_of_certificates_that_grpc_signs_with(tmp_path, kind, taken):
+    """Those that are taken are those with which a channel to gRPC's own server is made."""
+    openssl(tmp_path, *NEW, "-newkey", *kind, "-keyout", "server.key", "-out", "server.pem")
+    settings = Settings(grpc_certificate=tmp_path / "server.pem", grpc_key=tmp_path / "server.key")
+    if not taken:
+        with pytest.raises(
+            InputError, match="gRPC can't sign with the key of AVEX_GRPC_CERTIFICATE; expected one of"
+        ):
+            server_credentials(settings)
+        return
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_secure_port("127.0.0.1:0", server_credentials(settings))
+    server.start()
+    with grpc.secure_channel(
+        f"127.0.0.1:{port}", grpc.ssl_channel_credentials((tmp_path / "server.pem").read_bytes())
+    ) as channel:
+        grpc.channel_ready_future(channel).result(PATIENCE)
+    server.stop(None).wait()
+    server.wait_for_termination()

@@ -16,7 +16,7 @@ import yaml
 
 from avex_serve.bundle import MANIFEST, ONNX, sha256_of
 from tests.bundles import make_audio_bundle
-from tests.service.conftest import free_ports, running_server, serve_command, server_environment
+from tests.service.conftest import BENTOML, free_ports, running_server, serve_command, server_environment
 
 SERVICE = "avex_serve.service:AvexService"
 CHECKOUT = Path(__file__).parents[2]
@@ -51,14 +51,19 @@ def test_checkout_without_torch(tmp_path, predict, wav):
             socket.create_connection(("127.0.0.1", port))
 
 
-def refused_start(folder, **variables):
+def refused_start(folder, http_port=None, **variables):
     """What the command prints when it refuses to start."""
-    http_port, grpc_port = free_ports(2)
+    free_port, grpc_port = free_ports(2)
     environment = server_environment(
         folder / "home", **{"AVEX_GRPC_HOST": "127.0.0.1", "AVEX_GRPC_PORT": str(grpc_port), **variables}
     )
     done = subprocess.run(
-        serve_command(http_port, SERVICE), cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+        serve_command(http_port or free_port, SERVICE),
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
@@ -75,6 +80,30 @@ def test_port_taken_by_a_server_that_would_share_it(tmp_path, audio_bundle, audi
     assert f"gRPC can't listen on {audio_server.grpc}: Address already in use" in message
     with grpc.insecure_channel(audio_server.grpc) as channel:
         grpc.channel_ready_future(channel).result(10)
+
+
+def test_one_port_for_both(tmp_path, audio_bundle):
+    (port,) = free_ports(1)
+    message = refused_start(tmp_path, http_port=port, AVEX_BUNDLE=str(audio_bundle), AVEX_GRPC_PORT=str(port))
+    assert f"AVEX_GRPC_PORT is {port}, on which HTTP listens" in message
+    config = tmp_path / "bentoml.yml"
+    config.write_text(f"services:\n  AvexService:\n    http:\n      port: {port}\n")
+    done = subprocess.run(
+        [str(BENTOML), "serve", SERVICE],
+        cwd=tmp_path,
+        env=server_environment(
+            tmp_path / "home",
+            AVEX_BUNDLE=str(audio_bundle),
+            AVEX_GRPC_HOST="127.0.0.1",
+            AVEX_GRPC_PORT=str(port),
+            BENTOML_CONFIG=str(config),
+        ),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert f"AVEX_GRPC_PORT is {port}, on which HTTP listens" in done.stderr
 
 
 def test_graph_that_does_not_load(tmp_path, audio_bundle):

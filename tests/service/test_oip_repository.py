@@ -291,7 +291,7 @@ def test_unload_and_load(triton):
         assert caught.value.status() in ("404", "StatusCode.NOT_FOUND")
     with pytest.raises(InferenceServerException, match="sha256 differs") as caught:
         client.load_model("broken")
-    assert caught.value.status() in ("500", "StatusCode.FAILED_PRECONDITION")
+    assert caught.value.status() in ("422", "StatusCode.FAILED_PRECONDITION")
     with pytest.raises(InferenceServerException, match="load takes no config") as caught:
         client.load_model("tiny", config="{}")
     assert caught.value.status() in ("400", "StatusCode.UNIMPLEMENTED")

@@ -49,6 +49,8 @@ def test_every_setting(tmp_path):
         ("AVEX_DEVICE", "tpu"),
         ("AVEX_RELOAD_SECONDS", "-1"),
         ("AVEX_RELOAD_SECONDS", "nan"),
+        ("AVEX_RELOAD_SECONDS", "inf"),
+        ("AVEX_RELOAD_SECONDS", "1e20"),
         ("AVEX_MODEL_CONTROL", "all"),
         ("AVEX_GRPC_HOST", "localhost"),
         ("AVEX_GRPC_PORT", "tcp://10.0.0.1:3001"),
@@ -67,6 +69,11 @@ def test_every_setting(tmp_path):
 def test_bad_value_is_named(name, value):
     with pytest.raises(InputError, match=f"^{name} is '{value}': "):
         Settings.from_environment({name: value})
+
+
+def test_separators_without_folders():
+    with pytest.raises(InputError, match=r"^AVEX_BUNDLE is ':': it names no folder; name one, or unset it"):
+        Settings.from_environment({"AVEX_BUNDLE": os.pathsep})
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ def test_worker_killed(tmp_path, audio_bundle, question):
             until(lambda: result.outcomes[RIGHT] > before + 10)
         assert set(result.outcomes) <= {RIGHT, LOST}
         question.check(server)
+        until(lambda: 'avex_requests_in_progress{transport="http"} 1.0' in server.get("/metrics").text)  # the scrape
 
 
 @pytest.mark.slow
