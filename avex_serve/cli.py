@@ -4,15 +4,14 @@ What a command needs is imported when it runs, so that those which need little a
 """
 
 import argparse
-import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avex_serve.errors import AvexServeError, VerificationError
+from avex_serve.terminal import drop_output, escape_unprintable
 from avex_serve.version import __version__
 
 if TYPE_CHECKING:
@@ -22,9 +21,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or the error's own (see `avex_serve.errors`)."""
     arguments = _parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # File names are bytes and labels are Unicode: what the terminal can't show is escaped.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    escape_unprintable()
     try:
         if arguments.command == "predict":
             return _predict(arguments)
@@ -38,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AvexServeError as error:
         return _fail(error)
     except BrokenPipeError:  # `avex-serve predict … | head`: nobody reads on, which is no failure of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         return 1
     return 0
 

@@ -133,6 +133,7 @@ class UnavailableError(AvexServeError):
     """The service, or a model that it knows, doesn't answer at present."""
 
     http_status = 503
+    http_headers: ClassVar[Mapping[str, str]] = {"Retry-After": "10"}  # the disk is looked at so often by default
     grpc_status = "UNAVAILABLE"
     exit_code = 3
 

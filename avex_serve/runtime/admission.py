@@ -3,12 +3,12 @@
     body in ── queue (bounded, first come first served) ──▶ a slot ──▶ work ──▶ answer
                         ▲                                     │
                         ├──── its next turn ◀─────────────────┤ after each turn, while others wait
-                        └──── room for a large recording ◀────┘ while as many as there are slots have it
+                        └─ room for large audio or answers ◀──┘ while as many as there are slots have it
 
 A request waits without a thread and without a slot; in a slot it is decoded, resampled and sent through the graph,
 by a thread of its own. Work that lasts longer than a turn gives its slot to whoever waits longest and lines up
 again, so that a recording of an hour keeps nobody waiting for longer than its turn, even with one slot. What this
-costs in memory is bounded: large recordings are decoded by as many requests at once as there are slots.
+costs in memory is bounded: only as many requests as there are slots have a large recording or answer at once.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -28,7 +29,7 @@ from avex_serve.runtime.stages import QUEUE, begin, stage
 Answer = TypeVar("Answer")
 
 TURN_SECONDS: Final = 0.5
-LARGE_BYTES: Final = 2**24  # of a decoded recording: 87 s at 48 kHz
+LARGE_BYTES: Final = 2**24  # of a decoded recording, 87 s at 48 kHz, or of an answer
 
 
 class Admission:
@@ -84,6 +85,7 @@ class Admission:
             raise
         finally:
             deadline.abandon()  # whatever ended the wait, nobody reads what the thread would still find
+            del answer  # this frame is in the traceback of the error that it holds: no cycle
 
     def _starter(
         self, work: Callable[[], Answer], deadline: Deadline, answer: "Future[Answer]", end_wait: Callable[[], None]
@@ -93,7 +95,6 @@ class Admission:
         Whoever frees the slot calls it, so that the slot need not wait for the event loop.
         """
         context = copy_context()
-        taken = threading.Lock()  # by the thread, or by whoever finds that there is none
 
         def run() -> Answer:
             end_wait()
@@ -105,17 +106,23 @@ class Admission:
             finally:
                 visit.end()  # not when the wait ends: a request whose client has gone works on until its next step
 
+        # Taken by the thread, or by whoever finds that there is none. The functions here don't refer to the answer
+        # itself: their frames hang on the traceback of the error that it may hold, and such a cycle would keep body
+        # and recording until garbage is collected.
+        pending = deque([(answer, run)])
+
         def take() -> None:
-            if taken.acquire(blocking=False):
-                _fulfil(answer, run)
+            with suppress(IndexError):
+                _fulfil(*pending.pop())
 
         def start() -> None:
             try:
                 self._pool.submit(context.run, take)
             except RuntimeError:  # closed, or no thread can be started: then the pool may have kept the work
-                if taken.acquire(blocking=False):
+                with suppress(IndexError):
+                    untaken, _ = pending.pop()
                     self._places.exit(slot=True, room=False)
-                    answer.set_exception(
+                    untaken.set_exception(
                         OverloadError("the service is stopping or has no thread left; ask another one")
                     )
 
@@ -134,7 +141,7 @@ def _fulfil(answer: "Future[Answer]", work: Callable[[], Answer]) -> None:
 
 
 class _Places:
-    """Slots and rooms for large recordings, as many of one as of the other, and who waits for them.
+    """Slots and rooms for large recordings and answers, as many of one as of the other, and who waits for them.
 
     Who waits is known by the function that grants it what it waits for; such a function is called with the lock
     held and only wakes or starts somebody.
@@ -198,7 +205,7 @@ class _Places:
             return True
 
     def take_room(self, grant: Callable[[], object]) -> bool:
-        """Take room for a large recording (True), or free the slot and wait for room."""
+        """Take room for what is large (True), or free the slot and wait for room."""
         with self._lock:
             if self._large < self._slots:
                 self._large += 1
@@ -263,7 +270,7 @@ class _Visit:
         self._began = time.monotonic()
 
     def take_room(self, size: int) -> None:
-        """Wait for room if a decoded recording of so many bytes needs it."""
+        """Wait for room if a recording or an answer of so many bytes needs it."""
         if size <= LARGE_BYTES or self._has_room:
             return
         ready = threading.Event()

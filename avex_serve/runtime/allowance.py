@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from avex_serve.errors import ClientGoneError, DeadlineError, TooLargeError
@@ -28,6 +28,7 @@ class Limits:
     channels: float = math.inf
     windows: float = math.inf  # of a recording
     json_bytes: float = math.inf
+    answer_bytes: float = math.inf  # of memory that making an answer takes
 
 
 class Deadline:
@@ -64,14 +65,15 @@ class Deadline:
             raise DeadlineError("the answer was not ready in time; send a shorter recording, or allow more time")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Allowance:
-    """Limits, a deadline, and what others leave."""
+    """Limits, a deadline, and what others leave, of one request."""
 
     limits: Limits
     deadline: Deadline
     take_turns: Callable[[], None]  # waits until others have had their turn
-    take_room: Callable[[int], None]  # waits until there is room for so many bytes of a decoded recording
+    take_room: Callable[[int], None]  # waits until there is room for so many bytes of a recording or an answer
+    answer_bytes: int = field(default=0, init=False)  # of memory that making the answer takes, as far as is known
 
     def checkpoint(self) -> None:
         """Between two pieces of work: let others have a turn; raises ClientGoneError or DeadlineError."""
@@ -129,6 +131,21 @@ class Allowance:
             raise TooLargeError(
                 f"the JSON has {size} bytes; at most {self.limits.json_bytes} are taken: send tensors in binary"
             )
+
+    def extend_answer(self, size: int, remedy: str) -> None:
+        """Before a part of the answer is made: count the bytes of memory that it will take.
+
+        Raises:
+            TooLargeError: the answer becomes too large; the message ends with the remedy.
+            ClientGoneError, DeadlineError: while it waited for room.
+        """
+        self.answer_bytes += size
+        if self.answer_bytes > self.limits.answer_bytes:
+            raise TooLargeError(
+                f"the answer takes {self.answer_bytes} bytes of memory while it is made; at most "
+                f"{self.limits.answer_bytes} are given: {remedy}"
+            )
+        self.take_room(self.answer_bytes)
 
 
 UNLIMITED: Final = Allowance(Limits(), Deadline(), lambda: None, lambda _: None)

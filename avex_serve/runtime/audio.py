@@ -91,14 +91,17 @@ def _read_mono(sound: soundfile.SoundFile) -> Wave:
     promised = 0 if sound.frames == UNKNOWN_FRAMES else sound.frames
     granted.check_recording(promised, sound.channels, sound.samplerate)
     # In blocks: reading at once allocates what the header promises, terabytes in a damaged FLAC or MP3.
-    frames, blocks = 0, [np.zeros(0, np.float32)]
+    wave = np.empty(0, np.float32)
     size = max(1, BLOCK_SAMPLES // sound.channels)
     while len(samples := sound.read(size, dtype="float32", always_2d=True)):  # (frames, channels)
-        frames += len(samples)
+        start, frames = wave.size, wave.size + len(samples)
         granted.check_recording(frames, sound.channels, sound.samplerate)
         granted.checkpoint()
-        blocks.append(downmix(samples))
-    return np.concatenate(blocks)
+        wave.resize(
+            frames, refcheck=False
+        )  # grows in place; blocks to be joined at the end would take twice as much
+        wave[start:] = downmix(samples)
+    return wave
 
 
 class _Bytes(io.BytesIO):
@@ -140,19 +143,33 @@ def check_wave(wave: np.ndarray, name: str = "the waveform") -> Wave:
     return wave
 
 
-def resample(wave: Wave, source_rate: int, target_rate: int) -> Wave:
-    """Resample (S,) to the target rate with soxr's HQ recipe, which the manifest names.
+def resampled_size(samples: int, source_rate: int, target_rate: int) -> int:
+    """How many samples `resample` makes of so many.
 
     Raises:
         AudioError: a source rate outside `RATES`, or too few samples for one at the target rate.
     """
     if source_rate == target_rate:
-        return wave
+        return samples
     lowest, highest = RATES
     if not lowest <= source_rate <= highest:
         raise AudioError(f"sample rate {source_rate!r}; expected {lowest} to {highest} Hz")
+    size = int(samples * target_rate / source_rate + 0.5)
+    if size == 0:
+        raise AudioError(f"{samples} samples at {source_rate} Hz are nothing at {target_rate} Hz; send more audio")
+    return size
+
+
+def resample(wave: Wave, source_rate: int, target_rate: int) -> Wave:
+    """Resample (S,) to the target rate with soxr's HQ recipe, which the manifest names.
+
+    Raises:
+        AudioError: see `resampled_size`.
+    """
+    if source_rate == target_rate:
+        return wave
+    # A low rate makes a small recording large.
+    allowance.current().take_room(4 * resampled_size(wave.size, source_rate, target_rate))
     with stage(RESAMPLE):
         resampled: np.ndarray = soxr.resample(wave, source_rate, target_rate, quality="HQ")
-    if resampled.size == 0:  # fewer input samples than half an output sample
-        raise AudioError(f"{wave.size} samples at {source_rate} Hz are nothing at {target_rate} Hz; send more audio")
     return np.ascontiguousarray(resampled, dtype=np.float32)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self, TypedDict
+from typing import Final, NamedTuple, Self, TypedDict
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from avex_serve.runtime.batcher import batched
 from avex_serve.runtime.cores import usable_cores
 from avex_serve.runtime.stages import Run, in_pool
 from avex_serve.runtime.windows import WindowPlan, plan_windows
+
+# Of memory for each value of an output: twice while rows are put together, twice while the answer is written.
+OUTPUT_BYTES: Final = 16
 
 # One batch (B, …) of each input of the graph.
 Inputs = tuple[np.ndarray, ...]
@@ -148,7 +151,7 @@ class Engine:
     def hear(self, wave: np.ndarray, sample_rate: int, outputs: Sequence[str], *, overlap: float = 0.0) -> Heard:
         """The outputs of these names for a recording, in one pass; other arguments and errors as in `predict`."""
         plan, batches = self._windows(Recording(wave, sample_rate), overlap)
-        return Heard(plan, overlap, self._outputs(list(outputs), batches))
+        return Heard(plan, overlap, self._outputs(list(outputs), batches, len(plan.starts)))
 
     def prediction(
         self, head: ProbeInfo, heard: Heard, logits: np.ndarray, selection: results.Selection
@@ -168,8 +171,8 @@ class Engine:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
         head = self.probe(probe)
         plan, batches = self._windows(Recording(wave, sample_rate), overlap)
-        logits = self._stack(head.logits, batches)
-        return WindowScores(plan.spans, results.activate(logits, head.activation))
+        outputs = self._outputs([head.logits], batches, len(plan.starts))
+        return WindowScores(plan.spans, results.activate(outputs[head.logits], head.activation))
 
     def embed(
         self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, output: str | None = None
@@ -182,22 +185,24 @@ class Engine:
             overlap: see `predict`.
             output: name of the output that is the embedding; the bundle's first one by default.
         """
+        name = self.embedding(output).output
         plan, batches = self._windows(Recording(wave, sample_rate), overlap)
-        return WindowEmbeddings(plan.spans, self._stack(self.embedding(output).output, batches))
+        return WindowEmbeddings(plan.spans, self._outputs([name], batches, len(plan.starts))[name])
 
     def embedding_document(
         self, wave: np.ndarray, sample_rate: int, *, overlap: float, output: str | None = None
     ) -> results.Embedding:
         """`embed` as a document for JSON."""
-        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
         name = self.embedding(output).output
+        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
+        outputs = self._outputs([name], batches, len(plan.starts), OUTPUT_BYTES + results.NUMBER_BYTES)
         return results.Embedding(
             bundle=self.manifest.name,
             version=self.manifest.version,
             output=name,
             **_timing(plan, overlap),
             spans=[(start, end) for start, end in plan.spans.tolist()],
-            embeddings=self._stack(name, batches).tolist(),
+            embeddings=outputs[name].tolist(),
         )
 
     def classify(
@@ -223,10 +228,9 @@ class Engine:
         labels, scale = self.bundle.labels[head.name], results.score_scale(head.activation)
         selection = results.Selection.of(scale, threshold, top_k)
         scores = results.activate(self.infer(embeddings)[head.logits], head.activation)
-        rows = [
-            [results.LabelScore(label=labels[i], score=float(row[i])) for i in selection.best(row)] for row in scores
-        ]
-        return results.Classification(**self._answer(head), score_scale=scale, results=rows)
+        return results.Classification(
+            **self._answer(head), score_scale=scale, results=results.rank(scores, labels, selection)
+        )
 
     def infer(self, batch: np.ndarray, padding_mask: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """The graph's raw outputs for an input of the manifest's shape, (B, …) float32.
@@ -244,7 +248,8 @@ class Engine:
         self._check_length(batch)
         if padding_mask is not None:
             self._check_mask(padding_mask, batch)
-        return self._outputs(self._names(), _chunks(self.graph_inputs(batch, padding_mask), self.backend.max_batch))
+        batches = _chunks(self.graph_inputs(batch, padding_mask), self.backend.max_batch)
+        return self._outputs(self._names(), batches, len(batch))
 
     def graph_inputs(self, batch: np.ndarray, padding_mask: np.ndarray | None) -> Inputs:
         """What the backend runs on: the batch and, if the graph takes one, the mask, by default of no padding."""
@@ -254,8 +259,8 @@ class Engine:
 
     def infer_recording(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> dict[str, np.ndarray]:
         """The graph's raw outputs for a recording, (N, …) with one row a window; see `predict` for the rest."""
-        _, batches = self._windows(Recording(wave, sample_rate), overlap)
-        return self._outputs(self._names(), batches)
+        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
+        return self._outputs(self._names(), batches, len(plan.starts))
 
     def check_input(self, batch: np.ndarray) -> None:
         """Raise TensorError unless the batch is what the graph takes."""
@@ -277,6 +282,11 @@ class Engine:
             raise TensorError(f"input {spec.name!r} of shape {list(batch.shape)} is empty; send at least one row")
         if not np.isfinite(batch).all():
             raise TensorError(f"input {spec.name!r} holds NaN or infinite values; expected finite ones")
+
+    def check_overlap(self, overlap: float) -> None:
+        """Raise InputError for an overlap that windows of this bundle can't have, as `predict` does."""
+        spec = self._audio_spec()
+        plan_windows(0, spec.window_samples, spec.sample_rate, overlap)
 
     def _check_length(self, batch: np.ndarray) -> None:
         if (spec := self.manifest.audio) is not None:
@@ -335,9 +345,10 @@ class Engine:
     def _windows(self, recording: Recording, overlap: float) -> tuple[WindowPlan, Iterator[Inputs]]:
         spec = self._audio_spec()
         wave = audio.check_wave(recording.wave)
-        wave = audio.resample(wave, recording.sample_rate, spec.sample_rate)
-        plan = plan_windows(wave.size, spec.window_samples, spec.sample_rate, overlap, spec.shortest_samples)
+        total = audio.resampled_size(wave.size, recording.sample_rate, spec.sample_rate)
+        plan = plan_windows(total, spec.window_samples, spec.sample_rate, overlap, spec.shortest_samples)
         allowance.current().check_windows(len(plan.starts))
+        wave = audio.resample(wave, recording.sample_rate, spec.sample_rate)
         return plan, plan.batches(wave, self.backend.max_batch, masked=self.manifest.masked)
 
     def _audio_spec(self) -> AudioSpec:
@@ -347,15 +358,20 @@ class Engine:
             )
         return self.manifest.audio
 
-    def _stack(self, output: str, batches: Iterable[Inputs]) -> np.ndarray:
-        return self._outputs([output], batches)[output]
-
     def _names(self) -> list[str]:
         return [spec.name for spec in self.manifest.outputs]
 
-    def _outputs(self, names: list[str], batches: Iterable[Inputs]) -> dict[str, np.ndarray]:
+    def _outputs(
+        self, names: list[str], batches: Iterable[Inputs], count: int, value_bytes: int = OUTPUT_BYTES
+    ) -> dict[str, np.ndarray]:
+        """The outputs of these names, `count` rows of all batches, each value of which will take so many bytes."""
         rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        for run in self._run(batches):
+        for index, run in enumerate(self._run(batches)):
+            if index == 0:  # which shows how many values a row has
+                values = sum(run[name][0].size for name in names)
+                allowance.current().extend_answer(
+                    value_bytes * count * values, "send the recording in pieces, or fewer rows at once"
+                )
             for name in names:
                 rows[name].append(run[name])
         outputs = {name: np.concatenate(arrays) for name, arrays in rows.items()}

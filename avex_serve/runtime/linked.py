@@ -2,17 +2,21 @@
 
 Which one may do that is said by the manifests: the fingerprint of what the head reads is that of what makes one of
 the audio bundle's embeddings, and the one's shape is the other's.
+
+A recording is decoded last, when model, head and options are known to be right: an hour of audio takes seconds.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from avex_serve.bundle import Manifest, ProbeInfo
 from avex_serve.errors import UnsupportedError
+from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.engine import Engine, Heard
 from avex_serve.runtime.repository import Repository
-from avex_serve.runtime.results import Prediction, Predictions, Selection, score_scale
+from avex_serve.runtime.results import Embedding, Prediction, Predictions, Selection, score_scale
 
 
 class _Link(NamedTuple):
@@ -25,8 +29,7 @@ class _Link(NamedTuple):
 
 def predict(
     repository: Repository,
-    wave: np.ndarray,
-    sample_rate: int,
+    recording: Callable[[], Recording],
     *,
     model: str | None = None,
     version: str | None = None,
@@ -39,13 +42,12 @@ def predict(
 
     Args:
         repository: what is served.
-        wave: see `Engine.predict`, as for the arguments below that are not named here.
-        sample_rate: of the wave, in Hz.
+        recording: decodes it; called once all else that was asked for is known to be right.
         model: see `Repository.lease`.
         version: see `Repository.lease`.
         threshold: lowest score to report.
         top_k: report at most this many labels a window.
-        overlap: of neighbouring windows, in seconds.
+        overlap: see `Engine.predict`.
         probe: name of the head to ask.
 
     Raises:
@@ -53,19 +55,21 @@ def predict(
         UnsupportedError: the bundle takes embeddings that no audio bundle makes which is served.
     """
     with repository.lease(model, version) as engine:
-        if engine.manifest.kind == "audio":
-            return engine.predict(wave, sample_rate, threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
         head = engine.probe(probe)
         selection = _selection(head, threshold, top_k)
-        heard, embeddings = _hear(repository, engine.manifest, head, wave, sample_rate, overlap)
-        return engine.prediction(head, heard, engine.infer(embeddings)[head.logits], selection)
+        if engine.manifest.kind == "audio":
+            heard = _hear(engine, recording, [head.logits], overlap)
+            logits = heard.outputs[head.logits]
+        else:
+            heard, embeddings = _hear_for(repository, engine.manifest, head, recording, overlap)
+            logits = engine.infer(embeddings)[head.logits]
+        return engine.prediction(head, heard, logits, selection)
 
 
 def infer_recording(
     repository: Repository,
     engine: Engine,
-    wave: np.ndarray,
-    sample_rate: int,
+    recording: Callable[[], Recording],
     *,
     overlap: float = 0.0,
     probe: str | None = None,
@@ -75,8 +79,7 @@ def infer_recording(
     Args:
         repository: what is served.
         engine: the bundle, leased from there.
-        wave: see `predict`, as for the arguments below.
-        sample_rate: of the wave, in Hz.
+        recording: see `predict`, as for the arguments below.
         overlap: of neighbouring windows, in seconds.
         probe: name of the head whose embeddings a bundle that takes some is given.
 
@@ -84,15 +87,15 @@ def infer_recording(
         AvexServeError: as `predict`.
     """
     if engine.manifest.kind == "audio":
-        return engine.infer_recording(wave, sample_rate, overlap=overlap)
-    _, embeddings = _hear(repository, engine.manifest, engine.probe(probe), wave, sample_rate, overlap)
+        engine.check_overlap(overlap)
+        return engine.infer_recording(*recording(), overlap=overlap)
+    _, embeddings = _hear_for(repository, engine.manifest, engine.probe(probe), recording, overlap)
     return engine.infer(embeddings)
 
 
 def predict_all(
     repository: Repository,
-    wave: np.ndarray,
-    sample_rate: int,
+    recording: Callable[[], Recording],
     *,
     model: str | None = None,
     version: str | None = None,
@@ -125,7 +128,7 @@ def predict_all(
             audio.probe(None)  # says why there is none
         selections = [_selection(head, threshold, top_k) for head in (*own, *(link.head for link in links))]
         wanted = dict.fromkeys([head.logits for head in own] + [link.output for link in links])
-        heard = audio.hear(wave, sample_rate, list(wanted), overlap=overlap)
+        heard = _hear(audio, recording, list(wanted), overlap)
         answers = [(audio, head, heard.outputs[head.logits]) for head in own]
         for reader, head, output in links:
             answers.append((reader, head, reader.infer(heard.outputs[output])[head.logits]))
@@ -137,8 +140,33 @@ def predict_all(
         )
 
 
-def _hear(
-    repository: Repository, reader: Manifest, head: ProbeInfo, wave: np.ndarray, sample_rate: int, overlap: float
+def embed(
+    repository: Repository,
+    recording: Callable[[], Recording],
+    *,
+    model: str | None = None,
+    version: str | None = None,
+    overlap: float = 0.0,
+    output: str | None = None,
+) -> Embedding:
+    """The embeddings of a recording by an audio bundle; see `predict`, and `Engine.embed` for the output."""
+    with repository.lease(model, version) as engine:
+        engine.embedding(output)
+        engine.check_overlap(overlap)
+        return engine.embedding_document(*recording(), overlap=overlap, output=output)
+
+
+def _hear(audio: Engine, recording: Callable[[], Recording], outputs: list[str], overlap: float) -> Heard:
+    audio.check_overlap(overlap)
+    return audio.hear(*recording(), outputs, overlap=overlap)
+
+
+def _hear_for(
+    repository: Repository,
+    reader: Manifest,
+    head: ProbeInfo,
+    recording: Callable[[], Recording],
+    overlap: float,
 ) -> tuple[Heard, np.ndarray]:
     """The embeddings of a recording (N, …) that a head reads, by an audio bundle that makes them."""
     with repository.lease_those(lambda audio: _output(audio, reader, head) is not None) as sources:
@@ -146,7 +174,7 @@ def _hear(
             raise UnsupportedError(_why_none(repository, reader, head))
         output = _output(sources[0].manifest, reader, head)
         assert output is not None
-        heard = sources[0].hear(wave, sample_rate, [output], overlap=overlap)
+        heard = _hear(sources[0], recording, [output], overlap)
     return heard, heard.outputs[output]
 
 

@@ -1,14 +1,20 @@
 """What the engine answers, as documents that turn into JSON, and how scores become detections."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Final, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from avex_serve.bundle import Activation
 from avex_serve.errors import InputError
+from avex_serve.runtime import allowance
+
+# Of memory for each score with its label, and for each number of JSON, until the answer's text is there: measured,
+# and rounded up.
+SCORE_BYTES: Final = 1024
+NUMBER_BYTES: Final = 64
 
 ScoreScale = Literal["sigmoid", "softmax", "logits"]
 
@@ -130,6 +136,11 @@ class Selection(BaseModel):
         # As float64, so that no reported score is below the threshold by a float32's rounding.
         return [int(index) for index in order if float(scores[index]) >= self.threshold]
 
+    def count(self, scores: np.ndarray) -> int:
+        """How many of the scores (N, C) pass."""
+        passing = np.count_nonzero(scores >= np.float64(self.threshold), axis=-1)
+        return int((passing if self.top_k is None else np.minimum(passing, self.top_k)).sum())
+
 
 def detect(spans: np.ndarray, scores: np.ndarray, labels: Sequence[str], selection: Selection) -> list[Detection]:
     """The scores that pass, window by window, the highest of each first.
@@ -139,9 +150,30 @@ def detect(spans: np.ndarray, scores: np.ndarray, labels: Sequence[str], selecti
         scores: (N, C).
         labels: C of them.
         selection: which scores pass.
+
+    Raises:
+        TooLargeError: more of them than the current allowance has it.
+        ClientGoneError, DeadlineError: nobody waits for them any more.
     """
     return [
-        Detection(start=start, end=end, label=labels[i], score=float(row[i]))
-        for (start, end), row in zip(spans.tolist(), scores, strict=True)
-        for i in selection.best(row)
+        Detection(start=start, end=end, label=labels[i], score=score)
+        for (start, end), best in zip(spans.tolist(), _passing(scores, selection), strict=True)
+        for i, score in best
     ]
+
+
+def rank(scores: np.ndarray, labels: Sequence[str], selection: Selection) -> list[list[LabelScore]]:
+    """The scores (N, C) that pass, the highest of each row first; arguments and errors as of `detect`."""
+    return [[LabelScore(label=labels[i], score=score) for i, score in best] for best in _passing(scores, selection)]
+
+
+def _passing(scores: np.ndarray, selection: Selection) -> Iterator[list[tuple[int, float]]]:
+    """Index and value of the scores that pass, row by row."""
+    granted = allowance.current()
+    granted.extend_answer(
+        SCORE_BYTES * selection.count(scores),
+        "raise threshold or lower top_k to report fewer labels, or send the recording in pieces",
+    )
+    for row in scores:
+        granted.checkpoint()
+        yield [(index, float(row[index])) for index in selection.best(row)]

@@ -10,7 +10,7 @@ paths are answered by `avex_serve.service.http`.
 import logging
 import os
 from contextlib import AbstractContextManager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -132,7 +132,7 @@ class AvexService:
         """Name the sounds in a recording (WAV, FLAC, OGG, MP3)."""
         return linked.predict(
             self.desk.repository,
-            *decode(audio),
+            partial(decode, audio),
             model=model,
             version=version,
             threshold=threshold,
@@ -154,7 +154,7 @@ class AvexService:
         """What the probes of a bundle hear, and all that read its embeddings, in one pass of the backbone."""
         return linked.predict_all(
             self.desk.repository,
-            *decode(audio),
+            partial(decode, audio),
             model=model,
             version=version,
             threshold=threshold,
@@ -172,8 +172,14 @@ class AvexService:
         version: str | None = None,
     ) -> Embedding:
         """The embeddings of a recording, one a window."""
-        with self.desk.repository.lease(model, version) as engine:
-            return engine.embedding_document(*decode(audio), overlap=overlap, output=output)
+        return linked.embed(
+            self.desk.repository,
+            partial(decode, audio),
+            model=model,
+            version=version,
+            overlap=overlap,
+            output=output,
+        )
 
     @bentoml.api
     def classify(

@@ -49,6 +49,7 @@ class Gate:
                 channels=settings.max_channels,
                 windows=settings.max_windows,
                 json_bytes=settings.max_json_bytes,
+                answer_bytes=settings.max_answer_bytes,
             ),
         )
         return cls(

@@ -187,7 +187,9 @@ def _parse(request: Any) -> oip.InferRequest:
     for index, tensor in enumerate(request.inputs):
         if raw and tensor.HasField("contents"):
             raise TensorError(f"input {tensor.name!r} has both contents and raw_input_contents; send one of them")
-        data = oip.from_raw(tensor.name, tensor.datatype, raw[index]) if raw else _typed_contents(tensor)
+        data = (
+            oip.from_raw(tensor.name, tensor.datatype, tensor.shape, raw[index]) if raw else _typed_contents(tensor)
+        )
         inputs.append(oip.InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
     return oip.InferRequest(
         inputs=inputs,

@@ -122,7 +122,7 @@ class OwnRoutes:
         desk = self._desk()
 
         def predict() -> Prediction:
-            return linked.predict(desk.repository, *decode(audio), **options.model_dump())
+            return linked.predict(desk.repository, partial(decode, audio), **options.model_dump())
 
         return await _document_of(desk, predict)
 
@@ -131,7 +131,7 @@ class OwnRoutes:
         desk = self._desk()
 
         def predict_all() -> Predictions:
-            return linked.predict_all(desk.repository, *decode(audio), **options.model_dump())
+            return linked.predict_all(desk.repository, partial(decode, audio), **options.model_dump())
 
         return await _document_of(desk, predict_all)
 
@@ -140,8 +140,7 @@ class OwnRoutes:
         desk = self._desk()
 
         def embed() -> Embedding:
-            with desk.repository.lease(options.model, options.version) as engine:
-                return engine.embedding_document(*decode(audio), **options.for_engine())
+            return linked.embed(desk.repository, partial(decode, audio), **options.model_dump())
 
         return await _document_of(desk, embed)
 

@@ -3,7 +3,7 @@
     avex_requests_total{transport, route, status}       status: 2xx, 4xx, 5xx of HTTP, the code's name of gRPC
     avex_request_duration_seconds{transport, route}
     avex_requests_in_progress{transport}
-    avex_rejections_total{transport, status}            refused before any work was done
+    avex_rejections_total{transport, status}            no key, too large, too slow, no place, too late
     avex_stage_duration_seconds{stage}                  decode, resample, queue, infer: a request's total of each,
                                                         which is more than it took where threads ran side by side
     avex_batch_size                                     rows of each batch that was inferred
@@ -69,7 +69,10 @@ class Metrics:
         )
         self._in_progress = {transport: in_progress.labels(transport) for transport in TRANSPORTS}
         self._rejections = Counter(
-            "avex_rejections", "Requests refused before any work.", ["transport", "status"], registry=registry
+            "avex_rejections",
+            "Requests refused or given up: no key, too large, too slow, no place, too late.",
+            ["transport", "status"],
+            registry=registry,
         )
         stages = Histogram(
             "avex_stage_duration_seconds",

@@ -23,15 +23,16 @@ largest values of each row as ``value:index:label``.
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 from pydantic import BaseModel, Field
 
 from avex_serve.errors import InputError, TensorError, UnsupportedError
-from avex_serve.runtime import linked
+from avex_serve.runtime import allowance, linked
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.repository import Repository
@@ -55,6 +56,11 @@ BACKENDS: Final = {"onnxruntime_onnx": "onnxruntime", "pytorch_libtorch": "pytor
 EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters")
 _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 _LENGTH_BYTES: Final = 4  # before each element of a BYTES tensor, little-endian
+MAX_DIMENSIONS: Final = 64  # as many as numpy has
+STEP: Final = 1000  # elements of BYTES that are found, or made, in about a millisecond
+TEXT_BYTES: Final = (
+    256  # of memory for each text of a classification until the answer is written: measured, rounded up
+)
 
 
 @dataclass(frozen=True)
@@ -233,8 +239,7 @@ class Model:
             got = ", ".join(repr(tensor.name) for tensor in tensors) or "none"
             raise InputError(f"inputs are {got}; expected one, {name!r}{''.join(f', or {o!r} too' for o in others)}")
         for tensor in tensors:
-            count = len(tensor.data)
-            if any(size < 0 for size in tensor.shape) or math.prod(tensor.shape) != count:
+            if (count := len(tensor.data)) != _elements(tensor.name, tensor.shape):
                 raise TensorError(f"input {tensor.name!r} of shape {list(tensor.shape)} comes with {count} elements")
         tensor = given[name]
         if tensor.datatype == BOOL:
@@ -257,7 +262,9 @@ class Model:
         if not recordings:
             raise TensorError("no recordings; send at least one element")
         answers = [
-            linked.infer_recording(self._repository, self._engine, *decode(recording), **parameters.model_dump())
+            linked.infer_recording(
+                self._repository, self._engine, partial(decode, recording), **parameters.model_dump()
+            )
             for recording in recordings
         ]
         outputs = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
@@ -275,15 +282,17 @@ def check_datatype(name: str, datatype: str) -> None:
         raise TensorError(f"input {name!r} has type {datatype!r}; expected FP32, or BYTES for encoded recordings")
 
 
-def from_raw(name: str, datatype: str, raw: bytes) -> np.ndarray | list[bytes]:
+def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> np.ndarray | list[bytes]:
     """The data of a tensor from its raw form: little-endian floats, bytes 0 and 1, or elements after their length.
 
     Raises:
-        TensorError: another type, or bytes that don't add up.
+        TensorError: another type, bytes that don't add up, or BYTES with more elements than the shape says or
+            with empty ones.
+        ClientGoneError, DeadlineError: while there were many elements to find.
     """
     check_datatype(name, datatype)
     if datatype == BYTES:
-        return _split(name, raw)
+        return _split(name, _elements(name, shape), raw)
     if datatype == BOOL:
         flags = np.frombuffer(raw, dtype=np.uint8)
         if (flags > 1).any():
@@ -297,10 +306,7 @@ def from_raw(name: str, datatype: str, raw: bytes) -> np.ndarray | list[bytes]:
 
 def from_flags(name: str, data: object) -> np.ndarray:
     """A bool array of the shape in which truth values are nested in lists; TensorError for anything else."""
-    try:
-        array = np.asarray(data)
-    except ValueError:
-        raise TensorError(f"{name} is ragged: lists beside one another differ in length") from None
+    array = _array(name, data)
     if array.size and array.dtype != np.bool_:
         raise TensorError(f"{name} holds something else than true and false")
     return array.astype(bool)
@@ -310,16 +316,27 @@ def from_numbers(name: str, data: object) -> np.ndarray:
     """A float32 array of the shape in which numbers are nested in lists.
 
     Raises:
-        TensorError: something else than numbers, or lists of unequal lengths.
+        TensorError: something else than numbers, or lists of unequal lengths or nested deeper than tensors are.
     """
-    try:
-        array = np.asarray(data)
-    except ValueError:
-        raise TensorError(f"{name} is ragged: lists beside one another differ in length") from None
+    array = _array(name, data)
     if array.size and array.dtype.kind not in "iuf":
         raise TensorError(f"{name} holds something else than numbers")
     with np.errstate(over="ignore"):  # the engine refuses what is infinite
         return array.astype(np.float32)
+
+
+def _array(name: str, data: object) -> np.ndarray:
+    try:
+        return np.asarray(data)
+    except ValueError:
+        depth, inner = 0, data
+        while isinstance(inner, list) and inner:
+            depth, inner = depth + 1, inner[0]
+        if depth > MAX_DIMENSIONS:
+            raise TensorError(
+                f"{name} has lists in lists, {depth} deep; expected at most {MAX_DIMENSIONS}"
+            ) from None
+        raise TensorError(f"{name} is ragged: lists beside one another differ in length") from None
 
 
 def to_raw(tensor: OutputTensor) -> bytes:
@@ -346,36 +363,52 @@ def refuse_shared_memory(name: str, parameters: Collection[str]) -> None:
         raise UnsupportedError(f"{name!r}: {NO_SHARED_MEMORY}")
 
 
+def _elements(name: str, shape: Sequence[int]) -> int:
+    """How many elements a tensor of that shape has; TensorError for what is no shape."""
+    # Numbers of any size may stand there, and the product of a million of them takes minutes.
+    if len(shape) > MAX_DIMENSIONS or any(size < 0 for size in shape):
+        raise TensorError(
+            f"input {name!r} has a shape of {len(shape)} dimensions that no tensor has; expected at most "
+            f"{MAX_DIMENSIONS}, none of them negative"
+        )
+    return math.prod(shape)
+
+
 def _shaped(tensor: InputTensor) -> np.ndarray:
     """The data of an FP32 or BOOL tensor in its shape."""
     assert isinstance(tensor.data, np.ndarray)
     try:
         return tensor.data.reshape(tensor.shape)
-    except (
-        ValueError
-    ):  # of no elements, or of ones alone: as many as came, in more or larger dimensions than numpy has
-        raise TensorError(
-            f"input {tensor.name!r} has a shape of {len(tensor.shape)} dimensions that no tensor has"
-        ) from None
+    except ValueError:  # of no elements: as many as came, in larger dimensions than numpy has
+        raise TensorError(f"input {tensor.name!r} has a shape that no tensor has") from None
 
 
 def _classified(values: np.ndarray, count: int, labels: tuple[str, ...] | None) -> OutputTensor:
     """The largest values of each row, the largest first, as (…, count) texts ``value:index[:label]``."""
     order = np.argsort(-values, axis=-1, kind="stable")[..., :count]
+    allowance.current().extend_answer(TEXT_BYTES * order.size, "ask for a lower classification, or send fewer rows")
     best = np.empty(order.shape, dtype=object)
-    for place, index in np.ndenumerate(order):
+    for done, (place, index) in enumerate(np.ndenumerate(order)):
+        if done % STEP == 0:
+            allowance.current().checkpoint()
         text = f"{values[(*place[:-1], index)]:f}:{index}"  # a value as Triton writes it
         best[place] = (f"{text}:{labels[index]}" if labels is not None else text).encode()
     return OutputTensor(BYTES, best)
 
 
-def _split(name: str, raw: bytes) -> list[bytes]:
-    elements = []
+def _split(name: str, count: int, raw: bytes) -> list[bytes]:
+    elements: list[bytes] = []
     position = 0
     while position < len(raw):
+        if len(elements) == count:
+            raise TensorError(f"input {name!r} comes with more than the {count} elements that its shape says")
+        if len(elements) % STEP == 0:
+            allowance.current().checkpoint()
         start = position + _LENGTH_BYTES
         position = start + int.from_bytes(raw[position:start], "little")
         if position > len(raw):
             raise TensorError(f"input {name!r}: an element of BYTES is longer than the data that came")
+        if position == start:
+            raise TensorError(f"input {name!r}: an element of BYTES is empty; expected an encoded recording")
         elements.append(raw[start:position])
     return elements

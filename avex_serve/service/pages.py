@@ -155,6 +155,9 @@ def _commands(models: list[dict[str, Any]], base: str) -> list[str]:
         ]
     if (name := first("audio")) is not None:
         commands.append(f"curl --data-binary @recording.wav '{base}/embed{query(name)}'")
-    if first("embedding") is not None:
-        commands.append(f"curl --json @embeddings.json {base}/classify")
+    if (name := first("embedding")) is not None:
+        model = f'"model": "{name}", ' if len(names) > 1 else ""
+        # curl puts the pieces together; the file holds a list of embeddings.
+        body = f"""--json '{{{model}"embeddings": ' --json @embeddings.json --json '}}'"""
+        commands.append(f"curl {body} {base}/classify")
     return commands + [f"curl {base}/v2/models/{name}" for name in names]

@@ -86,6 +86,12 @@ class Settings(BaseModel):
     )
     max_channels: int = Field(64, ge=1, description="of a recording")
     max_windows: int = Field(10_000, ge=1, description="into which a recording is cut; more with more overlap")
+    max_answer_bytes: int = Field(
+        256 * 2**20,
+        ge=1,
+        description="of memory that making an answer takes: 1 KiB for each detection, 80 bytes for each number as "
+        "JSON, 16 in binary",
+    )
 
     api_keys: SecretStr | None = Field(None, description="keys that clients may send, separated by commas")
     api_keys_file: Path | None = Field(

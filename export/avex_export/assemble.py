@@ -12,7 +12,7 @@ from avex_export.lengths import ERRORS, check_clip, check_mask, shortest_clip
 from avex_export.sources import DEFAULT_MODEL, Request, Source, find_source
 from avex_serve.errors import ExportError, NotFoundError
 from avex_serve.models.base_model import ModelBase
-from avex_serve.models.checkpoints import fingerprint, read_state_dict
+from avex_serve.models.checkpoints import StateDict, brought_to, fingerprint, read_state_dict
 from avex_serve.models.files import resolve_file
 from avex_serve.models.probes import Probe, build_probe_from_config
 from avex_serve.models.probes.storage import SavedProbe, backbone_of, check_backbone, load_head
@@ -29,6 +29,7 @@ def assemble(request: Request) -> Assembly:
 
     Raises:
         ExportError: weights or labels are missing, or don't fit; or the probes don't go together.
+        InputError: a file of labels holds none.
         NotFoundError: a file that was named is not there.
     """
     if request.model is not None:
@@ -43,7 +44,8 @@ def assemble(request: Request) -> Assembly:
             probes, clip_samples, sample_rate = _online_probes(request, entry, sources)
         for probe, source in zip(probes, sources, strict=True):
             if source.weights is not None:
-                load_head(probe, read_state_dict(resolve_file(str(source.weights))), str(source.weights))
+                state = read_state_dict(resolve_file(str(source.weights)))
+                load_head(probe, _up_to_embedding(probe, state) if request.headless else state, str(source.weights))
     except ERRORS as error:
         names = ", ".join(recipe.name for recipe in request.recipes)
         raise ExportError(f"the probe {names} can't be built on {model}: {error}") from error
@@ -207,6 +209,12 @@ def _offline_probe(request: Request, source: Source) -> Probe:
     (shape,) = input_dim
     width = shape[0] if len(shape) == 1 else tuple(shape)
     return build_probe_from_config(source.recipe.config, len(source.labels), "cpu", input_dim=width)
+
+
+def _up_to_embedding(probe: Probe, state: StateDict) -> StateDict:
+    """A state dict with the probe's own values for what reads the embedding, whatever classes it was trained for."""
+    own = {name: tensor for name, tensor in probe.head_state().items() if not name.startswith(_MERGING)}
+    return {**brought_to(probe.state_dict(), state), **own}
 
 
 # -- what the manifest says of them ------------------------------------------------------------------------------

@@ -2,11 +2,20 @@
 
 import json
 
+from avex_export.cases import example_inputs
 from avex_export.graph import Assembly, Head
 from avex_export.int8 import gates
 from avex_export.verify import Verification
 from avex_serve.bundle import LABELS, Manifest, Quantisation
+from avex_serve.configs import ProbeType
 
+_KINDS: dict[ProbeType, str] = {
+    "linear": "a linear",
+    "mlp": "an MLP",
+    "lstm": "an LSTM",
+    "attention": "an attention",
+    "transformer": "a transformer",
+}
 # More labels than this are in labels.json alone.
 _LISTED = 100
 
@@ -30,7 +39,7 @@ scores = client.infer("{name}", [audio]).as_numpy("{scores}")  # (windows, {labe
 ```"""
 
 _OPENSOUNDSCAPE = """\
-`model.onnx` opens in OpenSoundscape (`pip install 'opensoundscape[onnx]'`):
+`model.onnx` opens in OpenSoundscape (`pip install 'opensoundscape[onnx]'`){first}:
 
 ```python
 from opensoundscape import ONNXModel
@@ -67,6 +76,17 @@ tensor.set_data_from_numpy(embeddings)
 scores = client.infer("{name}", [tensor]).as_numpy("{scores}")  # (embeddings, {labels})
 ```"""
 
+_PT2_CALLS = """\
+`model.pt2` is a program of torch.export, to be compiled for where it will run; as it is, torch runs it. It is not
+served: a bundle to serve needs `--format onnx` or `torchscript`.
+
+```python
+import torch
+
+program = torch.export.load("model.pt2").module()
+outputs = program({inputs})  # {outputs}
+```"""
+
 
 def model_card(assembly: Assembly, verification: Verification, manifest: Manifest) -> str:
     """Markdown: what the bundle is, how to serve and call it, and how well its formats agree.
@@ -77,7 +97,8 @@ def model_card(assembly: Assembly, verification: Verification, manifest: Manifes
         manifest: of the bundle; its files need not be listed yet.
     """
     untrained = ", ".join(head.name for head in assembly.heads if not head.trained)
-    onnx = any(check.format == "onnx" for check in verification.checks)
+    formats = {check.format for check in verification.checks}
+    onnx, served = "onnx" in formats, formats != {"pt2"}
     warning = f"\n**A head that is not trained, its weights are random: {untrained}.**\n" if untrained else ""
     return f"""# {assembly.name}
 
@@ -89,12 +110,12 @@ Licence of the weights: {assembly.licence}. The backbone's licence holds for eve
 {_labels(assembly)}
 ## Use it
 
-{_calls(manifest, onnx)}
+{_calls(manifest, onnx) if served else _pt2_calls(assembly, manifest)}
 
 ## Verification
 
-Each format was compared with the module that it was exported from, on the inputs in `verification.npz`. The same on
-your machine{", without torch" if onnx else ""}: `avex-serve verify .`
+Each format was compared with the module that it was exported from, on the inputs in `verification.npz`.
+{_again(onnx) if served else "The module's answers to them are there too."}
 
 ```
 {verification.table()}
@@ -113,13 +134,16 @@ def _what(assembly: Assembly) -> str:
             [f"Embeddings of the backbone `{assembly.model}`, for heads that are served alone:\n", *lines]
         )
     if len(assembly.heads) == 1:
-        return f"A {_kind(assembly.heads[0])} probe on the backbone `{assembly.model}`{_layers(assembly.heads[0])}."
-    lines = [f"- `{head.name}`, a {_kind(head)} probe{_layers(head)}" for head in assembly.heads]
+        (head,) = assembly.heads
+        kind = _kind(head)
+        return f"{kind[0].upper()}{kind[1:]} probe on the backbone `{assembly.model}`{_layers(head)}."
+    lines = [f"- `{head.name}`, {_kind(head)} probe{_layers(head)}" for head in assembly.heads]
     return "\n".join([f"Probes on the backbone `{assembly.model}`, which is run once for all of them:\n", *lines])
 
 
 def _kind(head: Head) -> str:
-    return type(head.probe).__name__.removesuffix("Probe").lower()
+    assert head.probe.config is not None
+    return _KINDS[head.probe.config.probe_type]
 
 
 def _pooled(head: Head) -> str:
@@ -201,4 +225,14 @@ def _calls(manifest: Manifest, onnx: bool) -> str:
     opens = f"\n\n{_OPENSOUNDSCAPE}" if onnx and not manifest.masked else ""
     filled = f"\n{_FILLED}" if opens and spec.shape[1] == -1 else ""
     calls = f"{_AUDIO_CALLS}{opens}{filled}"
-    return calls.format(**known, activation=activation, predict=predict, every=every)
+    first = "" if len(manifest.probes) == 1 else f", which hears the first probe alone, `{probe.name}`"
+    return calls.format(**known, activation=activation, predict=predict, every=every, first=first)
+
+
+def _again(onnx: bool) -> str:
+    return f"The same on your machine{', without torch' if onnx else ''}: `avex-serve verify .`"
+
+
+def _pt2_calls(assembly: Assembly, manifest: Manifest) -> str:
+    inputs = [f"torch.zeros({tuple(each.shape)}, dtype={each.dtype})" for each in example_inputs(assembly, 2)]
+    return _PT2_CALLS.format(inputs=", ".join(inputs), outputs=", ".join(spec.name for spec in manifest.outputs))

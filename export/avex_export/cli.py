@@ -7,12 +7,14 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avex_export.memory import shortage_told
 from avex_serve.bundle import NAME_PATTERN
 from avex_serve.errors import AvexServeError, DependencyError, InputError
+from avex_serve.terminal import drop_output, escape_unprintable
 
 if TYPE_CHECKING:
     from avex_export.recipes import Recipe
@@ -20,19 +22,23 @@ if TYPE_CHECKING:
 
 _BUNDLES = Path("export") / "bundles"
 _USUAL_PROBE = "linear_last"
+# Windows lacks the second.
+_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _LONGEST_CLIP = 3600  # seconds; beyond it, numbers are slips of the keyboard that end in the allocator's messages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or the error's own (see `avex_serve.errors`)."""
     arguments = _parser().parse_args(argv)
+    escape_unprintable()
     try:
-        with _ended_by_sigterm():
+        with _ended_by_signals(), shortage_told():
             _run(arguments)
     except AvexServeError as error:
         return _fail(str(error), error.exit_code)
     except OSError as error:  # of the output folder; those of other files were told by name
-        return _fail(str(error), InputError.exit_code)
+        told = str(error) if error.filename is None else f"--output {error.filename}: {error.strerror}"
+        return _fail(told, InputError.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing was written", 130)
     return 0
@@ -41,11 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> None:
     if not (arguments.probe or arguments.embeddings or arguments.list or arguments.explain):
         raise InputError("nothing to export: give --probe, or --list to see what there is")
+    if arguments.list:
+        _refuse_beside("--list", arguments, {"list"})
+    elif not (arguments.probe or arguments.embeddings):
+        _refuse_beside("--explain without --probe", arguments, {"explain", "without"})
     try:
         if arguments.list:
             from avex_export.listing import listing
 
-            print(listing())
+            _say(listing())
         elif arguments.explain:
             _explain(arguments)
         else:
@@ -54,9 +64,16 @@ def _run(arguments: argparse.Namespace) -> None:
         raise DependencyError(f"{error.name} is not installed; pip install 'avex-serve[export]'") from error
 
 
+def _refuse_beside(what: str, arguments: argparse.Namespace, used: Collection[str]) -> None:
+    """Raise InputError for an option that is given and would have no effect."""
+    for name, usual in vars(_parser().parse_args([])).items():
+        if name not in used and getattr(arguments, name) != usual:
+            raise InputError(f"--{name.replace('_', '-')} has no effect beside {what}; leave out one of them")
+
+
 @contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does, so that the half-written folder goes."""
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and a lost terminal end the command as Ctrl-C does, so that the half-written folder goes."""
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield
         return
@@ -64,11 +81,19 @@ def _ended_by_sigterm() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in _ENDINGS:
+            if (previous := signal.getsignal(number)) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, interrupt)
+                stack.callback(signal.signal, number, previous)
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `avex-export … | head`: the bundle is made all the same
+        drop_output()
 
 
 def _fail(message: str, code: int) -> int:
@@ -146,12 +171,12 @@ def _explain(arguments: argparse.Namespace) -> None:
     from avex_export.graph import export_graph
     from avex_export.passes import SUMMARIES
 
-    applied = None
+    applied, without = None, _without(arguments)
     if arguments.probe or arguments.embeddings:
-        applied = export_graph(assemble(_request(arguments)), _without(arguments)).passes
-    print("passes, in order:")
+        applied = export_graph(assemble(_request(arguments)), without).passes
+    _say("passes, in order:")
     for name, summary in SUMMARIES.items():
-        print(f"  {name:14} {summary}{_told(name, applied, arguments.without)}")
+        _say(f"  {name:14} {summary}{_told(name, applied, without)}")
 
 
 def _told(name: str, applied: Sequence[str] | None, without: Sequence[str]) -> str:
@@ -189,7 +214,10 @@ def _request(arguments: argparse.Namespace) -> "Request":
         if arguments.weights is not None:
             raise InputError("--weights is for one probe; save each probe with save_probe() and give its folder")
         if arguments.labels is not None and any(recipe.saved is not None for recipe in recipes):
-            raise InputError("--labels would name the classes of every probe, and saved ones bring their own")
+            raise InputError(
+                "--labels would name the classes of every probe, and saved ones bring their own; write the others "
+                "with save_probe() and their labels too"
+            )
     for option, given in {"name": arguments.name, "bundle-version": arguments.bundle_version}.items():
         if given is not None and not re.fullmatch(NAME_PATTERN, given):
             raise InputError(f"--{option} {given!r}: expected letters, digits, '.', '_' and '-', at most 128")
@@ -265,15 +293,16 @@ def _export(arguments: argparse.Namespace) -> None:
         formats,
         arguments.activation or "sigmoid",
         arguments.verify_audio,
+        _say,
         without=_without(arguments),
         profiled=arguments.profile,
     )
     if not manifest.trained:
         print("avex-export: the head has random weights: its answers mean nothing", file=sys.stderr)
     if formats == ("pt2",):
-        print("PT2 is to be compiled and is not served; a bundle to serve needs --format onnx or torchscript")
+        _say("PT2 is to be compiled and is not served; a bundle to serve needs --format onnx or torchscript")
     else:
-        print(f"serve it: AVEX_BUNDLE={output} bentoml serve avex_serve.service:AvexService")
+        _say(f"serve it: AVEX_BUNDLE={output} bentoml serve avex_serve.service:AvexService")
 
 
 def _seconds(text: str) -> float:

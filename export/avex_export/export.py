@@ -17,6 +17,7 @@ from avex_export.graph import Assembly, Output, eager_graph, export_graph, half_
 from avex_export.int8 import gates
 from avex_export.int8.build import add_int8, find_clips, refuse_unfit
 from avex_export.onnx_graph import write_onnx
+from avex_export.output import parents_taken_back
 from avex_export.passes import EXTERNAL_DATA
 from avex_export.profile import gains_table, profile
 from avex_export.progress import Progress
@@ -38,14 +39,13 @@ from avex_serve.bundle import (
     draft_manifest,
     seal_bundle,
 )
-from avex_serve.errors import ExportError
+from avex_serve.errors import AudioError, ExportError
 from avex_serve.runtime import audio
 from avex_serve.runtime.backend import Backend
 from avex_serve.runtime.onnx_backend import OnnxBackend
 from avex_serve.runtime.torch_backend import TorchBackend
 from avex_serve.runtime.verification import TOLERANCE, table
 
-FORMATS = ("onnx", "torchscript", "pt2")
 USUAL_FORMATS = ("onnx", "torchscript")
 
 
@@ -65,7 +65,7 @@ def export_bundle(
     Args:
         request: what to export.
         output: the bundle's folder; a bundle that is there is replaced.
-        formats: among `FORMATS`.
+        formats: among ``onnx``, ``torchscript`` and ``pt2``.
         activation: what turns the logits into scores.
         recordings: real audio to verify on, in place of synthetic sounds.
         say: where progress goes.
@@ -74,13 +74,13 @@ def export_bundle(
 
     Raises:
         ExportError: it can't be assembled, a format doesn't answer as the eager module does, or int8 is too far off.
-        InputError: too few recordings to calibrate on.
+        InputError: too few recordings to calibrate on, or a file where a folder above the output should be.
         AudioError: a recording that can't be read.
         NotFoundError: a recording that is not there.
         FileExistsError: the output folder holds something else.
     """
     progress = Progress(say)
-    with atomic_directory(output, marker=MANIFEST) as folder:
+    with parents_taken_back(output), atomic_directory(output, marker=MANIFEST) as folder:
         progress(f"assemble {', '.join(recipe.name for recipe in request.recipes)}")
         assembly = assemble(request)
         progress(_summary(assembly))
@@ -88,8 +88,8 @@ def export_bundle(
         if request.int8:
             refuse_unfit(assembly, formats)
             clips = find_clips(assembly, request.calibration)
-        for path in recordings:
-            audio.decode(path)  # a bad one is told before the work begins
+        for path in recordings:  # a bad one is told before the work begins
+            _check_recording(path, assembly)
         backends = _write_formats(assembly, folder, formats, without, progress)
         progress("verify against the eager module")
         fields = _fields(assembly, activation)
@@ -115,6 +115,15 @@ def export_bundle(
         manifest = _seal(assembly, folder, verification, fields)
     progress(f"wrote {output}")
     return manifest
+
+
+def _check_recording(path: Path, assembly: Assembly) -> None:
+    assert assembly.sample_rate is not None
+    wave, rate = audio.decode(path)
+    try:
+        audio.resample(wave, rate, assembly.sample_rate)
+    except AudioError as error:
+        raise AudioError(f"{path}: {error}") from None
 
 
 def _write_formats(

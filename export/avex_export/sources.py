@@ -6,7 +6,7 @@ from pathlib import Path
 import avex_serve
 from avex_export.recipes import Recipe
 from avex_serve.bundle import parse_labels
-from avex_serve.errors import ExportError, NotFoundError
+from avex_serve.errors import BundleError, ExportError, InputError, NotFoundError
 from avex_serve.models.probes.storage import WEIGHTS, SavedProbe, read_labels, read_saved
 
 DEFAULT_MODEL = "avex_demo"
@@ -55,6 +55,7 @@ def find_source(request: Request, recipe: Recipe) -> Source:
 
     Raises:
         ExportError: weights or labels are missing, or don't fit.
+        InputError: a file holds no labels.
         NotFoundError: a file that was named is not there.
     """
     path = _weights(request, recipe)
@@ -65,10 +66,9 @@ def find_source(request: Request, recipe: Recipe) -> Source:
             "probe; export the folder itself (--probe FOLDER)"
         )
     if request.headless:
-        # Of the head nothing is exported, but it is built to see what it reads.
-        classes = 1 if saved is None else saved.num_classes
-        return Source(recipe, path, saved, tuple(str(i) for i in range(classes)))
-    labels = _labels(request, path, saved)
+        # Of the head nothing is exported, but it is built to see what it reads: one class will do.
+        return Source(recipe, path, saved, ("",))
+    labels = _labels(request, recipe, path, saved)
     if saved is not None and len(labels) != saved.num_classes:
         raise ExportError(
             f"--labels {request.labels} has {len(labels)} labels, the probe {recipe.name} has {saved.num_classes} "
@@ -99,7 +99,7 @@ def _weights(request: Request, recipe: Recipe) -> Path | None:
     )
 
 
-def _labels(request: Request, source: Path | None, saved: SavedProbe | None) -> tuple[str, ...]:
+def _labels(request: Request, recipe: Recipe, source: Path | None, saved: SavedProbe | None) -> tuple[str, ...]:
     if request.labels is not None:
         return read_label_file(request.labels)
     folder = source if saved is not None else None
@@ -107,6 +107,11 @@ def _labels(request: Request, source: Path | None, saved: SavedProbe | None) -> 
         folder = _DEMO_PROBES / "linear_last"  # random heads for the demo model name its sounds
         saved = read_saved(folder)
     labels = None if folder is None or saved is None else read_labels(folder, saved.num_classes)
+    if labels is None and len(request.recipes) > 1 and any(each.saved is not None for each in request.recipes):
+        raise ExportError(
+            f"no labels for {recipe.name}, and beside saved probes --labels can't give them; write it with "
+            "save_probe() and its labels and give that folder, or export it by itself"
+        )
     if labels is None:
         raise ExportError(
             "no labels: give --labels FILE, JSON {label: index}, or text with one label a line in the logits' order"
@@ -119,20 +124,25 @@ def read_label_file(path: Path) -> tuple[str, ...]:
 
     Raises:
         NotFoundError: no such file.
-        ExportError: no labels in it.
+        InputError: it can't be read, or holds no labels.
     """
     try:
         text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise NotFoundError(f"--labels {path}: no such file") from None
     except OSError as error:
-        raise NotFoundError(f"--labels {path}: {error.strerror}") from None
+        raise InputError(f"--labels {path} can't be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ExportError(f"--labels {path} is not UTF-8 text: {error}") from None
+        raise InputError(f"--labels {path} is not UTF-8 text: {error}") from None
     if path.suffix == ".json":
-        return parse_labels(text, source=str(path))
+        try:
+            return parse_labels(text, source=str(path))
+        except BundleError as error:
+            raise InputError(f"--labels {error}") from None
     labels = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not labels:
-        raise ExportError(f"--labels {path} holds no labels; expected one a line")
+        raise InputError(f"--labels {path} holds no labels; expected one a line")
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise ExportError(f"--labels {path} names labels more than once: {', '.join(twice[:5])}")
+        raise InputError(f"--labels {path} names labels more than once: {', '.join(twice[:5])}")
     return labels

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 import avex_serve
 from avex_export.cases import make_cases
+from avex_export.cli import main
 from avex_export.graph import Assembly, eager_graph
 from avex_export.recipes import variants
 from avex_serve import open_bundle
@@ -28,6 +30,7 @@ from tests.export.conftest import LABELS, UNTRAINED, head, row
 from tests.models.backbones import RATE, noise, tiny_beats
 
 VARIANTS = sorted(variants())
+ALONE = ["--probe", "linear_last", "--offline", "--input-dim", "128", "--format", "onnx"]
 
 
 @pytest.fixture
@@ -142,7 +145,14 @@ def test_a_bundle_holds_what_it_should(tmp_path, export, trained, model):
     assert verification["machine"]["versions"]["torch"] == torch.__version__
     assert verification["machine"]["cpu"]
     card = (output / "README.md").read_text()
-    for part in (", ".join(LABELS), "CC0-1.0", "digital silence", "long: real.wav", 'activation_layer="softmax"'):
+    for part in (
+        "\nA linear probe on",
+        ", ".join(LABELS),
+        "CC0-1.0",
+        "digital silence",
+        "long: real.wav",
+        'activation_layer="softmax"',
+    ):
         assert part in card
     assert "not trained" not in card
     assert [path.name for path in output.parent.iterdir()] == ["bundle"]
@@ -180,10 +190,15 @@ def test_several_recordings_and_those_too_long_to_keep(tmp_path, export, trained
     assert "not kept in the bundle: 1 recordings, for their size" in out
     assert serve(["verify", str(tmp_path / "bundle")]) == 0
     assert capsys.readouterr().out.count("✓") == 11
-    for name, message in (("nowhere.wav", "no such file"), ("labels.json", "can't be decoded")):
-        (tmp_path / "labels.json").write_text("{}" * 50)
-        code, _, err = export("--probe", folder, "--output", tmp_path / "b", "--verify-audio", tmp_path / name)
-        assert code == 2
+    (tmp_path / "labels.json").write_text("{}" * 50)
+    soundfile.write(tmp_path / "slow.wav", np.zeros(50), 50)
+    for name, message in (
+        ("nowhere.wav", "nowhere.wav: no such file"),
+        ("labels.json", "can't be decoded"),
+        ("slow.wav", "slow.wav: sample rate 50; expected 100 to"),
+    ):
+        code, out, err = export("--probe", folder, "--output", tmp_path / "b", "--verify-audio", tmp_path / name)
+        assert (code, "write ONNX" in out) == (2, False)
         assert message in err
 
 
@@ -386,7 +401,8 @@ def test_a_format_that_differs_leaves_nothing_behind(tmp_path, export, trained, 
         return graph
 
     monkeypatch.setattr(module, "export_graph", broken)
-    output = tmp_path / "out" / "bundle"
+    output = tmp_path / "out" / "of" / "it" / "bundle"
+    (tmp_path / "out").mkdir()
     code, out, err = export("--probe", folder, "--output", output)
     assert code == 4
     assert "✗" in out
@@ -420,6 +436,9 @@ def test_list_names_probes_and_models(export):
         (["--probe", "linear_lats"], 2, "did you mean linear_last?"),
         (["--probe", "nothing.yml"], 2, "no probe 'nothing.yml'"),
         ([], 2, "give --probe, or --list"),
+        (["--list", "--probe", "linear_last"], 2, "--probe has no effect beside --list; leave out one of them"),
+        (["--explain", "--without", "nothing"], 2, "--without nothing: no such pass"),
+        (["--explain", "--clip-seconds", "2"], 2, "--clip-seconds has no effect beside --explain without --probe"),
         (["--probe", "linear_last", "--model", "nothing"], 2, "--model nothing: Unknown model"),
         (["--probe", "linear_last", "--model", "M", "--labels", "L"], 4, "no trained weights"),
         (["--probe", "linear_last", "--offline", "--clip-seconds", "2"], 2, "--clip-seconds is for audio"),
@@ -460,7 +479,7 @@ def test_list_names_probes_and_models(export):
 def test_mistakes_are_told_without_a_traceback(tmp_path, export, model, labels, arguments, code, message):
     names = {"M": model, "L": labels}
     found, _, err = export(
-        *(names.get(a, a) for a in arguments), *(["--output", tmp_path / "b"] if arguments else [])
+        *(names.get(a, a) for a in arguments), *(["--output", tmp_path / "b"] if "--probe" in arguments else [])
     )
     assert found == code
     assert message in err
@@ -511,11 +530,11 @@ def test_weights_that_merge_layers_are_part_of_what_makes_the_embedding(trained)
     assert embedding_fingerprint() != before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_an_export_that_is_ended_leaves_nothing_behind(tmp_path, number):
     arguments = ["--probe", "linear_last", "--output", str(tmp_path / "bundle")]
     command = [sys.executable, "-u", "-m", "avex_export", *arguments]
-    listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells let jobs in the background ignore it
+    listening = partial(signal.signal, number, signal.SIG_DFL)  # shells let jobs in the background ignore some
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, preexec_fn=listening, **pipes) as process:
         for line in process.stdout:
@@ -531,17 +550,42 @@ def test_an_export_that_is_ended_leaves_nothing_behind(tmp_path, number):
 def test_an_output_that_can_not_be_made_is_told(tmp_path, export, trained):
     _, folder = trained()
     (tmp_path / "file").write_text("")
-    code, _, err = export("--probe", folder, "--output", tmp_path / "file" / "bundle")
-    assert code == 2
-    assert str(tmp_path / "file") in err
+    for below in ("bundle", "deeper/bundle"):
+        code, _, err = export("--probe", folder, "--output", tmp_path / "file" / below)
+        assert (code, f"{tmp_path / 'file'} is a file, not a folder" in err) == (2, True)
+    code, _, err = export("--probe", folder, "--output", tmp_path / ("long" * 99))
+    assert (code, err) == (2, f"avex-export: --output {tmp_path / ('long' * 99)}: File name too long\n")
 
 
-def test_labels_given_twice_are_told_before_the_export(tmp_path, export, trained):
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("twice.txt", b"bat\nbat\nbee\nfrog\nwind\n", "twice.txt names labels more than once: bat"),
+        ("empty.txt", b"\n", "empty.txt holds no labels"),
+        ("latin.txt", "Zaunkönig".encode("latin-1"), "latin.txt is not UTF-8 text"),
+        ("list.json", b"[1]", "list.json must be one JSON object"),
+        ("folder", None, "folder can't be read: Is a directory"),
+    ],
+)
+def test_bad_labels_are_told_before_the_export(tmp_path, export, trained, name, content, message):
     _, folder = trained()
-    (tmp_path / "twice.txt").write_text("bat\nbat\nbee\nfrog\nwind\n")
-    code, out, err = export("--probe", folder, "--labels", tmp_path / "twice.txt", "--output", tmp_path / "b")
-    assert (code, "write ONNX" in out) == (4, False)
-    assert "twice.txt names labels more than once: bat" in err
+    path = tmp_path / name
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    code, out, err = export("--probe", folder, "--labels", path, "--output", tmp_path / "b")
+    assert (code, "write ONNX" in out) == (2, False)
+    assert f"--labels {tmp_path}" in err
+    assert message in err
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty])
+def test_too_little_memory_is_told(tmp_path, export, monkeypatch, allocate):
+    monkeypatch.setattr("avex_export.export.verify", lambda *_: allocate(2**55))
+    code, _, err = export(*ALONE, "--output", tmp_path / "bundle")
+    assert (code, "give a smaller --clip-seconds" in err) == (4, True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_probe_is_left_as_it_was(trained):
@@ -555,3 +599,23 @@ def test_the_probe_is_left_as_it_was(trained):
         exported = export_graph(assembly)(wave)[0]
         torch.testing.assert_close(eager_graph(assembly)(wave)[0], before, rtol=0, atol=0)
     torch.testing.assert_close(exported, before, rtol=1e-4, atol=1e-4)
+
+
+# -- standard output -----------------------------------------------------------------------------------------------
+
+
+def test_signs_that_the_terminal_cannot_show_are_escaped(tmp_path, monkeypatch):
+    with (tmp_path / "out").open("w", encoding="ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main([*ALONE, "--output", str(tmp_path / "bundle")]) == 0
+    assert r"\u2713" in (tmp_path / "out").read_text()
+    assert read_bundle(tmp_path / "bundle").manifest.trained
+
+
+def test_a_reader_that_goes_away_does_not_end_the_export(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main([*ALONE, "--output", str(tmp_path / "bundle")]) == 0
+    assert read_bundle(tmp_path / "bundle").manifest.trained

@@ -1,6 +1,8 @@
 """Int8: how products are rounded, what comes of a whole model, and what is refused."""
 
+import io
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -335,14 +337,24 @@ def test_decisions_of_a_softmax_are_the_best_label():
     assert agreement.decisions == 0.5
 
 
+class Terminal(io.StringIO):
+    """Standard error that somebody looks at."""
+
+    def isatty(self):
+        return True
+
+
 def test_a_model_below_a_gate_is_refused_and_nothing_is_written(tmp_path, export, model, labels, monkeypatch):
     monkeypatch.setattr(gates, "CENTRED_COSINE", 1.1)
-    code, out, err = export(
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    code, out, _ = export(
         "--probe", "linear_last", "--model", model, "--labels", labels, *INT8, "--output", tmp_path / "bundle"
     )
     assert code == 4
     assert "int8" not in out.replace("round to int8", "")
-    assert "can't be served in int8" in err
+    # The long steps have their bars where somebody looks.
+    for shown in ("round to int8:", " 0/7 ", "compare:", " 0/24 ", "can't be served in int8"):
+        assert shown in terminal.getvalue()
     assert not list(tmp_path.iterdir())
 
 
@@ -406,6 +418,18 @@ def test_built_in_sounds_have_the_clips_length_at_any_rate():
         clips = built_in(samples, rate)
         assert clips.calibration.shape == (24, samples)
         assert clips.held_out.shape == (24, samples)
+
+
+def test_recordings_that_are_all_the_same_are_at_fault_and_not_the_model(tmp_path, export, model, labels):
+    (tmp_path / "silence").mkdir()
+    soundfile.write(tmp_path / "silence" / "a.wav", np.zeros(12 * RATE), RATE)
+    code, _, err = export(
+        "--probe", "linear_last", "--model", model, "--labels", labels, *INT8,
+        "--calibration", tmp_path / "silence", "--output", tmp_path / "bundle",
+    )  # fmt: skip
+    assert code == 4
+    assert "all 6 clips held out have the same embedding" in err
+    assert "can't be served" not in err
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Several probes on one backbone, and the backbone without heads."""
 
+import contextlib
 import json
 import shutil
 
@@ -128,7 +129,12 @@ def test_its_evidence_and_card_name_each_head(bundle, capsys):
             check["passed"] and set(check["errors"]) in ({"logits", "embedding"}, {"scores", "embedding"})
             for check in of_it
         )
-        assert f"- `{name}`, a" in (bundle / "README.md").read_text()
+    card = (bundle / "README.md").read_text("utf-8")
+    for line in ("- `birds`, a linear probe", "- `frogs`, an MLP probe", "- `calls`, an LSTM probe"):
+        assert line in card
+    assert (
+        "OpenSoundscape (`pip install 'opensoundscape[onnx]'`), which hears the first probe alone, `birds`:" in card
+    )
 
 
 def test_a_head_that_answers_otherwise_is_found(bundle, tmp_path, capsys):
@@ -205,6 +211,23 @@ def test_embeddings_need_no_weights_or_labels_of_a_head(tmp_path, export, model)
     assert "classes" not in metadata
 
 
+def test_embeddings_merged_by_the_weights_of_a_state_dict(tmp_path, export, model):
+    config = find_recipe("lstm_all").config
+    probe = build_probe_from_config(config, 3, "cpu", base_model=tiny_beats(seed=5)).eval()
+    with torch.no_grad():
+        probe.layer_weights.copy_(torch.arange(len(probe.layer_weights)))
+    torch.save(probe.state_dict(), tmp_path / "head.pt")
+    asked = ("--embeddings", "--probe", "lstm_all", "--model", model, "--weights", tmp_path / "head.pt")
+    code, _, err = export(*asked, "--format", "onnx", "--output", tmp_path / "base")
+    assert (code, err) == (0, "")
+    wave = noise(2)
+    with open_bundle(tmp_path / "base") as base, torch.no_grad():
+        np.testing.assert_allclose(base.infer(wave.numpy())["embedding"], probe.combine(wave)[0], atol=1e-4)
+    torch.save({"layer_weights": torch.zeros(9)}, tmp_path / "head.pt")
+    code, _, err = export(*asked, "--output", tmp_path / "other")
+    assert (code, "layer_weights is (9,)" in err) == (4, True)
+
+
 def test_embeddings_that_are_merged_by_trained_weights_need_them(tmp_path, export, model):
     code, _, err = export("--embeddings", "--probe", "lstm_all", "--model", model, "--output", tmp_path / "base")
     assert code == 4
@@ -257,12 +280,26 @@ def test_without_onnx_nothing_is_said_to_run_without_torch(tmp_path, export, sav
     assert code == 0
     assert "OpenSoundscape" not in card
     assert "without torch" not in card
-    assert ("serve it:" in out) == (format == "torchscript")
+    served = format == "torchscript"
+    assert ("serve it:" in out, "bentoml serve" in card, "avex-serve verify" in card) == (served,) * 3
+    if not served:
+        answered = {}
+        with contextlib.chdir(tmp_path / "b"):
+            exec(card.split("```python\n")[1].split("```")[0], answered)
+        assert [tuple(output.shape) for output in answered["outputs"]] == [(2, 2), (2, 32)]
+        assert "# logits, embedding\n" in card
 
 
 def test_probes_of_the_same_name(tmp_path, export, saved):
     code, _, err = export(*asked_for(saved[0], ("birds", "birds")), "--output", tmp_path / "b")
     assert (code, "two are called birds" in err) == (2, True)
+
+
+def test_a_probe_without_labels_beside_a_saved_one(tmp_path, export, saved, model):
+    asked = (*asked_for(saved[0], ("birds",)), "--probe", "linear_last", "--allow-untrained")
+    code, _, err = export(*asked, "--model", model, "--output", tmp_path / "b")
+    for remedy in ("save_probe() and its labels", "by itself"):
+        assert (code, remedy in err) == (4, True)
 
 
 def test_probes_on_different_backbones(tmp_path, export, saved):

@@ -1,15 +1,19 @@
 """Slots, queue and turns, with work that waits until the test lets it go."""
 
 import asyncio
+import gc
 import random
 import threading
+import weakref
 
+import numpy as np
 import pytest
 
-from avex_serve.errors import ClientGoneError, DeadlineError, OverloadError
+from avex_serve.errors import AudioError, ClientGoneError, DeadlineError, OverloadError
 from avex_serve.runtime import allowance
 from avex_serve.runtime.admission import LARGE_BYTES, Admission, HeldBytes, Ticket, admitted, hold_ticket
 from avex_serve.runtime.allowance import Deadline, Limits
+from avex_serve.runtime.audio import resample
 from avex_serve.runtime.stages import recorded
 
 PATIENCE = 20  # seconds until a test that hangs fails
@@ -277,11 +281,24 @@ def test_short_request_beside_a_long_one_in_the_only_slot(open_admission):
     assert steps
 
 
-def large_until(release, begun):
+def decode_large():
+    allowance.current().check_recording(LARGE_BYTES, 1, 16000)
+
+
+def resample_to_large():
+    resample(np.zeros(LARGE_BYTES // 4 // 16 + 1, np.float32), 1000, 16000)
+
+
+def answer_much():
+    for _ in range(2):
+        allowance.current().extend_answer(LARGE_BYTES // 2 + 1, "ask for less")
+
+
+def large_until(release, begun, make=decode_large):
     """Work on a large recording that passes its turns on until it is let go."""
 
     def work():
-        allowance.current().check_recording(LARGE_BYTES, 1, 16000)
+        make()
         begun.append(1)
         while not release.is_set():
             allowance.current().checkpoint()
@@ -290,13 +307,14 @@ def large_until(release, begun):
     return work
 
 
-def test_as_many_large_recordings_at_once_as_slots(open_admission):
+@pytest.mark.parametrize("make", [decode_large, resample_to_large, answer_much])
+def test_as_many_large_recordings_at_once_as_slots(open_admission, make):
     """The others wait for room without a slot, and small ones pass them."""
     admission = open_admission(2, 20, turn_seconds=0)
     release, begun = threading.Event(), []
 
     async def test():
-        tasks = [start(admission, large_until(release, begun)) for _ in range(6)]
+        tasks = [start(admission, large_until(release, begun, make)) for _ in range(6)]
         await until(lambda: len(begun) == 2)
         for _ in range(10):
             assert await start(admission, lambda: "small") == "small"
@@ -346,6 +364,77 @@ def test_errors_of_the_work_arrive_and_free_the_slot(open_admission):
                 await start(admission, lambda: 1 / 0)
 
     run(test())
+
+
+@pytest.fixture
+def no_collection():
+    """What is freed within the test is freed because nothing refers to it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+class Array(np.ndarray):
+    """One that can be referred to weakly."""
+
+
+def refuse():
+    try:
+        raise ValueError("the reason")
+    except ValueError:
+        raise AudioError("no audio") from None
+
+
+def go_on():
+    while True:
+        allowance.current().checkpoint()
+
+
+@pytest.mark.parametrize("leave", [False, True])
+@pytest.mark.parametrize(
+    ("end", "seconds", "error"),
+    [
+        (refuse, 60, AudioError),
+        (lambda: 1 / 0, 60, ZeroDivisionError),
+        (go_on, 0.2, DeadlineError),
+    ],
+)
+def test_a_request_that_failed_leaves_nothing_in_memory(open_admission, no_collection, leave, end, seconds, error):
+    """Neither its body nor its recording, whether its client has gone or not."""
+    admission, left, began, proceed = open_admission(), [], threading.Event(), threading.Event()
+
+    def noted(size):
+        array = np.ones(size).view(Array)
+        left.append(weakref.ref(array))
+        return array
+
+    async def ask():
+        body = noted(10)
+
+        def work():
+            recording = noted(body.size)
+            began.set()
+            proceed.wait(PATIENCE)
+            end()
+            return recording
+
+        await admission.run(work, Deadline(seconds))
+
+    async def test():
+        task = asyncio.create_task(ask())
+        await seen(began)
+        if leave:
+            task.cancel()
+        else:
+            proceed.set()
+        [outcome] = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(outcome, asyncio.CancelledError if leave else error)
+        proceed.set()
+
+    run(test())
+    admission.close()
+    assert [each() is None for each in left] == [True, True]
 
 
 def test_every_slot_comes_back_after_a_storm(open_admission):

@@ -15,11 +15,12 @@ from avex_serve.errors import ClientGoneError, DeadlineError, TooLargeError
 from avex_serve.runtime import allowance
 from avex_serve.runtime.allowance import Allowance, Deadline, Limits, granted
 from avex_serve.runtime.audio import decode
+from avex_serve.runtime.results import Selection, detect
 from tests.bundles import DIM, SAMPLE_RATE, WINDOW, make_measuring_bundle, make_sequence_bundle
 
 
-def allow(deadline=None, take_turns=lambda: None, **limits):
-    return granted(Allowance(Limits(**limits), deadline or Deadline(), take_turns, lambda _: None))
+def allow(deadline=None, take_turns=lambda: None, take_room=lambda _: None, **limits):
+    return granted(Allowance(Limits(**limits), deadline or Deadline(), take_turns, take_room))
 
 
 def encoded(frames, channels=1, rate=SAMPLE_RATE, container="FLAC"):
@@ -29,7 +30,7 @@ def encoded(frames, channels=1, rate=SAMPLE_RATE, container="FLAC"):
 
 
 def test_nothing_is_limited_by_default():
-    assert allowance.current().limits == Limits(*[math.inf] * 7)
+    assert allowance.current().limits == Limits(*[math.inf] * 8)
     allowance.current().checkpoint()
 
 
@@ -113,6 +114,61 @@ def test_windows_are_limited(audio_bundle):
         assert len(engine.score(wave, SAMPLE_RATE).scores) == 3
         with pytest.raises(TooLargeError, match="has 5 windows; at most 3"):
             engine.score(wave, SAMPLE_RATE, overlap=0.05)
+
+
+def test_too_many_windows_are_not_resampled(audio_bundle):
+    rooms = []
+    with open_bundle(audio_bundle) as engine, allow(take_room=rooms.append, windows=3):
+        engine.score(np.zeros(30, np.float32), 100)
+        assert rooms[0] == 4 * WINDOW * 3
+        rooms.clear()
+        with pytest.raises(TooLargeError, match="has 4 windows; at most 3"):
+            engine.score(np.zeros(31, np.float32), 100)
+    assert rooms == []
+
+
+@pytest.mark.parametrize(
+    ("ask", "size"),
+    [
+        (lambda engine, wave: engine.predict(wave, SAMPLE_RATE, threshold=0.0), 30 * (3 * 16 + 3 * 1024)),
+        (lambda engine, wave: engine.predict(wave, SAMPLE_RATE, top_k=2), 30 * (3 * 16 + 2 * 1024)),
+        (lambda engine, wave: engine.predict_all(wave, SAMPLE_RATE, threshold=1.0), 30 * 3 * 16),
+        (lambda engine, wave: engine.embed(wave, SAMPLE_RATE), 30 * DIM * 16),
+        (lambda engine, wave: engine.embedding_document(wave, SAMPLE_RATE, overlap=0), 30 * DIM * 80),
+        (lambda engine, wave: engine.infer(wave.reshape(30, WINDOW)), 30 * (DIM + 3) * 16),
+    ],
+)
+def test_what_an_answer_takes_is_limited(audio_bundle, ask, size):
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 30 * WINDOW).astype(np.float32)
+    with open_bundle(audio_bundle) as engine:
+        with allow(answer_bytes=size):
+            ask(engine, wave)
+        with allow(answer_bytes=size - 1), pytest.raises(TooLargeError, match=f"takes {size} bytes"):
+            ask(engine, wave)
+
+
+def test_scores_of_embeddings_are_limited(embedding_bundle):
+    embeddings = np.ones((20, DIM), np.float32)
+    size = 20 * (3 * 16 + 2 * 1024)
+    with open_bundle(embedding_bundle) as engine:
+        with allow(answer_bytes=size):
+            assert [len(row) for row in engine.classify(embeddings, top_k=2).results] == [2] * 20
+        with allow(answer_bytes=size - 1), pytest.raises(TooLargeError, match="raise threshold or lower top_k"):
+            engine.classify(embeddings, top_k=2)
+
+
+def test_nobody_waits_for_the_labels_of_many_windows():
+    """Those of each window are a step of their own."""
+    deadline, steps = Deadline(), []
+    selection = Selection.of("sigmoid", 0.0, None)
+
+    def take_turns():
+        steps.append(1)
+        if len(steps) == 5:
+            deadline.abandon()
+
+    with allow(deadline, take_turns), pytest.raises(ClientGoneError):
+        detect(np.zeros((100, 2)), np.ones((100, 3), np.float32), "abc", selection)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import soundfile
 import soxr
 
 from avex_serve.errors import AudioError, InputError, NotFoundError
-from avex_serve.runtime.audio import RATES, decode, resample
+from avex_serve.runtime.audio import RATES, decode, resample, resampled_size
 
 CONTAINERS = {
     "WAV": ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"],
@@ -105,6 +105,15 @@ def test_a_name_that_is_not_utf8(tmp_path):
     with open(path, "wb") as file:  # noqa: PTH123
         file.write(GOOD)
     np.testing.assert_array_equal(decode(path).wave, decode(GOOD).wave)
+
+
+def test_size_of_what_is_resampled():
+    for samples in (1, 2, 3, 7, 100, 999, 44099, 44100, 44101, 123_457):
+        for rate in (100, 101, 8000, 11025, 16000, 22050, 44100, 48000, 96000, 192_000, 384_000):
+            for target in (8000, 16000, 22050, 32000, 48000):
+                if rate / 2 <= samples * target < 2**20 * rate:
+                    resampled = soxr.resample(np.zeros(samples, np.float32), rate, target, quality="HQ")
+                    assert resampled_size(samples, rate, target) == resampled.size, (samples, rate, target)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 22050, 32000, 44100, 48000, 96000, 250_000])

@@ -8,11 +8,20 @@ import pytest
 from avex_serve import open_bundle
 from avex_serve.errors import InputError, NotFoundError, UnsupportedError
 from avex_serve.runtime import linked
+from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.repository import Repository
 from tests.bundles import SAMPLE_RATE, change_manifest, make_audio_bundle, make_embedding_bundle
 
 READS, OTHER = "a1" * 32, "b2" * 32
 WAVE = np.random.default_rng(0).uniform(-0.5, 0.5, 5000).astype(np.float32)
+
+
+def record():
+    return Recording(WAVE, SAMPLE_RATE)
+
+
+def never():
+    raise AssertionError("it was decoded")
 
 
 def audio_bundle(folder, name="tiny", fingerprint=READS, **changes):
@@ -70,17 +79,17 @@ def test_a_head_hears_by_an_audio_bundle(tmp_path, options):
     audio_bundle(tmp_path / "tiny")
     head_bundle(tmp_path / "head")
     with repository(tmp_path) as (opened, runs):
-        prediction = linked.predict(opened, WAVE, SAMPLE_RATE, model="head", **options)
+        prediction = linked.predict(opened, record, model="head", **options)
         windows = runs["tiny"]
         assert detections(prediction) == expected(tmp_path, "head", **options)
         assert (prediction.bundle, prediction.probe, prediction.score_scale) == ("head", "linear", "softmax")
-        own = linked.predict(opened, WAVE, SAMPLE_RATE, model="tiny", **options)
+        own = linked.predict(opened, record, model="tiny", **options)
         assert (prediction.duration, prediction.window) == (own.duration, own.window)
         assert runs == {"tiny": 2 * windows, "head": windows}
         with pytest.raises(NotFoundError, match="no probe 'nothing'"):
-            linked.predict(opened, WAVE, SAMPLE_RATE, model="head", probe="nothing")
+            linked.predict(opened, record, model="head", probe="nothing")
         with pytest.raises(InputError, match="top_k is 0"):
-            linked.predict(opened, WAVE, SAMPLE_RATE, model="head", top_k=0)
+            linked.predict(opened, record, model="head", top_k=0)
         assert runs["tiny"] == 2 * windows
 
 
@@ -92,29 +101,27 @@ def test_all_heads_in_one_pass_of_the_backbone(tmp_path):
     head_bundle(tmp_path / "stranger", name="stranger", reads=OTHER)
     head_bundle(tmp_path / "unknown", name="unknown", reads=None)
     with repository(tmp_path) as (opened, runs):
-        predictions = linked.predict_all(opened, WAVE, SAMPLE_RATE, top_k=2).predictions
+        predictions = linked.predict_all(opened, record, top_k=2).predictions
         assert runs == dict.fromkeys(("tiny", "head", "second"), 4)
         assert [(each.bundle, each.version) for each in predictions] == [
             ("tiny", "1"),
             ("head", "1"),
             ("second", "1"),
         ]
-        assert predictions[0] == linked.predict(opened, WAVE, SAMPLE_RATE, model="tiny", top_k=2)
-        assert predictions[1] == linked.predict(opened, WAVE, SAMPLE_RATE, model="head", top_k=2)
-        assert linked.predict_all(opened, WAVE, SAMPLE_RATE, model="tiny", version="1", top_k=2).predictions == (
-            predictions
-        )
+        assert predictions[0] == linked.predict(opened, record, model="tiny", top_k=2)
+        assert predictions[1] == linked.predict(opened, record, model="head", top_k=2)
+        assert linked.predict_all(opened, record, model="tiny", version="1", top_k=2).predictions == (predictions)
         with pytest.raises(UnsupportedError, match="bundle head takes embeddings, not audio"):
-            linked.predict_all(opened, WAVE, SAMPLE_RATE, model="head")
+            linked.predict_all(opened, record, model="head")
 
 
 def test_a_bundle_without_heads_lends_its_embeddings(tmp_path):
     audio_bundle(tmp_path / "tiny", probes=[])
     with repository(tmp_path) as (opened, _), pytest.raises(UnsupportedError, match="answers embeddings alone"):
-        linked.predict_all(opened, WAVE, SAMPLE_RATE)
+        linked.predict_all(opened, record)
     head_bundle(tmp_path / "head")
     with repository(tmp_path) as (opened, runs):
-        predictions = linked.predict_all(opened, WAVE, SAMPLE_RATE).predictions
+        predictions = linked.predict_all(opened, record).predictions
         assert [each.bundle for each in predictions] == ["head"]
         assert runs == {"tiny": 4, "head": 4}
 
@@ -137,7 +144,7 @@ def test_embeddings_that_do_not_fit(tmp_path, head, audio, reason):
     head_bundle(tmp_path / "head", **head)
     with repository(tmp_path) as (opened, runs):
         with pytest.raises(UnsupportedError, match=f"^bundle head takes embeddings, not audio, .*{reason}"):
-            linked.predict(opened, WAVE, SAMPLE_RATE, model="head")
+            linked.predict(opened, record, model="head")
         assert runs == {}
 
 
@@ -145,9 +152,9 @@ def test_no_audio_bundle_at_all(tmp_path):
     head_bundle(tmp_path / "head")
     with repository(tmp_path) as (opened, _):
         with pytest.raises(UnsupportedError, match=f"{READS[:12]} .*: there is none; use classify"):
-            linked.predict(opened, WAVE, SAMPLE_RATE)
+            linked.predict(opened, record)
         with pytest.raises(UnsupportedError, match="takes embeddings, not audio"):
-            linked.predict_all(opened, WAVE, SAMPLE_RATE)
+            linked.predict_all(opened, record)
 
 
 def test_several_audio_bundles_need_a_name(tmp_path):
@@ -155,6 +162,37 @@ def test_several_audio_bundles_need_a_name(tmp_path):
     audio_bundle(tmp_path / "other", name="other")
     with repository(tmp_path) as (opened, _):
         with pytest.raises(InputError, match="several models are served: 'other', 'tiny'; name one"):
-            linked.predict_all(opened, WAVE, SAMPLE_RATE)
-        (answer,) = linked.predict_all(opened, WAVE, SAMPLE_RATE, model="other").predictions
+            linked.predict_all(opened, record)
+        (answer,) = linked.predict_all(opened, record, model="other").predictions
         assert answer.bundle == "other"
+
+
+def test_nothing_is_decoded_in_vain(tmp_path):
+    audio_bundle(tmp_path / "tiny")
+    head_bundle(tmp_path / "head")
+    head_bundle(tmp_path / "stranger", name="stranger", reads=OTHER)
+    with repository(tmp_path) as (opened, _), opened.lease("tiny") as tiny, opened.lease("head") as head:
+        for ask, options, error in (
+            (linked.predict, {"model": "nothing"}, NotFoundError),
+            (linked.predict, {"model": "tiny", "version": "2"}, NotFoundError),
+            (linked.predict, {"model": "stranger"}, UnsupportedError),
+            (linked.predict_all, {"model": "head"}, UnsupportedError),
+            (linked.embed, {"model": "head"}, UnsupportedError),
+            (linked.embed, {"model": "tiny", "output": "nothing"}, NotFoundError),
+            (linked.embed, {"model": "tiny", "overlap": -1}, InputError),
+            *(
+                (linked.predict, {"model": model, **wrong}, error)
+                for model in ("tiny", "head")
+                for wrong, error in (
+                    ({"probe": "nothing"}, NotFoundError),
+                    ({"top_k": 0}, InputError),
+                    ({"threshold": float("nan")}, InputError),
+                    ({"overlap": 1.0}, InputError),
+                )
+            ),
+        ):
+            with pytest.raises(error):
+                ask(opened, never, **options)
+        for engine in (tiny, head):
+            with pytest.raises(InputError, match="overlap is -1"):
+                linked.infer_recording(opened, engine, never, overlap=-1)

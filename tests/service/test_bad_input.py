@@ -208,6 +208,13 @@ def test_bad_classify(embedding_server, body):
     assert refused(embedding_server.post("/classify", content=body), 400)
 
 
+def test_lists_in_lists(embedding_server):
+    deep = b'{"embeddings": ' + b"[" * 100 + b"0" + b"]" * 100 + b"}"
+    assert refused(
+        embedding_server.post("/classify", content=deep), 400, "lists in lists, 100 deep; expected at most"
+    )
+
+
 def test_classify_with_unknown_probe(embedding_server):
     body = {"embeddings": [[0] * DIM], "probe": "nothing"}
     assert refused(embedding_server.post("/classify", json=body), 404, "no probe 'nothing'")
@@ -405,6 +412,27 @@ BAD_RPCS = {
 @pytest.mark.parametrize(("request_", "code"), BAD_RPCS.values(), ids=BAD_RPCS)
 def test_bad_infer_over_grpc(audio_server, request_, code):
     assert rpc_error(audio_server, request_) == code
+
+
+@pytest.mark.parametrize(
+    ("shape", "raw", "text"),
+    [
+        ([1], b"\x01\0\0\0a" * 2, "more than the 1 elements that its shape says"),
+        ([2], bytes(8), "an element of BYTES is empty"),
+        ([2**62] * 65, b"\x01\0\0\0a", "a shape of 65 dimensions that no tensor has"),
+    ],
+)
+def test_recordings_that_are_not_looked_for(audio_server, shape, raw, text):
+    """Millions of them would be, in a body of the size that is taken."""
+    request = infer_windows(datatype="BYTES", shape=shape, raw=[raw])
+    with pytest.raises(grpc.RpcError) as caught:
+        call(audio_server, "ModelInfer", request.SerializeToString())
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert text in caught.value.details()
+    tensor = {"name": "waveform", "shape": shape, "datatype": "BYTES", "parameters": {"binary_data_size": len(raw)}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    assert refused(audio_server.post(INFER, content=head + raw, headers=headers), 400, text)
 
 
 @pytest.mark.parametrize("method", ["ModelReady", "ModelMetadata"])

@@ -46,6 +46,7 @@ def server(tmp_path_factory, temporary, audio_bundle):
         AVEX_MAX_CHANNELS="4",
         AVEX_MAX_WINDOWS="1000",
         AVEX_MAX_JSON_BYTES="100000",
+        AVEX_MAX_ANSWER_BYTES="100000",
         AVEX_READ_TIMEOUT_SECONDS="2",
         TMPDIR=str(temporary),
     ) as server:
@@ -75,10 +76,10 @@ def received(connection):
     return answer
 
 
-def recording_request(audio):
+def recording_request(*recordings):
     request = service_pb2.ModelInferRequest(model_name="tiny")
-    request.inputs.add(name="waveform", datatype="BYTES", shape=[1])
-    request.raw_input_contents.append(len(audio).to_bytes(4, "little") + audio)
+    request.inputs.add(name="waveform", datatype="BYTES", shape=[len(recordings)])
+    request.raw_input_contents.append(b"".join(len(each).to_bytes(4, "little") + each for each in recordings))
     return request.SerializeToString()
 
 
@@ -367,6 +368,33 @@ def test_sample_rate(server, rate):
 def test_too_many_windows(server):
     options = {"overlap": WINDOW / SAMPLE_RATE - 1 / SAMPLE_RATE}
     assert refused(server.post("/predict", content=WAV, params=options), 413, "windows; at most 1000")
+
+
+def test_answer_that_would_be_too_large(server):
+    """The limit is that of the whole answer, however it is written, and what the message advises helps."""
+    long = flac(55)  # 550 windows, 3 labels, embeddings of 4 numbers
+    for path in ("/predict", "/predict_all"):
+        assert refused(server.post(path, content=long, params={"threshold": 0}), 413, "raise threshold")
+        assert server.post(path, content=long, params={"threshold": 1}).status_code == 200
+        assert server.post(path, content=flac(2), params={"threshold": 0}).status_code == 200
+    assert refused(server.post("/embed", content=long), 413, "send the recording in pieces")
+
+    def infer(output=None, **parameters):
+        tensor = {"name": "waveform", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": size}}
+        outputs = [output] if output else []
+        head = json.dumps({"inputs": [tensor], "outputs": outputs, "parameters": parameters}).encode()
+        return server.post(INFER, content=head + raw, headers={"Inference-Header-Content-Length": str(len(head))})
+
+    raw = len(long).to_bytes(4, "little") + long
+    size = len(raw)
+    assert infer(binary_data_output=True).status_code == 200
+    assert refused(infer(), 413, "ask for outputs in binary")
+    best = {"name": "logits", "parameters": {"classification": 2, "binary_data": True}}
+    assert refused(infer(best), 413, "a lower classification")
+    assert call(server, recording_request(long))
+    code, details = rpc_error(server, recording_request(long, long))
+    assert code == "INVALID_ARGUMENT"
+    assert "send the recording in pieces, or fewer rows" in details
 
 
 def test_json(server):

@@ -12,9 +12,12 @@ import tritonclient.http
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2
 
+from avex_serve.errors import ClientGoneError
+from avex_serve.runtime.allowance import Allowance, Deadline, Limits, granted
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.results import activate
 from avex_serve.service.grpc_messages import message_class
+from avex_serve.service.oip import from_raw
 
 OUTPUTS = ["logits", "embedding", "scores"]
 
@@ -255,3 +258,16 @@ def fields(descriptor):
         inner = fields(field.message_type) if field.message_type else None
         found[field.number] = (field.name, field.type, field.is_repeated, inner)
     return found
+
+
+def test_many_recordings_are_told_apart_in_steps():
+    """So that a request that nobody waits for ends, and others get their turn meanwhile."""
+    deadline, steps = Deadline(), []
+
+    def take_turns():
+        steps.append(1)
+        if len(steps) == 3:
+            deadline.abandon()
+
+    with granted(Allowance(Limits(), deadline, take_turns, lambda _: None)), pytest.raises(ClientGoneError):
+        from_raw("waveform", "BYTES", [10_000], b"\x01\0\0\0a" * 10_000)

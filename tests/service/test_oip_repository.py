@@ -376,6 +376,7 @@ def test_a_bundle_that_takes_embeddings_is_asked_about_a_recording(server, shelf
         answer = server.post("/predict_all", content=wav, params=options)
         assert answer.status_code == status
         assert text in answer.json()["error"]
+        assert ("retry-after" in answer.headers) is (status == 503)
     assert server.post("/predict_all", content=b"no audio", params={"model": "probes"}).status_code == 400
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from avex_export.progress import bar
 from avex_serve.bundle import Activation, Agreement, Manifest
 from avex_serve.errors import ExportError
 from avex_serve.runtime.backend import Backend
@@ -13,6 +14,8 @@ from avex_serve.runtime.backend import Backend
 COSINE = 0.999
 CENTRED_COSINE = 0.99
 DECISIONS = 0.98
+# Embeddings are the same whose distances to their mean are no larger a part of their length: float32 ends there.
+_SAME = 1e-5
 
 
 def text(agreement: Agreement) -> str:
@@ -41,16 +44,25 @@ def check(agreement: Agreement) -> None:
 
 
 def compare(exact: Backend, rounded: Backend, clips: np.ndarray, manifest: Manifest) -> Agreement:
-    """Run both graphs on clips (M, S), one by one as the service does; of several outputs the worst counts."""
-    runs = [[backend.run(clip[None]) for clip in clips] for backend in (exact, rounded)]
+    """Run both graphs on clips (M, S), one by one as the service does; of several outputs the worst counts.
+
+    Raises:
+        ExportError: float32 can't tell the clips apart.
+    """
+    runs = [(exact.run(clip[None]), rounded.run(clip[None])) for clip in bar(list(clips), "compare")]
     expected, found = (
         {name: np.concatenate([run[name] for run in answers]).astype(np.float64) for name in answers[0]}
-        for answers in runs
+        for answers in zip(*runs, strict=True)
     )
     cosines, centred = [], []
     for info in manifest.embeddings:
         embeddings = [outputs[info.output].reshape(len(clips), -1) for outputs in (expected, found)]
         mean = embeddings[0].mean(axis=0)
+        if np.linalg.norm(embeddings[0] - mean, axis=1).max() <= _SAME * np.linalg.norm(mean):
+            raise ExportError(
+                f"all {len(clips)} clips held out have the same embedding, so nothing tells whether int8 would keep "
+                "clips apart. Calibrate on recordings that differ (--calibration DIR); nothing was written"
+            )
         cosines.append(_cosines(*embeddings))
         centred.append(_cosines(*(embedding - mean for embedding in embeddings)))
     decided = [

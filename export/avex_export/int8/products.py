@@ -8,6 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from avex_export.graph import AudioGraph
 from avex_export.int8.rounding import compensated, nearest, steps
+from avex_export.progress import counter
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.beats import BEATsModel
 from avex_serve.models.eat import EATModel
@@ -115,9 +116,11 @@ def quantise(graph: AudioGraph, clips: Tensor) -> int:
     for handle in handles:
         handle.remove()
     undecided = {name: _Undecided(linears[name], mean) for name, mean in means.items()}
-    for name, product in undecided.items():
-        _put(model, name, product)
-    graph.combine(clips)
+    with counter(len(undecided), "round to int8") as count:
+        for name, product in undecided.items():
+            product.register_forward_hook(lambda *_: count())
+            _put(model, name, product)
+        graph.combine(clips)
     for name, product in undecided.items():
         assert product.decided is not None
         _put(model, name, product.decided)
