@@ -32,6 +32,7 @@ from avex_serve.service.gate import Gate, http_time_limit
 from avex_serve.service.grpc import GrpcServer, check_port_is_free
 from avex_serve.service.http import OwnRoutes
 from avex_serve.service.http_gate import HttpGate
+from avex_serve.service.http_protocol import bound_heads
 from avex_serve.service.keys import Keys
 from avex_serve.service.logs import configure_logs
 from avex_serve.service.metrics import Metrics
@@ -275,6 +276,7 @@ def _current() -> Any:
 
 
 leave_out_unsent_spans()
+bound_heads()
 # The first one is the outermost.
 AvexService.add_asgi_middleware(ObservedHttp, observer=lambda: _current().observer)
 AvexService.add_asgi_middleware(DrainingHttp, drain=lambda: _current().drain)

@@ -29,15 +29,16 @@ class Desk:
 
     async def load(self, name: str) -> None:
         """See `Repository.load`; ForbiddenError unless the setting allows it."""
-        self._check_control()
+        self.check_control()
         await to_thread.run_sync(self.repository.load, name)
 
     async def unload(self, name: str) -> None:
         """See `Repository.unload`; ForbiddenError unless the setting allows it."""
-        self._check_control()
+        self.check_control()
         await to_thread.run_sync(self.repository.unload, name)
 
-    def _check_control(self) -> None:
+    def check_control(self) -> None:
+        """Raise ForbiddenError unless the setting lets clients load and unload models."""
         if self._model_control != "explicit":
             raise ForbiddenError(
                 "models are not loaded and unloaded by clients here; AVEX_MODEL_CONTROL=explicit allows it"

@@ -12,6 +12,7 @@ from avex_serve.service.settings import Settings
 
 QUEUE_FACTOR: Final = 16  # waiting requests for each at work
 TIMEOUT_MARGIN: Final = 10.0  # seconds
+CONTROL_BYTES: Final = 2**16  # of a request that carries no tensors and is read on the event loop
 
 
 @dataclass(frozen=True)

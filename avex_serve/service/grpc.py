@@ -19,6 +19,7 @@ from avex_serve.service.gate import Gate
 from avex_serve.service.grpc_gate import GrpcGate
 from avex_serve.service.grpc_health import Health
 from avex_serve.service.grpc_messages import SERVICE, decoded, message_class
+from avex_serve.service.grpc_parts import check_parts
 from avex_serve.service.interception import Call
 from avex_serve.service.options import validated
 from avex_serve.service.settings import Settings
@@ -157,6 +158,7 @@ class _Servicer:
         return response
 
     def _infer(self, data: bytes) -> Any:
+        check_parts(data)
         request: Any = decoded(message_class("ModelInferRequest"), data)
         with self._model(request.model_name, request.model_version) as model:
             answer = model.infer(_parse(request))
@@ -230,7 +232,7 @@ def _inference(desk: Desk, ready: Callable[[], bool]) -> grpc.GenericRpcHandler:
         name: _handler(name, _decoding(message_class(f"{name}Request"), method)) for name, method in methods.items()
     }
     handlers["ModelInfer"] = _handler("ModelInfer", servicer.model_infer)
-    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(_refusal(oip_repository.NO_STREAM))
+    handlers["ModelStreamInfer"] = grpc.stream_unary_rpc_method_handler(_refusal(oip_repository.NO_STREAM))
     for name, reason in oip_repository.REFUSED_METHODS.items():
         handlers[name] = grpc.unary_unary_rpc_method_handler(_refusal(reason))
     return grpc.method_handlers_generic_handler(SERVICE, handlers)

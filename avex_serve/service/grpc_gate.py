@@ -11,9 +11,16 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health
 
-from avex_serve.errors import AvexServeError, DeadlineError, InputError, SlowRequestError
+from avex_serve.errors import (
+    AvexServeError,
+    DeadlineError,
+    InputError,
+    OverloadError,
+    SlowRequestError,
+    TooLargeError,
+)
 from avex_serve.runtime.admission import Ticket, hold_ticket
-from avex_serve.service.gate import Gate
+from avex_serve.service.gate import CONTROL_BYTES, Gate
 from avex_serve.service.grpc_messages import SERVICE
 from avex_serve.service.interception import Call
 
@@ -23,6 +30,7 @@ HEALTH: Final = frozenset(
     | {f"/{SERVICE}/{method}" for method in ("ServerLive", "ServerReady")}
 )
 WORK: Final = f"/{SERVICE}/ModelInfer"  # what the admission limit is for
+PROMPT_SECONDS: Final = 1.0  # in which the message of a call comes where client and network are well
 
 
 class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -30,10 +38,11 @@ class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        # How large a message is shows only once it has come whole: so many may come at once. Others wait in their
-        # connections, those of the health methods for one another alone.
-        at_once = max(1, gate.admission.bodies.total // gate.body_bytes)
-        self._coming = {True: asyncio.Semaphore(at_once), False: asyncio.Semaphore(at_once)}
+        # How large a message is shows only once it has come whole: as many as may be held if all are of the largest
+        # size. Those of other methods are small and come in one packet with the call.
+        slow = max(1, gate.admission.bodies.total // gate.body_bytes)
+        self._work = _Arrivals(gate.read_seconds, slow)
+        self._rest = _Arrivals(gate.read_seconds, 1)
 
     async def intercept_service(
         self,
@@ -54,15 +63,15 @@ class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return handler
         # As a stream, since gRPC receives a single message before it calls the handler.
         if handler.response_streaming:
-            call = self._behind(handler.unary_stream, method in HEALTH)
+            call = self._behind(handler.unary_stream, method)
             return grpc.stream_stream_rpc_method_handler(call, response_serializer=handler.response_serializer)
-        call = self._behind(handler.unary_unary, method in HEALTH)
+        call = self._behind(handler.unary_unary, method)
         return grpc.stream_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
 
-    def _behind(self, method: Call, is_health: bool) -> Call:
+    def _behind(self, answer: Call, method: str) -> Call:
         async def call(_: Any, context: grpc.aio.ServicerContext) -> Any:
             try:
-                return await self._answer(method, context, is_health)
+                return await self._answer(answer, method, context)
             except grpc.aio.AbortError as abort:
                 refusal = abort
             except AvexServeError as error:
@@ -76,30 +85,74 @@ class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         return call
 
-    async def _answer(self, method: Call, context: grpc.aio.ServicerContext, is_health: bool) -> Any:
+    async def _answer(self, answer: Call, method: str, context: grpc.aio.ServicerContext) -> Any:
         deadline = self._gate.deadline(context.time_remaining())
-        data = await self._receive(context, is_health)
+        data = await self._receive(method, context)
+        if method != WORK and len(data) > CONTROL_BYTES:
+            raise TooLargeError(f"the message has {len(data)} bytes; at most {CONTROL_BYTES} are taken here")
         bodies = self._gate.admission.bodies
         bodies.take(len(data))
         try:
             hold_ticket(Ticket(self._gate.admission, deadline))
-            async with asyncio.timeout(None if is_health else deadline.remaining):
-                return await method(data, context)
+            async with asyncio.timeout(None if method in HEALTH else deadline.remaining):
+                return await answer(data, context)
         except TimeoutError:
             raise DeadlineError("the answer was not ready in time; send less, or allow more time") from None
         finally:
             bodies.give_back(len(data))
 
-    async def _receive(self, context: grpc.aio.ServicerContext, is_health: bool) -> bytes:
-        try:
-            async with asyncio.timeout(self._gate.read_seconds), self._coming[is_health]:
-                data: Any = await context.read()
-        except TimeoutError:
-            raise SlowRequestError(f"the message didn't come within {self._gate.read_seconds:g} s") from None
+    async def _receive(self, method: str, context: grpc.aio.ServicerContext) -> bytes:
+        data = await (self._work if method == WORK else self._rest).wait_for(context.read)
         if data is grpc.aio.EOF:
             raise InputError("the call ended without a message; send one")
         message: bytes = data
         return message
+
+
+class _Arrivals:
+    """Messages that are coming; used on the event loop alone.
+
+    A call whose client sends nothing looks like one whose message is half there. So each may come for a moment, in
+    which the network itself bounds how much there can be of them, and only so many for longer. None waits for
+    another, and those that come at once find their way however many idle.
+    """
+
+    def __init__(self, seconds: float, slow: int) -> None:
+        """`slow` messages may take longer than a moment at once, each for so many seconds at most."""
+        self._seconds = seconds
+        self._free = slow
+
+    async def wait_for(self, read: Callable[[], Awaitable[Any]]) -> Any:
+        """What is read.
+
+        Raises:
+            OverloadError: it doesn't come at once, and too many others do so already.
+            SlowRequestError: it doesn't come in time.
+        """
+        has_place = refused = False
+
+        def take_place() -> None:
+            nonlocal has_place, refused
+            if self._free:
+                self._free -= 1
+                has_place = True
+            elif not timeout.expired():
+                refused = True
+                timeout.reschedule(0)
+
+        moment = asyncio.get_running_loop().call_later(PROMPT_SECONDS, take_place)
+        try:
+            async with asyncio.timeout(self._seconds) as timeout:
+                return await read()
+        except TimeoutError:
+            if refused:
+                raise OverloadError(
+                    "too many messages are slow to come; try again later, or send it faster"
+                ) from None
+            raise SlowRequestError(f"the message didn't come within {self._seconds:g} s") from None
+        finally:
+            moment.cancel()
+            self._free += has_place
 
 
 def _authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:

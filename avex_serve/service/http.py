@@ -26,12 +26,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from avex_serve.errors import AvexServeError, InputError, NotFoundError, StorageError, UnsupportedError
+from avex_serve.errors import (
+    AvexServeError,
+    InputError,
+    NotFoundError,
+    StorageError,
+    TooLargeError,
+    UnsupportedError,
+)
 from avex_serve.runtime import linked
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service import oip, oip_json, oip_repository
 from avex_serve.service.desk import Desk
+from avex_serve.service.gate import CONTROL_BYTES
 from avex_serve.service.options import (
     AudioOptions,
     ClassifyRequest,
@@ -186,17 +194,22 @@ class OwnRoutes:
         return Response(answer.content, media_type="application/octet-stream", headers=headers)
 
     async def _index(self, request: Request) -> Response:
-        asked = oip_json.parse_index_request(await _read_body(request))
+        asked = oip_json.parse_index_request(await _read_small_body(request))
         return JSONResponse(oip_repository.index(self._desk().repository, ready=asked.ready))
 
     async def _load(self, request: Request) -> Response:
-        oip_repository.check_load_parameters(oip_json.parse_control_request(await _read_body(request)).parameters)
-        await self._desk().load(request.path_params["name"])
+        desk = self._desk()
+        desk.check_control()
+        asked = oip_json.parse_control_request(await _read_small_body(request))
+        oip_repository.check_load_parameters(asked.parameters)
+        await desk.load(request.path_params["name"])
         return JSONResponse({})
 
     async def _unload(self, request: Request) -> Response:
-        oip_json.parse_control_request(await _read_body(request))
-        await self._desk().unload(request.path_params["name"])
+        desk = self._desk()
+        desk.check_control()
+        oip_json.parse_control_request(await _read_small_body(request))
+        await desk.unload(request.path_params["name"])
         return JSONResponse({})
 
     def _model(self, request: Request) -> AbstractContextManager[oip.Model]:
@@ -239,6 +252,17 @@ async def _read_audio(request: Request, options: type[Options]) -> tuple[bytes, 
 async def _read_body(request: Request) -> bytes:
     _refuse_encoding(request)
     return await request.body()
+
+
+async def _read_small_body(request: Request) -> bytes:
+    """The body of a request that is answered on the event loop, which a large JSON document would block."""
+    _refuse_encoding(request)
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > CONTROL_BYTES:
+            raise TooLargeError(f"the body is larger than the {CONTROL_BYTES} bytes that are taken here")
+    return body
 
 
 def _refuse_encoding(request: Request) -> None:

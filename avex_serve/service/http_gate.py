@@ -20,6 +20,7 @@ from avex_serve.service.gate import Gate, parse_seconds
 TIMEOUT: Final = "Request-Timeout"  # header: how many seconds the client waits
 # Asked by those who watch over the service, without a key, also while it is busy.
 HEALTH: Final = frozenset({"/livez", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
+CONTROL: Final = "/v2/repository/"  # begins paths whose POST does no work that the admission limit is for
 SLOWEST: Final = 8 * 2**10  # bytes a second, below which a body is too slow
 POLICY_VIOLATION: Final = 1008  # WebSocket close code
 
@@ -63,7 +64,7 @@ class HttpGate:
             gate.keys.check(headers.get("authorization"))
         deadline = gate.deadline(parse_seconds(TIMEOUT, headers.get(TIMEOUT)))
         _check_length(gate, headers.get("content-length"))
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and not scope["path"].startswith(CONTROL):
             gate.admission.check_room()
         hold_ticket(Ticket(gate.admission, deadline))
         body = _Body(gate, receive)

@@ -136,6 +136,8 @@ def test_beyond_the_queue_both_transports_refuse_at_once(server):
             "/metrics",
         ):
             assert server.get(path).status_code == 200
+        assert server.post("/v2/repository/index").json()[0]["name"] == "slow"
+        assert server.post("/v2/repository/models/slow/load").status_code == 403
         check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE)
         assert check.status == health_pb2.HealthCheckResponse.SERVING
         assert channel.unary_unary("/inference.GRPCInferenceService/ServerMetadata")(b"", timeout=PATIENCE)
@@ -145,6 +147,50 @@ def test_beyond_the_queue_both_transports_refuse_at_once(server):
 def never():
     threading.Event().wait(PATIENCE)
     yield b""
+
+
+CHECK = "/grpc.health.v1.Health/Check"
+METADATA = "/inference.GRPCInferenceService/ModelMetadata"
+
+
+@contextlib.contextmanager
+def idle_calls(server, method, count):
+    """So many calls whose clients send no message, each with a connection of its own."""
+    with contextlib.ExitStack() as stack:
+        left = threading.Event()
+
+        def nothing():
+            left.wait(2 * PATIENCE)
+            yield from ()
+
+        stack.callback(left.set)
+        calls = []
+        for _ in range(count):
+            own = [("grpc.use_local_subchannel_pool", 1)]
+            channel = stack.enter_context(grpc.insecure_channel(server.grpc, own))
+            calls.append(channel.stream_unary(method).future(nothing(), timeout=2 * PATIENCE))
+        yield calls
+
+
+def test_idle_calls_hold_up_nobody(server):
+    metadata = service_pb2.ModelMetadataRequest(name="slow").SerializeToString()
+    good = {INFER: infer_request(SHORT), METADATA: metadata, CHECK: b""}
+    idle = {INFER: 8, CHECK: 1}  # so many may be slow at once
+    with contextlib.ExitStack() as stack:
+        calls = {method: stack.enter_context(idle_calls(server, method, slow + 9)) for method, slow in idle.items()}
+        channel = stack.enter_context(grpc.insecure_channel(server.grpc))
+        for _ in range(2):
+            for method, data in good.items():
+                assert channel.unary_unary(method)(data, timeout=PATIENCE / 2)
+            # Of those that idle on, only so many stay.
+            for method, slow in idle.items():
+                ended = until(lambda method=method, slow=slow: ended_calls(calls[method], len(calls[method]) - slow))
+                assert {call.code() for call in ended} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+
+
+def ended_calls(calls, count):
+    ended = [call for call in calls if call.done()]
+    return ended if len(ended) >= count else None
 
 
 class Caller:

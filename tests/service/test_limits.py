@@ -197,6 +197,54 @@ def readable(connection):
         connection.settimeout(PATIENCE)
 
 
+EMPTY_INPUT, EMPTY_OUTPUT, EMPTY_RAW, EMPTY_PARAMETER = b"*\0", b"2\0", b":\0", b'"\0'
+
+
+def grpc_field(number, content):
+    """A field of a message as it travels, with up to 2**21 bytes."""
+    size = len(content)
+    return bytes([number << 3 | 2, size & 127 | 128, size >> 7 & 127 | 128, size >> 14]) + content
+
+
+SMALL_PARTS = {
+    "inputs": EMPTY_INPUT * 20_000,
+    "outputs": EMPTY_OUTPUT * 20_000,
+    "raw contents": EMPTY_RAW * 20_000,
+    "parameters": EMPTY_PARAMETER * 20_000,
+    "parameters of inputs": grpc_field(5, EMPTY_PARAMETER * 9000) * 2,
+    "parameters of outputs": grpc_field(6, b"\x12\0" * 9000) * 2,
+    "recordings": grpc_field(5, grpc_field(5, b"B\0" * 20_000)),
+    "dimensions": grpc_field(5, grpc_field(3, bytes(20_000))),
+    "integers": grpc_field(5, grpc_field(5, grpc_field(3, bytes(20_000)))),
+}
+
+
+@pytest.mark.parametrize("parts", SMALL_PARTS.values(), ids=SMALL_PARTS)
+def test_message_of_many_small_parts(server, parts):
+    """It would take many times its size in memory."""
+    code, details = rpc_error(server, service_pb2.ModelInferRequest(model_name="tiny").SerializeToString() + parts)
+    assert code == "INVALID_ARGUMENT"
+    assert details.startswith("the message has more than 16384 fields")
+
+
+@pytest.mark.parametrize("data", [b"*\x05", b"\x2b\x2c", b"\xff" * 11, b"\x0d\0", b"\x80" * 9 + b"\x01\0", b"\0\0"])
+def test_message_that_is_none(server, data):
+    assert rpc_error(server, data) == ("INVALID_ARGUMENT", "the request is no ModelInferRequest")
+
+
+def test_numbers_of_a_tensor_are_no_parts(server):
+    request = service_pb2.ModelInferRequest(model_name="tiny")
+    tensor = request.inputs.add(name="waveform", datatype="FP32", shape=[20, WINDOW])
+    tensor.contents.fp32_contents.extend(range(20 * WINDOW))
+    assert call(server, request.SerializeToString())
+
+
+@pytest.mark.parametrize("method", ["RepositoryModelLoad", "RepositoryIndex", "ModelMetadata", "ServerLive"])
+def test_small_message_that_is_large(server, method):
+    code, details = rpc_error(server, bytes(2**16 + 1), f"/inference.GRPCInferenceService/{method}")
+    assert (code, details) == ("INVALID_ARGUMENT", "the message has 65537 bytes; at most 65536 are taken here")
+
+
 def test_slow_message_over_grpc(server):
     ended = threading.Event()
 
@@ -215,6 +263,60 @@ def test_call_without_a_message(server):
     with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
         channel.stream_unary(GRPC_INFER)(iter(()), timeout=PATIENCE)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+# Heads
+
+MAX_HEAD = 2**16
+START = b"GET /livez HTTP/1.1\r\nHost: a\r\n"
+LARGE_HEADS = {
+    "header that doesn't end": START + b"X-A: " + b"a" * MAX_HEAD,
+    "name that doesn't end": START + b"a" * MAX_HEAD,
+    "path that doesn't end": b"GET /" + b"a" * MAX_HEAD,
+    "header": START + b"X-A: " + b"a" * MAX_HEAD + b"\r\n\r\n",
+    "path": b"GET /" + b"a" * MAX_HEAD + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+    "headers": START + b"a: b\r\n" * (MAX_HEAD // 6) + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("piece", [2**10, 2**20], ids=["in pieces", "at once"])
+@pytest.mark.parametrize("head", LARGE_HEADS.values(), ids=LARGE_HEADS)
+def test_head_that_is_too_large(server, head, piece):
+    with socket.create_connection(("127.0.0.1", server.http_port), timeout=PATIENCE) as connection:
+        with contextlib.suppress(ConnectionError):
+            for start in range(0, len(head), piece):
+                connection.sendall(head[start : start + piece])
+        answer = received(connection)
+        assert answer.startswith(b"HTTP/1.1 431 ")
+        assert b"larger than the 65536 bytes" in answer
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1000) == b""
+
+
+def test_head_of_the_limit(server):
+    assert server.client.get("/livez", headers={"x-a": "a" * (MAX_HEAD - 1000)}).status_code == 200
+    assert server.client.get("/livez", headers={"x-a": "a" * MAX_HEAD}).status_code == 431
+
+
+@pytest.mark.parametrize("opening", [b"1\r\nx\r\n0\r\nA: ", b"1\r\nx\r\n1;a="], ids=["trailer", "extension"])
+def test_chunked_body_with_endless_additions(server, opening):
+    with connection(server, "POST /predict HTTP/1.1", "Transfer-Encoding: chunked", body=opening) as connection_:
+        assert any(breaks(connection_, b"a" * 2**14) for _ in range(1000))
+
+
+def breaks(connection, piece):
+    """Whether the other side has closed it."""
+    try:
+        connection.sendall(piece)
+    except ConnectionError:
+        return True
+    return False
+
+
+def test_body_in_many_small_pieces(server, predict):
+    """Who sends little at a time gets there."""
+    pieces = (WAV[start : start + 1000] for start in range(0, len(WAV), 1000))
+    assert server.post("/predict", content=pieces).json() == predict(WAV)
 
 
 # Recordings
@@ -306,6 +408,16 @@ def test_json(server):
     binary = httpx.Headers({"Inference-Header-Content-Length": str(len(head))})
     answer = server.post(INFER, content=head.encode() + bytes(4 * WINDOW * 20), headers=binary)
     assert refused(answer, 400, "comes with 32000 elements")  # the JSON alone counts
+
+
+def test_json_that_is_parsed_on_the_event_loop(server):
+    large = b'{"a": [' + b"[]," * 2**15 + b"[]]}"
+    assert len(large) < 100_000  # which is taken elsewhere
+    assert refused(server.post("/v2/repository/index", content=large), 413, "65536 bytes that are taken here")
+    for change in ("load", "unload"):  # forbidden here: the body isn't waited for
+        head = (f"POST /v2/repository/models/tiny/{change} HTTP/1.1", "Content-Length: 1000")
+        with connection(server, *head) as connection_:
+            assert received(connection_).startswith(b"HTTP/1.1 403 ")
 
 
 # Forms

@@ -327,6 +327,13 @@ def test_bad_bodies(server, path, body):
     assert list(answer.json()) == ["error"]
 
 
+@pytest.mark.parametrize("change", ["load", "unload"])
+def test_large_bodies(server, change):
+    answer = server.post(f"/v2/repository/models/tiny/{change}", content=b" " * 2**16 + b"{}")
+    assert answer.status_code == 413
+    assert "65536 bytes that are taken here" in answer.json()["error"]
+
+
 def test_scores_and_labels_of_each_probe(triton, shelf):
     module, client = triton
     outputs = [module.InferRequestedOutput(f"{probe}.scores", class_count=9) for probe in ("birds", "noise")]

@@ -24,6 +24,7 @@ from tests.service.conftest import running_server
 PATIENCE = 30  # seconds
 BEFORE_OURS = "Applying user config override"  # BentoML says so before it loads the service
 MODEL_READY = "/inference.GRPCInferenceService/ModelReady"
+STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
 class Collector:
@@ -176,6 +177,14 @@ def test_request_ids_over_grpc(server):
         failed = each.unary_unary(MODEL_READY).future(b"\n\x04none", metadata=[("x-request-id", "call.2")])
         assert failed.code() == grpc.StatusCode.NOT_FOUND
         assert dict(failed.initial_metadata())["x-request-id"] == "call.2"
+        before = metrics(server)
+        stream = each.stream_stream(STREAM)(iter([b""]), metadata=[("x-request-id", "call.3")])
+        assert stream.code() == grpc.StatusCode.UNIMPLEMENTED
+        assert dict(stream.initial_metadata())["x-request-id"] == "call.3"
+        counted = sample("avex_requests_total", transport="grpc", route=STREAM[1:], status="UNIMPLEMENTED")
+        assert grown(before, metrics(server))[counted] == 1
+    (line,) = line_of(server, "call.3")
+    assert (line["route"], line["status"]) == (STREAM[1:], "UNIMPLEMENTED")
     (line,) = line_of(server, "call.2")
     assert (line["route"], line["status"], line["transport"]) == (MODEL_READY[1:], "NOT_FOUND", "grpc")
 
