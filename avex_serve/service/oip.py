@@ -389,7 +389,7 @@ def _classified(values: np.ndarray, count: int, labels: tuple[str, ...] | None) 
     allowance.current().extend_answer(TEXT_BYTES * order.size, "ask for a lower classification, or send fewer rows")
     best = np.empty(order.shape, dtype=object)
     for done, (place, index) in enumerate(np.ndenumerate(order)):
-        if done % STEP == 0:
+        if done and done % STEP == 0:
             allowance.current().checkpoint()
         text = f"{values[(*place[:-1], index)]:f}:{index}"  # a value as Triton writes it
         best[place] = (f"{text}:{labels[index]}" if labels is not None else text).encode()

@@ -158,7 +158,7 @@ def test_scores_of_embeddings_are_limited(embedding_bundle):
 
 
 def test_nobody_waits_for_the_labels_of_many_windows():
-    """Those of each window are a step of their own."""
+    """A few of them are a step, but the last ones none: an answer that is nearly made isn't worth another turn."""
     deadline, steps = Deadline(), []
     selection = Selection.of("sigmoid", 0.0, None)
 
@@ -168,7 +168,11 @@ def test_nobody_waits_for_the_labels_of_many_windows():
             deadline.abandon()
 
     with allow(deadline, take_turns), pytest.raises(ClientGoneError):
-        detect(np.zeros((100, 2)), np.ones((100, 3), np.float32), "abc", selection)
+        detect(np.zeros((10_000, 2)), np.ones((10_000, 3), np.float32), "abc", selection)
+    assert len(steps) == 5
+    with allow(deadline, take_turns):
+        assert len(detect(np.zeros((300, 2)), np.ones((300, 3), np.float32), "abc", selection)) == 900
+    assert len(steps) == 5
 
 
 @pytest.mark.parametrize(
