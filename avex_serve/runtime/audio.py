@@ -97,9 +97,7 @@ def _read_mono(sound: soundfile.SoundFile) -> Wave:
         start, frames = wave.size, wave.size + len(samples)
         granted.check_recording(frames, sound.channels, sound.samplerate)
         granted.checkpoint()
-        wave.resize(
-            frames, refcheck=False
-        )  # grows in place; blocks to be joined at the end would take twice as much
+        wave.resize(frames, refcheck=False)  # in place: blocks that are joined at the end take twice as much
         wave[start:] = downmix(samples)
     return wave
 
