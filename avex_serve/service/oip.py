@@ -58,9 +58,7 @@ _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 _LENGTH_BYTES: Final = 4  # before each element of a BYTES tensor, little-endian
 MAX_DIMENSIONS: Final = 64  # as many as numpy has
 STEP: Final = 1000  # elements of BYTES that are found, or made, in about a millisecond
-TEXT_BYTES: Final = (
-    256  # of memory for each text of a classification until the answer is written: measured, rounded up
-)
+TEXT_BYTES: Final = 256  # of memory for each text of a classification in an answer: measured, rounded up
 
 
 @dataclass(frozen=True)
