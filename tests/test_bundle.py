@@ -6,20 +6,10 @@ import shutil
 
 import pytest
 
-from avex_serve.bundle import (
-    LABELS,
-    MANIFEST,
-    ONNX,
-    ONNX_INT8,
-    TORCHSCRIPT,
-    atomic_directory,
-    dump_labels,
-    parse_labels,
-    read_bundle,
-    seal_bundle,
-    sha256_of,
-)
+from avex_serve.bundle import parse_labels, read_bundle, sha256_of
 from avex_serve.errors import BundleError
+from avex_serve.manifest import LABELS, MANIFEST, ONNX, ONNX_INT8, TORCHSCRIPT
+from avex_serve.sealing import atomic_directory, dump_labels, seal_bundle
 from tests.bundles import DIM, PROBE, WINDOW, copy_bundle, replace_file
 from tests.bundles import LABELS as NAMES
 

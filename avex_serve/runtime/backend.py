@@ -6,8 +6,9 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 
-from avex_serve.bundle import ONNX, TORCHSCRIPT, Bundle
+from avex_serve.bundle import Bundle
 from avex_serve.errors import BundleError, DependencyError, InputError
+from avex_serve.manifest import ONNX, TORCHSCRIPT
 
 Precision = Literal["auto", "float32", "int8"]
 

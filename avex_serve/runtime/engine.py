@@ -11,8 +11,9 @@ from typing import Final, NamedTuple, Self, TypedDict
 
 import numpy as np
 
-from avex_serve.bundle import AudioSpec, Bundle, EmbeddingInfo, Manifest, ProbeInfo, check_files, read_manifest
+from avex_serve.bundle import Bundle, check_files, read_manifest
 from avex_serve.errors import BundleError, NotFoundError, TensorError, UnsupportedError
+from avex_serve.manifest import AudioSpec, EmbeddingInfo, Manifest, ProbeInfo
 from avex_serve.runtime import allowance, audio, results
 from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.backend import Backend, open_backend

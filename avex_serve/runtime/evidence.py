@@ -17,8 +17,9 @@ from typing import Final, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from avex_serve.bundle import EVIDENCE, VERIFICATION, Bundle
+from avex_serve.bundle import Bundle
 from avex_serve.errors import BundleError
+from avex_serve.manifest import EVIDENCE, VERIFICATION
 from avex_serve.runtime.machine import Machine
 
 EVIDENCE_VERSION: Final = 1

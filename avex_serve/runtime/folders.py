@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from avex_serve.bundle import MANIFEST, read_bundle
+from avex_serve.bundle import read_bundle
 from avex_serve.errors import BundleError
+from avex_serve.manifest import MANIFEST
 
 # (name, inode, modification time in ns, size) of every file. A bundle that is moved into the place of another has
 # other inodes, and one that is still being copied has another size each time.

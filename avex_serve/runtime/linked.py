@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from avex_serve.bundle import Manifest, ProbeInfo
 from avex_serve.errors import UnsupportedError
+from avex_serve.manifest import Manifest, ProbeInfo
 from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.engine import Engine, Heard
 from avex_serve.runtime.repository import Repository

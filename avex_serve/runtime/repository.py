@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from avex_serve.bundle import Manifest, read_manifest
+from avex_serve.bundle import read_manifest
 from avex_serve.errors import AvexServeError, BundleError, InputError, NotFoundError, UnavailableError
+from avex_serve.manifest import Manifest
 from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.folders import Stamp, find_bundles, is_gone, stamp
 from avex_serve.runtime.warmup import warm_up

@@ -7,8 +7,8 @@ from typing import Final, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from avex_serve.bundle import Activation
 from avex_serve.errors import InputError
+from avex_serve.manifest import Activation
 from avex_serve.runtime import allowance
 
 STEP: Final = 1000  # labels that are reported in a few milliseconds

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from avex_serve.bundle import Activation, Manifest, ProbeInfo
 from avex_serve.errors import BundleError, TensorError
+from avex_serve.manifest import Activation, Manifest, ProbeInfo
 from avex_serve.runtime.engine import Engine, open_bundle
 from avex_serve.runtime.evidence import Case, Check, Decisions, Errors, Outputs, read_evidence
 from avex_serve.runtime.machine import Machine, this_machine

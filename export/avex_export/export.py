@@ -25,26 +25,14 @@ from avex_export.pt2 import Pt2Backend, write_pt2
 from avex_export.sources import Request
 from avex_export.torchscript import write_torchscript
 from avex_export.verify import Verification, compare, verify
-from avex_serve.bundle import (
-    CARD,
-    LABELS,
-    MANIFEST,
-    ONNX,
-    ONNX_INT8,
-    PT2,
-    TORCHSCRIPT,
-    Activation,
-    Manifest,
-    atomic_directory,
-    draft_manifest,
-    seal_bundle,
-)
 from avex_serve.errors import AudioError, ExportError
+from avex_serve.manifest import CARD, LABELS, MANIFEST, ONNX, ONNX_INT8, PT2, TORCHSCRIPT, Activation, Manifest
 from avex_serve.runtime import audio
 from avex_serve.runtime.backend import Backend
 from avex_serve.runtime.onnx_backend import OnnxBackend
 from avex_serve.runtime.torch_backend import TorchBackend
 from avex_serve.runtime.verification import TOLERANCE, table
+from avex_serve.sealing import atomic_directory, draft_manifest, seal_bundle
 
 USUAL_FORMATS = ("onnx", "torchscript")
 

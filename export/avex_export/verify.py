@@ -11,7 +11,8 @@ from avex_export.cases import example_inputs, make_cases
 from avex_export.graph import Assembly, Graph
 from avex_export.progress import bar
 from avex_export.torchscript import meta_shapes
-from avex_serve.bundle import TORCHSCRIPT, Bundle, Manifest
+from avex_serve.bundle import Bundle
+from avex_serve.manifest import TORCHSCRIPT, Manifest
 from avex_serve.runtime.backend import Backend
 from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.evidence import Case, CaseEntry, Check, Gain, Record, write_evidence

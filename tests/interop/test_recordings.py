@@ -16,8 +16,8 @@ import tritonclient.http
 import avex_serve
 from avex_export.cli import main
 from avex_export.recipes import find_recipe, variants
-from avex_serve.bundle import ONNX, TORCHSCRIPT
 from avex_serve.demo.sounds import make_recording
+from avex_serve.manifest import ONNX, TORCHSCRIPT
 from avex_serve.models.probes import build_probe_from_config, load_probe, save_probe
 from avex_serve.runtime.audio import decode
 from tests.bundles import replace_file

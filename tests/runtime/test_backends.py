@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from avex_serve import open_bundle
-from avex_serve.bundle import ONNX, ONNX_INT8, TORCHSCRIPT
 from avex_serve.errors import BundleError, DependencyError, InputError
+from avex_serve.manifest import ONNX, ONNX_INT8, TORCHSCRIPT
 from avex_serve.runtime import backend as backends
 from avex_serve.runtime.batcher import Batcher
 from tests.bundles import DIM, SAMPLE_RATE, WINDOW, change_manifest, copy_bundle, replace_file, weights

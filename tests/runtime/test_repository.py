@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from avex_serve import open_bundle
-from avex_serve.bundle import MANIFEST, ONNX
 from avex_serve.errors import BundleError, InputError, NotFoundError, UnavailableError
+from avex_serve.manifest import MANIFEST, ONNX
 from avex_serve.runtime.folders import check_any, find_bundles
 from avex_serve.runtime.repository import UNLOADED, ModelState, Repository
 from tests.bundles import WINDOW, change_manifest, make_audio_bundle, make_embedding_bundle

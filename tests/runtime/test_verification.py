@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import soxr
 
-from avex_serve.bundle import EVIDENCE, MANIFEST, ONNX, TORCHSCRIPT, VERIFICATION, read_bundle, seal_bundle
+from avex_serve.bundle import read_bundle
 from avex_serve.cli import main
 from avex_serve.errors import BundleError, TensorError
+from avex_serve.manifest import EVIDENCE, MANIFEST, ONNX, TORCHSCRIPT, VERIFICATION
 from avex_serve.runtime.evidence import Case, CaseEntry, Record, read_evidence, write_evidence
 from avex_serve.runtime.machine import this_machine
 from avex_serve.runtime.verification import verify_bundle
+from avex_serve.sealing import seal_bundle
 from tests.bundles import SAMPLE_RATE, WINDOW, make_audio_bundle, replace_file, weights
 
 AVEX_SERVE = Path(sys.executable).with_name("avex-serve")

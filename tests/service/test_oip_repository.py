@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from avex_serve import open_bundle
-from avex_serve.bundle import ONNX
+from avex_serve.manifest import ONNX
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.results import activate
 from avex_serve.service.grpc_health import MAX_WATCHERS

@@ -12,8 +12,8 @@ from avex_export.int8.gates import check, compare
 from avex_export.int8.products import quantise
 from avex_export.onnx_graph import write_onnx
 from avex_export.passes import EXTERNAL_DATA
-from avex_serve.bundle import Manifest, Quantisation
 from avex_serve.errors import ExportError
+from avex_serve.manifest import Manifest, Quantisation
 from avex_serve.models.beats import BEATsModel
 from avex_serve.models.eat import EATModel
 from avex_serve.models.efficientnet import EfficientNetModel
