@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,7 +111,7 @@ def _settings(arguments: argparse.Namespace) -> int:
 
 
 def _json(path: Path, prediction: "Prediction") -> str:
-    return json.dumps({"file": str(path), **prediction.model_dump(mode="json")})
+    return json.dumps({"file": str(path), **asdict(prediction)})
 
 
 def _table(path: Path, prediction: "Prediction") -> str:

@@ -14,6 +14,7 @@ import psutil
 from tritonclient.grpc import service_pb2
 
 from avex_serve.runtime.audio import decode
+from tests.answers import as_json
 
 SERVICE = "inference.GRPCInferenceService"
 PATIENCE = 60  # seconds until a request that hangs fails
@@ -38,7 +39,7 @@ class Question:
     def __init__(self, engine, audio):
         self.audio = audio
         self.model = engine.manifest.name
-        self.document = engine.predict(*decode(audio)).model_dump(mode="json")
+        self.document = as_json(engine.predict(*decode(audio)))
         self.scores = engine.score(*decode(audio)).scores.tobytes()
 
     def message(self):

@@ -14,6 +14,7 @@ import avex_serve
 from avex_serve import open_bundle
 from avex_serve.cli import main
 from avex_serve.runtime.audio import decode
+from tests.answers import as_json
 from tests.bundles import LABELS, make_audio_bundle
 
 AVEX_SERVE = Path(sys.executable).with_name("avex-serve")
@@ -77,7 +78,7 @@ def test_json_is_the_engines_document(audio_bundle, files, ask, options):
     result = run("predict", audio_bundle, *files, "--json", *given, "--device", "cpu")
     assert (result.returncode, result.stderr) == (0, "")
     documents = [json.loads(line) for line in result.stdout.splitlines()]
-    assert documents == [{"file": str(path), **ask(path, **options).model_dump(mode="json")} for path in files]
+    assert documents == [{"file": str(path), **as_json(ask(path, **options))} for path in files]
 
 
 def test_no_detections(audio_bundle, files):
@@ -91,7 +92,7 @@ def test_a_bad_file_keeps_none_from_being_answered(tmp_path, audio_bundle, files
     result = run("predict", audio_bundle, files[0], bad, missing, tmp_path, files[1], "--json")
     assert result.returncode == 2
     assert [json.loads(line) for line in result.stdout.splitlines()] == [
-        {"file": str(path), **ask(path).model_dump(mode="json")} for path in files
+        {"file": str(path), **as_json(ask(path))} for path in files
     ]
     messages = result.stderr.splitlines()
     assert [message.startswith("avex-serve: ") for message in messages] == [True] * 3

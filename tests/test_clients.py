@@ -10,6 +10,7 @@ import pytest
 
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.engine import open_bundle
+from tests.answers import as_json
 from tests.bundles import make_audio_bundle
 from tests.service.conftest import encode, running_server
 
@@ -67,13 +68,13 @@ def test_curl(server, workplace, engine):
         engine.predict(*recording, threshold=0.3, overlap=0.05),
         engine.embedding_document(*recording, overlap=0.0),
     ]
-    assert answers == [each.model_dump(mode="json") for each in expected]
+    assert answers == [as_json(each) for each in expected]
 
 
 def test_curl_with_an_id(server, workplace, engine):
     headers = shell(SHELL[1], server)
     assert "x-request-id: dawn-7" in headers
-    expected = engine.predict(*decode("recording.wav")).model_dump(mode="json")
+    expected = as_json(engine.predict(*decode("recording.wav")))
     assert json.loads(Path("answer.json").read_text()) == expected
 
 
@@ -86,7 +87,7 @@ def test_curl_with_the_protocol(server, workplace, engine):
 def test_bentoml(server, workplace, engine, capsys):
     names = python(PYTHON[0], server)
     names["client"]._temp_dir.cleanup()  # which closing forgets
-    assert names["prediction"] == engine.predict(*decode("recording.wav"), top_k=1).model_dump(mode="json")
+    assert names["prediction"] == as_json(engine.predict(*decode("recording.wav"), top_k=1))
     assert len(capsys.readouterr().out.splitlines()) == len(names["prediction"]["detections"])
 
 

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 
 import avex_serve
+from tests.answers import as_json
 from tests.bundles import SAMPLE_RATE
 
 # Put on the path, this module stops every import of torch as if it were not installed, and says who wanted it.
@@ -132,14 +133,15 @@ def test_imports_without_torch(no_torch, modules):
 def test_serves_without_torch(no_torch, audio_bundle, recording):
     with avex_serve.open_bundle(audio_bundle) as engine:
         samples, rate = soundfile.read(recording, dtype="float32")
-        expected = engine.predict(samples, rate).model_dump(mode="json")
+        expected = as_json(engine.predict(samples, rate))
     assert expected["detections"]
     script = """
         import json, sys
+        from dataclasses import asdict
         from avex_serve import open_bundle
         from avex_serve.runtime.audio import decode
         with open_bundle(sys.argv[1]) as engine:
-            print(engine.predict(*decode(sys.argv[2])).model_dump_json())
+            print(json.dumps(asdict(engine.predict(*decode(sys.argv[2])))))
     """
     by_library = python("-c", textwrap.dedent(script), audio_bundle, recording)
     by_command = python("-m", "avex_serve", "predict", audio_bundle, recording, "--json")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import msgspec
 import numpy as np
 import soundfile
 
@@ -79,7 +80,7 @@ def _title(text: str) -> None:
 def _ask_http(recording: Path, port: int) -> Prediction:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/predict", recording.read_bytes())
     with urllib.request.urlopen(request, timeout=60) as response:
-        return Prediction.model_validate_json(response.read())
+        return msgspec.json.decode(response.read(), type=Prediction)
 
 
 def _ask_grpc(recording: Path, port: int) -> np.ndarray:

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 
 from avex_serve.errors import InputError
 from avex_serve.manifest import Activation
@@ -20,52 +20,60 @@ NUMBER_BYTES: Final = 64
 ScoreScale = Literal["sigmoid", "softmax", "logits"]
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+def _told(description: str) -> dict[str, str]:
+    """What the OpenAPI document says of a field."""
+    return {"description": description}
 
 
-class LabelScore(_Document):
+@dataclass(kw_only=True, slots=True)
+class LabelScore:
     """A label and its score."""
 
     label: str
     score: float
 
 
-class Detection(_Document):
+@dataclass(kw_only=True, slots=True)
+class Detection:
     """A scored label over a span of time."""
 
-    start: float = Field(description="seconds from the beginning of the recording")
-    end: float = Field(description="seconds; never after the recording's end")
+    start: float = field(metadata=_told("seconds from the beginning of the recording"))
+    end: float = field(metadata=_told("seconds; never after the recording's end"))
     label: str
     score: float
 
 
-class _Origin(_Document):
-    bundle: str = Field(description="name of the bundle that answered")
+@dataclass(kw_only=True, slots=True)
+class _Origin:
+    bundle: str = field(metadata=_told("name of the bundle that answered"))
     version: str
 
 
+@dataclass(kw_only=True, slots=True)
 class _Answer(_Origin):
     probe: str
-    trained: bool = Field(description="False: the head has random weights")
+    trained: bool = field(metadata=_told("False: the head has random weights"))
 
 
+@dataclass(kw_only=True, slots=True)
 class Prediction(_Answer):
     """What was heard in a recording."""
 
-    duration: float = Field(description="of the recording, in seconds")
-    window: float = Field(description="seconds heard at once")
-    overlap: float = Field(description="seconds that neighbouring windows share")
-    score_scale: ScoreScale = Field(description="what the scores are: sigmoid, softmax or raw logits")
+    duration: float = field(metadata=_told("of the recording, in seconds"))
+    window: float = field(metadata=_told("seconds heard at once"))
+    overlap: float = field(metadata=_told("seconds that neighbouring windows share"))
+    score_scale: ScoreScale = field(metadata=_told("what the scores are: sigmoid, softmax or raw logits"))
     detections: list[Detection]
 
 
-class Predictions(_Document):
+@dataclass(kw_only=True, slots=True)
+class Predictions:
     """What all probes of a bundle heard in a recording."""
 
     predictions: list[Prediction]
 
 
+@dataclass(kw_only=True, slots=True)
 class Classification(_Answer):
     """What the head says of embeddings, one list an embedding."""
 
@@ -73,16 +81,17 @@ class Classification(_Answer):
     results: list[list[LabelScore]]
 
 
+@dataclass(kw_only=True, slots=True)
 class Embedding(_Origin):
     """Embeddings of a recording, one a window."""
 
-    output: str = Field(description="which of the bundle's outputs it is")
+    output: str = field(metadata=_told("which of the bundle's outputs it is"))
     duration: float
     window: float
     overlap: float
-    spans: list[tuple[float, float]] = Field(description="start and end of each window in seconds")
-    embeddings: list[list[float]] | list[list[list[float]]] = Field(
-        description="a vector a window; sequences of vectors, of a bundle made for heads that read sequences"
+    spans: list[tuple[float, float]] = field(metadata=_told("start and end of each window in seconds"))
+    embeddings: list[list[float]] | list[list[list[float]]] = field(
+        metadata=_told("a vector a window; sequences of vectors, of a bundle made for heads that read sequences")
     )
 
 
@@ -107,14 +116,13 @@ def activate(logits: np.ndarray, activation: Activation) -> np.ndarray:
     return logits
 
 
-class Selection(BaseModel):
+@dataclass(frozen=True, slots=True)
+class Selection:
     """Which scores are worth reporting: those of at least `threshold`, the best `top_k` of each window, or both.
 
     Threshold and top-k are independent of each other. If neither is given, the threshold is 0.5 (for raw
     logits 0, which is the same point).
     """
-
-    model_config = ConfigDict(frozen=True)
 
     threshold: float
     top_k: int | None
@@ -129,7 +137,7 @@ class Selection(BaseModel):
         if threshold is None:
             default = 0.0 if scale == "logits" else 0.5
             threshold = default if top_k is None else -math.inf
-        return cls(threshold=threshold, top_k=top_k)
+        return cls(threshold, top_k)
 
     def best(self, scores: np.ndarray) -> list[int]:
         """Indices into scores (C,) that pass, the highest first and equals in the order of the labels."""

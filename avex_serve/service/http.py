@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Final, TypeVar
 
-from pydantic import BaseModel
+import msgspec
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
@@ -270,9 +270,9 @@ def _refuse_encoding(request: Request) -> None:
         raise HTTPException(415, "compressed requests are not taken; send the body without Content-Encoding")
 
 
-async def _document_of(desk: Desk, work: Callable[[], BaseModel]) -> Response:
+async def _document_of(desk: Desk, work: Callable[[], object]) -> Response:
     # Written in the thread as well: the embeddings of a long recording take seconds.
-    document = await desk.serve(lambda: work().model_dump_json())
+    document = await desk.serve(lambda: msgspec.json.encode(work()))
     return Response(document, media_type="application/json")
 
 

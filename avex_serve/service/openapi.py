@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Final
 
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic import TypeAdapter
 
 from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service.options import ClassifyRequest
@@ -18,7 +17,7 @@ from avex_serve.version import __version__
 Options = Mapping[str, tuple[str, dict[str, Any]]]  # name: description and schema
 
 VERSION: Final = "3.1.0"
-_DOCUMENTS: Final[tuple[type[BaseModel], ...]] = (
+_DOCUMENTS: Final[tuple[type, ...]] = (
     Prediction,
     Predictions,
     Embedding,
@@ -55,8 +54,8 @@ _EMBED: Final[Options] = {
 
 def document() -> dict[str, Any]:
     """The OpenAPI document as JSON."""
-    _, schemas = models_json_schema(
-        [(model, "validation") for model in _DOCUMENTS], ref_template=_REFERENCE, title="avex-serve"
+    _, schemas = TypeAdapter.json_schemas(
+        [(kind, "validation", TypeAdapter(kind)) for kind in _DOCUMENTS], ref_template=_REFERENCE
     )
     return {
         "openapi": VERSION,

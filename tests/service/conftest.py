@@ -20,6 +20,7 @@ import soundfile
 
 from avex_serve import open_bundle
 from avex_serve.runtime.audio import decode
+from tests.answers import as_json
 from tests.bundles import make_slow_bundle
 
 START_SECONDS = 60
@@ -205,4 +206,4 @@ def wav():
 @pytest.fixture(scope="session")
 def predict(audio_engine):
     """The oracle: encoded recording and options → the document of `/predict`."""
-    return lambda audio, **options: audio_engine.predict(*decode(audio), **options).model_dump(mode="json")
+    return lambda audio, **options: as_json(audio_engine.predict(*decode(audio), **options))

@@ -14,6 +14,7 @@ import tritonclient.grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from avex_serve.runtime.audio import decode
+from tests.answers import as_json
 from tests.service.conftest import encode, running_server
 
 LIMITS = {"AVEX_MAX_WINDOWS": "1000000"}
@@ -54,9 +55,9 @@ def predict(server, recording, **options):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_was_accepted_is_answered(tmp_path, audio_bundle, audio_engine, long, wav, workers):
     (tmp_path / "bentoml.yml").write_text(f"services:\n  AvexService:\n    workers: {workers}\n")
-    expected = audio_engine.predict(*decode(long), overlap=OVERLAP, top_k=1, threshold=0.6).model_dump(mode="json")
+    expected = as_json(audio_engine.predict(*decode(long), overlap=OVERLAP, top_k=1, threshold=0.6))
     expected_scores = audio_engine.score(*decode(long), overlap=OVERLAP).scores
-    short = audio_engine.predict(*decode(wav)).model_dump(mode="json")
+    short = as_json(audio_engine.predict(*decode(wav)))
     outcomes = []
     over = threading.Event()
 

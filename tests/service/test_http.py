@@ -8,6 +8,7 @@ import pytest
 
 from avex_serve.runtime.audio import decode
 from avex_serve.service import AvexService
+from tests.answers import as_json
 from tests.service.conftest import bento_client
 
 OPTIONS = [
@@ -48,7 +49,7 @@ def test_body_is_the_audio_whatever_its_type(audio_server, predict, wav, content
 
 
 def test_embed(audio_server, audio_engine, recording):
-    expected = audio_engine.embedding_document(*decode(recording), overlap=0.02).model_dump(mode="json")
+    expected = as_json(audio_engine.embedding_document(*decode(recording), overlap=0.02))
     assert audio_server.post("/embed", content=recording, params={"overlap": 0.02}).json() == expected
     assert audio_server.post("/embed", files={"audio": recording}, data={"overlap": "0.02"}).json() == expected
 
@@ -56,7 +57,7 @@ def test_embed(audio_server, audio_engine, recording):
 @pytest.mark.parametrize("options", [{}, {"top_k": 1}, {"threshold": 0.2, "top_k": None, "probe": "linear"}])
 def test_classify(embedding_server, embedding_engine, options):
     embeddings = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
-    expected = embedding_engine.classify(embeddings, **options).model_dump(mode="json")
+    expected = as_json(embedding_engine.classify(embeddings, **options))
     answer = embedding_server.post("/classify", json={"embeddings": embeddings.tolist(), **options})
     assert answer.json() == expected
 
@@ -76,10 +77,10 @@ def test_bentoml_client_embed_and_classify(
     path.write_bytes(wav)
     with bento_client(audio_server) as client:
         expected = audio_engine.embedding_document(*decode(wav), overlap=0.0)
-        assert client.embed(audio=path) == expected.model_dump(mode="json")
+        assert client.embed(audio=path) == as_json(expected)
     with bento_client(embedding_server) as client:
         expected = embedding_engine.classify(np.eye(4, dtype=np.float32), top_k=1)
-        assert client.classify(embeddings=np.eye(4).tolist(), top_k=1) == expected.model_dump(mode="json")
+        assert client.classify(embeddings=np.eye(4).tolist(), top_k=1) == as_json(expected)
 
 
 @pytest.mark.parametrize("form", [True, False])
@@ -110,5 +111,5 @@ def test_service_within_the_process(audio_bundle, predict, wav, tmp_path, monkey
     path.write_bytes(wav)
     monkeypatch.setenv("AVEX_BUNDLE", str(audio_bundle))
     service = AvexService()
-    assert service.predict(audio=path, top_k=1).model_dump(mode="json") == predict(wav, top_k=1)
+    assert as_json(service.predict(audio=path, top_k=1)) == predict(wav, top_k=1)
     service.desk.repository.close()

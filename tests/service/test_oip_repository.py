@@ -25,6 +25,7 @@ from avex_serve.runtime.audio import decode
 from avex_serve.runtime.results import activate
 from avex_serve.service.grpc_health import MAX_WATCHERS
 from avex_serve.service.grpc_messages import SERVICE, message_class
+from tests.answers import as_json
 from tests.bundles import (
     DIM,
     FINGERPRINT,
@@ -353,7 +354,7 @@ def test_a_bundle_that_takes_embeddings_is_asked_about_a_recording(server, shelf
     with open_bundle(shelf / "probes") as audio, open_bundle(shelf / "offline") as reader:
         spans, embeddings = audio.embed(*decode(wav))
         rows = reader.classify(embeddings, top_k=1).results
-        own = [each.model_dump(mode="json") for each in audio.predict_all(*decode(wav), top_k=1)]
+        own = [as_json(each) for each in audio.predict_all(*decode(wav), top_k=1)]
     answer = server.post("/predict", content=wav, params={"model": "offline", "top_k": 1}).json()
     assert (answer["bundle"], answer["probe"], answer["score_scale"]) == ("offline", "linear", "softmax")
     assert [(each["start"], each["end"], each["label"], each["score"]) for each in answer["detections"]] == [
@@ -440,7 +441,7 @@ def test_models_by_bentomls_client(server, wav, tmp_path):
 
 
 def test_model_and_version_as_options(server, audio_engine, embedding_engine, wav):
-    expected = audio_engine.predict(*decode(wav)).model_dump(mode="json")
+    expected = as_json(audio_engine.predict(*decode(wav)))
     for options, version in (({"model": "tiny"}, "10"), ({"model": "tiny", "version": "9"}, "9")):
         for asked in (
             {"content": wav, "params": options},
@@ -452,7 +453,7 @@ def test_model_and_version_as_options(server, audio_engine, embedding_engine, wa
             assert (answer.json()["bundle"], answer.json()["version"]) == ("tiny", version)
     embeddings = np.ones((2, DIM), np.float32)
     answer = server.post("/classify", json={"embeddings": embeddings.tolist(), "model": "offline", "version": "1"})
-    assert answer.json()["results"] == embedding_engine.classify(embeddings).model_dump(mode="json")["results"]
+    assert answer.json()["results"] == as_json(embedding_engine.classify(embeddings))["results"]
     for path in ("/predict", "/embed"):
         answer = server.post(path, content=wav)
         assert answer.status_code == 400

@@ -7,6 +7,7 @@ import tritonclient.http
 
 from avex_serve import open_bundle
 from avex_serve.runtime.audio import decode
+from tests.answers import as_json
 from tests.bundles import make_probes_bundle
 from tests.service.conftest import bento_client, running_server
 
@@ -30,9 +31,7 @@ def engine(bundle):
 
 def test_each_head_and_all_of_them_over_http(server, engine, wav, tmp_path):
     options = {"top_k": 2, "overlap": 0.05}
-    alone = [
-        engine.predict(*decode(wav), **options, probe=name).model_dump(mode="json") for name in ("birds", "noise")
-    ]
+    alone = [as_json(engine.predict(*decode(wav), **options, probe=name)) for name in ("birds", "noise")]
     for answer, name in zip(alone, ("birds", "noise"), strict=True):
         assert server.post("/predict", content=wav, params={**options, "probe": name}).json() == answer
     together = {"predictions": alone}
@@ -45,7 +44,7 @@ def test_each_head_and_all_of_them_over_http(server, engine, wav, tmp_path):
 
 
 def test_which_embedding(server, engine, wav):
-    expected = engine.embedding_document(*decode(wav), overlap=0.0).model_dump(mode="json")
+    expected = as_json(engine.embedding_document(*decode(wav), overlap=0.0))
     assert server.post("/embed", content=wav, params={"output": "embedding"}).json() == expected
     refused = server.post("/embed", content=wav, params={"output": "birds"})
     assert refused.status_code == 404
