@@ -14,8 +14,8 @@ from avex_serve.runtime import allowance
 STEP: Final = 1000  # labels that are reported in a few milliseconds
 # Of memory for each score with its label, and for each number of JSON, until the answer's text is there: measured,
 # and rounded up.
-SCORE_BYTES: Final = 1024
-NUMBER_BYTES: Final = 64
+SCORE_BYTES: Final = 512
+NUMBER_BYTES: Final = 80
 
 ScoreScale = Literal["sigmoid", "softmax", "logits"]
 

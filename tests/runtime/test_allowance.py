@@ -130,11 +130,11 @@ def test_too_many_windows_are_not_resampled(audio_bundle):
 @pytest.mark.parametrize(
     ("ask", "size"),
     [
-        (lambda engine, wave: engine.predict(wave, SAMPLE_RATE, threshold=0.0), 30 * (3 * 16 + 3 * 1024)),
-        (lambda engine, wave: engine.predict(wave, SAMPLE_RATE, top_k=2), 30 * (3 * 16 + 2 * 1024)),
+        (lambda engine, wave: engine.predict(wave, SAMPLE_RATE, threshold=0.0), 30 * (3 * 16 + 3 * 512)),
+        (lambda engine, wave: engine.predict(wave, SAMPLE_RATE, top_k=2), 30 * (3 * 16 + 2 * 512)),
         (lambda engine, wave: engine.predict_all(wave, SAMPLE_RATE, threshold=1.0), 30 * 3 * 16),
         (lambda engine, wave: engine.embed(wave, SAMPLE_RATE), 30 * DIM * 16),
-        (lambda engine, wave: engine.embedding_document(wave, SAMPLE_RATE, overlap=0), 30 * DIM * 80),
+        (lambda engine, wave: engine.embedding_document(wave, SAMPLE_RATE, overlap=0), 30 * DIM * 96),
         (lambda engine, wave: engine.infer(wave.reshape(30, WINDOW)), 30 * (DIM + 3) * 16),
     ],
 )
@@ -149,7 +149,7 @@ def test_what_an_answer_takes_is_limited(audio_bundle, ask, size):
 
 def test_scores_of_embeddings_are_limited(embedding_bundle):
     embeddings = np.ones((20, DIM), np.float32)
-    size = 20 * (3 * 16 + 2 * 1024)
+    size = 20 * (3 * 16 + 2 * 512)
     with open_bundle(embedding_bundle) as engine:
         with allow(answer_bytes=size):
             assert [len(row) for row in engine.classify(embeddings, top_k=2).results] == [2] * 20
