@@ -7,24 +7,23 @@ and the schema version is known.
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import msgspec
 
 from avex_serve.errors import BundleError
-from avex_serve.manifest import MANIFEST, SCHEMA_VERSION, Manifest, ProbeInfo, Sha256
+from avex_serve.manifest import MANIFEST, SCHEMA_VERSION, Manifest, ProbeInfo
 
 
-class Bundle(BaseModel):
+class Bundle(NamedTuple):
     """A checked bundle on disk."""
-
-    model_config = ConfigDict(frozen=True)
 
     directory: Path
     manifest: Manifest
-    labels: dict[str, tuple[str, ...]] = Field(description="of each probe by name, in the order of its logits")
-    digest: Sha256 = Field(description="sha256 of the manifest, which holds the digests of all files")
+    labels: Mapping[str, tuple[str, ...]]  # of each probe by name, in the order of its logits
+    digest: str  # sha256 of the manifest, which holds the digests of all files
 
     def path(self, name: str) -> Path | None:
         """Path of a file of the bundle, or None if the bundle has no such file."""
@@ -72,8 +71,8 @@ def _read(root: Path) -> Bundle:
     except FileNotFoundError:
         raise BundleError(f"{root} holds no {MANIFEST}; make a bundle with avex-export") from None
     try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        raw = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
         raise BundleError(f"{root / MANIFEST} is not JSON: {error}") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
@@ -82,8 +81,8 @@ def _read(root: Path) -> Bundle:
             "export again, or install the avex-serve that made it"
         )
     try:
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
+        manifest = msgspec.convert(raw, Manifest)
+    except msgspec.ValidationError as error:
         raise BundleError(f"{root / MANIFEST} is not a valid manifest: {error}") from None
     for name in manifest.files:
         if not (root / name).is_file():

@@ -12,9 +12,9 @@ verification.npz       inputs with the eager module's answers, to verify the bun
 README.md              the model card
 """
 
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from msgspec import Meta, Struct
 
 SCHEMA_VERSION: Final = 2
 MANIFEST = "manifest.json"
@@ -28,52 +28,51 @@ EVIDENCE = "verification.npz"
 CARD = "README.md"
 
 # Names stand in URLs (/v2/models/{name}) and in metric labels.
-NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
-Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
-Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z"
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 # A file of the bundle lies in the folder itself: a manifest can't point outside it. Some are called after a probe.
-FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+FILE_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z"
+FileName = Annotated[str, Meta(pattern=FILE_NAME_PATTERN)]
 Activation = Literal["sigmoid", "softmax", "none"]
+Positive = Annotated[int, Meta(gt=0)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _Strict(Struct, frozen=True, forbid_unknown_fields=True):
+    """What comes from a file is refused if it holds more than this."""
 
 
-class TensorSpec(_Strict):
+class TensorSpec(_Strict, frozen=True, kw_only=True):
     """Name, type and shape of an input or output; -1 marks a dynamic dimension."""
 
     name: str
     dtype: Literal["float32", "bool"] = "float32"
-    shape: tuple[int, ...] = Field(min_length=1)
+    shape: Annotated[tuple[int, ...], Meta(min_length=1)]
 
 
-class AudioSpec(_Strict):
+class AudioSpec(_Strict, frozen=True, kw_only=True):
     """What the graph expects of audio."""
 
-    sample_rate: int = Field(gt=0, description="Hz")
-    window_samples: int = Field(gt=0, description="samples of one window at that rate")
-    shortest_samples: int | None = Field(
-        None, gt=0, description="of a clip, where the graph takes clips of any length; None: all are of a window's"
-    )
-    resampler: Literal["soxr_hq"] = Field("soxr_hq", description="the embeddings depend on it")
+    sample_rate: Positive  # Hz
+    window_samples: Positive  # of one window at that rate
+    # Of a clip, where the graph takes clips of any length; None: all are of a window's.
+    shortest_samples: Positive | None = None
+    resampler: Literal["soxr_hq"] = "soxr_hq"  # the embeddings depend on it
 
 
-class ProbeInfo(_Strict):
+class ProbeInfo(_Strict, frozen=True, kw_only=True):
     """One trained head of the bundle."""
 
     name: Name
-    config: dict[str, Any] = Field(description="the ProbeConfig fields that were set")
-    trained: bool = Field(description="False: random weights, for trying the software")
-    activation: Activation = Field(description="turns its logits into scores")
-    labels: FileName = Field(LABELS, description="the file that names its classes")
-    classes: int = Field(gt=0, description="how many labels, the width of its logits")
-    logits: str = Field("logits", description="name of the output")
-    embedding: str | None = Field(
-        None, description="for kind audio: name of the output with the embedding that it reads, pooled over time"
-    )
-    reads: Sha256 | None = Field(
-        None, description="digest of what makes the embedding that it reads: backbone, layers …; None: unknown"
+    config: dict[str, Any]  # the ProbeConfig fields that were set
+    trained: bool  # False: random weights, for trying the software
+    activation: Activation  # turns its logits into scores
+    labels: FileName = LABELS  # the file that names its classes
+    classes: Positive  # how many labels, the width of its logits
+    logits: str = "logits"  # name of the output
+    embedding: str | None = None  # for kind audio: name of the output with the embedding that it reads, pooled
+    reads: Sha256 | None = (
+        None  # digest of what makes the embedding that it reads: backbone, layers …; None: unknown
     )
 
     @property
@@ -82,59 +81,58 @@ class ProbeInfo(_Strict):
         return self.logits.removesuffix("logits") + "scores"
 
 
-class EmbeddingInfo(_Strict):
+class EmbeddingInfo(_Strict, frozen=True, kw_only=True):
     """An output that is an embedding."""
 
-    output: str = Field(description="its name")
-    layers: tuple[str, ...] = Field(description="of the backbone, of which it is made")
-    fingerprint: Sha256 | None = Field(None, description="digest of what makes it; None: unknown")
+    output: str  # its name
+    layers: tuple[str, ...]  # of the backbone, of which it is made
+    fingerprint: Sha256 | None = None  # digest of what makes it; None: unknown
 
 
-class Agreement(_Strict):
+class Agreement(_Strict, frozen=True, kw_only=True):
     """How far a graph of less precision agrees with float32 on clips that it was not calibrated on."""
 
-    clips: int = Field(gt=0)
-    cosine: float = Field(description="of the embeddings, mean over the clips")
-    centred_cosine: float = Field(description="the same of the embeddings less float32's mean embedding")
-    lowest_centred_cosine: float = Field(description="of a clip")
-    decisions: float | None = Field(None, description="share of those that are the same; None: there is no head")
+    clips: Positive
+    cosine: float  # of the embeddings, mean over the clips
+    centred_cosine: float  # the same of the embeddings less float32's mean embedding
+    lowest_centred_cosine: float  # of a clip
+    decisions: float | None = None  # share of those that are the same; None: there is no head
 
 
-class Quantisation(_Strict):
+class Quantisation(_Strict, frozen=True, kw_only=True):
     """A graph of less precision beside the float32 one."""
 
     kind: Literal["int8"]
     file: FileName
-    weight_bits: Literal[7] = Field(description="so that no CPU's 16-bit sums overflow")
-    products: int = Field(gt=0, description="how many are in integers")
-    calibration: str = Field(description="on what it was calibrated and judged")
+    weight_bits: Literal[7]  # so that no CPU's 16-bit sums overflow
+    products: Positive  # how many are in integers
+    calibration: str  # on what it was calibrated and judged
     agreement: Agreement
 
 
-class Manifest(_Strict):
+class Manifest(_Strict, frozen=True, kw_only=True):
     """What a bundle is; the content of ``manifest.json``."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     name: Name
     version: Name = "1"
-    kind: Literal["audio", "embedding"] = Field(description="what the input is: waveforms or embeddings")
-    model: str = Field(description="the backbone that makes the embedding")
-    checkpoint: str | None = Field(None, description="URI of its weights, with the hub's revision; None: local ones")
-    probes: tuple[ProbeInfo, ...] = Field(description="the heads; none: the bundle answers embeddings alone")
-    embeddings: tuple[EmbeddingInfo, ...] = Field((), description="for kind audio: which outputs are embeddings")
-    audio: AudioSpec | None = Field(None, description="for kind audio")
-    inputs: tuple[TensorSpec, ...] = Field(
-        min_length=1, max_length=2, description="waveforms or embeddings; for waveforms a padding mask may follow"
-    )
-    outputs: tuple[TensorSpec, ...] = Field(min_length=1)
-    half: bool = Field(False, description="whether the TorchScript graph is in float16, but for its front end")
-    quantisation: Quantisation | None = Field(None, description="None: there is no graph but in float32")
-    licence: str = Field(description="licence of the weights")
-    tools: dict[str, str] = Field(description="versions that made it")
-    files: dict[FileName, Sha256] = Field(description="every file of the bundle but the manifest")
+    kind: Literal["audio", "embedding"]  # what the input is: waveforms or embeddings
+    model: str  # the backbone that makes the embedding
+    checkpoint: str | None = None  # URI of its weights, with the hub's revision; None: local ones
+    probes: tuple[ProbeInfo, ...]  # the heads; none: the bundle answers embeddings alone
+    embeddings: tuple[EmbeddingInfo, ...] = ()  # for kind audio: which outputs are embeddings
+    audio: AudioSpec | None = None  # for kind audio
+    # Waveforms or embeddings; for waveforms a padding mask may follow.
+    inputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=2)]
+    outputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1)]
+    half: bool = False  # whether the TorchScript graph is in float16, but for its front end
+    quantisation: Quantisation | None = None  # None: there is no graph but in float32
+    licence: str  # of the weights
+    tools: dict[str, str]  # versions that made it
+    files: dict[FileName, Sha256]  # every file of the bundle but the manifest
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def __post_init__(self) -> None:
+        """Raise ValueError for fields that don't go together."""
         if (self.audio is None) != (self.kind == "embedding"):
             raise ValueError(f"kind {self.kind!r} and audio {self.audio!r} don't go together")
         if not self.probes and not self.embeddings:
@@ -156,7 +154,6 @@ class Manifest(_Strict):
         if self.files and self.quantisation is not None and self.quantisation.file not in self.files:
             raise ValueError(f"the {self.quantisation.kind} graph {self.quantisation.file} is not among the files")
         self._check_inputs()
-        return self
 
     def _check_inputs(self) -> None:
         audio, (first, *others) = self.audio, self.inputs

@@ -2,16 +2,17 @@
 
 import contextlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+import msgspec
 
 from avex_serve.bundle import read_manifest, sha256_of
 from avex_serve.errors import BundleError
-from avex_serve.manifest import MANIFEST, Manifest
+from avex_serve.manifest import FILE_NAME_PATTERN, MANIFEST, Manifest
 
 
 @contextlib.contextmanager
@@ -52,16 +53,18 @@ def seal_bundle(folder: Path, labels: Mapping[str, tuple[str, ...]], fields: Map
     for probe in draft.probes:
         (folder / probe.labels).write_text(dump_labels(labels[probe.name]), "utf-8")
     files = {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    if strange := [name for name in files if not re.match(FILE_NAME_PATTERN, name)]:
+        raise BundleError(f"a bundle can't hold {', '.join(strange)}; expected names that match {FILE_NAME_PATTERN}")
     manifest = draft_manifest({**fields, "files": files})
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1, exclude_none=True) + "\n", "utf-8")
+    (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
     return read_manifest(folder).manifest  # what can't be read is not sealed
 
 
 def draft_manifest(fields: Mapping[str, Any]) -> Manifest:
     """The manifest of a bundle that is being made; BundleError for fields that don't fit together."""
     try:
-        return Manifest(**{"files": {}, **fields})
-    except ValidationError as error:
+        return msgspec.convert({"files": {}, **fields}, Manifest)
+    except msgspec.ValidationError as error:
         raise BundleError(f"these fields make no manifest: {error}") from None
 
 

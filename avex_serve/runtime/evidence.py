@@ -7,19 +7,19 @@
 Audio whose samples are those of a 16-bit file, as all of ours is, is stored as such.
 """
 
-import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Annotated, Final, Literal
 
+import msgspec
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from msgspec import Meta, Struct
 
 from avex_serve.bundle import Bundle
 from avex_serve.errors import BundleError
-from avex_serve.manifest import EVIDENCE, VERIFICATION
+from avex_serve.manifest import EVIDENCE, VERIFICATION, Positive
 from avex_serve.runtime.machine import Machine
 
 EVIDENCE_VERSION: Final = 1
@@ -42,25 +42,20 @@ class Case:
     padding_mask: np.ndarray | None = None  # (K, S) bool, of clips: True where padded; None: nowhere
 
 
-class _Document(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-class CaseEntry(_Document):
+class CaseEntry(Struct, frozen=True, kw_only=True):
     """A case without its arrays."""
 
     name: str
-    sample_rate: PositiveInt | None
-    batches: tuple[PositiveInt, ...]
+    sample_rate: Positive | None
+    batches: tuple[Positive, ...]
 
-    @model_validator(mode="after")
-    def _goes_somewhere(self) -> Self:
+    def __post_init__(self) -> None:
+        """Raise ValueError if it is for nothing."""
         if self.sample_rate is None and not self.batches:
             raise ValueError(f"{self.name!r} goes through no graph: it has no batches")
-        return self
 
 
-class Errors(_Document):
+class Errors(Struct, frozen=True, kw_only=True):
     """Largest errors of one output, relative to its largest value or to 1, whichever is more."""
 
     eager: float | None  # against the eager module; None: not finite, or of another shape
@@ -68,7 +63,7 @@ class Errors(_Document):
     own: float | None  # of the eager module itself against float64
 
 
-class Decisions(_Document):
+class Decisions(Struct, frozen=True, kw_only=True):
     """How many clips or windows were named otherwise than by the eager module."""
 
     compared: int
@@ -76,7 +71,7 @@ class Decisions(_Document):
     margin: float  # the most that such a change of mind had to bridge; 0 if there was none
 
 
-class Check(_Document):
+class Check(Struct, frozen=True, kw_only=True):
     """One case in one batch size and format."""
 
     input: str
@@ -90,7 +85,7 @@ class Check(_Document):
     passed: bool
 
 
-class Gain(_Document):
+class Gain(Struct, frozen=True, kw_only=True):
     """What one pass of the exporter does to the ONNX graph."""
 
     name: str
@@ -98,7 +93,7 @@ class Gain(_Document):
     difference: float  # largest, of the first output, relative to its largest value or to 1
 
 
-class Record(_Document):
+class Record(Struct, frozen=True, kw_only=True):
     """The content of ``verification.json``."""
 
     evidence_version: Literal[1] = EVIDENCE_VERSION
@@ -106,7 +101,8 @@ class Record(_Document):
     optimisation: str  # of onnxruntime, as it serves
     tolerance: float
     passed: bool
-    cases: tuple[CaseEntry, ...] = Field(min_length=1)  # those whose arrays are in verification.npz
+    # Those whose arrays are in verification.npz.
+    cases: Annotated[tuple[CaseEntry, ...], Meta(min_length=1)]
     checks: tuple[Check, ...]
     skipped: tuple[str, ...]  # what was not compared or not kept, and why
     passes: tuple[Gain, ...] = ()  # if they were profiled
@@ -114,7 +110,7 @@ class Record(_Document):
 
 def write_evidence(folder: Path, record: Record, cases: Sequence[Case]) -> None:
     """Write both files; the entries of the record are those of the cases."""
-    (folder / VERIFICATION).write_text(record.model_dump_json(indent=1) + "\n", "utf-8")
+    (folder / VERIFICATION).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
     arrays: dict[str, np.ndarray] = {}
     for i, case in enumerate(cases):
         arrays[f"{i}/input"] = _packed(case.input)
@@ -140,17 +136,17 @@ def read_evidence(bundle: Bundle) -> tuple[Record, list[Case]]:
             "bundles had evidence, or without; export it again"
         )
     try:
-        raw = json.loads(text.read_bytes())
+        raw = msgspec.json.decode(text.read_bytes())
         version = raw.get("evidence_version") if isinstance(raw, dict) else None
         if version != EVIDENCE_VERSION:
             raise BundleError(
                 f"{text} has evidence version {version!r}, this avex-serve reads {EVIDENCE_VERSION}; export again, "
                 "or install the avex-serve that made it"
             )
-        record = Record.model_validate(raw)
+        record = msgspec.convert(raw, Record)
         with arrays.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return record, [_case(entry, i, stored) for i, entry in enumerate(record.cases)]
-    except (ValidationError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise BundleError(f"the evidence in {bundle.directory} can't be read ({error}); export again") from None
 
 

@@ -6,7 +6,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from msgspec import Struct
 
 # Which of them a processor has decides which kernels onnxruntime and torch choose.
 _X86 = ("sse4_1", "avx", "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
@@ -14,10 +14,8 @@ _ARM = ("asimd", "asimddp", "bf16", "i8mm", "sve")
 _PACKAGES = ("avex-serve", "numpy", "onnx", "onnxruntime", "torch")
 
 
-class Machine(BaseModel):
+class Machine(Struct, frozen=True, kw_only=True):
     """A machine, by what matters to numbers; nothing that tells which one it is."""
-
-    model_config = ConfigDict(frozen=True)
 
     cpu: str
     features: tuple[str, ...]  # those that matter, as Linux calls them

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from avex_export.assemble import assemble
@@ -96,7 +97,7 @@ def export_bundle(
             path, metadata, exact = folder / ONNX_INT8, _onnx_metadata(assembly), backends["onnx"]
             backend, rounded = add_int8(assembly, path, metadata, exact, draft, clips, without)
             say(gates.text(rounded.agreement))
-            fields["quantisation"] = rounded.model_dump()
+            fields["quantisation"] = msgspec.to_builtins(rounded)
             checks = compare(verification.cases, assembly, draft, folder, [backend])
             say(table(checks))
             verification = replace(verification, checks=(*verification.checks, *checks))
