@@ -21,7 +21,8 @@ import torch
 from avex_serve import load_model
 from avex_serve.demo.sounds import make_recording
 from avex_serve.models.aggregation import aggregate
-from avex_serve.runtime.audio import decode, resample
+from avex_serve.runtime.audio import decode
+from avex_serve.runtime.waveform import resample
 from avex_serve.runtime.windows import plan_windows
 
 BATCH = 16

@@ -26,7 +26,8 @@ from avex_serve.demo.sounds import LABELS, make_clip, make_recording
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.probes import build_probe_from_config, save_probe
 from avex_serve.models.probes.storage import load_head
-from avex_serve.runtime.audio import decode, resample
+from avex_serve.runtime.audio import decode
+from avex_serve.runtime.waveform import resample
 from avex_serve.runtime.windows import plan_windows
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3")

@@ -14,13 +14,13 @@ import numpy as np
 from avex_serve.bundle import Bundle, check_files, read_manifest
 from avex_serve.errors import BundleError, NotFoundError, TensorError, UnsupportedError
 from avex_serve.manifest import AudioSpec, EmbeddingInfo, Manifest, ProbeInfo
-from avex_serve.runtime import allowance, audio, results
-from avex_serve.runtime.audio import Recording
+from avex_serve.runtime import allowance, results, waveform
 from avex_serve.runtime.backend import Backend, open_backend
 from avex_serve.runtime.batcher import batched
 from avex_serve.runtime.cores import usable_cores
 from avex_serve.runtime.fair import FairSemaphore
 from avex_serve.runtime.stages import Run, in_pool
+from avex_serve.runtime.waveform import Recording
 from avex_serve.runtime.windows import WindowPlan, plan_windows
 
 # Of memory for each value of an output: twice while rows are put together, twice while the answer is written.
@@ -346,11 +346,11 @@ class Engine:
 
     def _windows(self, recording: Recording, overlap: float) -> tuple[WindowPlan, Iterator[Inputs]]:
         spec = self._audio_spec()
-        wave = audio.check_wave(recording.wave)
-        total = audio.resampled_size(wave.size, recording.sample_rate, spec.sample_rate)
+        wave = waveform.check_wave(recording.wave)
+        total = waveform.resampled_size(wave.size, recording.sample_rate, spec.sample_rate)
         plan = plan_windows(total, spec.window_samples, spec.sample_rate, overlap, spec.shortest_samples)
         allowance.current().check_windows(len(plan.starts))
-        wave = audio.resample(wave, recording.sample_rate, spec.sample_rate)
+        wave = waveform.resample(wave, recording.sample_rate, spec.sample_rate)
         return plan, plan.batches(wave, self.backend.max_batch, masked=self.manifest.masked)
 
     def _audio_spec(self) -> AudioSpec:

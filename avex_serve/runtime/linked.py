@@ -13,10 +13,10 @@ import numpy as np
 
 from avex_serve.errors import UnsupportedError
 from avex_serve.manifest import Manifest, ProbeInfo
-from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.engine import Engine, Heard
 from avex_serve.runtime.repository import Repository
 from avex_serve.runtime.results import Embedding, Prediction, Predictions, Selection, score_scale
+from avex_serve.runtime.waveform import Recording
 
 
 class _Link(NamedTuple):

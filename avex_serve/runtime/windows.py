@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from avex_serve.errors import InputError
-from avex_serve.runtime.audio import Wave
+from avex_serve.runtime.waveform import Wave
 
 
 @dataclass(frozen=True)

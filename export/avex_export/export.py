@@ -28,7 +28,7 @@ from avex_export.torchscript import write_torchscript
 from avex_export.verify import Verification, compare, verify
 from avex_serve.errors import AudioError, ExportError
 from avex_serve.manifest import CARD, LABELS, MANIFEST, ONNX, ONNX_INT8, PT2, TORCHSCRIPT, Activation, Manifest
-from avex_serve.runtime import audio
+from avex_serve.runtime import audio, waveform
 from avex_serve.runtime.backend import Backend
 from avex_serve.runtime.onnx_backend import OnnxBackend
 from avex_serve.runtime.torch_backend import TorchBackend
@@ -110,7 +110,7 @@ def _check_recording(path: Path, assembly: Assembly) -> None:
     assert assembly.sample_rate is not None
     wave, rate = audio.decode(path)
     try:
-        audio.resample(wave, rate, assembly.sample_rate)
+        waveform.resample(wave, rate, assembly.sample_rate)
     except AudioError as error:
         raise AudioError(f"{path}: {error}") from None
 

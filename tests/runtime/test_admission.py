@@ -13,8 +13,8 @@ from avex_serve.errors import AudioError, ClientGoneError, DeadlineError, Overlo
 from avex_serve.runtime import allowance
 from avex_serve.runtime.admission import LARGE_BYTES, Admission, HeldBytes, Ticket, admitted, hold_ticket
 from avex_serve.runtime.allowance import Deadline, Limits
-from avex_serve.runtime.audio import resample
 from avex_serve.runtime.stages import recorded
+from avex_serve.runtime.waveform import resample
 
 PATIENCE = 20  # seconds until a test that hangs fails
 

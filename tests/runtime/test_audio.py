@@ -11,7 +11,8 @@ import soundfile
 import soxr
 
 from avex_serve.errors import AudioError, InputError, NotFoundError
-from avex_serve.runtime.audio import RATES, decode, resample, resampled_size
+from avex_serve.runtime.audio import decode
+from avex_serve.runtime.waveform import RATES, resample, resampled_size
 
 CONTAINERS = {
     "WAV": ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"],

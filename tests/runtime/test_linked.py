@@ -8,8 +8,8 @@ import pytest
 from avex_serve import open_bundle
 from avex_serve.errors import InputError, NotFoundError, UnsupportedError
 from avex_serve.runtime import linked
-from avex_serve.runtime.audio import Recording
 from avex_serve.runtime.repository import Repository
+from avex_serve.runtime.waveform import Recording
 from tests.bundles import SAMPLE_RATE, change_manifest, make_audio_bundle, make_embedding_bundle
 
 READS, OTHER = "a1" * 32, "b2" * 32

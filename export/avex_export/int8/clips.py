@@ -9,7 +9,7 @@ import numpy as np
 
 from avex_serve.demo.sounds import LOWEST_SAMPLE_RATE, make_recording
 from avex_serve.errors import InputError
-from avex_serve.runtime import audio
+from avex_serve.runtime import audio, waveform
 from avex_serve.runtime.windows import plan_windows
 
 _T = TypeVar("_T")
@@ -74,7 +74,7 @@ def _cut(folder: Path, samples: int, rate: int) -> Iterator[np.ndarray]:
     most = -(-4 * HELD_OUT_CLIPS // max(1, min(len(files), _FILES)))
     for path in _spread(files, _FILES):
         recording = audio.decode(path)
-        wave = audio.resample(recording.wave, recording.sample_rate, rate)
+        wave = waveform.resample(recording.wave, recording.sample_rate, rate)
         yield from _spread(list(plan_windows(wave.size, samples, rate, overlap=0.0).cut(wave)), most)
 
 
@@ -93,7 +93,7 @@ def _sounds(samples: int, rate: int, seeds: range) -> Iterator[np.ndarray]:
         # A recording that is long enough to hold sounds, of which the clip is the beginning.
         seconds = max(samples / rate, 2.0)
         wave, _ = make_recording(seed, seconds=seconds, sample_rate=max(rate, LOWEST_SAMPLE_RATE))
-        yield audio.resample(wave, max(rate, LOWEST_SAMPLE_RATE), rate)[:samples]
+        yield waveform.resample(wave, max(rate, LOWEST_SAMPLE_RATE), rate)[:samples]
 
 
 def _noise(samples: int) -> np.ndarray:
