@@ -3,11 +3,14 @@
 import contextlib
 import ctypes
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import onnxruntime
 
 from avex_serve.errors import BundleError
+
+LARGE: Final = 64 * 2**20  # bytes; EfficientNet-B0 has 18 MB, the transformers have hundreds
 
 
 class OnnxBackend:
@@ -30,7 +33,7 @@ class OnnxBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # The fused kernel is slower on a CPU than an addition and a layer norm.
         options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
-        if path.with_name(f"{path.name}.data").is_file():
+        if _size_of(path) > LARGE:
             # Buffers of a large graph take less memory, and no more time, if each goes back to the system once it
             # is done with; a graph of small ones gets slower.
             options.enable_cpu_mem_arena = options.enable_mem_pattern = False
@@ -56,6 +59,12 @@ class OnnxBackend:
         """See `Backend.run`."""
         outputs = self._session.run(self._output_names, dict(zip(self._input_names, inputs, strict=True)))
         return dict(zip(self._output_names, outputs, strict=True))
+
+
+def _size_of(path: Path) -> int:
+    """Bytes of a graph and of its weights, if they are in a file of their own."""
+    data = path.with_name(f"{path.name}.data")
+    return sum(file.stat().st_size for file in (path, data) if file.is_file())
 
 
 def _give_memory_back() -> None:

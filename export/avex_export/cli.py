@@ -180,11 +180,11 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 
 def _told(name: str, applied: Sequence[str] | None, without: Sequence[str]) -> str:
-    from avex_export.passes import EXTERNAL_DATA
+    from avex_export.passes import CONSTANTS, EXTERNAL_DATA
 
     if name in without:
         return " [left out]"
-    if applied is None or name == EXTERNAL_DATA:
+    if applied is None or name in (CONSTANTS, EXTERNAL_DATA):
         return ""
     return " [applied]" if name in applied else " [nothing to do]"
 

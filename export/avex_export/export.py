@@ -19,7 +19,6 @@ from avex_export.int8 import gates
 from avex_export.int8.build import add_int8, find_clips, refuse_unfit
 from avex_export.onnx_graph import write_onnx
 from avex_export.output import parents_taken_back
-from avex_export.passes import EXTERNAL_DATA
 from avex_export.profile import gains_table, profile
 from avex_export.progress import Progress
 from avex_export.pt2 import Pt2Backend, write_pt2
@@ -123,14 +122,7 @@ def _write_formats(
     backends: dict[str, Backend] = {}
     if "onnx" in formats:
         progress("write ONNX")
-        write_onnx(
-            graph,
-            example,
-            folder / ONNX,
-            _input_names(assembly),
-            _onnx_metadata(assembly),
-            external_data=EXTERNAL_DATA not in without,
-        )
+        write_onnx(graph, example, folder / ONNX, _input_names(assembly), _onnx_metadata(assembly), without)
         backends["onnx"] = OnnxBackend(folder / ONNX, _input_names(assembly), names)
     if "torchscript" in formats:
         progress("write TorchScript")

@@ -1,21 +1,23 @@
 """ONNX: by torch.export, with a dynamic batch, our names, and the metadata that other tools read."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import onnx
 import onnx.compose
 import torch
+from onnxscript.optimizer import fold_constants, remove_unused_nodes
 from torch import Tensor
 
 from avex_export.graph import Graph
+from avex_export.passes import CONSTANTS, EXTERNAL_DATA
 from avex_export.passes.transformers import MergedAttention
 from avex_export.tracing import dynamic_axes, quiet_tracing
 from avex_serve.errors import ExportError
 
 # Beyond so many bytes of weights they go into a file of their own, which is mapped instead of read twice.
-_LARGE = 64 * 2**20
+_LARGE = 8 * 2**20
 
 
 def write_onnx(
@@ -24,8 +26,7 @@ def write_onnx(
     path: Path,
     input_names: Sequence[str],
     metadata: Mapping[str, str],
-    *,
-    external_data: bool = True,
+    without: Collection[str] = (),
 ) -> None:
     """Export the graph on example inputs and write it.
 
@@ -37,14 +38,14 @@ def write_onnx(
         path: the file; weights that are large in all go into ``PATH.data`` beside it.
         input_names: of the graph.
         metadata: the graph's properties.
-        external_data: whether they may.
+        without: passes to leave out, of those that are about the file; see `avex_export.passes`.
 
     Raises:
         ExportError: the graph can't be exported.
     """
     with quiet_tracing(), _attention_in_parts(graph):
-        # No optimiser: onnxscript's deletes additions of small constants, which silence needs; onnxruntime
-        # optimises when it loads.
+        # No optimiser: onnxscript's deletes additions of small constants, which silence needs. Most of the rest
+        # onnxruntime does better, for the machine that it is on.
         try:
             program = torch.onnx.export(
                 graph,
@@ -62,11 +63,14 @@ def write_onnx(
                 "numbers that depend on the batch, such as len(x) (use x.shape[0]); or export --format torchscript"
             ) from error
     assert program is not None
+    if CONSTANTS not in without:
+        fold_constants(program.model)
+        remove_unused_nodes(program.model)
     model = _rename_outputs(program.model_proto, graph.outputs)
     _forget_where_it_was_made(model.graph)
     onnx.helper.set_model_props(model, dict(metadata))
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    if external_data and size > _LARGE:
+    if EXTERNAL_DATA not in without and size > _LARGE:
         data = path.with_name(f"{path.name}.data")
         onnx.save_model(model, path, save_as_external_data=True, location=data.name)
         data.chmod(path.stat().st_mode)  # onnx makes it readable for its writer alone

@@ -12,6 +12,7 @@ import numpy as np
 from avex_export.cases import example_inputs
 from avex_export.graph import Assembly, export_graph
 from avex_export.onnx_graph import write_onnx
+from avex_export.passes import CONSTANTS
 from avex_serve.runtime.evidence import Gain
 from avex_serve.runtime.onnx_backend import OnnxBackend
 
@@ -28,7 +29,7 @@ def profile(assembly: Assembly, without: Collection[str] = (), tell: Callable[[s
         without: passes that are left out of all of them.
         tell: where progress goes.
     """
-    applied = export_graph(assembly, without).passes
+    applied = [*export_graph(assembly, without).passes, *({CONSTANTS} - {*without})]
     inputs = [tensor.numpy() for tensor in example_inputs(assembly, 1)]
     names = [f"input{i}" for i in range(len(inputs))]
     with ExitStack() as stack:
@@ -38,7 +39,7 @@ def profile(assembly: Assembly, without: Collection[str] = (), tell: Callable[[s
             tell(f"profile: build {f'without {name}' if name else 'with all passes'} ({i + 1}/{len(applied) + 1})")
             path = folder / f"{i}.onnx"
             graph = export_graph(assembly, {*without, name})
-            write_onnx(graph, example_inputs(assembly, 2), path, names, {})
+            write_onnx(graph, example_inputs(assembly, 2), path, names, {}, {*without, name})
             backends[name] = OnnxBackend(path, names, list(graph.outputs))
         times: dict[str, list[float]] = {name: [] for name in backends}
         first = assembly.outputs[0].name

@@ -17,7 +17,7 @@ def test_explain_lists_the_passes_in_order_and_what_they_do(export, tmp_path, mo
     code, out, _ = export("--explain")
     assert code == 0
     names = [line.split()[0] for line in out.splitlines()[1:]]
-    assert names == [*(each.name for each in PASSES), "external-data"]
+    assert names == [*(each.name for each in PASSES), "constants", "external-data"]
     code, out, _ = export("--explain", "--probe", "linear_last", "--without", "norms")
     assert code == 0
     told = {line.split()[0]: line.partition(" [")[2].rstrip("]") for line in out.splitlines()[1:]}
@@ -48,7 +48,7 @@ def test_profile_tells_what_each_pass_buys(export, tmp_path):
     assert code == 0
     gains = json.loads((bundle / "verification.json").read_text())["passes"]
     assert {gain["name"] for gain in gains} == {
-        *("dead-layers", "front-end", "position-bias", "projections", "norms", "pooling")
+        *("dead-layers", "front-end", "position-bias", "projections", "norms", "pooling", "constants")
     }
     for gain in gains:
         assert gain["speedup"] > 0
@@ -71,3 +71,17 @@ def test_large_weights_stand_beside_the_graph(export, tmp_path, monkeypatch, opt
         assert (bundle / "model.onnx.data").stat().st_mode == (bundle / "model.onnx").stat().st_mode
     with open_bundle(bundle) as engine:
         assert np.isfinite(engine.infer(np.zeros((1, 32000), np.float32))["logits"]).all()
+
+
+def test_what_depends_on_no_input_is_computed_once(export, tmp_path):
+    def computed(*options):
+        """How many nodes of the graph have no input but constants."""
+        bundle = tmp_path / "bundle"
+        assert export("--probe", "linear_last", "--format", "onnx", "--output", bundle, *options)[0] == 0
+        graph = onnx.load(bundle / "model.onnx").graph
+        constant = {"", *(each.name for each in graph.initializer)}
+        constant |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
+        return sum(bool(node.input) and constant.issuperset(node.input) for node in graph.node)
+
+    assert computed() == 0
+    assert computed("--without", "constants") > 10

@@ -11,7 +11,6 @@ from avex_export.int8.clips import Clips, built_in, from_recordings
 from avex_export.int8.gates import check, compare
 from avex_export.int8.products import quantise
 from avex_export.onnx_graph import write_onnx
-from avex_export.passes import EXTERNAL_DATA
 from avex_serve.errors import ExportError
 from avex_serve.manifest import Manifest, Quantisation
 from avex_serve.models.beats import BEATsModel
@@ -82,7 +81,7 @@ def add_int8(
     assert isinstance(graph, AudioGraph)
     products = quantise(graph, torch.from_numpy(clips.calibration))
     example = example_inputs(assembly, 2)
-    write_onnx(graph, example, path, ["waveform"], metadata, external_data=EXTERNAL_DATA not in without)
+    write_onnx(graph, example, path, ["waveform"], metadata, without)
     rounded = OnnxBackend(path, ["waveform"], list(graph.outputs), int8=True)
     agreement = compare(exact, rounded, clips.held_out, manifest)
     check(agreement)

@@ -40,10 +40,12 @@ PASSES = (
 )
 
 
-# Not a rewriting of modules, but of the file: large weights beside it.
+# Not rewritings of modules, but of the ONNX graph that came of them.
+CONSTANTS = "constants"
 EXTERNAL_DATA = "external-data"
 SUMMARIES = {each.name: each.summary for each in PASSES} | {
-    EXTERNAL_DATA: "write large weights of the ONNX graph beside it, to be mapped instead of read"
+    CONSTANTS: "compute what depends on no input, transposed weights above all, before the ONNX graph is written",
+    EXTERNAL_DATA: "write large weights of the ONNX graph beside it, to be mapped instead of read",
 }
 
 
@@ -61,4 +63,4 @@ def rewrite(target: Target, without: Collection[str] = ()) -> list[str]:
     return [each.name for each in PASSES if each.name not in without and each.apply(target)]
 
 
-__all__ = ["EXTERNAL_DATA", "PASSES", "SUMMARIES", "Pass", "Target", "rewrite"]
+__all__ = ["CONSTANTS", "EXTERNAL_DATA", "PASSES", "SUMMARIES", "Pass", "Target", "rewrite"]
