@@ -23,6 +23,8 @@ import numpy as np
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# Installed packages are there in bytecode; a checkout's is written when it is first used, unless this forbids it.
+ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 class Worker:
