@@ -22,11 +22,12 @@ if TYPE_CHECKING:
         register_model,
         register_model_class,
     )
-    from avex_serve.runtime.engine import Engine, open_bundle
+    from avex_serve.runtime.engine import Engine
+    from avex_serve.runtime.opening import open_bundle
 
 _HOME = {
     "Engine": "avex_serve.runtime.engine",
-    "open_bundle": "avex_serve.runtime.engine",
+    "open_bundle": "avex_serve.runtime.opening",
     "build_model": "avex_serve.models.utils.factory",
     "build_model_from_spec": "avex_serve.models.utils.factory",
     "list_model_layers": "avex_serve.models.utils.load",

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 def _predict(arguments: argparse.Namespace) -> int:
     """Answer for each file; one that can't be read doesn't keep the others from being answered."""
     from avex_serve.runtime.audio import decode
-    from avex_serve.runtime.engine import open_bundle
+    from avex_serve.runtime.opening import open_bundle
 
     code = 0
     with open_bundle(arguments.bundle, arguments.device, precision=arguments.precision) as engine:

@@ -1,5 +1,9 @@
-"""Full-size backbones with random weights, each with trained-looking linear probes, as files that avex loads too."""
+"""Full-size backbones with random weights, each with trained-looking linear probes, as files that avex loads too.
 
+python models.py FOLDER
+"""
+
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +79,9 @@ def roughen(model: ModelBase) -> None:
                 module.weight.mul_(0.3)
         model.train()(torch.from_numpy(clips(4)))
         model.eval()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    write_models(folder)
+    np.save(folder / "clips.npy", clips())

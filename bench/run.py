@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # Installed packages are there in bytecode; a checkout's is written when it is first used, unless this forbids it.
@@ -89,28 +87,35 @@ def race(slow: Worker, fast: Worker, count: int, rounds: int) -> Ratio:
 
 
 def starts(
-    commands: tuple[Sequence[str], Sequence[str]], clips: Path, forgotten: Sequence[Path] = (), count: int = 5
-) -> str:
-    """Time of one from nothing to its first answer over that of the other, taking turns; and the times.
+    slow: Sequence[str], fast: Sequence[Sequence[str]], clips: Path, forgotten: Sequence[Path] = (), count: int = 7
+) -> list[str]:
+    """Time of one from nothing to its first answer over that of each of the others, taking turns; and the times.
 
     Files in the folders that are forgotten are read from the disk, as on a machine that starts its first worker.
     """
-    pairs = []
+    turns = []
     for _ in range(count):
-        pair = []
-        for command in commands:
+        turn = []
+        for command in (slow, *fast):
             for folder in forgotten:
                 forget(folder)
             worker = Worker(command, clips)
             worker.stop()
-            pair.append(worker.cold)
-        pairs.append(pair)
-    slow, fast = (statistics.median(times) for times in zip(*pairs, strict=True))
-    return f"{Ratio([a / b for a, b in pairs])} ({slow:.1f} s → {fast:.2f} s)"
+            turn.append(worker.cold)
+        turns.append(turn)
+    before, *after = zip(*turns, strict=True)
+    return [
+        f"{Ratio([a / b for a, b in zip(before, times, strict=True)])} "
+        f"({statistics.median(before):.1f} s → {statistics.median(times):.2f} s)"
+        for times in after
+    ]
 
 
 def forget(folder: Path) -> None:
-    """Have the system drop what it keeps of a folder's files in memory."""
+    """Have the system drop what it keeps of a folder's files in memory.
+
+    It keeps those that a process has mapped: this one must not have imported numpy or onnxruntime yet.
+    """
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -128,6 +133,7 @@ def environments(pythons: Sequence[str]) -> list[Path]:
 
 def multiplication_rate(rows: int = 496, inner: int = 768, columns: int = 3072) -> float:
     """Floating-point operations a second that onnxruntime reaches with one product of BEATs' size, in 1e9."""
+    import numpy as np
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
@@ -152,20 +158,31 @@ def multiplication_rate(rows: int = 496, inner: int = 768, columns: int = 3072) 
     return 2 * rows * inner * columns / statistics.median(times) / 1e9
 
 
+BACKBONES = ("beats", "efficientnet", "eat")
 # Operations of one 10 s clip, counted from the shapes, in 1e9.
 WORK = {"beats": 99.0, "eat": 97.5}
 INT8 = ("beats", "eat")  # those that the exporter quantises
 
 
+def compare_starts(home: Path, baseline: Sequence[str]) -> dict[str, str]:
+    """What a first answer takes, as rows of the table."""
+    clips, bundle = home.parent / "clips.npy", home / "bundle_last"
+    least = [sys.executable, str(HERE / "worker_onnxruntime.py"), str(bundle)]
+    commands = [ours(bundle), least]
+    on_disk = [home, *environments([baseline[0], sys.executable])]
+    rows: dict[str, str] = {}
+    for kind, forgotten in (("cold start to first answer", on_disk), ("start to first answer, files in memory", ())):
+        rows[kind], rows[f"{kind}: onnxruntime alone"] = starts(baseline, commands, clips, forgotten)
+    return rows
+
+
 def compare(name: str, home: Path, baseline: Sequence[str], rounds: int) -> dict[str, str]:
-    """Everything that is measured of one backbone, as rows of the table."""
+    """What is measured of one backbone's workers once they run, as rows of the table."""
+    import numpy as np
+
     clips = home.parent / "clips.npy"
     rows: dict[str, str] = {}
-    commands = baseline, ours(home / "bundle_last")
-    on_disk = [home, *environments([command[0] for command in commands])]
-    rows["cold start to first answer"] = starts(commands, clips, on_disk)
-    rows["start to first answer, files in memory"] = starts(commands, clips)
-    slow, fast = (Worker(command, clips) for command in commands)
+    slow, fast = (Worker(command, clips) for command in (baseline, ours(home / "bundle_last")))
     for count in (1, 8):
         rows[f"{count} clip{'s' if count > 1 else ''}"] = str(race(slow, fast, count, rounds))
     files = [home / "slow.npy", home / "fast.npy"]
@@ -209,23 +226,21 @@ def ours(bundle: Path, precision: str = "float32") -> list[str]:
 def main() -> None:
     """Make the models if they aren't there, export them, measure, print, and write the page."""
     arguments = parse_arguments()
-    sys.path.insert(0, str(HERE))
-    import models
-
     home: Path = arguments.folder
-    home.mkdir(parents=True, exist_ok=True)
-    np.save(home / "clips.npy", models.clips())
-    models.write_models(home)
-    tables: dict[str, Mapping[str, str]] = {}
-    baselines: dict[str, str] = {}
-    for name in arguments.only or list(models.SPECS):
-        for probe in models.PROBES:
+    subprocess.run([sys.executable, str(HERE / "models.py"), str(home)], check=True)
+    tables: dict[str, dict[str, str]] = {}
+    baselines: dict[str, tuple[list[str], str]] = {}
+    for name in arguments.only or BACKBONES:
+        for probe in ("last", "all"):
             options = ["--quantize", "int8"] if name in INT8 and probe == "last" else []
             export(home / name / probe, home / name / f"bundle_{probe}", options)
-        baseline, baselines[name] = find_baseline(name, home, arguments.avex)
-        tables[name] = compare(name, home / name, baseline, arguments.rounds)
+        baselines[name] = find_baseline(name, home, arguments.avex)
+        tables[name] = compare_starts(home / name, baselines[name][0])
         print(json.dumps({name: tables[name]}, ensure_ascii=False), flush=True)
-    page = render(tables, baselines, arguments.avex)
+    for name, (baseline, _) in baselines.items():
+        tables[name] |= compare(name, home / name, baseline, arguments.rounds)
+        print(json.dumps({name: tables[name]}, ensure_ascii=False), flush=True)
+    page = render(tables, {name: what for name, (_, what) in baselines.items()}, arguments.avex)
     print(page)
     if arguments.write is not None:
         arguments.write.write_text(page, "utf-8")
@@ -292,6 +307,7 @@ both environments and of the models, so that they come from the disk.
 - *8 clips*: avex answers them as one batch, the service clip by clip, which is faster on a CPU.
 - *Of the rate of one product*: operations of a clip over time, as a share of the rate that onnxruntime reaches
   with a single matrix product of the same size in the same run.
+- *onnxruntime alone*: a program that imports onnxruntime and numpy, opens the same graph and asks it once.
 - avex builds EAT from code on the Hugging Face hub. Where that can't be had, EAT is compared with its own eager
   probe.
 """

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from avex_serve.runtime.audio import decode
-from avex_serve.runtime.engine import open_bundle
+from avex_serve.runtime.opening import open_bundle
 from tests.answers import as_json
 from tests.bundles import make_audio_bundle
 from tests.service.conftest import encode, running_server

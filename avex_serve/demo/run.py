@@ -22,7 +22,7 @@ from avex_serve.demo.server import running_server
 from avex_serve.demo.sounds import Event, make_recording
 from avex_serve.errors import AvexServeError, DependencyError
 from avex_serve.runtime.audio import decode
-from avex_serve.runtime.engine import open_bundle
+from avex_serve.runtime.opening import open_bundle
 from avex_serve.runtime.results import Detection, Prediction, Selection, detect, score_scale
 from avex_serve.runtime.windows import plan_windows
 from avex_serve.service.grpc_messages import SERVICE, message_class

@@ -1,14 +1,17 @@
 """Backends run a bundle's graph: numpy in, numpy out. Which one is decided here."""
 
 import importlib.util
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol, get_args
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from avex_serve.bundle import Bundle
 from avex_serve.errors import BundleError, DependencyError, InputError
 from avex_serve.manifest import ONNX, TORCHSCRIPT
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Precision = Literal["auto", "float32", "int8"]
 
@@ -20,13 +23,13 @@ class Backend(Protocol):
     format: str  # "onnx", "onnx-int8", "torchscript" or, in half precision, "torch-half"
     max_batch: int  # rows a call takes best
 
-    def run(self, *inputs: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, *inputs: "np.ndarray") -> "dict[str, np.ndarray]":
         """Outputs by name for one batch (B, …) of each input of the manifest; every output has B rows."""
         ...
 
 
-def open_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") -> Backend:
-    """The backend for a device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript), ``auto`` (cuda where it works).
+def find_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") -> Callable[[], Backend]:
+    """What loads the graph for a device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript), ``auto`` (cuda if it works).
 
     A bundle exported without ONNX is run by TorchScript on the CPU too, if torch is installed. The precision
     ``auto`` is int8 on the CPU where the bundle has it, since who exported it asked for that, and else float32.
@@ -57,23 +60,19 @@ def open_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") 
     if device == "cpu" and onnx is not None:
         from avex_serve.runtime.onnx_backend import OnnxBackend
 
-        return OnnxBackend(onnx, [spec.name for spec in bundle.manifest.inputs], names, int8=rounded)
+        return partial(OnnxBackend, onnx, [spec.name for spec in bundle.manifest.inputs], names, int8=rounded)
     if torchscript is None:
         raise BundleError(
             f"{bundle.directory} holds no graph for {device}; export it again with "
             f"--format {'torchscript' if device == 'cuda' else 'onnx'}"
         )
-    return _open_torch(torchscript, names, device, half=bundle.manifest.half)
-
-
-def _open_torch(path: Path, names: list[str], device: str, *, half: bool) -> Backend:
     if not _torch_installed():
         raise DependencyError(
-            f"{path.name} on {device} needs torch, which is not installed; pip install 'avex-serve[cuda]'"
+            f"{torchscript.name} on {device} needs torch, which is not installed; pip install 'avex-serve[cuda]'"
         )
     from avex_serve.runtime.torch_backend import TorchBackend
 
-    return TorchBackend(path, names, device, half=half)
+    return partial(TorchBackend, torchscript, names, device, half=bundle.manifest.half)
 
 
 def _torch_installed() -> bool:

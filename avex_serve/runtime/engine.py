@@ -1,22 +1,19 @@
 """The engine: a bundle ready to answer. HTTP, gRPC and the command line all call this one object."""
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from pathlib import Path
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypedDict
 
 import numpy as np
 
-from avex_serve.bundle import Bundle, check_files, read_manifest
-from avex_serve.errors import BundleError, NotFoundError, TensorError, UnsupportedError
+from avex_serve.bundle import Bundle
+from avex_serve.errors import NotFoundError, TensorError, UnsupportedError
 from avex_serve.manifest import AudioSpec, EmbeddingInfo, Manifest, ProbeInfo
 from avex_serve.runtime import allowance, results, waveform
-from avex_serve.runtime.backend import Backend, open_backend
-from avex_serve.runtime.batcher import batched
+from avex_serve.runtime.backend import Backend
 from avex_serve.runtime.cores import usable_cores
 from avex_serve.runtime.fair import FairSemaphore
 from avex_serve.runtime.stages import Run, in_pool
@@ -446,31 +443,3 @@ def _timing(plan: WindowPlan, overlap: float) -> _TimingFields:
 
 def _chunks(inputs: Inputs, size: int) -> Iterator[Inputs]:
     return (tuple(batch[start : start + size] for batch in inputs) for start in range(0, len(inputs[0]), size))
-
-
-def open_bundle(
-    directory: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto", threads: int | None = None
-) -> Engine:
-    """Open a bundle: check that it is whole and load its graph.
-
-    Args:
-        directory: made by ``avex-export``.
-        device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript) or ``auto`` (cuda where it works).
-        precision: ``float32``, ``int8`` or ``auto`` (int8 on the CPU where the bundle has it).
-        threads: that infer side by side; as many as the cores that may be used by default.
-
-    Raises:
-        BundleError: not a whole bundle, or no graph in it for that device and precision.
-        DependencyError: torch or CUDA is needed and missing.
-        InputError: an unknown device or precision.
-    """
-    bundle = read_manifest(Path(directory))
-    with ThreadPoolExecutor(1, thread_name_prefix="avex-check") as pool:  # large files take as long as loading them
-        checking = pool.submit(check_files, bundle)
-        try:
-            backend = open_backend(bundle, device, precision)
-        except BundleError:
-            checking.result()  # a changed file is the better reason
-            raise
-        checking.result()
-    return Engine(bundle, batched(backend), threads)

@@ -33,10 +33,12 @@ class OnnxBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # The fused kernel is slower on a CPU than an addition and a layer norm.
         options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
-        if _size_of(path) > LARGE:
-            # Buffers of a large graph take less memory, and no more time, if each goes back to the system once it
-            # is done with; a graph of small ones gets slower.
-            options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        # One block for all buffers, planned after the first call for each shape of input, comes on top of what that
+        # call took, and is hardly faster.
+        options.enable_mem_pattern = False
+        # Buffers of a large graph take less memory, and no more time, if each goes back to the system once it is
+        # done with; a graph of small ones gets slower.
+        options.enable_cpu_mem_arena = _size_of(path) <= LARGE
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), sess_options=options, providers=["CPUExecutionProvider"]

@@ -13,9 +13,10 @@ import numpy as np
 
 from avex_serve.errors import BundleError, TensorError
 from avex_serve.manifest import Activation, Manifest, ProbeInfo
-from avex_serve.runtime.engine import Engine, open_bundle
+from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.evidence import Case, Check, Decisions, Errors, Outputs, read_evidence
 from avex_serve.runtime.machine import Machine, this_machine
+from avex_serve.runtime.opening import open_bundle
 from avex_serve.runtime.results import Prediction, Selection, score_scale
 
 # Largest error that passes, relative to the largest output or to 1, whichever is more: float32 through a

@@ -21,8 +21,9 @@ from avex_serve.errors import AvexServeError, InputError
 from avex_serve.runtime import linked
 from avex_serve.runtime.audio import decode
 from avex_serve.runtime.cores import threads_of_worker
-from avex_serve.runtime.engine import Engine, open_bundle
+from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.folders import check_any
+from avex_serve.runtime.opening import open_bundle
 from avex_serve.runtime.repository import Repository
 from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service import oip_repository
