@@ -175,7 +175,7 @@ def test_auto_takes_cuda_where_it_works(bundle, torchscript, monkeypatch):
         opened.append((*arguments, half))
         return SimpleNamespace(device="cuda", format="torchscript", max_batch=16)
 
-    monkeypatch.setattr(backends, "_open_torch", open_torch)
+    monkeypatch.setattr("avex_serve.runtime.torch_backend.TorchBackend", open_torch)
     with open_bundle(bundle) as engine:
         assert engine.backend.format == "onnx", "there is nothing to run on CUDA"
     with open_bundle(replace_file(bundle, TORCHSCRIPT, torchscript)) as engine:
