@@ -7,7 +7,7 @@ and the schema version is known.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,11 +49,12 @@ def read_manifest(directory: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{directory} can't be read as a bundle: {error}") from None
 
 
-def check_files(bundle: Bundle) -> None:
-    """Raise BundleError unless every file of the bundle is what its manifest says."""
+def check_files(bundle: Bundle, names: Collection[str] | None = None) -> None:
+    """Raise BundleError unless files of the bundle, those of these names or all, are what its manifest says."""
     try:
         for name, expected in bundle.manifest.files.items():
-            _check_file(bundle.directory / name, expected)
+            if names is None or name in names:
+                _check_file(bundle.directory / name, expected)
     except OSError as error:
         raise BundleError(f"{bundle.directory} can't be read as a bundle: {error}") from None
 

@@ -149,6 +149,18 @@ def test_serves_without_torch(no_torch, audio_bundle, recording):
     assert json.loads(by_command) == {"file": str(recording), **expected}
 
 
+def test_a_first_answer_loads_what_it_needs_and_no_more(audio_bundle, recording):
+    script = """
+        import sys
+        from avex_serve import open_bundle
+        from avex_serve.runtime.audio import decode
+        with open_bundle(sys.argv[1]) as engine:
+            assert engine.predict(*decode(sys.argv[2]), threshold=0).detections
+        print({"pydantic", "bentoml", "torch", "onnx", "scipy"} & sys.modules.keys())
+    """
+    assert python("-c", textwrap.dedent(script), audio_bundle, recording) == "set()\n"
+
+
 def test_the_training_side_says_that_torch_is_missing(no_torch):
     script = (
         "import avex_serve\ntry:\n avex_serve.load_model\nexcept ModuleNotFoundError as error:\n print(error.name)"

@@ -4,11 +4,11 @@ import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args
 
 from avex_serve.bundle import Bundle
 from avex_serve.errors import BundleError, DependencyError, InputError
-from avex_serve.manifest import ONNX, TORCHSCRIPT
+from avex_serve.manifest import ONNX, TORCHSCRIPT, Manifest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,15 +28,27 @@ class Backend(Protocol):
         ...
 
 
-def find_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") -> Callable[[], Backend]:
-    """What loads the graph for a device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript), ``auto`` (cuda if it works).
+class Choice(NamedTuple):
+    """Which graph of a bundle runs where."""
+
+    graph: Path
+    device: str
+    int8: bool
+
+    @property
+    def files(self) -> tuple[str, str]:
+        """Names of the files that hold it: the graph, and perhaps its weights."""
+        return self.graph.name, f"{self.graph.name}.data"
+
+
+def choose_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") -> Choice:
+    """The graph for a device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript), ``auto`` (cuda where it works).
 
     A bundle exported without ONNX is run by TorchScript on the CPU too, if torch is installed. The precision
     ``auto`` is int8 on the CPU where the bundle has it, since who exported it asked for that, and else float32.
 
     Raises:
         InputError: an unknown device or precision, or int8 on CUDA.
-        DependencyError: torch or CUDA is needed and missing.
         BundleError: the bundle holds no graph for that device.
     """
     if device not in ("auto", "cpu", "cuda"):
@@ -50,7 +62,6 @@ def find_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") 
     onnx, torchscript = bundle.path(ONNX), bundle.path(TORCHSCRIPT)
     if device == "auto":
         device = "cuda" if torchscript is not None and _cuda_works() else "cpu"
-    names = [output.name for output in bundle.manifest.outputs]
     int8 = bundle.manifest.quantisation
     if precision == "int8" and int8 is None:
         raise BundleError(f"{bundle.directory} holds no int8 graph; export it again with --quantize int8")
@@ -58,21 +69,35 @@ def find_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") 
     if int8 is not None and rounded:
         onnx = bundle.path(int8.file)
     if device == "cpu" and onnx is not None:
-        from avex_serve.runtime.onnx_backend import OnnxBackend
-
-        return partial(OnnxBackend, onnx, [spec.name for spec in bundle.manifest.inputs], names, int8=rounded)
+        return Choice(onnx, device, rounded)
     if torchscript is None:
         raise BundleError(
             f"{bundle.directory} holds no graph for {device}; export it again with "
             f"--format {'torchscript' if device == 'cuda' else 'onnx'}"
         )
+    return Choice(torchscript, device, False)
+
+
+def backend_loader(choice: Choice, manifest: Manifest) -> Callable[[], Backend]:
+    """What loads the graph; the backend's module is imported here, and nothing needs Python for long after that.
+
+    Raises:
+        DependencyError: torch is needed and missing; the loader raises it where CUDA is.
+    """
+    names = [output.name for output in manifest.outputs]
+    if choice.graph.name != TORCHSCRIPT:
+        from avex_serve.runtime.onnx_backend import OnnxBackend
+
+        inputs = [spec.name for spec in manifest.inputs]
+        return partial(OnnxBackend, choice.graph, inputs, names, int8=choice.int8)
     if not _torch_installed():
         raise DependencyError(
-            f"{torchscript.name} on {device} needs torch, which is not installed; pip install 'avex-serve[cuda]'"
+            f"{choice.graph.name} on {choice.device} needs torch, which is not installed; "
+            "pip install 'avex-serve[cuda]'"
         )
     from avex_serve.runtime.torch_backend import TorchBackend
 
-    return partial(TorchBackend, torchscript, names, device, half=bundle.manifest.half)
+    return partial(TorchBackend, choice.graph, names, choice.device, half=manifest.half)
 
 
 def _torch_installed() -> bool:

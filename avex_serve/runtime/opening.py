@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from avex_serve.bundle import check_files, read_manifest
 from avex_serve.errors import BundleError
-from avex_serve.runtime.backend import find_backend
+from avex_serve.runtime.backend import backend_loader, choose_backend
 
 if TYPE_CHECKING:
     from avex_serve.runtime.engine import Engine
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def open_bundle(
     directory: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto", threads: int | None = None
 ) -> "Engine":
-    """Open a bundle: check that it is whole and load its graph.
+    """Open a bundle: check that it is whole, and load a graph that is as it was exported.
+
+    The digests of files that aren't opened, such as graphs for other devices, are left to ``avex-serve verify``.
 
     Args:
         directory: made by ``avex-export``.
@@ -30,10 +32,11 @@ def open_bundle(
         InputError: an unknown device or precision.
     """
     bundle = read_manifest(Path(directory))
+    choice = choose_backend(bundle, device, precision)
     with ThreadPoolExecutor(2, thread_name_prefix="avex-open") as pool:
-        checking = pool.submit(check_files, bundle)  # large files take as long as loading them
+        checking = pool.submit(check_files, bundle, choice.files)  # large files take as long as loading them
         try:
-            loading = pool.submit(find_backend(bundle, device, precision))
+            loading = pool.submit(backend_loader(choice, bundle.manifest))
             # Imported here, for it takes as long as loading a small graph.
             from avex_serve.runtime.batcher import batched
             from avex_serve.runtime.engine import Engine

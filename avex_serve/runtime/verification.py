@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from avex_serve.bundle import check_files, read_manifest
 from avex_serve.errors import BundleError, TensorError
 from avex_serve.manifest import Activation, Manifest, ProbeInfo
 from avex_serve.runtime.engine import Engine
@@ -70,6 +71,7 @@ def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu") -> tup
         DependencyError: torch or CUDA is needed and missing.
         InputError: an unknown device.
     """
+    check_files(read_manifest(directory))  # those that aren't opened as well
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(open_bundle(directory, device, precision="float32"))]
         record, cases = read_evidence(engines[0].bundle)

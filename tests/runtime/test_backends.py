@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from avex_serve import open_bundle
+from avex_serve.cli import main
 from avex_serve.errors import BundleError, DependencyError, InputError
 from avex_serve.manifest import ONNX, ONNX_INT8, TORCHSCRIPT
 from avex_serve.runtime import backend as backends
@@ -187,6 +188,24 @@ def test_auto_takes_cuda_where_it_works(bundle, torchscript, monkeypatch):
 def test_auto_asks_torch_only_where_there_is_a_driver(bundle, torchscript, monkeypatch):
     monkeypatch.setattr(backends, "_torch_installed", lambda: pytest.fail("torch was looked for"))
     open_bundle(replace_file(bundle, TORCHSCRIPT, torchscript)).close()
+
+
+def test_what_is_opened_is_checked_and_the_rest_by_verify(bundle, torchscript, capsys):
+    data = f"{ONNX}.data"
+    graph = str(bundle / ONNX)
+    onnx.save_model(onnx.load(graph), graph, save_as_external_data=True, location=data, size_threshold=0)
+    for name in (ONNX, data):
+        replace_file(bundle, name, (bundle / name).read_bytes())
+    replace_file(bundle, TORCHSCRIPT, torchscript)
+    (bundle / TORCHSCRIPT).write_bytes(b"changed")
+    open_bundle(bundle, "cpu").close()
+    assert main(["verify", str(bundle)]) == 3
+    assert f"{TORCHSCRIPT} was changed after the export" in capsys.readouterr().err
+    weights = bytearray((bundle / data).read_bytes())
+    weights[5] ^= 1
+    (bundle / data).write_bytes(weights)
+    with pytest.raises(BundleError, match=re.escape(f"{data} was changed after the export")):
+        open_bundle(bundle, "cpu")
 
 
 @pytest.mark.parametrize("content", [b"", b"no protobuf", bytes(1000)])
