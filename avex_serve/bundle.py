@@ -1,7 +1,7 @@
 """Reading a bundle, whose content `avex_serve.manifest` lists.
 
-It is whole or refused: every listed file is there with its sha256, the labels are as many as the logits are wide,
-and the schema version is known.
+It is whole or refused: every listed file is there, the labels are as many as the logits are wide, and the schema
+version is known. Digests take as long as loading: `check_files` looks at those that matter.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from avex_serve.manifest import MANIFEST, SCHEMA_VERSION, Manifest, ProbeInfo
 
 
 class Bundle(NamedTuple):
-    """A checked bundle on disk."""
+    """A bundle on disk."""
 
     directory: Path
     manifest: Manifest
@@ -49,11 +49,11 @@ def read_manifest(directory: str | os.PathLike[str]) -> Bundle:
         raise BundleError(f"{directory} can't be read as a bundle: {error}") from None
 
 
-def check_files(bundle: Bundle, names: Collection[str] | None = None) -> None:
-    """Raise BundleError unless files of the bundle, those of these names or all, are what its manifest says."""
+def check_files(bundle: Bundle, but: Collection[str] = ()) -> None:
+    """Raise BundleError unless every file of the bundle, but those of these names, is what its manifest says."""
     try:
         for name, expected in bundle.manifest.files.items():
-            if names is None or name in names:
+            if name not in but:
                 _check_file(bundle.directory / name, expected)
     except OSError as error:
         raise BundleError(f"{bundle.directory} can't be read as a bundle: {error}") from None
@@ -73,7 +73,7 @@ def _read(root: Path) -> Bundle:
         raise BundleError(f"{root} holds no {MANIFEST}; make a bundle with avex-export") from None
     try:
         raw = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise BundleError(f"{root / MANIFEST} is not JSON: {error}") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:

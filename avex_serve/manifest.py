@@ -23,6 +23,7 @@ ONNX = "model.onnx"
 ONNX_INT8 = "model_int8.onnx"
 TORCHSCRIPT = "model.torchscript.pt"
 PT2 = "model.pt2"
+DATA_SUFFIX = ".data"  # of a file beside a graph, with weights that are too many for it
 VERIFICATION = "verification.json"
 EVIDENCE = "verification.npz"
 CARD = "README.md"

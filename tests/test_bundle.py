@@ -170,7 +170,7 @@ def test_refuses_what_is_no_bundle(tmp_path, bundle):
     refuses(bundle, "can't be read")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe\x00", b"[1"])
+@pytest.mark.parametrize("content", [b"", b"{", b"not json", b"\xff\xfe\x00", b"[1", b'{"licence": "M\xffT"}'])
 def test_refuses_a_manifest_that_is_not_json(bundle, content):
     (bundle / MANIFEST).write_bytes(content)
     refuses(bundle, "is not JSON")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args
 
 from avex_serve.bundle import Bundle
 from avex_serve.errors import BundleError, DependencyError, InputError
-from avex_serve.manifest import ONNX, TORCHSCRIPT, Manifest
+from avex_serve.manifest import DATA_SUFFIX, ONNX, ONNX_INT8, PT2, TORCHSCRIPT, Manifest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,9 +36,10 @@ class Choice(NamedTuple):
     int8: bool
 
     @property
-    def files(self) -> tuple[str, str]:
-        """Names of the files that hold it: the graph, and perhaps its weights."""
-        return self.graph.name, f"{self.graph.name}.data"
+    def others(self) -> set[str]:
+        """Names of the files that a bundle may hold for other devices, precisions and programs."""
+        graphs = {ONNX, ONNX_INT8, TORCHSCRIPT, PT2} - {self.graph.name}
+        return graphs | {name + DATA_SUFFIX for name in graphs}
 
 
 def choose_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") -> Choice:

@@ -438,7 +438,7 @@ class _TimingFields(TypedDict):
 
 def _timing(plan: WindowPlan, overlap: float) -> _TimingFields:
     rate = plan.sample_rate
-    return {"duration": plan.total / rate, "window": plan.length / rate, "overlap": overlap}
+    return {"duration": plan.total / rate, "window": plan.length / rate, "overlap": float(overlap)}
 
 
 def _chunks(inputs: Inputs, size: int) -> Iterator[Inputs]:

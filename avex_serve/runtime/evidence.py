@@ -146,7 +146,7 @@ def read_evidence(bundle: Bundle) -> tuple[Record, list[Case]]:
         record = msgspec.convert(raw, Record)
         with arrays.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return record, [_case(entry, i, stored) for i, entry in enumerate(record.cases)]
-    except (ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+    except (msgspec.MsgspecError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
         raise BundleError(f"the evidence in {bundle.directory} can't be read ({error}); export again") from None
 
 

@@ -3,14 +3,11 @@
 import contextlib
 import ctypes
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import onnxruntime
 
 from avex_serve.errors import BundleError
-
-LARGE: Final = 64 * 2**20  # bytes; EfficientNet-B0 has 18 MB, the transformers have hundreds
 
 
 class OnnxBackend:
@@ -36,9 +33,6 @@ class OnnxBackend:
         # One block for all buffers, planned after the first call for each shape of input, comes on top of what that
         # call took, and is hardly faster.
         options.enable_mem_pattern = False
-        # Buffers of a large graph take less memory, and no more time, if each goes back to the system once it is
-        # done with; a graph of small ones gets slower.
-        options.enable_cpu_mem_arena = _size_of(path) <= LARGE
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), sess_options=options, providers=["CPUExecutionProvider"]
@@ -61,12 +55,6 @@ class OnnxBackend:
         """See `Backend.run`."""
         outputs = self._session.run(self._output_names, dict(zip(self._input_names, inputs, strict=True)))
         return dict(zip(self._output_names, outputs, strict=True))
-
-
-def _size_of(path: Path) -> int:
-    """Bytes of a graph and of its weights, if they are in a file of their own."""
-    data = path.with_name(f"{path.name}.data")
-    return sum(file.stat().st_size for file in (path, data) if file.is_file())
 
 
 def _give_memory_back() -> None:

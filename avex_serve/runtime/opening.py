@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def open_bundle(
     directory: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto", threads: int | None = None
 ) -> "Engine":
-    """Open a bundle: check that it is whole, and load a graph that is as it was exported.
+    """Open a bundle: check that it is whole and as it was exported, and load its graph.
 
-    The digests of files that aren't opened, such as graphs for other devices, are left to ``avex-serve verify``.
+    The digests of graphs that aren't loaded, such as those for other devices, are left to ``avex-serve verify``.
 
     Args:
         directory: made by ``avex-export``.
@@ -34,7 +34,7 @@ def open_bundle(
     bundle = read_manifest(Path(directory))
     choice = choose_backend(bundle, device, precision)
     with ThreadPoolExecutor(2, thread_name_prefix="avex-open") as pool:
-        checking = pool.submit(check_files, bundle, choice.files)  # large files take as long as loading them
+        checking = pool.submit(check_files, bundle, choice.others)  # large files take as long as loading them
         try:
             loading = pool.submit(backend_loader(choice, bundle.manifest))
             # Imported here, for it takes as long as loading a small graph.

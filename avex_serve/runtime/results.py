@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 
@@ -26,7 +26,12 @@ def _told(description: str) -> dict[str, str]:
 
 
 @dataclass(kw_only=True, slots=True)
-class LabelScore:
+class _Document:
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # for the OpenAPI document: there are no other fields
+
+
+@dataclass(kw_only=True, slots=True)
+class LabelScore(_Document):
     """A label and its score."""
 
     label: str
@@ -34,7 +39,7 @@ class LabelScore:
 
 
 @dataclass(kw_only=True, slots=True)
-class Detection:
+class Detection(_Document):
     """A scored label over a span of time."""
 
     start: float = field(metadata=_told("seconds from the beginning of the recording"))
@@ -44,7 +49,7 @@ class Detection:
 
 
 @dataclass(kw_only=True, slots=True)
-class _Origin:
+class _Origin(_Document):
     bundle: str = field(metadata=_told("name of the bundle that answered"))
     version: str
 
@@ -67,7 +72,7 @@ class Prediction(_Answer):
 
 
 @dataclass(kw_only=True, slots=True)
-class Predictions:
+class Predictions(_Document):
     """What all probes of a bundle heard in a recording."""
 
     predictions: list[Prediction]

@@ -89,8 +89,8 @@ class Settings(BaseModel):
     max_answer_bytes: int = Field(
         256 * 2**20,
         ge=1,
-        description="of memory that making an answer takes: 1 KiB for each detection, 80 bytes for each number as "
-        "JSON, 16 in binary",
+        description="of memory that making an answer takes: 512 for each detection, 96 for each number as JSON, "
+        "16 in binary",
     )
 
     api_keys: SecretStr | None = Field(None, description="keys that clients may send, separated by commas")

@@ -39,7 +39,8 @@ scores = client.infer("{name}", [audio]).as_numpy("{scores}")  # (windows, {labe
 ```"""
 
 _OPENSOUNDSCAPE = """\
-`model.onnx` opens in OpenSoundscape (`pip install 'opensoundscape[onnx]'`){first}:
+`model.onnx`, with `model.onnx.data` beside it if there is one, opens in OpenSoundscape
+(`pip install 'opensoundscape[onnx]'`){first}:
 
 ```python
 from opensoundscape import ONNXModel

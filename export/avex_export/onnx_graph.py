@@ -15,6 +15,7 @@ from avex_export.passes import CONSTANTS, EXTERNAL_DATA
 from avex_export.passes.transformers import MergedAttention
 from avex_export.tracing import dynamic_axes, quiet_tracing
 from avex_serve.errors import ExportError
+from avex_serve.manifest import DATA_SUFFIX
 
 # Beyond so many bytes of weights they go into a file of their own, which is mapped instead of read twice.
 _LARGE = 8 * 2**20
@@ -35,7 +36,7 @@ def write_onnx(
     Args:
         graph: what to export.
         example: a batch (B, …) of each input.
-        path: the file; weights that are large in all go into ``PATH.data`` beside it.
+        path: the file; weights that are large in all go into a file beside it.
         input_names: of the graph.
         metadata: the graph's properties.
         without: passes to leave out, of those that are about the file; see `avex_export.passes`.
@@ -71,7 +72,7 @@ def write_onnx(
     onnx.helper.set_model_props(model, dict(metadata))
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     if EXTERNAL_DATA not in without and size > _LARGE:
-        data = path.with_name(f"{path.name}.data")
+        data = path.with_name(path.name + DATA_SUFFIX)
         onnx.save_model(model, path, save_as_external_data=True, location=data.name)
         data.chmod(path.stat().st_mode)  # onnx makes it readable for its writer alone
     else:

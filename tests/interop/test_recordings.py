@@ -20,6 +20,7 @@ from avex_serve.demo.sounds import make_recording
 from avex_serve.manifest import ONNX, TORCHSCRIPT
 from avex_serve.models.probes import build_probe_from_config, load_probe, save_probe
 from avex_serve.runtime.audio import decode
+from tests.answers import as_json
 from tests.bundles import replace_file
 from tests.models.backbones import effnet, effnet_spec, tiny_eat, tiny_eat_spec, write_model
 from tests.service.conftest import running_server
@@ -137,7 +138,7 @@ def test_every_way_names_what_the_eager_module_names(tmp_path, recordings, saved
         with avex_serve.open_bundle(bundles(model, name, form), "cpu") as engine:
             assert engine.backend.format == form
             for path in recordings if model == "beats" else up_to(SHORT, recordings):
-                assert_agrees(engine.predict(*decode(path)).model_dump(), probe, path)
+                assert_agrees(as_json(engine.predict(*decode(path))), probe, path)
     # TorchScript is served once for each backbone: what the formats answer was compared above.
     for form in ("onnx", "torchscript") if name == "transformer_all" else ("onnx",):
         heard = recordings if (model, name, form) in WHOLE else up_to(SHORTEST, recordings)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import soxr
@@ -18,6 +19,7 @@ from avex_serve.bundle import read_bundle
 from avex_serve.errors import AudioError, InputError, NotFoundError, TensorError, UnsupportedError
 from avex_serve.runtime.engine import Engine
 from avex_serve.runtime.results import Selection, activate
+from tests.answers import as_json
 from tests.bundles import DIM, HEAD, LABELS, PROBE, SAMPLE_RATE, WINDOW, copy_bundle, replace_file, weights
 
 ACTIVATIONS = {
@@ -245,6 +247,14 @@ def test_probe_by_name(tmp_path, engine, offline, audio_bundle, wave):
     with open_bundle(copy_bundle(audio_bundle, tmp_path / "b", probes=probes)) as other:
         prediction = other.predict(wave, SAMPLE_RATE)
         assert (prediction.probe, prediction.trained) == ("random", False)
+
+
+def test_numbers_of_any_kind_become_json(engine, wave):
+    expected = as_json(engine.predict(wave, SAMPLE_RATE))
+    for overlap in (0, np.float32(0), np.float64(0)):
+        answer = engine.predict(wave, SAMPLE_RATE, overlap=overlap)
+        assert msgspec.json.decode(msgspec.json.encode(answer)) == as_json(answer) == expected
+        assert type(answer.overlap) is float
 
 
 def test_embedding_document(engine, wave):
