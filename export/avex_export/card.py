@@ -39,8 +39,7 @@ scores = client.infer("{name}", [audio]).as_numpy("{scores}")  # (windows, {labe
 ```"""
 
 _OPENSOUNDSCAPE = """\
-`model.onnx`, with `model.onnx.data` beside it if there is one, opens in OpenSoundscape
-(`pip install 'opensoundscape[onnx]'`){first}:
+`model.onnx` opens in OpenSoundscape (`pip install 'opensoundscape[onnx]'`){first}:
 
 ```python
 from opensoundscape import ONNXModel
@@ -49,7 +48,9 @@ model = ONNXModel("model.onnx")
 model.add_channel_dim = False  # the graph takes (clips, samples)
 scores = model.predict(["recording.wav"], activation_layer={activation})
 embeddings = model.embed(["recording.wav"])
-```"""
+```
+
+`model.onnx.data`, if there is one, has to lie beside it."""
 
 _FILLED = """
 It fills up the last clip of a recording with zeros, which the service hears at its own length: there they differ."""

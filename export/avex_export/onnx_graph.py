@@ -1,8 +1,9 @@
 """ONNX: by torch.export, with a dynamic batch, our names, and the metadata that other tools read."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx.compose
@@ -65,6 +66,7 @@ def write_onnx(
             ) from error
     assert program is not None
     if CONSTANTS not in without:
+        _name_turned_weights(program.model.graph)
         fold_constants(program.model)
         remove_unused_nodes(program.model)
     model = _rename_outputs(program.model_proto, graph.outputs)
@@ -90,6 +92,19 @@ def _attention_in_parts(graph: Graph) -> Iterator[None]:
     finally:
         for part in parts:
             part.fused = True
+
+
+def _name_turned_weights(graph: Iterable[Any]) -> None:
+    """Call what is folded into a weight after it, so that weights are found in the graph by their layers' names."""
+    turned = {
+        node.inputs[0].name: node
+        for node in graph
+        if node.op_type in ("Transpose", "Reshape")
+        and node.inputs[0] is not None
+        and node.inputs[0].is_initializer()
+    }
+    for name, node in turned.items():
+        node.outputs[0].name = f"{name}.{node.op_type.lower()}d"
 
 
 def _rename_outputs(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto:
