@@ -31,7 +31,7 @@ class Bundle(NamedTuple):
 
 
 def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
-    """Read a bundle and check that it is whole.
+    """Read a bundle and check that it is whole, with the digest of every file.
 
     Raises:
         BundleError: no bundle there, unknown schema version, a file missing or changed, labels that don't fit.

@@ -1,15 +1,15 @@
 """The manifest of a bundle: what is known of the folder that passes from the exporter to the service, in types.
 
-manifest.json          what this is: see `Manifest`
-labels.json            {label: index}, avex's flat format; of several probes NAME.labels.json each
-model.onnx             the graph for onnxruntime
-model_int8.onnx        the same graph with its products in 8-bit integers, if asked for
-model.torchscript.pt   the same graph for torch
-model.pt2              the same as torch.export writes it, to be compiled; if asked for
-verification.json      errors of each format against the eager module, and on what they were found
-verification.npz       inputs with the eager module's answers, to verify the bundle anywhere; see
-`avex_serve.runtime.evidence`
-README.md              the model card
+    manifest.json          what this is: see `Manifest`
+    labels.json            {label: index}, avex's flat format; of several probes NAME.labels.json each
+    model.onnx             the graph for onnxruntime; its weights, if they are large, in model.onnx.data
+    model_int8.onnx        the same graph with its products in 8-bit integers, if asked for; likewise
+    model.torchscript.pt   the same graph for torch
+    model.pt2              the same as torch.export writes it, to be compiled; if asked for
+    verification.json      errors of each format against the eager module, and on what they were found
+    verification.npz       inputs with the eager module's answers, to verify the bundle anywhere; see
+                           `avex_serve.runtime.evidence`
+    README.md              the model card
 """
 
 from typing import Annotated, Any, Final, Literal

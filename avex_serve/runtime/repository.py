@@ -4,7 +4,7 @@
         engine.predict(wave, rate)
 
 A bundle that was added, replaced or removed on disk is noticed by `Repository.refresh`. The new engine is opened
-beside the old one, checked whole and asked once before it takes the old one's place; the old one is closed when the
+beside the old one, checked and asked once before it takes the old one's place; the old one is closed when the
 last request that leased it has ended. A bundle that is refused keeps none of the others from being served, and where
 it lies in the place of one that was served, that one goes on.
 """
@@ -78,7 +78,7 @@ class Repository:
 
         Args:
             roots: each a bundle or a folder of bundles, see `find_bundles`.
-            open_engine: opens the bundle in a folder and checks that it is whole, as `open_bundle` does.
+            open_engine: opens the bundle in a folder and checks it, as `open_bundle` does.
 
         Raises:
             BundleError: no bundle there can be served; the message has every reason.
