@@ -10,6 +10,8 @@
     verification.npz       inputs with the eager module's answers, to verify the bundle anywhere; see
                            `avex_serve.runtime.evidence`
     README.md              the model card
+
+The manifest lists every file but itself, with its digest.
 """
 
 from typing import Annotated, Any, Final, Literal
