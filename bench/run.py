@@ -240,7 +240,7 @@ def main() -> None:
     for name, (baseline, _) in baselines.items():
         tables[name] |= compare(name, home / name, baseline, arguments.rounds)
         print(json.dumps({name: tables[name]}, ensure_ascii=False), flush=True)
-    page = render(tables, {name: what for name, (_, what) in baselines.items()}, arguments.avex)
+    page = render(tables, {name: what for name, (_, what) in baselines.items()}, arguments.avex, arguments.rounds)
     print(page)
     if arguments.write is not None:
         arguments.write.write_text(page, "utf-8")
@@ -271,7 +271,9 @@ def export(probe: Path, bundle: Path, options: Sequence[str]) -> None:
     subprocess.run([*command, *options, "--output", str(bundle)], check=True, stdout=subprocess.DEVNULL)
 
 
-def render(tables: Mapping[str, Mapping[str, str]], baselines: Mapping[str, str], avex: Path | None) -> str:
+def render(
+    tables: Mapping[str, Mapping[str, str]], baselines: Mapping[str, str], avex: Path | None, rounds: int
+) -> str:
     """The page, Markdown."""
     measured = list(dict.fromkeys(row for table in tables.values() for row in table))
     head = [f"{name}, against {baselines[name]}" for name in tables]
@@ -289,6 +291,7 @@ def render(tables: Mapping[str, Mapping[str, str]], baselines: Mapping[str, str]
         load=load,
         versions=versions,
         avex=avex_version(avex),
+        rounds=rounds,
     )
 
 
@@ -302,6 +305,7 @@ both environments and of the models, so that they come from the disk.
 
 {table}
 
+- Rounds: {rounds}; of all layers over the last five times as many, of starts seven.
 - Machine: {cpu}, {cores} cores; load averages at the end: {load}.
 - Versions: {versions}; compared with {avex}.
 - *8 clips*: avex answers them as one batch, the service clip by clip, which is faster on a CPU.
