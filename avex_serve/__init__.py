@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from avex_serve.version import __version__
 
 if TYPE_CHECKING:
+    from avex_serve.inference.engine import Engine
+    from avex_serve.inference.opening import open_bundle
     from avex_serve.models.utils.factory import build_model, build_model_from_spec
     from avex_serve.models.utils.load import list_model_layers, load_label_mapping, load_model
     from avex_serve.models.utils.registry import (
@@ -22,12 +24,10 @@ if TYPE_CHECKING:
         register_model,
         register_model_class,
     )
-    from avex_serve.runtime.engine import Engine
-    from avex_serve.runtime.opening import open_bundle
 
 _HOME = {
-    "Engine": "avex_serve.runtime.engine",
-    "open_bundle": "avex_serve.runtime.opening",
+    "Engine": "avex_serve.inference.engine",
+    "open_bundle": "avex_serve.inference.opening",
     "build_model": "avex_serve.models.utils.factory",
     "build_model_from_spec": "avex_serve.models.utils.factory",
     "list_model_layers": "avex_serve.models.utils.load",

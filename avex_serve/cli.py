@@ -16,7 +16,7 @@ from avex_serve.terminal import drop_output, escape_unprintable
 from avex_serve.version import __version__
 
 if TYPE_CHECKING:
-    from avex_serve.runtime.results import Prediction
+    from avex_serve.inference.results import Prediction
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _predict(arguments: argparse.Namespace) -> int:
     """Answer for each file; one that can't be read doesn't keep the others from being answered."""
-    from avex_serve.runtime.audio import decode
-    from avex_serve.runtime.opening import open_bundle
+    from avex_serve.audio.reader import decode
+    from avex_serve.inference.opening import open_bundle
 
     code = 0
     with open_bundle(arguments.bundle, arguments.device, precision=arguments.precision) as engine:
@@ -90,7 +90,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from avex_serve.runtime.verification import verify_bundle
+    from avex_serve.evidence.verify import verify_bundle
 
     report, passed = verify_bundle(arguments.bundle, arguments.device)
     print(report)

@@ -21,7 +21,7 @@ import soundfile
 from run import HERE, INT8, Ratio, Worker, cpu, export
 
 from avex_serve.demo.server import running_server
-from avex_serve.runtime.cores import usable_cores
+from avex_serve.scheduling.cores import usable_cores
 
 TICKS = os.sysconf("SC_CLK_TCK")
 TRANSPORTS = ("http", "grpc")

@@ -10,7 +10,7 @@ import numpy as np
 from worker import serve
 
 from avex_serve import open_bundle
-from avex_serve.runtime.audio import decode
+from avex_serve.audio.reader import decode
 
 
 def main(bundle: str, precision: str, callers: int) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor
 from avex_export.recipes import find_recipe, variants
 from avex_serve import load_model
 from avex_serve.configs import ProbeConfig
-from avex_serve.demo.sounds import LABELS, make_clip
 from avex_serve.models.aggregation import concatenate
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.probes import Probe, build_probe_from_config
+from avex_serve.synthetic import LABELS, make_clip
 
 BATCH = 16
 DEFAULT = ["linear_last", "linear_all", "mlp_last", "lstm_last", "attention_last", "transformer_last"]

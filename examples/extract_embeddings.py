@@ -19,11 +19,11 @@ import soundfile
 import torch
 
 from avex_serve import load_model
-from avex_serve.demo.sounds import make_recording
+from avex_serve.audio.reader import decode
+from avex_serve.audio.waveform import resample
+from avex_serve.audio.windows import plan_windows
 from avex_serve.models.aggregation import aggregate
-from avex_serve.runtime.audio import decode
-from avex_serve.runtime.waveform import resample
-from avex_serve.runtime.windows import plan_windows
+from avex_serve.synthetic import make_recording
 
 BATCH = 16
 

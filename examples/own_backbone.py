@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from avex_serve import list_model_layers
 from avex_serve.configs import AudioConfig, ProbeConfig
-from avex_serve.demo.sounds import make_clip
 from avex_serve.models.probes import Probe, build_probe_from_config, load_probe, save_probe
+from avex_serve.synthetic import make_clip
 
 LABELS = ["whistle", "click_train", "buzz", "hoot"]
 BATCH = 16

@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 
 from avex_serve import load_model
+from avex_serve.audio.reader import decode
+from avex_serve.audio.waveform import resample
+from avex_serve.audio.windows import plan_windows
 from avex_serve.configs import ProbeConfig
-from avex_serve.demo.sounds import LABELS, make_clip, make_recording
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.probes import build_probe_from_config, save_probe
 from avex_serve.models.probes.storage import load_head
-from avex_serve.runtime.audio import decode
-from avex_serve.runtime.waveform import resample
-from avex_serve.runtime.windows import plan_windows
+from avex_serve.synthetic import LABELS, make_clip, make_recording
 
 AUDIO = (".wav", ".flac", ".ogg", ".mp3")
 BATCH = 16

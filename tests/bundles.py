@@ -8,9 +8,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from avex_serve.bundle import sha256_of
-from avex_serve.manifest import MANIFEST, ONNX
-from avex_serve.sealing import atomic_directory, seal_bundle
+from avex_serve.bundles.manifest import MANIFEST, ONNX
+from avex_serve.bundles.reading import sha256_of
+from avex_serve.bundles.sealing import atomic_directory, seal_bundle
 
 SAMPLE_RATE = 16000
 WINDOW = 1600  # samples

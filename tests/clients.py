@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 from tritonclient.grpc import service_pb2
 
-from avex_serve.runtime.audio import decode
+from avex_serve.audio.reader import decode
 from tests.answers import as_json
 
 SERVICE = "inference.GRPCInferenceService"

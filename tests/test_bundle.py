@@ -7,10 +7,10 @@ import shutil
 import msgspec
 import pytest
 
-from avex_serve.bundle import parse_labels, read_bundle, sha256_of
+from avex_serve.bundles.manifest import LABELS, MANIFEST, ONNX, ONNX_INT8, TORCHSCRIPT
+from avex_serve.bundles.reading import parse_labels, read_bundle, sha256_of
+from avex_serve.bundles.sealing import atomic_directory, dump_labels, seal_bundle
 from avex_serve.errors import BundleError
-from avex_serve.manifest import LABELS, MANIFEST, ONNX, ONNX_INT8, TORCHSCRIPT
-from avex_serve.sealing import atomic_directory, dump_labels, seal_bundle
 from tests.bundles import DIM, PROBE, WINDOW, copy_bundle, replace_file
 from tests.bundles import LABELS as NAMES
 

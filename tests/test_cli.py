@@ -12,8 +12,8 @@ import soundfile
 
 import avex_serve
 from avex_serve import open_bundle
+from avex_serve.audio.reader import decode
 from avex_serve.cli import main
-from avex_serve.runtime.audio import decode
 from tests.answers import as_json
 from tests.bundles import LABELS, make_audio_bundle
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from avex_serve.runtime.audio import decode
-from avex_serve.runtime.opening import open_bundle
+from avex_serve.audio.reader import decode
+from avex_serve.inference.opening import open_bundle
 from tests.answers import as_json
 from tests.bundles import make_audio_bundle
 from tests.service.conftest import encode, running_server

@@ -11,8 +11,8 @@ import pytest
 import soundfile
 
 from avex_serve import list_model_layers
-from avex_serve.demo.sounds import LABELS, make_clip, make_recording
 from avex_serve.models.probes import load_probe
+from avex_serve.synthetic import LABELS, make_clip, make_recording
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

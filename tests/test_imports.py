@@ -68,7 +68,7 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_importing_the_command_line_loads_no_runtime():
-    assert loaded("import avex_serve.cli, avex_serve.bundle") <= {"numpy", "soundfile", "pydantic"}
+    assert loaded("import avex_serve.cli, avex_serve.bundles.reading") <= {"numpy", "soundfile", "pydantic"}
 
 
 def test_the_service_loads_no_torch():
@@ -78,7 +78,7 @@ def test_the_service_loads_no_torch():
 def test_predicting_leaves_torch_unimported(audio_bundle, recording):
     script = """
         import avex_serve
-        from avex_serve.runtime.audio import decode
+        from avex_serve.audio.reader import decode
         for device in ("auto", "cpu"):
             with avex_serve.open_bundle(sys.argv[1], device) as engine:
                 engine.predict(*decode(sys.argv[2]))
@@ -113,7 +113,7 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_the_blocker_blocks(no_torch):
     script = """
         from importlib import import_module
-        for module in ("torch", "torch.nn", "avex_export", "avex_serve.runtime.torch_backend"):
+        for module in ("torch", "torch.nn", "avex_export", "avex_serve.inference.torch"):
             try:
                 import_module(module)
             except ModuleNotFoundError as error:
@@ -124,7 +124,10 @@ def test_the_blocker_blocks(no_torch):
 
 @pytest.mark.parametrize(
     "modules",
-    ["avex_serve.service", "avex_serve.cli, avex_serve.bundle, avex_serve.configs, avex_serve.runtime.engine"],
+    [
+        "avex_serve.service",
+        "avex_serve.cli, avex_serve.bundles.reading, avex_serve.configs, avex_serve.inference.engine",
+    ],
 )
 def test_imports_without_torch(no_torch, modules):
     python("-c", f"import {modules}, sys; assert not {{'torch', 'avex_serve.models'}} & sys.modules.keys()")
@@ -139,7 +142,7 @@ def test_serves_without_torch(no_torch, audio_bundle, recording):
         import json, sys
         from dataclasses import asdict
         from avex_serve import open_bundle
-        from avex_serve.runtime.audio import decode
+        from avex_serve.audio.reader import decode
         with open_bundle(sys.argv[1]) as engine:
             print(json.dumps(asdict(engine.predict(*decode(sys.argv[2])))))
     """
@@ -153,7 +156,7 @@ def test_a_first_answer_loads_what_it_needs_and_no_more(audio_bundle, recording)
     script = """
         import sys
         from avex_serve import open_bundle
-        from avex_serve.runtime.audio import decode
+        from avex_serve.audio.reader import decode
         with open_bundle(sys.argv[1]) as engine:
             assert engine.predict(*decode(sys.argv[2]), threshold=0).detections
         print({"pydantic", "bentoml", "torch", "onnx", "scipy"} & sys.modules.keys())

@@ -17,15 +17,15 @@ import msgspec
 import numpy as np
 import soundfile
 
-from avex_serve.bundle import read_bundle
+from avex_serve.audio.reader import decode
+from avex_serve.audio.windows import plan_windows
+from avex_serve.bundles.reading import read_bundle
 from avex_serve.demo.server import running_server
-from avex_serve.demo.sounds import Event, make_recording
 from avex_serve.errors import AvexServeError, DependencyError
-from avex_serve.runtime.audio import decode
-from avex_serve.runtime.opening import open_bundle
-from avex_serve.runtime.results import Detection, Prediction, Selection, detect, score_scale
-from avex_serve.runtime.windows import plan_windows
+from avex_serve.inference.opening import open_bundle
+from avex_serve.inference.results import Detection, Prediction, Selection, detect, score_scale
 from avex_serve.service.grpc_messages import SERVICE, message_class
+from avex_serve.synthetic import Event, make_recording
 
 PROBE = "linear_last"
 SEED = 7

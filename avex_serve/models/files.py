@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from avex_serve.bundle import sha256_of
+from avex_serve.bundles.reading import sha256_of
 
 logger = logging.getLogger(__name__)
 

@@ -17,15 +17,15 @@ from typing import Any, Final
 import bentoml
 from anyio import to_thread
 
+from avex_serve.audio.reader import decode
+from avex_serve.bundles.folders import check_any
 from avex_serve.errors import AvexServeError, InputError
-from avex_serve.runtime import linked
-from avex_serve.runtime.audio import decode
-from avex_serve.runtime.cores import threads_of_worker
-from avex_serve.runtime.engine import Engine
-from avex_serve.runtime.folders import check_any
-from avex_serve.runtime.opening import open_bundle
-from avex_serve.runtime.repository import Repository
-from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
+from avex_serve.inference import pipeline as linked
+from avex_serve.inference.engine import Engine
+from avex_serve.inference.opening import open_bundle
+from avex_serve.inference.repository import Repository
+from avex_serve.inference.results import Classification, Embedding, Prediction, Predictions
+from avex_serve.scheduling.cores import threads_of_worker
 from avex_serve.service import oip_repository
 from avex_serve.service.desk import Desk
 from avex_serve.service.drain import Drain, DrainingGrpc, DrainingHttp

@@ -6,8 +6,8 @@ from typing import TypeVar
 from anyio import to_thread
 
 from avex_serve.errors import ForbiddenError
-from avex_serve.runtime.admission import admitted
-from avex_serve.runtime.repository import Repository
+from avex_serve.inference.repository import Repository
+from avex_serve.scheduling.admission import admitted
 from avex_serve.service.settings import ModelControl
 
 Answer = TypeVar("Answer")

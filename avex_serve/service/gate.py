@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from avex_serve.errors import InputError
-from avex_serve.runtime.admission import Admission
-from avex_serve.runtime.allowance import Deadline, Limits
+from avex_serve.scheduling.admission import Admission
+from avex_serve.scheduling.allowance import Deadline, Limits
 from avex_serve.service.keys import Keys
 from avex_serve.service.settings import Settings
 

@@ -19,7 +19,7 @@ from avex_serve.errors import (
     SlowRequestError,
     TooLargeError,
 )
-from avex_serve.runtime.admission import Ticket, hold_ticket
+from avex_serve.scheduling.admission import Ticket, hold_ticket
 from avex_serve.service.gate import CONTROL_BYTES, Gate
 from avex_serve.service.grpc_messages import SERVICE
 from avex_serve.service.interception import Call

@@ -26,6 +26,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from avex_serve.audio.reader import decode
 from avex_serve.errors import (
     AvexServeError,
     InputError,
@@ -34,9 +35,8 @@ from avex_serve.errors import (
     TooLargeError,
     UnsupportedError,
 )
-from avex_serve.runtime import linked
-from avex_serve.runtime.audio import decode
-from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
+from avex_serve.inference import pipeline as linked
+from avex_serve.inference.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service import oip, oip_json, oip_repository
 from avex_serve.service.desk import Desk
 from avex_serve.service.gate import CONTROL_BYTES

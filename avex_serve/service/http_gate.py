@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from avex_serve.errors import AvexServeError, ClientGoneError, DeadlineError, SlowRequestError, TooLargeError
-from avex_serve.runtime.admission import Ticket, hold_ticket
+from avex_serve.scheduling.admission import Ticket, hold_ticket
 from avex_serve.service.gate import Gate, parse_seconds
 
 TIMEOUT: Final = "Request-Timeout"  # header: how many seconds the client waits

@@ -24,8 +24,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from avex_serve.runtime.engine import Engine
-from avex_serve.runtime.stages import STAGES, Work
+from avex_serve.inference.engine import Engine
+from avex_serve.scheduling.stages import STAGES, Work
 
 # From a few milliseconds for a small model to minutes for a recording of hours.
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)

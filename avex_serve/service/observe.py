@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 import grpc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from avex_serve.runtime.stages import Work, recorded
+from avex_serve.scheduling.stages import Work, recorded
 from avex_serve.service.interception import Call, around
 from avex_serve.service.metrics import Metrics
 from avex_serve.service.routes import OTHER, PROBES, route_of

@@ -31,12 +31,13 @@ from typing import Any, Final
 import numpy as np
 from pydantic import BaseModel, Field
 
+from avex_serve.audio.reader import decode
 from avex_serve.errors import InputError, TensorError, UnsupportedError
-from avex_serve.runtime import allowance, linked
-from avex_serve.runtime.audio import decode
-from avex_serve.runtime.engine import Engine
-from avex_serve.runtime.repository import Repository
-from avex_serve.runtime.results import activate
+from avex_serve.inference import pipeline as linked
+from avex_serve.inference.engine import Engine
+from avex_serve.inference.repository import Repository
+from avex_serve.inference.results import activate
+from avex_serve.scheduling import allowance
 from avex_serve.service.options import validated
 from avex_serve.version import __version__
 

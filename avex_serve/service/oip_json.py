@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import BaseModel, TypeAdapter
 
 from avex_serve.errors import InputError, TensorError
-from avex_serve.runtime import allowance
-from avex_serve.runtime.results import NUMBER_BYTES
+from avex_serve.inference.results import NUMBER_BYTES
+from avex_serve.scheduling import allowance
 from avex_serve.service import oip
 from avex_serve.service.options import validated
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Final, TypedDict
 
 from avex_serve.errors import NotFoundError, UnavailableError, UnsupportedError
-from avex_serve.runtime.repository import Repository
+from avex_serve.inference.repository import Repository
 from avex_serve.service import oip
 
 READY: Final = "READY"

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter
 
-from avex_serve.runtime.results import Classification, Embedding, Prediction, Predictions
+from avex_serve.inference.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service.options import ClassifyRequest
 from avex_serve.version import __version__
 

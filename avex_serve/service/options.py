@@ -7,7 +7,7 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from avex_serve.errors import InputError
-from avex_serve.runtime import allowance
+from avex_serve.scheduling import allowance
 
 Model = TypeVar("Model", bound=BaseModel)
 QUOTED = 80  # characters of a client's value that an error message repeats

@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from avex_serve.runtime.engine import Engine
+from avex_serve.inference.engine import Engine
 from avex_serve.service import openapi
 from avex_serve.service.metrics import Metrics
 from avex_serve.version import __version__

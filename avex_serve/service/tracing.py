@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import SpanKind, StatusCode, Tracer
 
 from avex_serve.errors import DependencyError
-from avex_serve.runtime.stages import Work
+from avex_serve.scheduling.stages import Work
 from avex_serve.service.routes import PROBES
 
 ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")

@@ -6,8 +6,8 @@ from avex_export.cases import example_inputs
 from avex_export.graph import Assembly, Head
 from avex_export.int8 import gates
 from avex_export.verify import Verification
+from avex_serve.bundles.manifest import LABELS, Manifest, Quantisation
 from avex_serve.configs import ProbeType
-from avex_serve.manifest import LABELS, Manifest, Quantisation
 
 _KINDS: dict[ProbeType, str] = {
     "linear": "a linear",

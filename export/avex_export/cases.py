@@ -13,10 +13,10 @@ from torch import Tensor
 from avex_export.graph import Assembly, Graph
 from avex_export.passes import Target
 from avex_export.progress import bar
-from avex_serve.demo.sounds import LOWEST_SAMPLE_RATE, make_recording
+from avex_serve.audio import reader as audio
+from avex_serve.evidence.cases import INT16_SCALE, Case, Outputs
 from avex_serve.models.aggregation import time_steps
-from avex_serve.runtime import audio
-from avex_serve.runtime.evidence import INT16_SCALE, Case, Outputs
+from avex_serve.synthetic import LOWEST_SAMPLE_RATE, make_recording
 
 # A batch of as many clips as a clip has tokens shows whether batch and time were mixed up. Beyond this it would
 # take minutes and gigabytes.

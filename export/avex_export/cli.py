@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avex_export.memory import shortage_told
+from avex_serve.bundles.manifest import NAME_PATTERN
 from avex_serve.errors import AvexServeError, DependencyError, InputError
-from avex_serve.manifest import NAME_PATTERN
 from avex_serve.terminal import drop_output, escape_unprintable
 
 if TYPE_CHECKING:

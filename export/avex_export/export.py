@@ -25,14 +25,25 @@ from avex_export.pt2 import Pt2Backend, write_pt2
 from avex_export.sources import Request
 from avex_export.torchscript import write_torchscript
 from avex_export.verify import Verification, compare, verify
+from avex_serve.audio import reader as audio
+from avex_serve.audio import waveform
+from avex_serve.bundles.manifest import (
+    CARD,
+    LABELS,
+    MANIFEST,
+    ONNX,
+    ONNX_INT8,
+    PT2,
+    TORCHSCRIPT,
+    Activation,
+    Manifest,
+)
+from avex_serve.bundles.sealing import atomic_directory, draft_manifest, seal_bundle
 from avex_serve.errors import AudioError, ExportError
-from avex_serve.manifest import CARD, LABELS, MANIFEST, ONNX, ONNX_INT8, PT2, TORCHSCRIPT, Activation, Manifest
-from avex_serve.runtime import audio, waveform
-from avex_serve.runtime.backend import Backend
-from avex_serve.runtime.onnx_backend import OnnxBackend
-from avex_serve.runtime.torch_backend import TorchBackend
-from avex_serve.runtime.verification import TOLERANCE, table
-from avex_serve.sealing import atomic_directory, draft_manifest, seal_bundle
+from avex_serve.evidence.verify import TOLERANCE, table
+from avex_serve.inference.backend import Backend
+from avex_serve.inference.onnx import OnnxBackend
+from avex_serve.inference.torch import TorchBackend
 
 USUAL_FORMATS = ("onnx", "torchscript")
 

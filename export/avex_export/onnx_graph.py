@@ -15,8 +15,8 @@ from avex_export.graph import Graph
 from avex_export.passes import CONSTANTS, EXTERNAL_DATA
 from avex_export.passes.transformers import MergedAttention
 from avex_export.tracing import dynamic_axes, quiet_tracing
+from avex_serve.bundles.manifest import DATA_SUFFIX
 from avex_serve.errors import ExportError
-from avex_serve.manifest import DATA_SUFFIX
 
 # Beyond so many bytes of weights they go into a file of their own, which is mapped instead of read twice.
 _LARGE = 8 * 2**20

@@ -13,8 +13,8 @@ from avex_export.cases import example_inputs
 from avex_export.graph import Assembly, export_graph
 from avex_export.onnx_graph import write_onnx
 from avex_export.passes import CONSTANTS
-from avex_serve.runtime.evidence import Gain
-from avex_serve.runtime.onnx_backend import OnnxBackend
+from avex_serve.evidence.cases import Gain
+from avex_serve.inference.onnx import OnnxBackend
 
 _ROUNDS = 9  # of which the median counts
 

@@ -36,7 +36,7 @@ def write_pt2(graph: Graph, example: Sequence[Tensor], path: Path) -> None:
 
 
 class Pt2Backend:
-    """Runs an exported program as it was written, to be verified; see `avex_serve.runtime.backend.Backend`."""
+    """Runs an exported program as it was written, to be verified; see `avex_serve.inference.backend.Backend`."""
 
     device = "cpu"
     format = "pt2"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import avex_serve
 from avex_export.recipes import Recipe
-from avex_serve.bundle import parse_labels
+from avex_serve.bundles.reading import parse_labels
 from avex_serve.errors import BundleError, ExportError, InputError, NotFoundError
 from avex_serve.models.probes.storage import WEIGHTS, SavedProbe, read_labels, read_saved
 

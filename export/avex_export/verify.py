@@ -11,14 +11,14 @@ from avex_export.cases import example_inputs, make_cases
 from avex_export.graph import Assembly, Graph
 from avex_export.progress import bar
 from avex_export.torchscript import meta_shapes
-from avex_serve.bundle import Bundle
-from avex_serve.manifest import TORCHSCRIPT, Manifest
-from avex_serve.runtime.backend import Backend
-from avex_serve.runtime.engine import Engine
-from avex_serve.runtime.evidence import Case, CaseEntry, Check, Gain, Record, write_evidence
-from avex_serve.runtime.machine import Machine, this_machine
-from avex_serve.runtime.onnx_backend import OnnxBackend
-from avex_serve.runtime.verification import TOLERANCE, run_case, table
+from avex_serve.bundles.manifest import TORCHSCRIPT, Manifest
+from avex_serve.bundles.reading import Bundle
+from avex_serve.evidence.cases import Case, CaseEntry, Check, Gain, Record, write_evidence
+from avex_serve.evidence.machine import Machine, this_machine
+from avex_serve.evidence.verify import TOLERANCE, run_case, table
+from avex_serve.inference.backend import Backend
+from avex_serve.inference.engine import Engine
+from avex_serve.inference.onnx import OnnxBackend
 
 # Bytes of recordings that a bundle carries, as 16-bit samples.
 _KEPT_AUDIO = 2**22

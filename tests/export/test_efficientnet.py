@@ -11,7 +11,7 @@ from torch import nn
 from avex_export.passes import Target, rewrite
 from avex_export.passes.efficientnet import PooledConvolution
 from avex_serve import open_bundle
-from avex_serve.bundle import read_bundle
+from avex_serve.bundles.reading import read_bundle
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, load_probe, save_probe
 from tests.export.conftest import LABELS, UNTRAINED, row

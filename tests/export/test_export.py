@@ -22,7 +22,7 @@ from avex_export.cli import main
 from avex_export.graph import Assembly, eager_graph
 from avex_export.recipes import variants
 from avex_serve import open_bundle
-from avex_serve.bundle import read_bundle
+from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, save_probe

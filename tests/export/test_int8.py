@@ -19,14 +19,14 @@ from avex_export.int8.products import Int8Linear, quantise
 from avex_export.int8.rounding import compensated, nearest, steps
 from avex_export.passes import Target, rewrite
 from avex_serve import open_bundle
-from avex_serve.bundle import read_bundle
+from avex_serve.bundles.manifest import VERIFICATION
+from avex_serve.bundles.reading import read_bundle
+from avex_serve.bundles.sealing import draft_manifest
 from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError, InputError
-from avex_serve.manifest import VERIFICATION
+from avex_serve.inference.onnx import OnnxBackend
 from avex_serve.models.probes import build_probe_from_config
-from avex_serve.runtime.onnx_backend import OnnxBackend
-from avex_serve.sealing import draft_manifest
 from tests.bundles import replace_file
 from tests.export.conftest import UNTRAINED
 from tests.models.backbones import (

@@ -9,7 +9,7 @@ import torch
 
 from avex_export.passes import PASSES, Target, rewrite
 from avex_serve import open_bundle
-from avex_serve.bundle import read_bundle
+from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main as serve
 from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
 from avex_serve.errors import TensorError

@@ -9,7 +9,7 @@ import pytest
 from avex_export import onnx_graph
 from avex_export.passes import PASSES
 from avex_serve import open_bundle
-from avex_serve.bundle import read_bundle
+from avex_serve.bundles.reading import read_bundle
 
 
 def test_explain_lists_the_passes_in_order_and_what_they_do(export, tmp_path, monkeypatch):

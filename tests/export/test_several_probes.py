@@ -15,7 +15,7 @@ from avex_export.graph import Assembly, Head, OnePassGraph, export_graph
 from avex_export.recipes import find_recipe
 from avex_export.sources import Request
 from avex_serve import open_bundle
-from avex_serve.bundle import read_bundle
+from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, save_probe
@@ -69,7 +69,7 @@ def bundle(tmp_path_factory, saved):
 @pytest.mark.parametrize("format_", ["onnx", "torchscript"])
 def test_each_head_answers_as_its_probe(bundle, saved, format_, monkeypatch):
     if format_ == "torchscript":
-        monkeypatch.setattr("avex_serve.runtime.backend.ONNX", "none")
+        monkeypatch.setattr("avex_serve.inference.backend.ONNX", "none")
     wave = noise(2)
     with open_bundle(bundle, "cpu") as engine:
         assert engine.backend.format == format_

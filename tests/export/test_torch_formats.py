@@ -8,7 +8,7 @@ import torch
 
 from avex_export.graph import Assembly, half_graph
 from avex_serve import open_bundle
-from avex_serve.bundle import read_bundle
+from avex_serve.bundles.reading import read_bundle
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError
 from avex_serve.models.probes import build_probe_from_config

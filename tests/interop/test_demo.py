@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from avex_serve import open_bundle
-from avex_serve.bundle import read_bundle
-from avex_serve.demo.sounds import make_recording
+from avex_serve.bundles.reading import read_bundle
 from avex_serve.models.checkpoints import fingerprint
 from avex_serve.models.probes import load_probe
 from avex_serve.models.utils.load import load_model
 from avex_serve.service.settings import DEMO_BUNDLE
+from avex_serve.synthetic import make_recording
 from tests.interop.test_recordings import PROBES
 from tests.service.conftest import running_server
 

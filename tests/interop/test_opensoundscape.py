@@ -9,8 +9,8 @@ import soundfile
 
 import avex_serve
 from avex_serve import open_bundle
-from avex_serve.demo.sounds import make_recording
-from avex_serve.manifest import ONNX
+from avex_serve.bundles.manifest import ONNX
+from avex_serve.synthetic import make_recording
 
 BUNDLE = Path(avex_serve.__file__).parent / "demo" / "bundle"
 RATE = 16000

@@ -16,10 +16,10 @@ import tritonclient.http
 import avex_serve
 from avex_export.cli import main
 from avex_export.recipes import find_recipe, variants
-from avex_serve.demo.sounds import make_recording
-from avex_serve.manifest import ONNX, TORCHSCRIPT
+from avex_serve.audio.reader import decode
+from avex_serve.bundles.manifest import ONNX, TORCHSCRIPT
 from avex_serve.models.probes import build_probe_from_config, load_probe, save_probe
-from avex_serve.runtime.audio import decode
+from avex_serve.synthetic import make_recording
 from tests.answers import as_json
 from tests.bundles import replace_file
 from tests.models.backbones import effnet, effnet_spec, tiny_eat, tiny_eat_spec, write_model

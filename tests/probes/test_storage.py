@@ -5,7 +5,7 @@ from safetensors.torch import load_file, save_file
 
 from avex_export.cli import main
 from avex_serve import load_model
-from avex_serve.bundle import read_bundle
+from avex_serve.bundles.reading import read_bundle
 from avex_serve.models.probes import load_probe, save_probe
 from avex_serve.models.probes.storage import load_head
 from tests.hub import hub_cache, use_cache

@@ -19,7 +19,7 @@ import pytest
 import soundfile
 
 from avex_serve import open_bundle
-from avex_serve.runtime.audio import decode
+from avex_serve.audio.reader import decode
 from tests.answers import as_json
 from tests.bundles import make_slow_bundle
 

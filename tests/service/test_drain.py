@@ -13,7 +13,7 @@ import pytest
 import tritonclient.grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from avex_serve.runtime.audio import decode
+from avex_serve.audio.reader import decode
 from tests.answers import as_json
 from tests.service.conftest import encode, running_server
 

@@ -6,7 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from avex_serve.runtime.audio import decode
+from avex_serve.audio.reader import decode
 from avex_serve.service import AvexService
 from tests.answers import as_json
 from tests.service.conftest import bento_client

@@ -14,8 +14,8 @@ import pytest
 import tritonclient.grpc
 import yaml
 
-from avex_serve.bundle import sha256_of
-from avex_serve.manifest import MANIFEST, ONNX
+from avex_serve.bundles.manifest import MANIFEST, ONNX
+from avex_serve.bundles.reading import sha256_of
 from tests.bundles import make_audio_bundle
 from tests.service.conftest import BENTOML, free_ports, running_server, serve_command, server_environment
 

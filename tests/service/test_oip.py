@@ -12,10 +12,10 @@ import tritonclient.http
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2
 
+from avex_serve.audio.reader import decode
 from avex_serve.errors import ClientGoneError
-from avex_serve.runtime.allowance import Allowance, Deadline, Limits, granted
-from avex_serve.runtime.audio import decode
-from avex_serve.runtime.results import activate
+from avex_serve.inference.results import activate
+from avex_serve.scheduling.allowance import Allowance, Deadline, Limits, granted
 from avex_serve.service.grpc_messages import message_class
 from avex_serve.service.oip import from_raw
 

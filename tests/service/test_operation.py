@@ -15,7 +15,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import Route
 
-from avex_serve.runtime.cores import usable_cores
+from avex_serve.scheduling.cores import usable_cores
 from avex_serve.service import AvexService
 from avex_serve.service.oip_repository import REFUSED_PATHS
 from tests.clients import until

@@ -9,7 +9,7 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from avex_serve import open_bundle
-from avex_serve.runtime.audio import decode
+from avex_serve.audio.reader import decode
 from avex_serve.service.grpc_messages import message_class
 from tests.bundles import SAMPLE_RATE, make_measuring_bundle
 from tests.service.conftest import running_server

@@ -6,7 +6,7 @@ import tritonclient.grpc
 import tritonclient.http
 
 from avex_serve import open_bundle
-from avex_serve.runtime.audio import decode
+from avex_serve.audio.reader import decode
 from tests.answers import as_json
 from tests.bundles import make_probes_bundle
 from tests.service.conftest import bento_client, running_server

@@ -15,9 +15,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 
-from avex_serve.bundle import parse_labels
+from avex_serve.bundles.manifest import LABELS
+from avex_serve.bundles.reading import parse_labels
+from avex_serve.bundles.sealing import atomic_directory, dump_labels
 from avex_serve.configs import ModelSpec, ProbeConfig
-from avex_serve.manifest import LABELS
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import (
     StateDict,
@@ -34,7 +35,6 @@ from avex_serve.models.probes.utils.factory import build_probe_from_config
 from avex_serve.models.utils.factory import build_model_from_spec
 from avex_serve.models.utils.load import find_entry, load_model
 from avex_serve.models.utils.registry import ModelEntry, get_entry
-from avex_serve.sealing import atomic_directory, dump_labels
 
 logger = logging.getLogger(__name__)
 

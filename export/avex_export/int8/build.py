@@ -11,13 +11,13 @@ from avex_export.int8.clips import Clips, built_in, from_recordings
 from avex_export.int8.gates import check, compare
 from avex_export.int8.products import quantise
 from avex_export.onnx_graph import write_onnx
+from avex_serve.bundles.manifest import Manifest, Quantisation
 from avex_serve.errors import ExportError
-from avex_serve.manifest import Manifest, Quantisation
+from avex_serve.inference.backend import Backend
+from avex_serve.inference.onnx import OnnxBackend
 from avex_serve.models.beats import BEATsModel
 from avex_serve.models.eat import EATModel
 from avex_serve.models.efficientnet import EfficientNetModel
-from avex_serve.runtime.backend import Backend
-from avex_serve.runtime.onnx_backend import OnnxBackend
 
 
 def refuse_unfit(assembly: Assembly, formats: Collection[str]) -> None:

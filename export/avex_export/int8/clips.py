@@ -7,10 +7,11 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from avex_serve.demo.sounds import LOWEST_SAMPLE_RATE, make_recording
+from avex_serve.audio import reader as audio
+from avex_serve.audio import waveform
+from avex_serve.audio.windows import plan_windows
 from avex_serve.errors import InputError
-from avex_serve.runtime import audio, waveform
-from avex_serve.runtime.windows import plan_windows
+from avex_serve.synthetic import LOWEST_SAMPLE_RATE, make_recording
 
 _T = TypeVar("_T")
 

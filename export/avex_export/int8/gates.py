@@ -5,9 +5,9 @@ import math
 import numpy as np
 
 from avex_export.progress import bar
+from avex_serve.bundles.manifest import Activation, Agreement, Manifest
 from avex_serve.errors import ExportError
-from avex_serve.manifest import Activation, Agreement, Manifest
-from avex_serve.runtime.backend import Backend
+from avex_serve.inference.backend import Backend
 
 # Means over the clips held out. The centred cosine is the hard one: embeddings of a transformer have most of their
 # length in common, and what tells clips apart is the rest.

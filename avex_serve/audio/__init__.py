@@ -1,0 +1,1 @@
+"""From encoded audio to windows of samples."""

@@ -1,0 +1,1 @@
+"""A bundle on disk: what it holds, its reading and its writing."""

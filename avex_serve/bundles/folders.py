@@ -1,0 +1,97 @@
+"""Where bundles lie on disk, and whether a folder has changed since it was last looked at."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from avex_serve.bundles.manifest import MANIFEST
+from avex_serve.bundles.reading import read_bundle
+from avex_serve.errors import BundleError
+
+# (name, inode, modification time in ns, size) of every file. A bundle that is moved into the place of another has
+# other inodes, and one that is still being copied has another size each time.
+Stamp = tuple[tuple[str, int, int, int], ...]
+
+
+def find_bundles(roots: Iterable[Path]) -> list[Path]:
+    """The folders that hold a bundle, each once and in the order of the roots.
+
+    A root is a bundle, or a folder of bundles: its sub-folders are bundles, or hold one a version. A root in which
+    there is no bundle counts as one itself, so that opening it tells what is wrong.
+    """
+    found: dict[Path, None] = {}
+    for root in roots:
+        inside = [] if _has_manifest(root) else list(_inside(root))
+        found.update(dict.fromkeys(inside or [root]))
+    return list(found)
+
+
+def check_any(roots: Iterable[Path]) -> None:
+    """Raise BundleError, with every reason, unless at least one whole bundle lies in the roots."""
+    reasons = []
+    for folder in find_bundles(roots):
+        try:
+            read_bundle(folder)
+        except BundleError as error:
+            reasons.append(str(error))
+        else:
+            return
+    raise BundleError("; ".join(reasons))
+
+
+def stamp(folder: Path) -> Stamp:
+    """What tells whether the files of a folder are still the same; looks at no content."""
+    files = []
+    with suppress(OSError), os.scandir(folder) as entries:  # a folder that vanished has no files
+        for entry in entries:
+            if status := _status(entry):
+                files.append((entry.name, status.st_ino, status.st_mtime_ns, status.st_size))
+    return tuple(sorted(files))
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Of what a link leads to, of the link itself where that is nowhere; None if the entry vanished."""
+    for follow in (True, False):
+        with suppress(OSError):
+            return entry.stat(follow_symlinks=follow)
+    return None
+
+
+def is_gone(folder: Path) -> bool:
+    """Whether there is no such folder; a disk that can't be read at the moment is another matter."""
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _inside(root: Path) -> Iterator[Path]:
+    for folder in _folders(root):
+        if _has_manifest(folder):
+            yield folder
+        else:
+            yield from filter(_has_manifest, _folders(folder))
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        # A name that begins with a dot is a bundle in the making, or a volume's own.
+        return sorted(path for path in folder.iterdir() if _is_folder(path) and not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _has_manifest(folder: Path) -> bool:
+    with suppress(OSError):  # as of a folder that may not be entered, such as a disk's lost+found
+        return (folder / MANIFEST).is_file()
+    return False
+
+
+def _is_folder(path: Path) -> bool:
+    with suppress(OSError):  # as of a link into such a folder
+        return path.is_dir()
+    return False

@@ -1,0 +1,133 @@
+"""Reading a bundle, whose content `avex_serve.bundles.manifest` lists.
+
+It is whole or refused: every listed file is there, the labels are as many as the logits are wide, and the schema
+version is known. Digests take as long as loading: `check_files` looks at those that matter.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from avex_serve.bundles.manifest import MANIFEST, SCHEMA_VERSION, Manifest, ProbeInfo
+from avex_serve.errors import BundleError
+
+
+class Bundle(NamedTuple):
+    """A bundle on disk."""
+
+    directory: Path
+    manifest: Manifest
+    labels: Mapping[str, tuple[str, ...]]  # of each probe by name, in the order of its logits
+    digest: str  # sha256 of the manifest, which holds the digests of all files
+
+    def path(self, name: str) -> Path | None:
+        """Path of a file of the bundle, or None if the bundle has no such file."""
+        return self.directory / name if name in self.manifest.files else None
+
+
+def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
+    """Read a bundle and check that it is whole, with the digest of every file.
+
+    Raises:
+        BundleError: no bundle there, unknown schema version, a file missing or changed, labels that don't fit.
+    """
+    bundle = read_manifest(directory)
+    check_files(bundle)
+    return bundle
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> Bundle:
+    """Read a bundle without looking at the content of its larger files; see `read_bundle`, errors too."""
+    try:
+        return _read(Path(directory))
+    except OSError as error:
+        raise BundleError(f"{directory} can't be read as a bundle: {error}") from None
+
+
+def check_files(bundle: Bundle, but: Collection[str] = ()) -> None:
+    """Raise BundleError unless every file of the bundle, but those of these names, is what its manifest says."""
+    try:
+        for name, expected in bundle.manifest.files.items():
+            if name not in but:
+                _check_file(bundle.directory / name, expected)
+    except OSError as error:
+        raise BundleError(f"{bundle.directory} can't be read as a bundle: {error}") from None
+
+
+def _check_file(path: Path, expected: str) -> None:
+    if sha256_of(path) != expected:
+        raise BundleError(f"{path} was changed after the export (its sha256 differs); copy the bundle again")
+
+
+def _read(root: Path) -> Bundle:
+    if not root.is_dir():
+        raise BundleError(f"{root} is not a folder; expected a bundle made by avex-export")
+    try:
+        text = (root / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{root} holds no {MANIFEST}; make a bundle with avex-export") from None
+    try:
+        raw = msgspec.json.decode(text)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise BundleError(f"{root / MANIFEST} is not JSON: {error}") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{root / MANIFEST} has schema version {version!r}, this avex-serve reads {SCHEMA_VERSION}; "
+            "export again, or install the avex-serve that made it"
+        )
+    try:
+        manifest = msgspec.convert(raw, Manifest)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{root / MANIFEST} is not a valid manifest: {error}") from None
+    for name in manifest.files:
+        if not (root / name).is_file():
+            raise BundleError(f"{root} lacks {name}, which its manifest lists; copy the bundle again")
+    labels = {probe.name: _probe_labels(root, manifest, probe) for probe in manifest.probes}
+    return Bundle(directory=root, manifest=manifest, labels=labels, digest=hashlib.sha256(text).hexdigest())
+
+
+def _probe_labels(root: Path, manifest: Manifest, probe: ProbeInfo) -> tuple[str, ...]:
+    path = root / probe.labels
+    if probe.labels not in manifest.files:
+        raise BundleError(f"{root / MANIFEST} does not list {probe.labels}; export again")
+    _check_file(path, manifest.files[probe.labels])
+    labels = parse_labels(path.read_bytes(), source=str(path))
+    if len(labels) != probe.classes:
+        raise BundleError(f"{path} has {len(labels)} labels, the model answers {probe.classes}")
+    return labels
+
+
+def parse_labels(text: str | bytes, *, source: str) -> tuple[str, ...]:
+    """Labels in the order of their indices, from avex's ``{label: index}`` JSON.
+
+    Raises:
+        BundleError: not such an object, a label given twice, or indices that are not 0 … n-1, each once.
+    """
+    try:
+        mapping = json.loads(text, object_pairs_hook=_unique)
+    except ValueError as error:
+        raise BundleError(f"{source} is not JSON of labels: {error}") from None
+    if not isinstance(mapping, dict) or not all(type(index) is int for index in mapping.values()):
+        raise BundleError(f"{source} must be one JSON object {{label: index}}")
+    if sorted(mapping.values()) != list(range(len(mapping))) or not mapping:
+        raise BundleError(f"{source}: indices must be 0 to {len(mapping) - 1}, each once")
+    return tuple(sorted(mapping, key=mapping.__getitem__))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):  # json keeps the last one silently
+        raise ValueError("a label is given more than once")
+    return mapping
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

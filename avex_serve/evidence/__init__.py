@@ -1,0 +1,1 @@
+"""The inputs and answers that a bundle carries, and their comparison."""

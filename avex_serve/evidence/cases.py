@@ -1,0 +1,180 @@
+"""The evidence of a bundle: inputs with the eager module's answers, which travel with it.
+
+    verification.json   which cases there are, on what they were computed, what came out (`Record`)
+    verification.npz    of case i: i/input, i/eager/OUTPUT, i/float64/OUTPUT and, of a recording, i/spans, of padded
+                        clips i/padding_mask
+
+Audio whose samples are those of a 16-bit file, as all of ours is, is stored as such.
+"""
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from avex_serve.bundles.manifest import EVIDENCE, VERIFICATION, Positive
+from avex_serve.bundles.reading import Bundle
+from avex_serve.errors import BundleError
+from avex_serve.evidence.machine import Machine
+
+EVIDENCE_VERSION: Final = 1
+INT16_SCALE: Final = 32768.0
+
+Outputs = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An input and what the eager module answers to it."""
+
+    name: str
+    input: np.ndarray  # clips or embeddings (K, …), or a recording (S,); float32
+    sample_rate: int | None  # Hz, of a recording that goes the whole way of the run time; None: clips for the graph
+    batches: tuple[int, ...]  # of clips: sizes of the batches in which they go, each again and again
+    spans: np.ndarray | None  # (N, 2) float64, of a recording: start and end of its windows in seconds
+    eager: Outputs  # by output, float32: a row a clip or a window, each computed alone
+    exact: Outputs | None  # the same in float64; None: the module can't
+    padding_mask: np.ndarray | None = None  # (K, S) bool, of clips: True where padded; None: nowhere
+
+
+class CaseEntry(Struct, frozen=True, kw_only=True):
+    """A case without its arrays."""
+
+    name: str
+    sample_rate: Positive | None
+    batches: tuple[Positive, ...]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if it is for nothing."""
+        if self.sample_rate is None and not self.batches:
+            raise ValueError(f"{self.name!r} goes through no graph: it has no batches")
+
+
+class Errors(Struct, frozen=True, kw_only=True):
+    """Largest errors of one output, relative to its largest value or to 1, whichever is more."""
+
+    eager: float | None  # against the eager module; None: not finite, or of another shape
+    float64: float | None  # against the eager module in float64; None: not known
+    own: float | None  # of the eager module itself against float64
+
+
+class Decisions(Struct, frozen=True, kw_only=True):
+    """How many clips or windows were named otherwise than by the eager module."""
+
+    compared: int
+    differ: int
+    margin: float  # the most that such a change of mind had to bridge; 0 if there was none
+
+
+class Check(Struct, frozen=True, kw_only=True):
+    """One case in one batch size and format."""
+
+    input: str
+    part: str | None = None  # of several heads, or embeddings without heads, which one
+    rows: int
+    format: str
+    whole_way: bool  # whether a recording went through windows, graph, activation and stitching
+    errors: dict[str, Errors]  # by output
+    decisions: Decisions | None
+    by_float64: bool  # whether float64 was the judge, since eager mode is further away than may pass
+    passed: bool
+
+
+class Gain(Struct, frozen=True, kw_only=True):
+    """What one pass of the exporter does to the ONNX graph."""
+
+    name: str
+    speedup: float  # time without it over time with it, on the exporting machine
+    difference: float  # largest, of the first output, relative to its largest value or to 1
+
+
+class Record(Struct, frozen=True, kw_only=True):
+    """The content of ``verification.json``."""
+
+    evidence_version: Literal[1] = EVIDENCE_VERSION
+    machine: Machine
+    optimisation: str  # of onnxruntime, as it serves
+    tolerance: float
+    passed: bool
+    # Those whose arrays are in verification.npz.
+    cases: Annotated[tuple[CaseEntry, ...], Meta(min_length=1)]
+    checks: tuple[Check, ...]
+    skipped: tuple[str, ...]  # what was not compared or not kept, and why
+    passes: tuple[Gain, ...] = ()  # if they were profiled
+
+
+def write_evidence(folder: Path, record: Record, cases: Sequence[Case]) -> None:
+    """Write both files; the entries of the record are those of the cases."""
+    (folder / VERIFICATION).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+    arrays: dict[str, np.ndarray] = {}
+    for i, case in enumerate(cases):
+        arrays[f"{i}/input"] = _packed(case.input)
+        arrays |= {f"{i}/eager/{name}": value for name, value in case.eager.items()}
+        arrays |= {f"{i}/float64/{name}": value for name, value in (case.exact or {}).items()}
+        if case.spans is not None:
+            arrays[f"{i}/spans"] = case.spans
+        if case.padding_mask is not None:
+            arrays[f"{i}/padding_mask"] = case.padding_mask
+    np.savez_compressed(folder / EVIDENCE, allow_pickle=False, **arrays)
+
+
+def read_evidence(bundle: Bundle) -> tuple[Record, list[Case]]:
+    """The record and the cases of a bundle.
+
+    Raises:
+        BundleError: no evidence in it, as in bundles made before there was any, or damaged.
+    """
+    text, arrays = bundle.path(VERIFICATION), bundle.path(EVIDENCE)
+    if text is None or arrays is None:
+        raise BundleError(
+            f"{bundle.directory} holds no {EVIDENCE if text else VERIFICATION} to verify it by: it was made before "
+            "bundles had evidence, or without; export it again"
+        )
+    try:
+        raw = msgspec.json.decode(text.read_bytes())
+        version = raw.get("evidence_version") if isinstance(raw, dict) else None
+        if version != EVIDENCE_VERSION:
+            raise BundleError(
+                f"{text} has evidence version {version!r}, this avex-serve reads {EVIDENCE_VERSION}; export again, "
+                "or install the avex-serve that made it"
+            )
+        record = msgspec.convert(raw, Record)
+        with arrays.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return record, [_case(entry, i, stored) for i, entry in enumerate(record.cases)]
+    except (msgspec.MsgspecError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+        raise BundleError(f"the evidence in {bundle.directory} can't be read ({error}); export again") from None
+
+
+def _case(entry: CaseEntry, i: int, stored: Mapping[str, np.ndarray]) -> Case:
+    def outputs(kind: str) -> dict[str, np.ndarray]:
+        prefix = f"{i}/{kind}/"
+        return {name.removeprefix(prefix): stored[name] for name in stored if name.startswith(prefix)}
+
+    return Case(
+        name=entry.name,
+        input=_unpacked(stored[f"{i}/input"]),
+        sample_rate=entry.sample_rate,
+        batches=entry.batches,
+        spans=stored[f"{i}/spans"] if entry.sample_rate is not None else None,
+        eager=outputs("eager"),
+        exact=outputs("float64") or None,
+        padding_mask=stored[mask] if (mask := f"{i}/padding_mask") in stored else None,
+    )
+
+
+def _packed(samples: np.ndarray) -> np.ndarray:
+    """As int16 if every sample is one of a 16-bit file, else as it is."""
+    if np.abs(samples).max() > 1:
+        return samples
+    scaled = samples * np.float32(INT16_SCALE)
+    whole = (scaled == np.rint(scaled)).all() and scaled.max() < INT16_SCALE
+    return scaled.astype(np.int16) if whole else samples
+
+
+def _unpacked(stored: np.ndarray) -> np.ndarray:
+    return stored.astype(np.float32) / np.float32(INT16_SCALE) if stored.dtype == np.int16 else stored

@@ -1,0 +1,1 @@
+"""From audio or embeddings to answers, with the engines that run bundles."""

@@ -1,0 +1,1 @@
+"""Which request works when, and what it may use."""

@@ -1,0 +1,246 @@
+"""Decoding, downmixing and resampling, against soundfile, soxr and numpy themselves."""
+
+import io
+import os
+import struct
+import tracemalloc
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from avex_serve.audio.reader import decode
+from avex_serve.audio.waveform import RATES, resample, resampled_size
+from avex_serve.errors import AudioError, InputError, NotFoundError
+
+CONTAINERS = {
+    "WAV": ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"],
+    "FLAC": ["PCM_16", "PCM_24"],
+    "OGG": ["VORBIS", "OPUS"],
+    "MP3": ["MPEG_LAYER_III"],
+    "AIFF": ["PCM_16"],
+}
+# libsndfile writes these losslessly, up to the rounding of their subtype.
+STEP = {"PCM_U8": 2**-7, "PCM_16": 2**-15, "PCM_24": 2**-23, "PCM_32": 2**-24, "FLOAT": 2**-24, "DOUBLE": 2**-24}
+FORMATS = [
+    pytest.param(container, subtype, channels, rate, id=f"{container}-{subtype}-{channels}ch-{rate}")
+    for container, subtypes in CONTAINERS.items()
+    for subtype in subtypes
+    for channels in (1, 2, 4)
+    for rate in (8000, 16000, 22050, 44100, 48000, 96000)
+    if not (subtype == "MPEG_LAYER_III" and (channels > 2 or rate == 96000))
+    and not (subtype == "OPUS" and rate not in (8000, 16000, 48000))
+    and not (container == "AIFF" and rate != 44100)
+]
+
+
+def tone(seconds, rate, channels):
+    """(S, channels): another sine in each channel."""
+    times = np.arange(int(seconds * rate)) / rate
+    return np.stack([0.4 * np.sin(2 * np.pi * 220 * (c + 1) * times + c) for c in range(channels)], axis=1)
+
+
+def encode(samples, rate, container="WAV", subtype=None):
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=container, subtype=subtype)
+    return file.getvalue()
+
+
+def wav(data, rate=16000, channels=1, promised=None, code=3, bits=32):
+    """A WAV written by hand, so that it may lie."""
+    promised = len(data) if promised is None else promised
+    width = channels * bits // 8
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, code, channels, rate, (rate * width) % 2**32, width, bits)
+    return (
+        struct.pack("<4sI4s", b"RIFF", min(promised + 36, 2**32 - 1), b"WAVE")
+        + form
+        + b"data"
+        + struct.pack("<I", promised)
+        + data
+    )
+
+
+GOOD = encode(tone(0.1, 16000, 2), 16000)
+FLAC = encode(tone(0.1, 16000, 1), 16000, "FLAC")
+
+
+@pytest.mark.parametrize(("container", "subtype", "channels", "rate"), FORMATS)
+def test_decodes_what_soundfile_decodes(tmp_path, container, subtype, channels, rate):
+    samples = tone(0.2, rate, channels)
+    data = encode(samples, rate, container, subtype)
+    path = tmp_path / f"recording.{container.lower()}"
+    path.write_bytes(data)
+    recording = decode(data)
+    expected, expected_rate = soundfile.read(io.BytesIO(data), dtype="float64", always_2d=True)
+    assert recording.sample_rate == expected_rate == rate
+    assert recording.wave.dtype == np.float32
+    assert recording.wave.shape == (len(expected),)
+    np.testing.assert_allclose(recording.wave, expected.mean(axis=1), atol=2e-7)
+    if subtype in STEP:
+        np.testing.assert_allclose(recording.wave, samples.mean(axis=1), atol=STEP[subtype])
+    for source in (path, str(path)):
+        again = decode(source)
+        assert again.sample_rate == rate
+        np.testing.assert_array_equal(again.wave, recording.wave)
+
+
+def test_a_long_recording_is_decoded_whole():
+    # More than one block of 2**20 frames.
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, (2**21 + 12345, 2), dtype=np.int16)
+    recording = decode(encode(samples, 48000, "FLAC", "PCM_16"))
+    np.testing.assert_allclose(recording.wave, (samples / 2**15).mean(axis=1), atol=1e-7)
+
+
+def test_the_content_decides_and_not_the_name(tmp_path):
+    for name in ("sound.raw", "sound.vox", "sound.gsm", "sound.flac", "sound", "zaunkönig 夜鶯 🐦.wav"):
+        (tmp_path / name).write_bytes(GOOD)
+        np.testing.assert_array_equal(decode(tmp_path / name).wave, decode(GOOD).wave)
+        (tmp_path / name).write_bytes(b"this is no audio, whatever its name says\n" * 50)
+        with pytest.raises(AudioError, match="can't be decoded"):
+            decode(tmp_path / name)
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/z\xe4.wav")
+    with open(path, "wb") as file:  # noqa: PTH123
+        file.write(GOOD)
+    np.testing.assert_array_equal(decode(path).wave, decode(GOOD).wave)
+
+
+def test_size_of_what_is_resampled():
+    for samples in (1, 2, 3, 7, 100, 999, 44099, 44100, 44101, 123_457):
+        for rate in (100, 101, 8000, 11025, 16000, 22050, 44100, 48000, 96000, 192_000, 384_000):
+            for target in (8000, 16000, 22050, 32000, 48000):
+                if rate / 2 <= samples * target < 2**20 * rate:
+                    resampled = soxr.resample(np.zeros(samples, np.float32), rate, target, quality="HQ")
+                    assert resampled_size(samples, rate, target) == resampled.size, (samples, rate, target)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 32000, 44100, 48000, 96000, 250_000])
+@pytest.mark.parametrize("target", [16000, 32000])
+def test_resamples_as_soxr_hq(rate, target):
+    wave = tone(0.5, rate, 1)[:, 0].astype(np.float32)
+    resampled = resample(wave, rate, target)
+    assert resampled.dtype == np.float32
+    np.testing.assert_array_equal(resampled, soxr.resample(wave, rate, target, quality="HQ"))
+    assert abs(resampled.size - 0.5 * target) <= 1
+    # The tone itself is the oracle, away from the edges.
+    middle = slice(target // 10, 4 * target // 10)
+    np.testing.assert_allclose(resampled[middle], tone(0.5, target, 1)[middle, 0], atol=1e-3)
+
+
+def test_the_same_rate_is_left_alone():
+    wave = tone(0.1, 16000, 1)[:, 0].astype(np.float32)
+    assert resample(wave, 16000, 16000) is wave
+
+
+@pytest.mark.parametrize("rate", [0, -16000, 1, RATES[0] - 1, RATES[1] + 1, float("inf"), float("nan")])
+def test_refuses_a_rate_that_no_recorder_has(rate):
+    with pytest.raises(AudioError, match=r"sample rate .*; expected 100 to 10000000 Hz"):
+        resample(np.zeros(1000, np.float32), rate, 16000)
+
+
+def test_refuses_less_than_a_sample():
+    with pytest.raises(AudioError, match="1 samples at 96000 Hz are nothing at 16000 Hz"):
+        resample(np.zeros(1, np.float32), 96000, 16000)
+
+
+BAD = {
+    "empty": (b"", "is empty"),
+    "text": (b"this is no audio", "can't be decoded"),
+    "long text": (b"no audio here either, only words. " * 1000, "can't be decoded"),
+    "json": (b'{"audio": [0, 1]}', "can't be decoded"),
+    "null bytes": (bytes(5000), "can't be decoded"),
+    "cut in the RIFF header": (GOOD[:10], "is truncated"),
+    "cut in the format chunk": (GOOD[:20], "is truncated"),
+    "cut before the samples": (GOOD[:44], "is truncated"),
+    "cut in the last sample": (GOOD[:-1], "is truncated"),
+    "flac cut in the header": (FLAC[:20], "can't be decoded"),
+    "aiff cut in the header": (encode(tone(0.1, 16000, 1), 16000, "AIFF")[:30], "is truncated"),
+    "no samples": (encode(np.zeros((0, 1)), 16000), "has no samples"),
+    "no samples in flac": (encode(np.zeros((0, 1)), 16000, "FLAC"), ""),
+    "NaN": (wav(np.array([0, np.nan], "<f4").tobytes()), "NaN or infinite"),
+    "infinity": (wav(np.array([0, np.inf], "<f4").tobytes()), "NaN or infinite"),
+    "opposite infinities": (wav(np.array([np.inf, -np.inf], "<f4").tobytes(), channels=2), "NaN or infinite"),
+    "a sum beyond float32": (wav(np.array([3e38, 3e38], "<f4").tobytes(), channels=2), "NaN or infinite"),
+    "beyond float32": (wav(np.array([1e300], "<f8").tobytes(), bits=64), "NaN or infinite"),
+    "no channels": (wav(bytes(100), channels=0), "can't be decoded"),
+    "codec unknown": (wav(bytes(100), code=0x7777), "can't be decoded"),
+}
+
+
+@pytest.mark.parametrize(("data", "expected"), BAD.values(), ids=BAD)
+def test_refuses_what_is_not_audio(tmp_path, capfd, data, expected):
+    path = tmp_path / "bad.wav"
+    path.write_bytes(data)
+    for source, name in ((data, "the audio"), (path, str(path)), (str(path), str(path))):
+        with pytest.raises(AudioError) as caught:
+            decode(source)
+        assert str(caught.value).startswith(name)
+        assert expected in str(caught.value)
+        assert "0x" not in str(caught.value), "an object's address tells a user nothing"
+        assert (caught.value.http_status, caught.value.exit_code) == (400, 2)
+    assert capfd.readouterr().err == "", "no traceback from a callback"
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF024, 0])
+def test_a_stream_that_could_not_know_its_size_is_decoded(size):
+    streamed = GOOD[:4] + size.to_bytes(4, "little") + GOOD[8:]
+    np.testing.assert_array_equal(decode(streamed).wave, decode(GOOD).wave)
+
+
+def test_refuses_every_truncation_or_decodes_what_is_there():
+    for container in ("WAV", "FLAC", "OGG", "MP3", "AIFF"):
+        data = encode(tone(0.1, 16000, 1), 16000, container)
+        whole = decode(data).wave
+        for size in range(1, len(data), max(1, len(data) // 40)):
+            try:
+                wave = decode(data[:size]).wave
+            except AudioError:
+                continue
+            assert container not in ("WAV", "AIFF"), "their headers say how long they are"
+            assert 0 < wave.size <= whole.size + 1152  # a frame of MP3
+
+
+def test_missing_files_and_folders(tmp_path):
+    for path, expected in (
+        (tmp_path / "none.wav", "no such file"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "a" / "b", "no such"),
+    ):
+        with pytest.raises(NotFoundError) as caught:
+            decode(path)
+        assert str(path) in str(caught.value)
+        assert expected in str(caught.value)
+        assert caught.value.exit_code == 2
+    with pytest.raises(InputError, match="can't be read: File name too long"):
+        decode("n" * 5000)
+
+
+def promising_flac(data):
+    """The FLAC with a header that promises 2**36 samples."""
+    return data[:21] + bytes([data[21] | 15]) + b"\xff" * 4 + data[26:]
+
+
+@pytest.mark.parametrize(
+    ("data", "samples"),
+    [
+        (wav(np.full(100, 0.5, "<f4").tobytes(), promised=2**32 - 40), 100),
+        (wav(np.full(100, 0.5, "<f4").tobytes(), promised=2**31, channels=50), 2),
+        (wav(np.full(1024, 0.5, "<f4").tobytes(), promised=2**32 - 40, channels=1024), 1),
+        (promising_flac(FLAC), None),
+    ],
+    ids=["wav", "channels", "many channels", "flac"],
+)
+def test_memory_follows_what_is_there_and_not_what_the_header_promises(data, samples):
+    tracemalloc.start()
+    try:
+        wave = decode(data).wave
+        assert samples is None or wave.tolist() == [0.5] * samples
+    except AudioError:
+        assert samples is None
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 32 * 2**20

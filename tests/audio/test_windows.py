@@ -1,0 +1,90 @@
+"""Window arithmetic, as properties that hold for every recording."""
+
+import numpy as np
+import pytest
+
+from avex_serve.audio.windows import plan_windows
+from avex_serve.errors import InputError
+
+RATE = 16000
+
+
+def random_cases(count):
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        length = int(random.integers(1, 60))
+        yield (
+            int(random.integers(1, 300)),
+            length,
+            int(random.integers(0, length)),
+            int(random.choice([8, 16000, 44100])),
+        )
+
+
+EDGES = [
+    (total, length, overlap, RATE)
+    for length in (1, 2, 7, 8)
+    for overlap in range(length)
+    for total in (1, length - 1, length, length + 1, 2 * length - overlap, 2 * length - overlap + 1, 10 * length)
+    if total > 0
+]
+CASES = [*EDGES, *random_cases(400)]
+
+
+def test_windows_cover_the_recording_with_as_few_as_needed():
+    for total, length, overlap, rate in CASES:
+        plan = plan_windows(total, length, rate, overlap / rate)
+        case = f"{total=} {length=} {overlap=} {rate=}"
+        starts = list(plan.starts)
+        assert plan.hop == length - overlap, case
+        assert starts == [index * plan.hop for index in range(len(starts))], case
+        covered = np.zeros(total, bool)
+        for start in starts:
+            covered[start : start + length] = True
+        assert covered.all(), case
+        # One fewer would not reach the end.
+        assert len(starts) == 1 or starts[-2] + length < total, case
+
+
+def test_spans_are_seconds_within_the_recording():
+    for total, length, overlap, rate in CASES:
+        plan = plan_windows(total, length, rate, overlap / rate)
+        spans = plan.spans
+        assert spans.dtype == np.float64
+        assert spans.shape == (len(plan.starts), 2)
+        assert spans[0, 0] == 0
+        assert spans[-1, 1] == total / rate
+        assert (spans[:-1, 1] - spans[:-1, 0] == pytest.approx(length / rate)) if len(spans) > 1 else True
+        assert (spans[:, 1] > spans[:, 0]).all()
+
+
+def test_cut_gives_the_samples_and_pads_the_last_window_with_zeros():
+    for total, length, overlap, rate in CASES:
+        plan = plan_windows(total, length, rate, overlap / rate)
+        wave = np.arange(1, total + 1, dtype=np.float32)
+        padded = np.concatenate([wave, np.zeros(length, np.float32)])
+        windows = list(plan.cut(wave))
+        assert len(windows) == len(plan.starts)
+        for start, window in zip(plan.starts, windows, strict=True):
+            assert window.dtype == np.float32
+            np.testing.assert_array_equal(window, padded[start : start + length])
+
+
+def test_times_are_exact_after_a_year():
+    # 32-bit arithmetic would overflow after 37 hours at 16 kHz, float32 seconds lose the millisecond after hours.
+    total = 365 * 24 * 3600 * RATE
+    plan = plan_windows(total, 3600 * RATE, RATE, 0.0)
+    assert plan.spans.tolist() == [[hour * 3600, (hour + 1) * 3600] for hour in range(365 * 24)]
+    assert plan_windows(2**40 + 1, 2**39, RATE, 0.0).spans[-1].tolist() == [2**40 / RATE, (2**40 + 1) / RATE]
+
+
+def test_overlap_is_rounded_to_samples():
+    assert plan_windows(100, 10, 44100, 3.4 / 44100).hop == 7
+    # Less than half a sample below the window: still one sample further each time.
+    assert plan_windows(100, 10, 44100, 9.9 / 44100).hop == 1
+
+
+@pytest.mark.parametrize("overlap", [-1e-9, -1.0, 0.1, 0.2, float("nan"), float("inf"), -float("inf")])
+def test_refuses_an_overlap_that_leads_nowhere(overlap):
+    with pytest.raises(InputError, match=rf"overlap is {overlap} s; .* window of 0\.1 s"):
+        plan_windows(16000, 1600, RATE, overlap)
