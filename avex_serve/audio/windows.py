@@ -1,8 +1,12 @@
-"""Window arithmetic: where a recording is cut for a model that hears so much at once."""
+"""Where a recording is cut into windows, the clips that a model takes.
+
+`cut_windows` cuts a recording whose length is not known yet; `plan_windows` says where a known length is cut.
+"""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,55 +14,50 @@ from avex_serve.audio.waveform import Wave
 from avex_serve.errors import InputError
 
 
+class Window(NamedTuple):
+    """A piece of a recording."""
+
+    start: int  # its first sample
+    stop: int  # after its last sample, never beyond the end of the recording
+    samples: np.ndarray  # (S,) float32; zeros after the end of the recording
+
+
+class WindowBatch(NamedTuple):
+    """Neighbouring windows of one length, as the inputs of a graph."""
+
+    bounds: np.ndarray  # (B, 2) int64, `start` and `stop` of each window
+    inputs: tuple[np.ndarray, ...]  # windows (B, S) float32, and their padding (B, S) bool if the graph takes a mask
+
+
 @dataclass(frozen=True)
 class WindowPlan:
     """Windows of `length` samples every `hop` samples; the last one reaches the end.
 
-    It may be shorter than the others, down to `shortest` samples; what lacks to that is padded with zeros.
+    The last window may be shorter than the others, down to `shortest` samples; zeros fill it up to that.
     """
 
     total: int  # samples of the recording
     length: int  # samples of a window
-    hop: int  # samples from one window's start to the next
+    hop: int  # samples from the start of a window to the start of the next
     sample_rate: int  # Hz
     shortest: int  # samples of the shortest window that the model takes
 
     @property
     def starts(self) -> range:
-        """First sample of each window: as few as cover the recording, at least one."""
+        """First sample of each window: the fewest windows that cover the recording, at least one."""
         beyond = max(0, self.total - self.length)
         return range(0, -(-beyond // self.hop) * self.hop + 1, self.hop)
 
     @property
     def spans(self) -> np.ndarray:
-        """(N, 2) float64: start and end of each window in seconds, the end never after the recording's."""
+        """(N, 2) float64: start and end of each window in seconds, the end never after that of the recording."""
         starts = np.asarray(self.starts, dtype=np.int64)
         ends = np.minimum(starts + self.length, self.total)
         return np.stack([starts, ends], axis=1) / float(self.sample_rate)
 
     def cut(self, wave: Wave) -> Iterator[np.ndarray]:
-        """The windows in order, each (length,) float32 but for the last one, which is padded up to the shortest."""
-        for start in self.starts:
-            piece = wave[start : start + self.length]
-            yield piece if piece.size >= self.shortest else np.pad(piece, (0, self.shortest - piece.size))
-
-    def batches(self, wave: Wave, most: int, *, masked: bool) -> Iterator[tuple[np.ndarray, ...]]:
-        """The windows in order, at most so many at once, those of one length together.
-
-        Args:
-            wave: (total,) float32.
-            most: windows of a batch.
-            masked: whether the model takes a padding mask.
-
-        Yields:
-            Windows (B, S) float32 and, if masked, their padding (B, S) bool, True where padded.
-        """
-        windows = zip(self.starts, self.cut(wave), strict=True)
-        for size, alike in itertools.groupby(windows, key=lambda window: window[1].size):
-            while group := list(itertools.islice(alike, most)):
-                batch = np.stack([piece for _, piece in group])
-                ends = np.array([self.total - start for start, _ in group])
-                yield (batch, np.arange(size) >= ends[:, None]) if masked else (batch,)
+        """The windows of the recording (total,) in order, each (length,) float32, the last one perhaps shorter."""
+        return (window.samples for window in cut_windows([wave], self.length, self.hop, self.shortest))
 
 
 def plan_windows(
@@ -71,21 +70,58 @@ def plan_windows(
         length: samples of a window.
         sample_rate: of both, in Hz.
         overlap: of neighbouring windows, in seconds; at least 0, less than a window.
-        shortest: samples of the shortest window that the model takes; None: all windows are of one length.
+        shortest: samples of the shortest window that the model takes; None: all windows have one length.
 
     Raises:
         InputError: an overlap outside that range.
     """
+    hop = hop_samples(length, sample_rate, overlap)
+    return WindowPlan(total, length, hop, sample_rate, length if shortest is None else shortest)
+
+
+def hop_samples(length: int, sample_rate: int, overlap: float) -> int:
+    """Samples from the start of a window to the start of the next; see `plan_windows`."""
     window_seconds = length / sample_rate
     if not 0 <= overlap < window_seconds:
         raise InputError(
             f"overlap is {overlap} s; expected at least 0 and less than the window of {window_seconds:g} s"
         )
-    hop = max(1, length - round(overlap * sample_rate))
-    return WindowPlan(
-        total=total,
-        length=length,
-        hop=hop,
-        sample_rate=sample_rate,
-        shortest=length if shortest is None else shortest,
-    )
+    return max(1, length - round(overlap * sample_rate))
+
+
+def cut_windows(blocks: Iterable[Wave], length: int, hop: int, shortest: int) -> Iterator[Window]:
+    """Cut a recording while it is read; the windows are those of `WindowPlan`.
+
+    Args:
+        blocks: the recording in order, each block (S,) float32.
+        length: samples of a window.
+        hop: samples from the start of a window to the start of the next, at most `length`.
+        shortest: samples of the shortest window that the model takes.
+    """
+    start = 0  # of the next window
+    kept = np.empty(0, np.float32)  # the recording from there on, as far as it is read
+    for block in blocks:
+        kept = np.concatenate([kept, block]) if kept.size else block
+        # A window that ends where the recording ends is the last one: it waits for one sample more, or for the end.
+        while kept.size > length:
+            yield Window(start, start + length, kept[:length])
+            start += hop
+            kept = kept[hop:]
+    padding = max(0, shortest - kept.size)
+    yield Window(start, start + kept.size, np.pad(kept, (0, padding)) if padding else kept)
+
+
+def batch_windows(windows: Iterable[Window], most: int, *, masked: bool) -> Iterator[WindowBatch]:
+    """Put windows of one length together.
+
+    Args:
+        windows: in order.
+        most: windows of a batch.
+        masked: whether the graph takes a padding mask, which is True where a window is padded.
+    """
+    for size, alike in itertools.groupby(windows, key=lambda window: window.samples.size):
+        while group := list(itertools.islice(alike, most)):
+            bounds = np.array([(window.start, window.stop) for window in group], np.int64)
+            batch = np.stack([window.samples for window in group])
+            inputs = (batch, np.arange(size) >= bounds[:, 1:] - bounds[:, :1]) if masked else (batch,)
+            yield WindowBatch(bounds, inputs)

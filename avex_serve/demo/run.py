@@ -23,7 +23,8 @@ from avex_serve.bundles.reading import read_bundle
 from avex_serve.demo.server import running_server
 from avex_serve.errors import AvexServeError, DependencyError
 from avex_serve.inference.opening import open_bundle
-from avex_serve.inference.results import Detection, Prediction, Selection, detect, score_scale
+from avex_serve.inference.results import Detection, Prediction, detect
+from avex_serve.inference.scores import Selection, score_scale
 from avex_serve.service.grpc_messages import SERVICE, message_class
 from avex_serve.synthetic import Event, make_recording
 

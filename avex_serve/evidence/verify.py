@@ -18,7 +18,8 @@ from avex_serve.evidence.cases import Case, Check, Decisions, Errors, Outputs, r
 from avex_serve.evidence.machine import Machine, this_machine
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.opening import open_bundle
-from avex_serve.inference.results import Prediction, Selection, score_scale
+from avex_serve.inference.results import Prediction
+from avex_serve.inference.scores import Selection, score_scale
 
 # Largest error that passes, relative to the largest output or to 1, whichever is more: float32 through a
 # transformer and two ways to take a spectrum.

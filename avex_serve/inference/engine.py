@@ -1,32 +1,31 @@
-"""The engine: a bundle ready to answer. HTTP, gRPC and the command line all call this one object."""
+"""The engine: a bundle that is ready to run. It checks inputs and spreads batches over threads."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from types import TracebackType
-from typing import Final, NamedTuple, Self, TypedDict
+from typing import NamedTuple, Self
 
 import numpy as np
 
-from avex_serve.audio import waveform
-from avex_serve.audio.waveform import Recording
-from avex_serve.audio.windows import WindowPlan, plan_windows
+from avex_serve.audio.waveform import AudioStream, check_wave
 from avex_serve.bundles.manifest import AudioSpec, EmbeddingInfo, Manifest, ProbeInfo
 from avex_serve.bundles.reading import Bundle
 from avex_serve.errors import NotFoundError, TensorError, UnsupportedError
-from avex_serve.inference import results
+from avex_serve.inference import pipeline
 from avex_serve.inference.backend import Backend
-from avex_serve.scheduling import allowance
-from avex_serve.scheduling.cores import usable_cores
-from avex_serve.scheduling.fair import FairSemaphore
-from avex_serve.scheduling.stages import Run, in_pool
-
-# Of memory for each value of an output: twice while rows are put together, twice while the answer is written.
-OUTPUT_BYTES: Final = 16
+from avex_serve.inference.query import Query
+from avex_serve.inference.results import Classification, Prediction
+from avex_serve.scheduling.cores import FairSemaphore, usable_cores
+from avex_serve.scheduling.request import INFER, QUEUE, current
 
 # One batch (B, …) of each input of the graph.
 Inputs = tuple[np.ndarray, ...]
+Outputs = dict[str, np.ndarray]  # by name, each (B, …) float32
+
+BLOCK_SAMPLES = 2**18  # of a waveform in memory, resampled at once
 
 
 class WindowScores(NamedTuple):
@@ -40,19 +39,11 @@ class WindowEmbeddings(NamedTuple):
     """Embeddings of a recording, window by window."""
 
     spans: np.ndarray  # (N, 2) float64, seconds
-    embeddings: np.ndarray  # (N, D), or (N, T, D) of a bundle for heads that read sequences; float32
-
-
-class Heard(NamedTuple):
-    """What a graph answers for a recording."""
-
-    plan: WindowPlan
-    overlap: float  # of neighbouring windows, seconds
-    outputs: dict[str, np.ndarray]  # by name, each (N, …) float32 with a row a window
+    embeddings: np.ndarray  # (N, D), or (N, T, D) from a bundle for heads that read sequences; float32
 
 
 class Engine:
-    """A bundle, its backend and the way from a recording to detections.
+    """A bundle and the backend that runs its graph.
 
     Use it as a context manager, or call `close`. Calls from several threads at once are allowed.
     """
@@ -60,7 +51,7 @@ class Engine:
     def __init__(self, bundle: Bundle, backend: Backend, threads: int | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
-        # One call of the backend uses one core: this is where a recording's windows spread over the cores.
+        # One call of the backend uses one core; the batches of a recording spread over the cores here.
         self.threads = threads or usable_cores()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="avex-infer")
         self._places = FairSemaphore(self.threads)
@@ -83,14 +74,61 @@ class Engine:
         for _ in range(self.threads):
             self._places.release()
 
+    # -- what the bundle is ---------------------------------------------------------------------------------------
+
     @property
     def manifest(self) -> Manifest:
-        """What the bundle is."""
+        """The manifest of the bundle."""
         return self.bundle.manifest
+
+    @property
+    def audio_spec(self) -> AudioSpec:
+        """What the graph expects of audio; UnsupportedError for a bundle that takes embeddings."""
+        if self.manifest.audio is None:
+            raise UnsupportedError(
+                f"bundle {self.manifest.name} takes embeddings, not audio; use classify, or serve an audio bundle"
+            )
+        return self.manifest.audio
 
     def labels(self, probe: str | None = None) -> tuple[str, ...]:
         """The labels of a head in the order of its logits; see `probe`."""
         return self.bundle.labels[self.probe(probe).name]
+
+    def probe(self, name: str | None) -> ProbeInfo:
+        """The head with that name, the first one for None.
+
+        Raises:
+            NotFoundError: no head has that name.
+            UnsupportedError: the bundle has no head.
+        """
+        heads = self.manifest.probes
+        if not heads:
+            raise UnsupportedError(
+                f"bundle {self.manifest.name} has no probe and answers embeddings alone; use embed, or serve a "
+                "bundle that was exported without --embeddings"
+            )
+        for head in heads:
+            if name is None or head.name == name:
+                return head
+        raise NotFoundError(
+            f"no probe {name!r} in bundle {self.manifest.name}; it has {', '.join(h.name for h in heads)}"
+        )
+
+    def embedding(self, name: str | None) -> EmbeddingInfo:
+        """The output with that name that is an embedding, the first one for None.
+
+        Raises:
+            NotFoundError: no embedding has that name.
+            UnsupportedError: the bundle takes embeddings itself.
+        """
+        _ = self.audio_spec
+        for info in self.manifest.embeddings:
+            if name is None or info.output == name:
+                return info
+        known = ", ".join(info.output for info in self.manifest.embeddings)
+        raise NotFoundError(f"no embedding {name!r} in bundle {self.manifest.name}; it has {known}")
+
+    # -- a recording in memory ------------------------------------------------------------------------------------
 
     def predict(
         self,
@@ -101,14 +139,14 @@ class Engine:
         top_k: int | None = None,
         overlap: float = 0.0,
         probe: str | None = None,
-    ) -> results.Prediction:
+    ) -> Prediction:
         """Name the sounds in a recording.
 
         Args:
             wave: (S,) floating point, mono, in [-1, 1].
             sample_rate: of the wave, in Hz; resampled to the model's.
             threshold: lowest score to report.
-            top_k: report at most this many labels a window; see `results.Selection` for the defaults.
+            top_k: most labels to report for a window; see `scores.Selection` for the defaults.
             overlap: of neighbouring windows, in seconds.
             probe: name of the head to ask; the bundle's first one by default.
 
@@ -117,8 +155,8 @@ class Engine:
             NotFoundError: no such probe.
             UnsupportedError: the bundle takes embeddings, not audio, or has no head.
         """
-        (prediction,) = self._predict([self.probe(probe)], wave, sample_rate, threshold, top_k, overlap)
-        return prediction
+        query = Query(threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
+        return pipeline.predict(self, _opener(wave, sample_rate), query)
 
     def predict_all(
         self,
@@ -128,52 +166,18 @@ class Engine:
         threshold: float | None = None,
         top_k: int | None = None,
         overlap: float = 0.0,
-    ) -> list[results.Prediction]:
+    ) -> list[Prediction]:
         """Ask all heads in one pass of the backbone; arguments and errors as in `predict`."""
-        self.probe(None)
-        return self._predict(self.manifest.probes, wave, sample_rate, threshold, top_k, overlap)
-
-    def _predict(
-        self,
-        heads: Sequence[ProbeInfo],
-        wave: np.ndarray,
-        sample_rate: int,
-        threshold: float | None,
-        top_k: int | None,
-        overlap: float,
-    ) -> list[results.Prediction]:
-        selections = [results.Selection.of(results.score_scale(h.activation), threshold, top_k) for h in heads]
-        heard = self.hear(wave, sample_rate, [head.logits for head in heads], overlap=overlap)
-        return [
-            self.prediction(head, heard, heard.outputs[head.logits], selection)
-            for head, selection in zip(heads, selections, strict=True)
-        ]
-
-    def hear(self, wave: np.ndarray, sample_rate: int, outputs: Sequence[str], *, overlap: float = 0.0) -> Heard:
-        """The outputs of these names for a recording, in one pass; other arguments and errors as in `predict`."""
-        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
-        return Heard(plan, overlap, self._outputs(list(outputs), batches, len(plan.starts)))
-
-    def prediction(
-        self, head: ProbeInfo, heard: Heard, logits: np.ndarray, selection: results.Selection
-    ) -> results.Prediction:
-        """What a head of this bundle says by its logits (N, C) of a recording, whichever engine heard it."""
-        scores = results.activate(logits, head.activation)
-        return results.Prediction(
-            **self._answer(head),
-            **_timing(heard.plan, heard.overlap),
-            score_scale=results.score_scale(head.activation),
-            detections=results.detect(heard.plan.spans, scores, self.bundle.labels[head.name], selection),
-        )
+        query = Query(threshold=threshold, top_k=top_k, overlap=overlap)
+        return pipeline.predict_all(self, _opener(wave, sample_rate), query).predictions
 
     def score(
         self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, probe: str | None = None
     ) -> WindowScores:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
         head = self.probe(probe)
-        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
-        outputs = self._outputs([head.logits], batches, len(plan.starts))
-        return WindowScores(plan.spans, results.activate(outputs[head.logits], head.activation))
+        windows = pipeline.score(self, _opener(wave, sample_rate), Query(overlap=overlap, probe=probe))
+        return WindowScores(windows.spans, windows.outputs[head.scores])
 
     def embed(
         self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, output: str | None = None
@@ -187,24 +191,15 @@ class Engine:
             output: name of the output that is the embedding; the bundle's first one by default.
         """
         name = self.embedding(output).output
-        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
-        return WindowEmbeddings(plan.spans, self._outputs([name], batches, len(plan.starts))[name])
+        windows = pipeline.run_recording(self, _opener(wave, sample_rate), Query(overlap=overlap), [name])
+        return WindowEmbeddings(windows.spans, windows.outputs[name])
 
-    def embedding_document(
-        self, wave: np.ndarray, sample_rate: int, *, overlap: float, output: str | None = None
-    ) -> results.Embedding:
-        """`embed` as a document for JSON."""
-        name = self.embedding(output).output
-        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
-        outputs = self._outputs([name], batches, len(plan.starts), OUTPUT_BYTES + results.NUMBER_BYTES)
-        return results.Embedding(
-            bundle=self.manifest.name,
-            version=self.manifest.version,
-            output=name,
-            **_timing(plan, overlap),
-            spans=[(start, end) for start, end in plan.spans.tolist()],
-            embeddings=outputs[name].tolist(),
-        )
+    def infer_recording(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> Outputs:
+        """The graph's raw outputs for a recording, each (N, …) with one row for each window; see `predict`."""
+        names = [spec.name for spec in self.manifest.outputs]
+        return pipeline.run_recording(self, _opener(wave, sample_rate), Query(overlap=overlap), names).outputs
+
+    # -- tensors --------------------------------------------------------------------------------------------------
 
     def classify(
         self,
@@ -213,27 +208,17 @@ class Engine:
         threshold: float | None = None,
         top_k: int | None = None,
         probe: str | None = None,
-    ) -> results.Classification:
-        """Ask the head about embeddings that the client brings, (B, D) or (B, T, D) as the manifest says.
+    ) -> Classification:
+        """Ask a head about embeddings, (B, D) or (B, T, D) as the manifest says.
 
         Raises:
             InputError: embeddings, threshold or top_k that can't be used.
             NotFoundError: no such probe.
             UnsupportedError: the bundle takes audio, not embeddings.
         """
-        if self.manifest.kind != "embedding":
-            raise UnsupportedError(
-                f"bundle {self.manifest.name} takes audio, not embeddings; use predict, or export with --offline"
-            )
-        head = self.probe(probe)
-        labels, scale = self.bundle.labels[head.name], results.score_scale(head.activation)
-        selection = results.Selection.of(scale, threshold, top_k)
-        scores = results.activate(self.infer(embeddings)[head.logits], head.activation)
-        return results.Classification(
-            **self._answer(head), score_scale=scale, results=results.rank(scores, labels, selection)
-        )
+        return pipeline.classify(self, embeddings, Query(threshold=threshold, top_k=top_k, probe=probe))
 
-    def infer(self, batch: np.ndarray, padding_mask: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    def infer(self, batch: np.ndarray, padding_mask: np.ndarray | None = None) -> Outputs:
         """The graph's raw outputs for an input of the manifest's shape, (B, …) float32.
 
         Args:
@@ -242,29 +227,48 @@ class Engine:
 
         Raises:
             TensorError: another shape or type, no rows, or values or results that are not finite.
-            TooLargeError: longer clips or sequences than the current allowance has it.
+            TooLargeError: longer clips or sequences than the current request may send.
             UnsupportedError: a mask, and the bundle takes none.
         """
         self.check_input(batch)
         self._check_length(batch)
         if padding_mask is not None:
             self._check_mask(padding_mask, batch)
-        batches = _chunks(self.graph_inputs(batch, padding_mask), self.backend.max_batch)
-        return self._outputs(self._names(), batches, len(batch))
+        inputs = self.graph_inputs(batch, padding_mask)
+        size = self.backend.max_batch
+        chunks = (tuple(each[start : start + size] for each in inputs) for start in range(0, len(batch), size))
+        names = [spec.name for spec in self.manifest.outputs]
+        rows = []
+        for row in self.run(chunks, names):
+            pipeline.count_outputs(row)
+            rows.append(row)
+        return {name: np.concatenate([row[name] for row in rows]) for name in names}
 
     def graph_inputs(self, batch: np.ndarray, padding_mask: np.ndarray | None) -> Inputs:
-        """What the backend runs on: the batch and, if the graph takes one, the mask, by default of no padding."""
+        """The inputs of the graph: the batch and, if the graph takes one, the mask, by default of no padding."""
         if not self.manifest.masked:
             return (batch,)
         return batch, np.zeros(batch.shape, bool) if padding_mask is None else padding_mask
 
-    def infer_recording(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> dict[str, np.ndarray]:
-        """The graph's raw outputs for a recording, (N, …) with one row a window; see `predict` for the rest."""
-        plan, batches = self._windows(Recording(wave, sample_rate), overlap)
-        return self._outputs(self._names(), batches, len(plan.starts))
+    def run(self, batches: Iterable[Inputs], names: Sequence[str]) -> Iterator[Outputs]:
+        """The outputs of these names for each batch, in order; a few batches run side by side.
+
+        Raises:
+            TensorError: results that are not finite.
+            ClientGoneError, DeadlineError: the answer is no longer wanted.
+        """
+        for outputs in self._run(batches):
+            chosen = {name: outputs[name] for name in names}
+            for name, output in chosen.items():
+                # Finite samples of 1e38 overflow in any model, and JSON has no word for the result.
+                if not np.isfinite(output).all():
+                    raise TensorError(
+                        f"output {name!r} is not finite for this input; expected audio samples in [-1, 1]"
+                    )
+            yield chosen
 
     def check_input(self, batch: np.ndarray) -> None:
-        """Raise TensorError unless the batch is what the graph takes."""
+        """Raise TensorError unless the graph takes the batch."""
         spec = self.manifest.inputs[0]
         fits = batch.ndim == len(spec.shape) and all(
             want in (-1, got) for want, got in zip(spec.shape, batch.shape, strict=True)
@@ -274,26 +278,22 @@ class Engine:
         audio = self.manifest.audio
         if audio is not None and audio.shortest_samples is not None and 0 < batch.shape[1] < audio.shortest_samples:
             raise TensorError(
-                f"input {spec.name!r} has clips of {batch.shape[1]} samples; the shortest that the model takes has "
-                f"{audio.shortest_samples} ({audio.shortest_samples / audio.sample_rate:g} s); pad with zeros"
+                f"input {spec.name!r} has clips of {batch.shape[1]} samples; expected at least "
+                f"{audio.shortest_samples} ({audio.shortest_samples / audio.sample_rate:g} s): pad with zeros"
             )
         if batch.dtype != np.float32:
             raise TensorError(f"input {spec.name!r} has type {batch.dtype}; expected float32")
         if batch.size == 0:
             raise TensorError(f"input {spec.name!r} of shape {list(batch.shape)} is empty; send at least one row")
         if not np.isfinite(batch).all():
-            raise TensorError(f"input {spec.name!r} holds NaN or infinite values; expected finite ones")
-
-    def check_overlap(self, overlap: float) -> None:
-        """Raise InputError for an overlap that windows of this bundle can't have, as `predict` does."""
-        spec = self._audio_spec()
-        plan_windows(0, spec.window_samples, spec.sample_rate, overlap)
+            raise TensorError(f"input {spec.name!r} has NaN or infinite values; expected finite ones")
 
     def _check_length(self, batch: np.ndarray) -> None:
+        limits = current().limits
         if (spec := self.manifest.audio) is not None:
-            allowance.current().check_clip(batch.shape[1], spec.sample_rate, spec.window_samples)
+            limits.check_clip(batch.shape[1], spec.sample_rate, spec.window_samples)
         elif batch.ndim == 3:
-            allowance.current().check_steps(batch.shape[1])
+            limits.check_steps(batch.shape[1])
 
     def _check_mask(self, mask: np.ndarray, batch: np.ndarray) -> None:
         if not self.manifest.masked:
@@ -303,99 +303,27 @@ class Engine:
         name = self.manifest.inputs[1].name
         if mask.shape != batch.shape or mask.dtype != np.bool_:
             raise TensorError(
-                f"input {name!r} has shape {list(mask.shape)} and type {mask.dtype}; expected {list(batch.shape)}, "
-                "as the clips, and bool"
+                f"input {name!r} has shape {list(mask.shape)} and type {mask.dtype}; expected the shape of the "
+                f"clips, {list(batch.shape)}, and bool"
             )
         if mask.all(axis=1).any():
             raise TensorError(f"input {name!r} marks every sample of a clip as padding; leave out such clips")
 
-    def probe(self, name: str | None) -> ProbeInfo:
-        """The head of that name, the first one for None.
-
-        Raises:
-            NotFoundError: there is none of that name.
-            UnsupportedError: there is no head at all.
-        """
-        heads = self.manifest.probes
-        if not heads:
-            raise UnsupportedError(
-                f"bundle {self.manifest.name} answers embeddings alone and has no probe; use embed, or serve a "
-                "bundle that was exported without --embeddings"
-            )
-        for head in heads:
-            if name is None or head.name == name:
-                return head
-        raise NotFoundError(
-            f"no probe {name!r} in bundle {self.manifest.name}; it has {', '.join(h.name for h in heads)}"
-        )
-
-    def embedding(self, name: str | None) -> EmbeddingInfo:
-        """The output of that name which is an embedding, the first one for None.
-
-        Raises:
-            NotFoundError: there is none of that name.
-            UnsupportedError: the bundle takes embeddings itself.
-        """
-        self._audio_spec()
-        for info in self.manifest.embeddings:
-            if name is None or info.output == name:
-                return info
-        known = ", ".join(info.output for info in self.manifest.embeddings)
-        raise NotFoundError(f"no embedding {name!r} in bundle {self.manifest.name}; it has {known}")
-
-    def _windows(self, recording: Recording, overlap: float) -> tuple[WindowPlan, Iterator[Inputs]]:
-        spec = self._audio_spec()
-        wave = waveform.check_wave(recording.wave)
-        total = waveform.resampled_size(wave.size, recording.sample_rate, spec.sample_rate)
-        plan = plan_windows(total, spec.window_samples, spec.sample_rate, overlap, spec.shortest_samples)
-        allowance.current().check_windows(len(plan.starts))
-        wave = waveform.resample(wave, recording.sample_rate, spec.sample_rate)
-        return plan, plan.batches(wave, self.backend.max_batch, masked=self.manifest.masked)
-
-    def _audio_spec(self) -> AudioSpec:
-        if self.manifest.audio is None:
-            raise UnsupportedError(
-                f"bundle {self.manifest.name} takes embeddings, not audio; use classify, or serve an audio bundle"
-            )
-        return self.manifest.audio
-
-    def _names(self) -> list[str]:
-        return [spec.name for spec in self.manifest.outputs]
-
-    def _outputs(
-        self, names: list[str], batches: Iterable[Inputs], count: int, value_bytes: int = OUTPUT_BYTES
-    ) -> dict[str, np.ndarray]:
-        """The outputs of these names, `count` rows of all batches, each value of which will take so many bytes."""
-        rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
-        for index, run in enumerate(self._run(batches)):
-            if index == 0:  # which shows how many values a row has
-                values = sum(run[name][0].size for name in names)
-                allowance.current().extend_answer(
-                    value_bytes * count * values, "send the recording in pieces, or fewer rows at once"
-                )
-            for name in names:
-                rows[name].append(run[name])
-        outputs = {name: np.concatenate(arrays) for name, arrays in rows.items()}
-        for name, output in outputs.items():
-            # Finite samples of 1e38 overflow in any model, and JSON has no word for what comes out.
-            if not np.isfinite(output).all():
-                raise TensorError(f"output {name!r} is not finite for this input; audio samples lie in [-1, 1]")
-        return outputs
-
-    def _run(self, batches: Iterable[Inputs]) -> Iterator[dict[str, np.ndarray]]:
+    def _run(self, batches: Iterable[Inputs]) -> Iterator[Outputs]:
         batches = iter(batches)
         first, second = next(batches), next(batches, None)
+        request = current()
         if second is None:  # a thread of its own would only have to wake up
-            allowance.current().checkpoint()
-            yield self._inference()(*first)
+            request.checkpoint()
+            yield self._job()(*first)
             return
         # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
         ahead = 2 * self.threads
-        waiting: deque[Future[dict[str, np.ndarray]]] = deque()
+        waiting: deque[Future[Outputs]] = deque()
         try:
             for batch in chain((first, second), batches):
-                allowance.current().checkpoint()
-                waiting.append(self._pool.submit(self._inference(), *batch))
+                request.checkpoint()
+                waiting.append(self._pool.submit(self._job(), *batch))
                 if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -404,44 +332,49 @@ class Engine:
             for future in waiting:  # none, unless an error ended the loop
                 future.cancel()
 
-    def _inference(self) -> Run:
-        """What runs one batch, in whatever thread, once fewer than `threads` of them run."""
-        run = in_pool(self.backend.run, self.manifest.name)
+    def _job(self) -> Callable[..., Outputs]:
+        """Runs one batch in any thread, once fewer than `threads` batches run; the current request is charged."""
+        request = current()  # a thread of the pool has none
+        end_wait = request.begin(QUEUE)
 
-        def infer(*inputs: np.ndarray) -> dict[str, np.ndarray]:
+        def run(*inputs: np.ndarray) -> Outputs:
             with self._places:
                 if self._closed:
                     raise RuntimeError(f"the engine of bundle {self.manifest.name} is closed; open the bundle again")
-                return run(*inputs)
+                end_wait()
+                end = request.begin(INFER)
+                try:
+                    return self.backend.run(*inputs)
+                finally:
+                    end()
+                    request.timings.batches.append(len(inputs[0]))
+                    request.timings.models.append(self.manifest.name)
 
-        return infer
+        return run
 
-    def _answer(self, head: ProbeInfo) -> "_AnswerFields":
-        return {
-            "bundle": self.manifest.name,
-            "version": self.manifest.version,
-            "probe": head.name,
-            "trained": head.trained,
-        }
+    # -- a repository of one bundle, for the pipeline -------------------------------------------------------------
 
+    @contextmanager
+    def lease(self, name: str | None, version: str | None) -> Iterator[Self]:
+        """This engine."""
+        yield self
 
-class _AnswerFields(TypedDict):
-    bundle: str
-    version: str
-    probe: str
-    trained: bool
+    @contextmanager
+    def lease_those(self, wanted: Callable[[Manifest], bool]) -> "Iterator[list[Engine]]":
+        """This engine, if it is wanted."""
+        yield [self] if wanted(self.manifest) else []
 
-
-class _TimingFields(TypedDict):
-    duration: float
-    window: float
-    overlap: float
-
-
-def _timing(plan: WindowPlan, overlap: float) -> _TimingFields:
-    rate = plan.sample_rate
-    return {"duration": plan.total / rate, "window": plan.length / rate, "overlap": float(overlap)}
+    def manifests(self) -> list[Manifest]:
+        """The manifest of this engine's bundle."""
+        return [self.manifest]
 
 
-def _chunks(inputs: Inputs, size: int) -> Iterator[Inputs]:
-    return (tuple(batch[start : start + size] for batch in inputs) for start in range(0, len(inputs[0]), size))
+def _opener(wave: np.ndarray, sample_rate: int) -> pipeline.Audio:
+    """Opens a waveform in memory as a stream."""
+
+    def open_wave() -> nullcontext[AudioStream]:
+        checked = check_wave(wave)
+        blocks = (checked[start : start + BLOCK_SAMPLES] for start in range(0, checked.size, BLOCK_SAMPLES))
+        return nullcontext(AudioStream(blocks, sample_rate, checked.size))
+
+    return open_wave

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from avex_serve.bundles.folders import Stamp, find_bundles, is_gone, stamp
 from avex_serve.bundles.manifest import Manifest
 from avex_serve.bundles.reading import read_manifest
 from avex_serve.errors import AvexServeError, BundleError, InputError, NotFoundError, UnavailableError
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.warmup import warm_up
 
 logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the information of loggers that are not its own
 
@@ -293,7 +294,7 @@ class Repository:
     def _open(self, folder: Path) -> Engine:
         engine = self._open_engine(folder)
         try:
-            warm_up(engine)
+            _warm_up(engine)
         except AvexServeError:
             engine.close()
             raise
@@ -388,6 +389,23 @@ class Repository:
 
     def _names(self) -> str:
         return ", ".join(repr(name) for name in sorted({name for name, _ in self._served})) or "none"
+
+
+def _warm_up(engine: Engine) -> None:
+    """Answer once for silence, so that the first client doesn't wait for what is set up with the first inference.
+
+    Raises:
+        BundleError: the graph loads and doesn't answer.
+    """
+    manifest = engine.manifest
+    try:
+        if manifest.audio is not None:
+            rate = manifest.audio.sample_rate
+            engine.infer_recording(np.zeros(manifest.audio.window_samples, np.float32), rate)
+        else:
+            engine.infer(np.zeros([1 if size == -1 else size for size in manifest.inputs[0].shape], np.float32))
+    except Exception as error:  # onnxruntime and torch raise errors of their own
+        raise BundleError(f"bundle {manifest.name} loads, and fails to answer for silence: {error}") from error
 
 
 def _order(version: str) -> list[tuple[int, str]]:

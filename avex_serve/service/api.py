@@ -17,12 +17,13 @@ from typing import Any, Final
 import bentoml
 from anyio import to_thread
 
-from avex_serve.audio.reader import decode
+from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.folders import check_any
 from avex_serve.errors import AvexServeError, InputError
-from avex_serve.inference import pipeline as linked
+from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.opening import open_bundle
+from avex_serve.inference.query import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.inference.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.scheduling.cores import threads_of_worker
@@ -71,7 +72,7 @@ class AvexService:
     @cached_property
     def desk(self) -> Desk:
         """The bundles, opened on first use: BentoML's supervisor, which imports this module too, does without."""
-        return Desk(Repository(self.settings.bundle, self._open), self.settings.model_control)
+        return Desk(Repository(self.settings.bundle, self._open), self.gate.admission, self.settings.model_control)
 
     def _open(self, folder: Path) -> Engine:
         settings = self.settings
@@ -95,7 +96,7 @@ class AvexService:
     @cached_property
     def observer(self) -> Observer:
         """What notes each request."""
-        return Observer(self.metrics, self.tracing)
+        return Observer(self.metrics, self.tracing, self.gate.request)
 
     @cached_property
     def drain(self) -> Drain:
@@ -131,15 +132,17 @@ class AvexService:
         version: str | None = None,
     ) -> Prediction:
         """Name the sounds in a recording (WAV, FLAC, OGG, MP3)."""
-        return linked.predict(
+        return pipeline.predict(
             self.desk.repository,
-            partial(decode, audio),
-            model=model,
-            version=version,
-            threshold=threshold,
-            top_k=top_k,
-            overlap=overlap,
-            probe=probe,
+            partial(open_audio, audio),
+            Query(
+                model=model,
+                version=version,
+                threshold=threshold,
+                top_k=top_k,
+                overlap=overlap,
+                probe=probe,
+            ),
         )
 
     @bentoml.api
@@ -153,14 +156,16 @@ class AvexService:
         version: str | None = None,
     ) -> Predictions:
         """What the probes of a bundle hear, and all that read its embeddings, in one pass of the backbone."""
-        return linked.predict_all(
+        return pipeline.predict_all(
             self.desk.repository,
-            partial(decode, audio),
-            model=model,
-            version=version,
-            threshold=threshold,
-            top_k=top_k,
-            overlap=overlap,
+            partial(open_audio, audio),
+            Query(
+                model=model,
+                version=version,
+                threshold=threshold,
+                top_k=top_k,
+                overlap=overlap,
+            ),
         )
 
     @bentoml.api
@@ -173,13 +178,15 @@ class AvexService:
         version: str | None = None,
     ) -> Embedding:
         """The embeddings of a recording, one a window."""
-        return linked.embed(
+        return pipeline.embed(
             self.desk.repository,
-            partial(decode, audio),
-            model=model,
-            version=version,
-            overlap=overlap,
-            output=output,
+            partial(open_audio, audio),
+            Query(
+                model=model,
+                version=version,
+                overlap=overlap,
+                output=output,
+            ),
         )
 
     @bentoml.api
@@ -194,8 +201,8 @@ class AvexService:
     ) -> Classification:
         """Ask the head about embeddings, (batch, dim) or (batch, time, dim); for embedding bundles."""
         array = from_numbers("embeddings", embeddings)
-        with self.desk.repository.lease(model, version) as engine:
-            return engine.classify(array, threshold=threshold, top_k=top_k, probe=probe)
+        query = Query(model=model, version=version, threshold=threshold, top_k=top_k, probe=probe)
+        return pipeline.classify(self.desk.repository, array, query)
 
     @bentoml.on_deployment
     @staticmethod

@@ -7,7 +7,7 @@ from anyio import to_thread
 
 from avex_serve.errors import ForbiddenError
 from avex_serve.inference.repository import Repository
-from avex_serve.scheduling.admission import admitted
+from avex_serve.scheduling.admission import Admission
 from avex_serve.service.settings import ModelControl
 
 Answer = TypeVar("Answer")
@@ -19,13 +19,14 @@ class Desk:
     Every answer that takes a model goes through `serve`: what holds for all of them belongs there.
     """
 
-    def __init__(self, repository: Repository, model_control: ModelControl) -> None:
+    def __init__(self, repository: Repository, admission: Admission, model_control: ModelControl) -> None:
         self.repository = repository
+        self._admission = admission
         self._model_control = model_control
 
     async def serve(self, work: Callable[[], Answer]) -> Answer:
         """Do the work of a request in a thread, once there is a slot for it."""
-        return await admitted(work)
+        return await self._admission.run(work)
 
     async def load(self, name: str) -> None:
         """See `Repository.load`; ForbiddenError unless the setting allows it."""

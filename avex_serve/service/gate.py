@@ -6,7 +6,7 @@ from typing import Final, Self
 
 from avex_serve.errors import InputError
 from avex_serve.scheduling.admission import Admission
-from avex_serve.scheduling.allowance import Deadline, Limits
+from avex_serve.scheduling.request import Limits, Memory, Request
 from avex_serve.service.keys import Keys
 from avex_serve.service.settings import Settings
 
@@ -21,6 +21,8 @@ class Gate:
 
     keys: Keys
     admission: Admission
+    limits: Limits
+    memory: Memory
     body_bytes: int  # of one body at most
     read_seconds: float  # for a body to arrive
     answer_seconds: float  # from arrival to answer
@@ -37,11 +39,10 @@ class Gate:
             InputError: see `Keys.from_settings`.
         """
         slots = settings.concurrency or threads
-        admission = Admission(
-            slots,
-            QUEUE_FACTOR * slots if settings.queue is None else settings.queue,
-            settings.max_held_bytes,
-            Limits(
+        return cls(
+            keys=Keys.from_settings(settings),
+            admission=Admission(slots, QUEUE_FACTOR * slots if settings.queue is None else settings.queue),
+            limits=Limits(
                 seconds=settings.max_seconds,
                 clip_seconds=settings.max_clip_seconds,
                 steps=settings.max_steps,
@@ -51,18 +52,15 @@ class Gate:
                 json_bytes=settings.max_json_bytes,
                 answer_bytes=settings.max_answer_bytes,
             ),
-        )
-        return cls(
-            Keys.from_settings(settings),
-            admission,
-            settings.max_body_bytes,
-            settings.read_timeout_seconds,
-            settings.timeout_seconds,
+            memory=Memory(settings.max_held_bytes),
+            body_bytes=settings.max_body_bytes,
+            read_seconds=settings.read_timeout_seconds,
+            answer_seconds=settings.timeout_seconds,
         )
 
-    def deadline(self, seconds: float | None) -> Deadline:
-        """The deadline of a request whose client waits so long; None: it doesn't say."""
-        return Deadline(self.answer_seconds if seconds is None else min(seconds, self.answer_seconds))
+    def request(self, id: str) -> Request:
+        """The context of a request that arrives now."""
+        return Request(id, self.limits, self.answer_seconds, self.memory)
 
 
 def http_time_limit() -> float:

@@ -19,7 +19,7 @@ from avex_serve.errors import (
     SlowRequestError,
     TooLargeError,
 )
-from avex_serve.scheduling.admission import Ticket, hold_ticket
+from avex_serve.scheduling.request import current
 from avex_serve.service.gate import CONTROL_BYTES, Gate
 from avex_serve.service.grpc_messages import SERVICE
 from avex_serve.service.interception import Call
@@ -40,7 +40,7 @@ class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._gate = gate
         # How large a message is shows only once it has come whole: as many as may be held if all are of the largest
         # size. Those of other methods are small and come in one packet with the call.
-        slow = max(1, gate.admission.bodies.total // gate.body_bytes)
+        slow = max(1, int(gate.memory.total // gate.body_bytes))
         self._work = _Arrivals(gate.read_seconds, slow)
         self._rest = _Arrivals(gate.read_seconds, 1)
 
@@ -86,20 +86,17 @@ class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return call
 
     async def _answer(self, answer: Call, method: str, context: grpc.aio.ServicerContext) -> Any:
-        deadline = self._gate.deadline(context.time_remaining())
+        request = current()
+        request.limit_seconds(context.time_remaining())
         data = await self._receive(method, context)
         if method != WORK and len(data) > CONTROL_BYTES:
             raise TooLargeError(f"the message has {len(data)} bytes; at most {CONTROL_BYTES} are taken here")
-        bodies = self._gate.admission.bodies
-        bodies.take(len(data))
+        request.reserve_memory(len(data))
         try:
-            hold_ticket(Ticket(self._gate.admission, deadline))
-            async with asyncio.timeout(None if method in HEALTH else deadline.remaining):
+            async with asyncio.timeout(None if method in HEALTH else request.remaining):
                 return await answer(data, context)
         except TimeoutError:
             raise DeadlineError("the answer was not ready in time; send less, or allow more time") from None
-        finally:
-            bodies.give_back(len(data))
 
     async def _receive(self, method: str, context: grpc.aio.ServicerContext) -> bytes:
         data = await (self._work if method == WORK else self._rest).wait_for(context.read)

@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from avex_serve.audio.reader import decode
+from avex_serve.audio.reader import open_audio
 from avex_serve.errors import (
     AvexServeError,
     InputError,
@@ -35,7 +35,7 @@ from avex_serve.errors import (
     TooLargeError,
     UnsupportedError,
 )
-from avex_serve.inference import pipeline as linked
+from avex_serve.inference import pipeline
 from avex_serve.inference.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.service import oip, oip_json, oip_repository
 from avex_serve.service.desk import Desk
@@ -122,7 +122,7 @@ class OwnRoutes:
         desk = self._desk()
 
         def predict() -> Prediction:
-            return linked.predict(desk.repository, partial(decode, audio), **options.model_dump())
+            return pipeline.predict(desk.repository, partial(open_audio, audio), options.query())
 
         return await _document_of(desk, predict)
 
@@ -131,7 +131,7 @@ class OwnRoutes:
         desk = self._desk()
 
         def predict_all() -> Predictions:
-            return linked.predict_all(desk.repository, partial(decode, audio), **options.model_dump())
+            return pipeline.predict_all(desk.repository, partial(open_audio, audio), options.query())
 
         return await _document_of(desk, predict_all)
 
@@ -140,7 +140,7 @@ class OwnRoutes:
         desk = self._desk()
 
         def embed() -> Embedding:
-            return linked.embed(desk.repository, partial(decode, audio), **options.model_dump())
+            return pipeline.embed(desk.repository, partial(open_audio, audio), options.query())
 
         return await _document_of(desk, embed)
 
@@ -151,8 +151,7 @@ class OwnRoutes:
         def classify() -> Classification:
             asked = validated(ClassifyRequest, body)
             embeddings = oip.from_numbers("embeddings", asked.embeddings)
-            with desk.repository.lease(asked.model, asked.version) as engine:
-                return engine.classify(embeddings, **asked.for_engine())
+            return pipeline.classify(desk.repository, embeddings, asked.query())
 
         return await _document_of(desk, classify)
 

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from avex_serve.errors import AvexServeError, ClientGoneError, DeadlineError, SlowRequestError, TooLargeError
-from avex_serve.scheduling.admission import Ticket, hold_ticket
+from avex_serve.scheduling.request import Request, current
 from avex_serve.service.gate import Gate, parse_seconds
 
 TIMEOUT: Final = "Request-Timeout"  # header: how many seconds the client waits
@@ -62,12 +62,12 @@ class HttpGate:
         gate, headers = self._gate(), Headers(scope=scope)
         if scope["path"] not in HEALTH:
             gate.keys.check(headers.get("authorization"))
-        deadline = gate.deadline(parse_seconds(TIMEOUT, headers.get(TIMEOUT)))
-        _check_length(gate, headers.get("content-length"))
+        request = current()
+        request.limit_seconds(parse_seconds(TIMEOUT, headers.get(TIMEOUT)))
+        _check_length(gate, request, headers.get("content-length"))
         if scope["method"] == "POST" and not scope["path"].startswith(CONTROL):
             gate.admission.check_room()
-        hold_ticket(Ticket(gate.admission, deadline))
-        body = _Body(gate, receive)
+        body = _Body(gate, request, receive)
         watch: asyncio.Task[None] | None = None
 
         async def sending(message: Message) -> None:
@@ -76,7 +76,7 @@ class HttpGate:
             await send(message)
 
         try:
-            async with asyncio.timeout(deadline.remaining) as wait:
+            async with asyncio.timeout(request.remaining) as wait:
                 watch = asyncio.create_task(body.watch(lambda: wait.reschedule(0)))
                 await self._app(scope, body.receive, sending)
         except TimeoutError:
@@ -86,15 +86,15 @@ class HttpGate:
         finally:
             if watch is not None:
                 watch.cancel()
-            body.close()
 
 
 class _Body:
     """A request's body as it comes: counted, and refused where it is too much or too slow."""
 
-    def __init__(self, gate: Gate, receive: Receive) -> None:
+    def __init__(self, gate: Gate, request: Request, receive: Receive) -> None:
         self.client_gone = False
         self._gate = gate
+        self._request = request
         self._receive = receive
         self._began = time.monotonic()
         self._size = 0
@@ -133,22 +133,18 @@ class _Body:
         self._gone.set()
         on_leaving()
 
-    def close(self) -> None:
-        """The request is done with."""
-        self._gate.admission.bodies.give_back(self._size)
-
     def _count(self, size: int) -> None:
         if self._size + size > self._gate.body_bytes:
             raise TooLargeError(_too_large(self._gate))
-        self._gate.admission.bodies.take(size)
+        self._request.reserve_memory(size)
         self._size += size
 
 
-def _check_length(gate: Gate, length: str | None) -> None:
+def _check_length(gate: Gate, request: Request, length: str | None) -> None:
     if length is not None:  # the server has seen to it that it is a number
         if int(length) > gate.body_bytes:
             raise TooLargeError(_too_large(gate))
-        gate.admission.bodies.check_room(int(length))
+        request.check_memory(int(length))
 
 
 def _too_large(gate: Gate) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from opentelemetry import trace
 
-from avex_serve.service.observe import request_id
+from avex_serve.scheduling.request import current
 
 LogFormat = Literal["text", "json"]
 
@@ -29,8 +29,7 @@ def _handlers() -> Iterator[logging.Handler]:
 
 def _append_id(record: logging.LogRecord) -> bool:
     # BentoML's format ends with this field, which its filter has set: ours was added after it.
-    identity = request_id.get()
-    if identity is not None:
+    if identity := current().id:
         record.trace_msg = f"{getattr(record, 'trace_msg', '')} (request_id={identity})"
     return True
 
@@ -46,7 +45,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        if (identity := request_id.get()) is not None:
+        if identity := current().id:
             document["request_id"] = identity
         span = trace.get_current_span().get_span_context()
         if span.trace_flags.sampled:

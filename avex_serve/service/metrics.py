@@ -25,7 +25,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from avex_serve.inference.engine import Engine
-from avex_serve.scheduling.stages import STAGES, Work
+from avex_serve.scheduling.request import STAGES, Timings
 
 # From a few milliseconds for a small model to minutes for a recording of hours.
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -92,7 +92,7 @@ class Metrics:
         with self._in_progress[transport].track_inprogress():
             yield
 
-    def observe(self, transport: str, route: str, status: str, seconds: float, work: Work) -> None:
+    def observe(self, transport: str, route: str, status: str, seconds: float, work: Timings) -> None:
         """Count a request that was answered."""
         shown = f"{status[0]}xx" if status.isdecimal() else status
         self._requests.labels(transport, route, shown).inc()

@@ -6,7 +6,6 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Final, Literal
@@ -14,7 +13,8 @@ from typing import Any, Final, Literal
 import grpc
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from avex_serve.scheduling.stages import Work, recorded
+from avex_serve.scheduling.request import Request as Context
+from avex_serve.scheduling.request import Timings, answering
 from avex_serve.service.interception import Call, around
 from avex_serve.service.metrics import Metrics
 from avex_serve.service.routes import OTHER, PROBES, route_of
@@ -29,8 +29,6 @@ MAX_PATH: Final = 200  # characters of a path that the log repeats
 
 _ids = random.Random()  # seeded by the kernel once; uuid4 would ask it for each request
 
-request_id: ContextVar[str | None] = ContextVar("avex_serve_request_id", default=None)
-
 
 @dataclass
 class Request:
@@ -41,16 +39,18 @@ class Request:
     method: str  # of HTTP; empty for gRPC
     path: str
     id: str
-    work: Work
+    work: Timings
     status: str = ""  # "200", "NOT_FOUND"; empty until it is answered
 
 
 class Observer:
     """Notes requests; one for a process, shared by both transports."""
 
-    def __init__(self, metrics: Metrics, tracing: Tracing) -> None:
+    def __init__(self, metrics: Metrics, tracing: Tracing, begin: Callable[[str], Context]) -> None:
+        """`begin` makes the context of a request with that id, which arrives now."""
         self._metrics = metrics
         self._tracing = tracing
+        self._begin = begin
 
     @contextmanager
     def request(
@@ -67,24 +67,23 @@ class Observer:
         """
         given = headers.get(REQUEST_ID, "")
         identity = given if _ACCEPTED_ID.fullmatch(given) else f"{_ids.getrandbits(128):032x}"
-        token = request_id.set(identity)
         start = perf_counter()
-        try:
-            with (
-                recorded() as work,
-                self._tracing.span(transport, route, method, headers) as span,
-                self._metrics.in_progress(transport),
-            ):
-                request = Request(transport, route, method, path[:MAX_PATH], identity, work)
-                try:
-                    yield request
-                finally:
-                    seconds = perf_counter() - start
-                    self._metrics.observe(transport, route, request.status, seconds, work)
-                    span.end(request.status, identity, work)
-                    _log(request, seconds)
-        finally:
-            request_id.reset(token)
+        context = self._begin(identity)
+        with (
+            answering(context),
+            self._tracing.span(transport, route, method, headers) as span,
+            self._metrics.in_progress(transport),
+        ):
+            work = context.timings
+            request = Request(transport, route, method, path[:MAX_PATH], identity, work)
+            try:
+                yield request
+            finally:
+                context.release_memory()
+                seconds = perf_counter() - start
+                self._metrics.observe(transport, route, request.status, seconds, work)
+                span.end(request.status, identity, work)
+                _log(request, seconds)
 
 
 def _log(request: Request, seconds: float) -> None:

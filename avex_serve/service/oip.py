@@ -31,13 +31,14 @@ from typing import Any, Final
 import numpy as np
 from pydantic import BaseModel, Field
 
-from avex_serve.audio.reader import decode
+from avex_serve.audio.reader import open_audio
 from avex_serve.errors import InputError, TensorError, UnsupportedError
-from avex_serve.inference import pipeline as linked
+from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
+from avex_serve.inference.query import Query
 from avex_serve.inference.repository import Repository
-from avex_serve.inference.results import activate
-from avex_serve.scheduling import allowance
+from avex_serve.inference.scores import activate
+from avex_serve.scheduling.request import current
 from avex_serve.service.options import validated
 from avex_serve.version import __version__
 
@@ -261,8 +262,8 @@ class Model:
         if not recordings:
             raise TensorError("no recordings; send at least one element")
         answers = [
-            linked.infer_recording(
-                self._repository, self._engine, partial(decode, recording), **parameters.model_dump()
+            pipeline.infer_recording(
+                self._repository, self._engine, partial(open_audio, recording), Query(**parameters.model_dump())
             )
             for recording in recordings
         ]
@@ -385,11 +386,11 @@ def _shaped(tensor: InputTensor) -> np.ndarray:
 def _classified(values: np.ndarray, count: int, labels: tuple[str, ...] | None) -> OutputTensor:
     """The largest values of each row, the largest first, as (…, count) texts ``value:index[:label]``."""
     order = np.argsort(-values, axis=-1, kind="stable")[..., :count]
-    allowance.current().extend_answer(TEXT_BYTES * order.size, "ask for a lower classification, or send fewer rows")
+    current().extend_answer(TEXT_BYTES * order.size, "ask for a lower classification, or send fewer rows")
     best = np.empty(order.shape, dtype=object)
     for done, (place, index) in enumerate(np.ndenumerate(order)):
         if done and done % STEP == 0:
-            allowance.current().checkpoint()
+            current().checkpoint()
         text = f"{values[(*place[:-1], index)]:f}:{index}"  # a value as Triton writes it
         best[place] = (f"{text}:{labels[index]}" if labels is not None else text).encode()
     return OutputTensor(BYTES, best)
@@ -402,7 +403,7 @@ def _split(name: str, count: int, raw: bytes) -> list[bytes]:
         if len(elements) == count:
             raise TensorError(f"input {name!r} comes with more than the {count} elements that its shape says")
         if len(elements) % STEP == 0:
-            allowance.current().checkpoint()
+            current().checkpoint()
         start = position + _LENGTH_BYTES
         position = start + int.from_bytes(raw[position:start], "little")
         if position > len(raw):

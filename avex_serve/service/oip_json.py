@@ -10,7 +10,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from avex_serve.errors import InputError, TensorError
 from avex_serve.inference.results import NUMBER_BYTES
-from avex_serve.scheduling import allowance
+from avex_serve.scheduling.request import current
 from avex_serve.service import oip
 from avex_serve.service.options import validated
 
@@ -125,7 +125,7 @@ def dump_answer(model: oip.Model, request: JsonRequest, answer: oip.InferAnswer)
         elif tensor.datatype == oip.BYTES:
             output["data"] = [each.decode() for each in tensor.array.ravel()]
         else:
-            allowance.current().extend_answer(
+            current().extend_answer(
                 NUMBER_BYTES * tensor.array.size, "ask for outputs in binary, or send fewer rows"
             )
             output["data"] = tensor.array.ravel().tolist()

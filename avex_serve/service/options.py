@@ -7,7 +7,8 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from avex_serve.errors import InputError
-from avex_serve.scheduling import allowance
+from avex_serve.inference.query import Query
+from avex_serve.scheduling.request import current
 
 Model = TypeVar("Model", bound=BaseModel)
 QUOTED = 80  # characters of a client's value that an error message repeats
@@ -19,9 +20,9 @@ class _ModelOptions(BaseModel):
     model: str | None = None
     version: str | None = None
 
-    def for_engine(self) -> dict[str, Any]:
-        """The options but for those that say which engine."""
-        return self.model_dump(exclude={"model", "version"})
+    def query(self) -> Query:
+        """The options as a question."""
+        return Query(**self.model_dump())
 
 
 class AudioOptions(_ModelOptions):
@@ -82,10 +83,10 @@ def validated(model: type[Model], value: dict[str, Any] | bytes) -> Model:
 
     Raises:
         InputError: not JSON, or not what the model says; the message names the first fault.
-        TooLargeError: more JSON than the current allowance has it.
+        TooLargeError: more JSON than the current request may send.
     """
     if isinstance(value, bytes):
-        allowance.current().check_json(len(value))
+        current().limits.check_json(len(value))
     try:
         return model.model_validate_json(value) if isinstance(value, bytes) else model.model_validate(value)
     except ValidationError as error:

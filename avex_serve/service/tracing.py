@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace import SpanKind, StatusCode, Tracer
 
 from avex_serve.errors import DependencyError
-from avex_serve.scheduling.stages import Work
+from avex_serve.scheduling.request import Timings
 from avex_serve.service.routes import PROBES
 
 ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
@@ -98,7 +98,7 @@ class RequestSpan:
         self._span = span
         self._transport = transport
 
-    def end(self, status: str, request_id: str, work: Work) -> None:
+    def end(self, status: str, request_id: str, work: Timings) -> None:
         """Write down how the request ended, and the seconds of each stage."""
         if not self._span.is_recording():
             return

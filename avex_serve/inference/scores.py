@@ -1,0 +1,96 @@
+"""From logits to scores, and which scores are reported."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+
+from avex_serve.bundles.manifest import Activation
+from avex_serve.errors import InputError
+from avex_serve.scheduling.request import current
+
+STEP: Final = 1000  # labels that are reported in a few milliseconds
+SCORE_BYTES: Final = (
+    512  # memory for each score with its label, until the answer's text is made; measured, rounded up
+)
+
+ScoreScale = Literal["sigmoid", "softmax", "logits"]
+
+
+def score_scale(activation: Activation) -> ScoreScale:
+    """The name of the scale of an activation's scores."""
+    return "logits" if activation == "none" else activation
+
+
+def activate(logits: np.ndarray, activation: Activation) -> np.ndarray:
+    """Scores from logits (…, C), in float32."""
+    scores: np.ndarray
+    if activation == "sigmoid":
+        # Two branches, since exp overflows for large arguments of the wrong sign.
+        small = np.exp(-np.abs(logits))
+        scores = np.where(logits >= 0, 1 / (1 + small), small / (1 + small))
+        return scores.astype(np.float32)
+    if activation == "softmax":
+        with np.errstate(over="ignore"):  # a difference beyond float32 is a score of 0 all the same
+            shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        scores = shifted / shifted.sum(axis=-1, keepdims=True)
+        return scores.astype(np.float32)
+    return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which scores are reported: those of at least `threshold`, the best `top_k` of each window, or both.
+
+    Threshold and top-k are independent of each other. If neither is given, the threshold is 0.5 (for raw logits 0,
+    which is the same point).
+    """
+
+    threshold: float
+    top_k: int | None
+
+    @classmethod
+    def of(cls, scale: ScoreScale, threshold: float | None, top_k: int | None) -> "Selection":
+        """The selection that a client asks for; InputError for values that make no sense."""
+        if threshold is not None and not math.isfinite(threshold):
+            raise InputError(f"threshold is {threshold}; expected a finite number")
+        if top_k is not None and top_k < 1:
+            raise InputError(f"top_k is {top_k}; expected at least 1")
+        if threshold is None:
+            default = 0.0 if scale == "logits" else 0.5
+            threshold = default if top_k is None else -math.inf
+        return cls(threshold, top_k)
+
+    def best(self, scores: np.ndarray) -> list[int]:
+        """Indices into scores (C,) that pass, the highest first and equals in the order of the labels."""
+        order = np.argsort(-scores, kind="stable")[: self.top_k]
+        # As float64, so that no reported score is below the threshold by a float32's rounding.
+        return [int(index) for index in order if float(scores[index]) >= self.threshold]
+
+    def count(self, scores: np.ndarray) -> int:
+        """How many of the scores (N, C) pass."""
+        passing = np.count_nonzero(scores >= np.float64(self.threshold), axis=-1)
+        return int((passing if self.top_k is None else np.minimum(passing, self.top_k)).sum())
+
+    def passing(self, scores: np.ndarray) -> Iterator[list[tuple[int, float]]]:
+        """Index and value of the scores (N, C) that pass, row by row, the highest of each row first.
+
+        Raises:
+            TooLargeError: there are more of them than the current request may ask for.
+            ClientGoneError, DeadlineError: the answer is no longer wanted.
+        """
+        request = current()
+        request.extend_answer(
+            SCORE_BYTES * self.count(scores),
+            "raise threshold or lower top_k to report fewer labels, or send the recording in pieces",
+        )
+        made = 0
+        for row in scores:
+            if made >= STEP:  # not before: an answer of a few lines is not worth another turn
+                request.checkpoint()
+                made = 0
+            best = [(index, float(row[index])) for index in self.best(row)]
+            made += len(best)
+            yield best

@@ -1,0 +1,253 @@
+"""One request, from its arrival to the end of its answer: id, deadline, limits, memory and timings.
+
+Code finds the request that it works for by context (`current`), as asyncio finds the timeout of a task. So the
+decoder, the windows and the batches can ask for it, and no function in between passes it on. Where no request is
+set, as on the command line, nothing is limited.
+"""
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Final
+
+from avex_serve.errors import ClientGoneError, DeadlineError, OverloadError, TooLargeError
+
+DECODE: Final = "decode"
+RESAMPLE: Final = "resample"
+QUEUE: Final = "queue"  # the request waits for a slot, or one of its batches for a thread
+INFER: Final = "infer"
+STAGES: Final = (DECODE, RESAMPLE, QUEUE, INFER)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much one request may ask for. Each check raises TooLargeError."""
+
+    seconds: float = math.inf  # of a recording
+    # Attention takes memory by the square of these two:
+    clip_seconds: float = math.inf  # of a clip that goes through the graph in one piece
+    steps: float = math.inf  # of a sequence of embeddings
+    decoded_bytes: float = math.inf  # of a recording: float32 samples of all channels
+    channels: float = math.inf
+    windows: float = math.inf  # of a recording
+    json_bytes: float = math.inf
+    answer_bytes: float = math.inf  # of memory for making an answer
+
+    def check_recording(self, frames: int, channels: int, sample_rate: int) -> None:
+        """Check a recording of which this many frames are known."""
+        if channels > self.channels:
+            raise TooLargeError(f"the recording has {channels} channels; expected at most {self.channels}")
+        if frames > self.seconds * sample_rate:
+            raise TooLargeError(f"the recording is longer than {self.seconds:g} s; send it in pieces")
+        if 4 * frames * channels > self.decoded_bytes:
+            raise TooLargeError(
+                f"the recording has more than {self.decoded_bytes} bytes once decoded; send it in pieces"
+            )
+
+    def check_clip(self, samples: int, sample_rate: int, window: int) -> None:
+        """Check a clip for the graph; a window of the model, in samples, is always allowed."""
+        longest = max(window / sample_rate, self.clip_seconds)
+        if samples > longest * sample_rate:
+            raise TooLargeError(
+                f"a clip of {samples} samples is longer than {longest:g} s; send shorter clips, or send the "
+                "recording itself, which the service cuts into windows"
+            )
+
+    def check_steps(self, count: int) -> None:
+        """Check the length of a sequence of embeddings."""
+        if count > self.steps:
+            raise TooLargeError(
+                f"a sequence has {count} embeddings; expected at most {self.steps}: send those of shorter clips"
+            )
+
+    def check_windows(self, count: int) -> None:
+        """Check the number of windows of a recording."""
+        if count > self.windows:
+            raise TooLargeError(
+                f"the recording has {count} windows; expected at most {self.windows}: send it in pieces, or with "
+                "less overlap"
+            )
+
+    def check_json(self, size: int) -> None:
+        """Check the bytes of a JSON document, which takes many times as much memory once it is parsed."""
+        if size > self.json_bytes:
+            raise TooLargeError(
+                f"the JSON has {size} bytes; expected at most {self.json_bytes}: send tensors in binary"
+            )
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What was done for a request. Threads add to it side by side: appending to a list is atomic."""
+
+    seconds: list[tuple[str, float]] = field(default_factory=list)  # (stage, seconds), one entry a measurement
+    batches: list[int] = field(default_factory=list)  # rows of each batch that was inferred
+    models: list[str] = field(default_factory=list)  # names of the models that inferred, one entry a batch
+
+    def totals(self) -> dict[str, float]:
+        """Seconds by stage; those of threads that ran side by side are added up."""
+        totals: dict[str, float] = {}
+        for stage, seconds in self.seconds:
+            totals[stage] = totals.get(stage, 0.0) + seconds
+        return totals
+
+
+class Memory:
+    """The bytes that all requests together may hold: their bodies, and what making their answers takes."""
+
+    def __init__(self, total: float = math.inf) -> None:
+        self.total = total
+        self._held = 0
+        self._lock = threading.Lock()
+
+    def check_room(self, size: int) -> None:
+        """Raise OverloadError if this many more bytes would be too many."""
+        if self._held + size > self.total:
+            raise OverloadError(
+                f"the service is busy: other requests hold all but {self.total - self._held} of its {self.total} "
+                "bytes for requests; try again later"
+            )
+
+    def reserve(self, size: int) -> None:
+        """Hold this many more bytes; raises as `check_room`."""
+        with self._lock:
+            self.check_room(size)
+            self._held += size
+
+    def release(self, size: int) -> None:
+        """Hold this many bytes less."""
+        with self._lock:
+            self._held -= size
+
+
+class Request:
+    """One request. `Admission` sets `yield_slot` while the request has a slot."""
+
+    def __init__(
+        self, id: str = "", limits: Limits | None = None, seconds: float = math.inf, memory: Memory | None = None
+    ) -> None:
+        """A request that arrives now.
+
+        Args:
+            id: what logs, spans and the client call it.
+            limits: how much it may ask for; None: anything.
+            seconds: until its answer is due.
+            memory: what it shares with all other requests; None: as much as it needs.
+        """
+        self.id = id
+        self.limits = limits or Limits()
+        self.timings = Timings()
+        self.yield_slot: Callable[[], None] = lambda: None
+        self._due = time.monotonic() + seconds
+        self._abandoned = False
+        self._wake: Callable[[], object] | None = None
+        self._memory = memory or Memory()
+        self._held_bytes = 0
+        self._answer_bytes = 0
+
+    # -- until when -----------------------------------------------------------------------------------------------
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until the answer is due, negative once it is late."""
+        return self._due - time.monotonic()
+
+    def limit_seconds(self, seconds: float | None) -> None:
+        """Expect the answer after at most this many seconds from now; None: the client sets no limit."""
+        if seconds is not None:
+            self._due = min(self._due, time.monotonic() + seconds)
+
+    def abandon(self) -> None:
+        """Note that nobody waits for the answer any more; ends `wait`."""
+        self._abandoned = True
+        if self._wake is not None:
+            self._wake()
+
+    def wait(self, event: threading.Event) -> None:
+        """Wait, in a thread, until the event is set, the request is abandoned or the answer is late."""
+        self._wake = event.set
+        while not self._abandoned and not event.is_set() and (remaining := self.remaining) > 0:
+            event.wait(min(remaining, threading.TIMEOUT_MAX))
+
+    def check_wanted(self) -> None:
+        """Raise ClientGoneError or DeadlineError unless the answer is still wanted."""
+        if self._abandoned:
+            raise ClientGoneError("the client closed the connection before its answer was ready")
+        if self.remaining <= 0:
+            raise DeadlineError("the answer was not ready in time; send a shorter recording, or allow more time")
+
+    def checkpoint(self) -> None:
+        """Between two pieces of work: let other requests work; raises as `check_wanted`."""
+        self.check_wanted()
+        self.yield_slot()
+        self.check_wanted()
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def check_memory(self, size: int) -> None:
+        """Raise OverloadError if the request could not hold this many bytes now."""
+        self._memory.check_room(size)
+
+    def reserve_memory(self, size: int) -> None:
+        """Hold this many more bytes until `release_memory`; OverloadError if all requests together hold too many."""
+        self._memory.reserve(size)
+        self._held_bytes += size
+
+    def release_memory(self) -> None:
+        """Give back all bytes, once the answer is sent."""
+        self._memory.release(self._held_bytes)
+        self._held_bytes = 0
+
+    def extend_answer(self, size: int, remedy: str) -> None:
+        """Before a part of the answer is made: reserve the memory that it takes.
+
+        Raises:
+            TooLargeError: the answer becomes too large; the message ends with the remedy.
+            OverloadError: all requests together hold too many bytes.
+        """
+        self._answer_bytes += size
+        if self._answer_bytes > self.limits.answer_bytes:
+            raise TooLargeError(
+                f"the answer takes {self._answer_bytes} bytes of memory; expected at most "
+                f"{self.limits.answer_bytes}: {remedy}"
+            )
+        self.reserve_memory(size)
+
+    # -- timings --------------------------------------------------------------------------------------------------
+
+    def begin(self, stage: str) -> Callable[[], None]:
+        """Start to measure a stage; call the result, in any thread, when the stage ends."""
+        start = time.perf_counter()
+        return lambda: self.timings.seconds.append((stage, time.perf_counter() - start))
+
+
+_current: ContextVar[Request | None] = ContextVar("avex_serve_request", default=None)
+
+
+def current() -> Request:
+    """The request that is being answered; one without limits where there is none."""
+    return _current.get() or Request()
+
+
+@contextlib.contextmanager
+def answering(request: Request) -> Iterator[None]:
+    """Make it the current request of the block, and of the tasks and threads that take over its context."""
+    token = _current.set(request)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Measure the block as a stage of the current request."""
+    end = current().begin(name)
+    try:
+        yield
+    finally:
+        end()
