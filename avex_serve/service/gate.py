@@ -22,7 +22,8 @@ class Gate:
     keys: Keys
     admission: Admission
     limits: Limits
-    memory: Memory
+    bodies: Memory
+    answers: Memory
     body_bytes: int  # of one body at most
     read_seconds: float  # for a body to arrive
     answer_seconds: float  # from arrival to answer
@@ -52,7 +53,8 @@ class Gate:
                 json_bytes=settings.max_json_bytes,
                 answer_bytes=settings.max_answer_bytes,
             ),
-            memory=Memory(settings.max_held_bytes),
+            bodies=Memory(settings.max_held_bytes, "bodies"),
+            answers=Memory(slots * settings.max_answer_bytes, "answers"),
             body_bytes=settings.max_body_bytes,
             read_seconds=settings.read_timeout_seconds,
             answer_seconds=settings.timeout_seconds,
@@ -60,7 +62,7 @@ class Gate:
 
     def request(self, id: str) -> Request:
         """The context of a request that arrives now."""
-        return Request(id, self.limits, self.answer_seconds, self.memory)
+        return Request(id, self.limits, self.answer_seconds, self.bodies, self.answers)
 
 
 def http_time_limit() -> float:

@@ -40,7 +40,7 @@ class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._gate = gate
         # How large a message is shows only once it has come whole: as many as may be held if all are of the largest
         # size. Those of other methods are small and come in one packet with the call.
-        slow = max(1, int(gate.memory.total // gate.body_bytes))
+        slow = max(1, int(gate.bodies.total // gate.body_bytes))
         self._work = _Arrivals(gate.read_seconds, slow)
         self._rest = _Arrivals(gate.read_seconds, 1)
 
@@ -91,7 +91,7 @@ class GrpcGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         data = await self._receive(method, context)
         if method != WORK and len(data) > CONTROL_BYTES:
             raise TooLargeError(f"the message has {len(data)} bytes; at most {CONTROL_BYTES} are taken here")
-        request.reserve_memory(len(data))
+        request.extend_body(len(data))
         try:
             async with asyncio.timeout(None if method in HEALTH else request.remaining):
                 return await answer(data, context)

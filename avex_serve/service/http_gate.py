@@ -136,7 +136,7 @@ class _Body:
     def _count(self, size: int) -> None:
         if self._size + size > self._gate.body_bytes:
             raise TooLargeError(_too_large(self._gate))
-        self._request.reserve_memory(size)
+        self._request.extend_body(size)
         self._size += size
 
 
@@ -144,7 +144,7 @@ def _check_length(gate: Gate, request: Request, length: str | None) -> None:
     if length is not None:  # the server has seen to it that it is a number
         if int(length) > gate.body_bytes:
             raise TooLargeError(_too_large(gate))
-        request.check_memory(int(length))
+        request.check_body(int(length))
 
 
 def _too_large(gate: Gate) -> str:

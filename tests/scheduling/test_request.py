@@ -162,7 +162,7 @@ def test_what_an_answer_takes_is_limited(audio_bundle, ask, size):
         with allow(answer_bytes=size - 1), pytest.raises(TooLargeError, match=f"takes {size} bytes"):
             ask(engine, wave)
         memory = Memory(size - 1)
-        request = Request(memory=memory)
+        request = Request(answers=memory)
         with answering(request), pytest.raises(OverloadError, match="other requests hold all but"):
             ask(engine, wave)
         request.release_memory()
@@ -237,16 +237,16 @@ def test_windows_of_a_short_recording_run_between_those_of_a_long_one(audio_bund
 
 def test_memory_is_shared_and_given_back():
     memory = Memory(10)
-    first, second = Request(memory=memory), Request(memory=memory)
-    first.reserve_memory(6)
+    first, second = Request(bodies=memory), Request(bodies=memory)
+    first.extend_body(6)
     with pytest.raises(OverloadError, match="all but 4 of its 10 bytes"):
-        second.reserve_memory(5)
-    second.reserve_memory(4)
+        second.extend_body(5)
+    second.extend_body(4)
     first.release_memory()
     first.release_memory()
-    second.check_memory(6)
+    second.check_body(6)
     with pytest.raises(OverloadError):
-        second.check_memory(7)
+        second.check_body(7)
 
 
 @pytest.mark.parametrize(("own", "clients", "left"), [(60, None, 60), (60, 5, 5), (5, 60, 5), (math.inf, 7, 7)])
