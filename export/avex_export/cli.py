@@ -11,9 +11,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from avex_export.memory import shortage_told
 from avex_serve.bundles.manifest import NAME_PATTERN
-from avex_serve.errors import AvexServeError, DependencyError, InputError
+from avex_serve.errors import AvexServeError, DependencyError, ExportError, InputError
 from avex_serve.terminal import drop_output, escape_unprintable
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ _BUNDLES = Path("export") / "bundles"
 _USUAL_PROBE = "linear_last"
 # Windows lacks the second.
 _ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# Torch and onnxruntime have no error class for a failed allocation.
+_NO_MEMORY = re.compile(r"can't allocate memory|failed to allocate memory|bad_alloc|bad allocation", re.IGNORECASE)
 _LONGEST_CLIP = 3600  # seconds; beyond it, numbers are slips of the keyboard that end in the allocator's messages
 
 
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     escape_unprintable()
     try:
-        with _ended_by_signals(), shortage_told():
+        with _ended_by_signals(), _memory_errors():
             _run(arguments)
     except AvexServeError as error:
         return _fail(str(error), error.exit_code)
@@ -87,6 +88,20 @@ def _ended_by_signals() -> Iterator[None]:
                 signal.signal(number, interrupt)
                 stack.callback(signal.signal, number, previous)
         yield
+
+
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn failed allocations of numpy, torch and onnxruntime into an ExportError with the remedy."""
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+            raise
+        raise ExportError(
+            "there is not enough memory: long clips take most of it; give a smaller --clip-seconds, or more memory. "
+            "Nothing was written"
+        ) from error
 
 
 def _say(text: str) -> None:

@@ -14,16 +14,13 @@ import torch
 from avex_export.assemble import assemble
 from avex_export.card import model_card
 from avex_export.cases import example_batch, example_inputs
+from avex_export.formats import Pt2Backend, write_onnx, write_pt2, write_torchscript
 from avex_export.graph import Assembly, Output, eager_graph, export_graph, half_graph
-from avex_export.int8 import gates
-from avex_export.int8.build import add_int8, find_clips, refuse_unfit
-from avex_export.onnx_graph import write_onnx
+from avex_export.int8 import add_int8, find_clips, gates, refuse_unfit
 from avex_export.output import parents_taken_back
 from avex_export.profile import gains_table, profile
 from avex_export.progress import Progress
-from avex_export.pt2 import Pt2Backend, write_pt2
 from avex_export.sources import Request
-from avex_export.torchscript import write_torchscript
 from avex_export.verify import Verification, compare, verify
 from avex_serve.audio import reader as audio
 from avex_serve.audio import waveform

@@ -1,4 +1,4 @@
-"""What is exported: probes with their weights, and the module that becomes a graph."""
+"""What is exported: probes with their weights, and the modules that become graphs."""
 
 import copy
 from collections.abc import Collection, Sequence
@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from avex_export.passes import Target, rewrite
-from avex_export.passes.half import halve
+from avex_export.passes import Target, halve, rewrite
 from avex_serve.errors import ExportError
 from avex_serve.models.probes import Probe
 from avex_serve.models.probes.base import Combined
@@ -23,17 +22,17 @@ class Head:
     probe: Probe
     labels: tuple[str, ...]
     trained: bool
-    reads: str | None  # digest of what makes the embedding that the head reads; None: unknown
-    pooled: str | None  # the same of the pooled embedding that is answered beside the logits
+    reads: str | None  # fingerprint of the embedding that is the head's input; None: unknown
+    pooled: str | None  # fingerprint of the pooled embedding that the graph returns with the logits
 
 
 @dataclass(frozen=True)
 class Output:
-    """An output of the graph: of which head, and what."""
+    """An output of the graph: which head it belongs to, and what it is."""
 
     name: str
     head: int
-    what: Literal["logits", "pooled", "features"]  # (B, C), (B, D), and what the head reads: (B, D) or (B, T, D)
+    what: Literal["logits", "pooled", "features"]  # (B, C); (B, D); the head's input, (B, D) or (B, T, D)
 
 
 @dataclass(frozen=True)
@@ -43,24 +42,24 @@ class Assembly:
     name: str
     heads: tuple[Head, ...]
     model: str
-    checkpoint: str | None  # of the backbone, as the manifest says it
+    checkpoint: str | None  # of the backbone, for the manifest
     licence: str
     clip_samples: int | None  # None: the input is embeddings
     sample_rate: int | None
     version: str = "1"
     half: bool = False  # whether the TorchScript graph is in float16
-    headless: bool = False  # whether only the embeddings that the heads read are answered
-    shortest_samples: int | None = None  # of a clip, where the graph takes clips of any length from there on
-    masked: bool = False  # whether the graph takes a padding mask beside the clips
+    headless: bool = False  # whether the graph returns the heads' inputs and no logits
+    shortest_samples: int | None = None  # of a clip, if the graph takes that and any longer one
+    masked: bool = False  # whether the graph takes a padding mask
 
     @property
     def probe(self) -> Probe:
-        """The first probe; all have their backbone and input in common."""
+        """The first probe; all share their backbone and input."""
         return self.heads[0].probe
 
     @property
     def probes(self) -> tuple[Probe, ...]:
-        """All of them."""
+        """All probes."""
         return tuple(head.probe for head in self.heads)
 
     @property
@@ -75,14 +74,14 @@ class Assembly:
 
     @property
     def outputs(self) -> tuple[Output, ...]:
-        """What the graph answers: the logits of each head, then the embeddings, each once."""
+        """The outputs of the graph: the logits of each head, then the embeddings, each once."""
         heads = [] if self.headless else [self._output(i, "logits") for i in range(len(self.heads))]
         return (*heads, *dict.fromkeys(self.embedding_of(i) for i in range(len(self.heads)) if self._embeds))
 
     def embedding_of(self, head: int) -> Output:
-        """The embedding of that head, which may be another's too; audio only."""
+        """The embedding of a head; heads may share it. Audio only."""
         digests = [each.reads if self.headless else each.pooled for each in self.heads]
-        # Heads that read the same are given the same output, by the name of the first of them.
+        # Heads with the same embedding share an output, which has the name of the first of them.
         first = head if digests[head] is None else digests.index(digests[head])
         what: Literal["features", "pooled"] = "features" if self.headless else "pooled"
         alone = digests[0] is not None and len(set(digests)) == 1
@@ -98,21 +97,21 @@ class Assembly:
 
 
 class AudioGraph(nn.Module):
-    """Waveform (B, S) → the outputs; front end, aggregation and heads in one, each probe by itself.
+    """Waveform (B, S) → the outputs: front end, backbone, aggregation and heads, with a pass for each probe.
 
-    If clips are padded, their mask (B, S) comes with them, bool, True where padded.
+    An optional mask (B, S) bool is True where clips are padded.
     """
 
     def __init__(self, probes: Sequence[Probe], outputs: Sequence[Output]) -> None:
         super().__init__()
         self.probes = nn.ModuleList(probes)
         self.answers = tuple(outputs)
-        self.passes: tuple[str, ...] = ()  # those that were applied
+        self.passes: tuple[str, ...] = ()  # names of the passes that were applied
         self.any_length = False  # whether clips may have any length
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Their names."""
+        """Names of the outputs."""
         return tuple(output.name for output in self.answers)
 
     def forward(self, waveform: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -121,7 +120,7 @@ class AudioGraph(nn.Module):
         return tuple(self._answer(output, *combined[output.head]) for output in self.answers)
 
     def combine(self, waveform: Tensor, padding_mask: Tensor | None = None) -> list[Combined]:
-        """What each head reads."""
+        """The input of each head."""
         return [self._probe(i).combine(waveform, padding_mask) for i in range(len(self.probes))]
 
     def _probe(self, index: int) -> Probe:
@@ -137,19 +136,19 @@ class AudioGraph(nn.Module):
 
 
 class OnePassGraph(AudioGraph):
-    """The same of copies of the probes, with one pass of their backbone for all heads."""
+    """The same for rewritten copies of the probes, with one pass of their backbone for all heads."""
 
     def __init__(self, target: Target, outputs: Sequence[Output]) -> None:
         super().__init__(target.probes, outputs)
         self.target = target
 
     def combine(self, waveform: Tensor, padding_mask: Tensor | None = None) -> list[Combined]:
-        """See `AudioGraph.combine`; if there is a mask, all probes exclude padding or none does."""
+        """See `AudioGraph.combine`. With a mask, all probes must exclude padding, or none."""
         model, probes = self.target.model, self.target.probes
         as_if_alone = padding_mask is not None and probes[0].exclude_padding
         tapped = model.pooled_taps(waveform, self.target.layers, padding_mask, as_if_alone=as_if_alone)
         if padding_mask is None and model.fills_clips:
-            # Nothing is padded but what the backbone adds to fill its clips up.
+            # The clips are whole, but the backbone pads them.
             padding_mask = torch.zeros_like(waveform, dtype=torch.bool)
         return [probe.combine_taps(tapped, padding_mask if probe.exclude_padding else None) for probe in probes]
 
@@ -173,14 +172,14 @@ Graph = AudioGraph | EmbeddingGraph
 
 
 def eager_graph(assembly: Assembly) -> Graph:
-    """The graph as the probes themselves compute it: what every format is compared to."""
+    """The graph that the probes themselves compute; every format is compared to it."""
     if assembly.clip_samples is None:
         return EmbeddingGraph(assembly.probe).eval()
     return AudioGraph(assembly.probes, assembly.outputs).eval()
 
 
 def export_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
-    """A copy of the graph, rewritten by all passes but those left out; see `avex_export.passes`."""
+    """A copy of the graph, rewritten by all passes except `without`; see `avex_export.passes`."""
     probes = copy.deepcopy(assembly.probes)
     graph: Graph
     if assembly.clip_samples is None:
@@ -189,8 +188,8 @@ def export_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
         copies = tuple(probe.eval() for probe in probes)
         target = Target(copies, assembly.clip_samples, assembly.any_length, assembly.masked)
         passes = rewrite(target, without)
-        # A backbone that extracts embeddings in its own way, for one probe at a time, is asked by the probe, and so
-        # is one that hears a mask in two ways.
+        # One pass can't serve all probes if the backbone extracts embeddings for one probe at a time, or if the
+        # probes use the mask in different ways.
         own_way = target.model.has_own_extraction() or (
             assembly.masked and len({probe.exclude_padding for probe in probes}) > 1
         )
@@ -200,7 +199,7 @@ def export_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
 
 
 def half_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
-    """A copy of the graph as `export_graph` makes it, in float16 but for its front end.
+    """`export_graph` in float16, except for its front end.
 
     Raises:
         ExportError: a head alone, or a backbone whose front end is not known.

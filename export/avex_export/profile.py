@@ -1,4 +1,4 @@
-"""Profiling: what each pass buys on this machine, and by how much it moves the numbers."""
+"""Profiling: how much faster each pass makes the graph on this machine, and how much it changes the numbers."""
 
 import statistics
 import tempfile
@@ -10,23 +10,23 @@ from pathlib import Path
 import numpy as np
 
 from avex_export.cases import example_inputs
+from avex_export.formats import write_onnx
 from avex_export.graph import Assembly, export_graph
-from avex_export.onnx_graph import write_onnx
 from avex_export.passes import CONSTANTS
 from avex_serve.evidence.cases import Gain
 from avex_serve.inference.onnx import OnnxBackend
 
-_ROUNDS = 9  # of which the median counts
+_ROUNDS = 9  # the median counts
 
 
 def profile(assembly: Assembly, without: Collection[str] = (), tell: Callable[[str], None] = print) -> list[Gain]:
     """Compare the graph with all passes to the graphs without each, on one clip and one thread.
 
-    The graphs take turns, so what else the machine does hits all of them; the median of the rounds counts.
+    The graphs take turns, so that other work on the machine slows all of them alike.
 
     Args:
         assembly: what is exported; its input is audio.
-        without: passes that are left out of all of them.
+        without: passes that all graphs leave out.
         tell: where progress goes.
     """
     applied = [*export_graph(assembly, without).passes, *({CONSTANTS} - {*without})]
@@ -60,7 +60,7 @@ def profile(assembly: Assembly, without: Collection[str] = (), tell: Callable[[s
 
 
 def gains_table(gains: Sequence[Gain]) -> str:
-    """As text."""
+    """The gains as text."""
     lines = [f"{'pass':16} {'speed-up':>8} {'difference':>11}"]
     lines += [f"{gain.name:16} {gain.speedup:8.3f} {gain.difference:11.1e}" for gain in gains]
     return "\n".join(lines)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from avex_export.cases import example_inputs, make_cases
+from avex_export.formats import meta_shapes
 from avex_export.graph import Assembly, Graph
 from avex_export.progress import bar
-from avex_export.torchscript import meta_shapes
 from avex_serve.bundles.manifest import TORCHSCRIPT, Manifest
 from avex_serve.bundles.reading import Bundle
 from avex_serve.evidence.cases import Case, CaseEntry, Check, Gain, Record, write_evidence

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from avex_export.architectures.efficientnet import PooledConvolution
 from avex_export.passes import Target, rewrite
-from avex_export.passes.efficientnet import PooledConvolution
 from avex_serve import open_bundle
 from avex_serve.bundles.reading import read_bundle
 from avex_serve.configs import ProbeConfig

@@ -15,8 +15,7 @@ from torch import nn
 from avex_export.graph import OnePassGraph
 from avex_export.int8 import gates
 from avex_export.int8.clips import built_in, from_recordings
-from avex_export.int8.products import Int8Linear, quantise
-from avex_export.int8.rounding import compensated, nearest, steps
+from avex_export.int8.products import Int8Linear, compensated, nearest, quantise, steps
 from avex_export.passes import Target, rewrite
 from avex_serve import open_bundle
 from avex_serve.bundles.manifest import VERIFICATION
@@ -185,8 +184,8 @@ def test_a_bundle_with_int8_serves_it_on_the_cpu(tmp_path, export, model, eat_mo
 
 def test_the_graph_computes_what_the_calibration_did(tmp_path, model, labels):
     from avex_export.assemble import assemble
+    from avex_export.formats import write_onnx
     from avex_export.graph import export_graph
-    from avex_export.onnx_graph import write_onnx
     from avex_export.recipes import find_recipe
     from avex_export.sources import Request
 

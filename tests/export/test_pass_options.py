@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from avex_export import onnx_graph
+from avex_export import formats
 from avex_export.passes import PASSES
 from avex_serve import open_bundle
 from avex_serve.bundles.reading import read_bundle
@@ -61,7 +61,7 @@ def test_profile_tells_what_each_pass_buys(export, tmp_path):
 
 @pytest.mark.parametrize("options", [[], ["--without=external-data"]])
 def test_large_weights_stand_beside_the_graph(export, tmp_path, monkeypatch, options):
-    monkeypatch.setattr(onnx_graph, "_LARGE", 10_000)
+    monkeypatch.setattr(formats, "_LARGE", 10_000)
     bundle = tmp_path / "bundle"
     assert export("--probe", "linear_last", "--format", "onnx", "--output", bundle, *options)[0] == 0
     beside = "model.onnx.data" in read_bundle(bundle).manifest.files

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from avex_export.passes.spectra import FoldedFramePower, ProductFramePower, ProductPower, fold_spectrogram
+from avex_export.architectures.spectra import use_products
 from avex_serve.configs import AudioConfig
 from avex_serve.models.frontends import EATFrontEnd, KaldiFbank, Spectrogram
 
@@ -14,10 +14,8 @@ BINS = 80  # Kaldi itself refuses the 128 bins of BEATs, some of which see no fr
 def fbank(power="fft", **options):
     settings = {"num_mel_bins": 128, "sample_frequency": 16000.0, "frame_length": 25.0, "frame_shift": 10.0}
     module = KaldiFbank(**{**settings, **options})
-    if power == "product":
-        module.power = ProductFramePower(module)
-    if power == "folded":
-        module.power = FoldedFramePower(module.power, module.window)
+    if power != "fft":
+        use_products(module, folded=power == "folded")
     return module
 
 
@@ -164,10 +162,8 @@ MEL = {"n_fft": 800, "hop_length": 160, "n_mels": 64}
 
 def spectrogram(power="fft", **fields):
     module = Spectrogram(AudioConfig(**{**MEL, **fields}))
-    if power == "product":
-        module.power = ProductPower(module.n_fft)
-    if power == "folded":
-        fold_spectrogram(module)
+    if power != "fft":
+        use_products(module, folded=power == "folded")
     return module
 
 

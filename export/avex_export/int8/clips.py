@@ -1,4 +1,4 @@
-"""What the products listen to while they are rounded, and other clips to judge the result on."""
+"""The clips to calibrate int8 on, and other clips to judge the result on."""
 
 import math
 from collections.abc import Iterator
@@ -15,21 +15,21 @@ from avex_serve.synthetic import LOWEST_SAMPLE_RATE, make_recording
 
 _T = TypeVar("_T")
 
-# Of a calibration, in as many clips as that makes, but for the limits. All are heard at once, so their number is
-# what it takes of memory: 3 GB for BEATs at 10 s.
+# Audio of a calibration, and limits of the number of its clips. They are one batch, so their number decides the
+# memory: 3 GB for BEATs at 10 s.
 _SECONDS = 80.0
 _FEWEST, _MOST = 8, 24
 HELD_OUT_CLIPS = 24
-# Fewer than that tell nothing about the distances between clips.
+# Fewer clips show nothing about the distances between clips.
 LEAST_CLIPS = 12
-# Of a large folder, files spread over it evenly.
+# At most this number of files, spread evenly over a large folder.
 _FILES = 200
-# Clips of the calibration that don't come from the recordings: sounds and noise at another level.
+# Clips of the calibration that are not from the recordings: sounds, and noise at another level.
 _BUILT_IN = 3
 
 
 class Clips(NamedTuple):
-    """Clips at the model's rate, and where they come from."""
+    """Clips at the model's rate, and their source."""
 
     calibration: np.ndarray  # (N, S) float32
     held_out: np.ndarray  # (M, S) float32
@@ -37,16 +37,16 @@ class Clips(NamedTuple):
 
 
 def built_in(samples: int, rate: int) -> Clips:
-    """Synthetic sounds; those held out are of other seeds."""
+    """Synthetic sounds; the held-out ones have other seeds."""
     calibration = [*_sounds(samples, rate, range(_wanted(samples, rate) - 1)), _noise(samples)]
     held_out = _sounds(samples, rate, range(1000, 1000 + HELD_OUT_CLIPS))
     return Clips(np.stack(calibration), np.stack(list(held_out)), "built-in sounds")
 
 
 def from_recordings(folder: Path, samples: int, rate: int) -> Clips:
-    """Clips of a folder's recordings, searched through with what is below it; every other clip is held out.
+    """Clips of the recordings in a folder and its subfolders; every other clip is held out.
 
-    A few built-in sounds are added to the calibration, so that what no recording holds isn't a surprise.
+    A few built-in sounds join the calibration, so that sounds that no recording has are covered too.
 
     Raises:
         InputError: no folder, or recordings of fewer than `LEAST_CLIPS` clips.
@@ -83,7 +83,7 @@ _SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff"}
 
 
 def _spread(things: list[_T], most: int) -> list[_T]:
-    """At most so many of the things, evenly spread."""
+    """At most `most` of the things, evenly spread."""
     if len(things) <= most:
         return things
     return [things[i * len(things) // most] for i in range(most)]
@@ -91,7 +91,7 @@ def _spread(things: list[_T], most: int) -> list[_T]:
 
 def _sounds(samples: int, rate: int, seeds: range) -> Iterator[np.ndarray]:
     for seed in seeds:
-        # A recording that is long enough to hold sounds, of which the clip is the beginning.
+        # The clip is the start of a recording that is long enough to hold sounds.
         seconds = max(samples / rate, 2.0)
         wave, _ = make_recording(seed, seconds=seconds, sample_rate=max(rate, LOWEST_SAMPLE_RATE))
         yield waveform.resample(wave, max(rate, LOWEST_SAMPLE_RATE), rate)[:samples]

@@ -9,17 +9,17 @@ from avex_serve.bundles.manifest import Activation, Agreement, Manifest
 from avex_serve.errors import ExportError
 from avex_serve.inference.backend import Backend
 
-# Means over the clips held out. The centred cosine is the hard one: embeddings of a transformer have most of their
-# length in common, and what tells clips apart is the rest.
+# Means over the held-out clips. The centred cosine is the hard one: a transformer's embeddings share most of their
+# length, and clips differ in the rest only.
 COSINE = 0.999
 CENTRED_COSINE = 0.99
 DECISIONS = 0.98
-# Embeddings are the same whose distances to their mean are no larger a part of their length: float32 ends there.
+# Embeddings are equal if their distances to the mean are at most this part of its length, the precision of float32.
 _SAME = 1e-5
 
 
 def text(agreement: Agreement) -> str:
-    """The figures with their gates."""
+    """The figures with their gates, as text."""
     decisions = ""
     if agreement.decisions is not None:
         decisions = f", same decisions {agreement.decisions:.1%} (gate {DECISIONS:.0%})"
@@ -35,19 +35,19 @@ def check(agreement: Agreement) -> None:
     decisions = 1.0 if agreement.decisions is None else agreement.decisions
     figures = agreement.cosine, agreement.centred_cosine, decisions
     gates = COSINE, CENTRED_COSINE, DECISIONS
-    # NaN is above no gate.
+    # In this form NaN fails.
     if not all(figure >= gate for figure, gate in zip(figures, gates, strict=True)):
         raise ExportError(
-            f"{text(agreement)}: this model can't be served in int8. Calibrate on recordings like those to be "
-            "served (--calibration DIR), or export without --quantize; nothing was written"
+            f"{text(agreement)}: this model can't be served in int8. Calibrate on recordings like those that you "
+            "will run it on (--calibration DIR), or export without --quantize; nothing was written"
         )
 
 
 def compare(exact: Backend, rounded: Backend, clips: np.ndarray, manifest: Manifest) -> Agreement:
-    """Run both graphs on clips (M, S), one by one as the service does; of several outputs the worst counts.
+    """Run both graphs on clips (M, S), one by one as the service does; the worst output counts.
 
     Raises:
-        ExportError: float32 can't tell the clips apart.
+        ExportError: all clips have the same embedding in float32.
     """
     runs = [(exact.run(clip[None]), rounded.run(clip[None])) for clip in bar(list(clips), "compare")]
     expected, found = (
@@ -60,7 +60,7 @@ def compare(exact: Backend, rounded: Backend, clips: np.ndarray, manifest: Manif
         mean = embeddings[0].mean(axis=0)
         if np.linalg.norm(embeddings[0] - mean, axis=1).max() <= _SAME * np.linalg.norm(mean):
             raise ExportError(
-                f"all {len(clips)} clips held out have the same embedding, so nothing tells whether int8 would keep "
+                f"all {len(clips)} clips held out have the same embedding, so they can't show whether int8 keeps "
                 "clips apart. Calibrate on recordings that differ (--calibration DIR); nothing was written"
             )
         cosines.append(_cosines(*embeddings))
@@ -84,5 +84,5 @@ def _cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _decisions(logits: np.ndarray, activation: Activation) -> np.ndarray:
-    """The label of each clip, or of each label whether it is heard: a score of 0.5, a logit of 0."""
+    """The best label of each clip, or whether each label is detected: a score of 0.5, a logit of 0."""
     return logits.argmax(axis=-1) if activation == "softmax" else logits >= 0

@@ -1,32 +1,35 @@
-"""Products in integers, and how those of a graph are turned into them."""
-
-from collections.abc import Sequence
+"""Products in integers: how a graph's linear maps become `Int8Linear`, one after the other."""
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from avex_export.architectures import architecture_of
 from avex_export.graph import AudioGraph
-from avex_export.int8.rounding import compensated, nearest, steps
 from avex_export.progress import counter
 from avex_serve.models.base_model import ModelBase
-from avex_serve.models.beats import BEATsModel
-from avex_serve.models.eat import EATModel
 from avex_serve.models.probes import Probe
 
-# How much of the activations' range is moved into the weights: one is chosen for each product. 0.5 is SmoothQuant's.
+# How much of the activations' range moves into the weights; each product uses the best. SmoothQuant's is 0.5.
 _STRENGTHS = (0.2, 0.35, 0.5, 0.65, 0.8)
-# Rows of each clip on which the choice is made.
+# Rows of each clip on which the best is chosen.
 _ROWS = 32
-# Channels that are nearly zero, of activations or weights, are smoothed no further than this.
+# Channels of activations or weights that are nearly zero count as this.
 _LEAST = 1e-5
+# Weights are -64 to 64. On CPUs with AVX2 but without VNNI, onnxruntime adds two products of 8 bits each in 16 bits.
+# With weights of 8 bits they saturate, and silently (255 * 127 * 2 > 2 ** 15; 255 * 64 * 2 is not).
+_LARGEST = 64
+# Added to the diagonal of the second moments, relative to its mean; GPTQ's value.
+_DAMPING = 0.01
+# Columns that are rounded before their errors reach the rest, for speed alone; GPTQ's value.
+_COLUMNS = 128
 
 
 class Int8Linear(nn.Module):
     """A linear map (B, T, K) → (B, T, N) of 8-bit activations, rounded at run time, with 7-bit weights.
 
-    The range of the activations is that of a whole call: batches of one clip, as the service runs them, are rounded
-    as the calibration did it. In a graph it is four standard operators, which onnxruntime fuses into one.
+    The activations' range is measured over a whole call. The service runs batches of one clip, which are therefore
+    rounded as in the calibration. In a graph this is four standard operators, which onnxruntime fuses into one.
     """
 
     smoothing: Tensor  # (K,) factors of the activations; the weights are divided by them
@@ -59,95 +62,89 @@ class Int8Linear(nn.Module):
 
 
 def quantised(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Activations (B, T, K) at 256 levels between the ends (B,) of each clip, as DynamicQuantizeLinear has them."""
+    """Activations (B, T, K) at 256 levels between the ends (B,) of each clip, as in DynamicQuantizeLinear."""
     low, high = low.clamp(max=0.0)[:, None, None], high.clamp(min=0.0)[:, None, None]
     step = ((high - low) / 255).clamp(min=1e-30)
     zero = (-low / step).round()
     return ((x / step).round() + zero).clamp(0, 255).sub(zero) * step
 
 
-class _Undecided(nn.Module):
-    """In place of a linear map: at its first call, which hears all clips, it becomes an `Int8Linear`."""
+class _Calibrating(nn.Module):
+    """Stands in for a linear map. Its first call gets all clips and makes the `Int8Linear` from them."""
 
     def __init__(self, linear: nn.Linear, mean: Tensor) -> None:
-        """Take the linear map and the mean (N,) of what it answers in float32."""
+        """Take the linear map and the mean (N,) of its output in float32."""
         super().__init__()
         self.linear, self.mean = linear, mean
-        self.decided: Int8Linear | None = None
+        self.made: Int8Linear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, K) → (B, T, N)."""
-        if self.decided is None:
-            self.decided = _decide(self.linear, x, self.mean)
-        return self.decided(x)
+        if self.made is None:
+            self.made = _calibrated(self.linear, x, self.mean)
+        return self.made(x)
 
 
 @torch.no_grad()
 def quantise(graph: AudioGraph, clips: Tensor) -> int:
     """Turn the products of a rewritten graph's transformer into integers, in place, one after the other.
 
-    Each is rounded on what it hears behind those that were rounded before it, and its bias takes up the mean of all
-    their errors. Products of one token a clip, behind the pooling, stay: they cost nothing. So does BEATs' small one
-    for each head of each token, where it isn't merged with the large ones.
+    Each is rounded on its inputs behind the products that were rounded before it, and its bias takes up the mean of
+    all their errors. Products of one token a clip, behind the pooling, stay in float32, since they cost nothing. So
+    does BEATs' small product for each head of each token, where it isn't merged with the large ones.
 
     Args:
-        graph: rewritten by `avex_export.passes`, on BEATs or EAT.
-        clips: (B, S) what to listen to; all are heard at once.
+        graph: rewritten by `avex_export.passes`, on an architecture with `Architecture.blocks`.
+        clips: (B, S) to calibrate on, in one batch.
 
     Returns:
-        How many products there are in integers.
+        The number of products in integers.
     """
-    means: dict[str, Tensor] = {}
     probe = graph.probes[0]
     assert isinstance(probe, Probe)
     model = probe.base_model
     assert model is not None
     linears = _linears(model)
-
-    def listen(name: str) -> RemovableHandle:
-        def hear(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.ndim == 3 and output.shape[1] > 1:
-                means[name] = output.flatten(0, 1).mean(dim=0)
-
-        return linears[name].register_forward_hook(hear)
-
-    handles = [listen(name) for name in linears]
-    graph.combine(clips)
-    for handle in handles:
-        handle.remove()
-    undecided = {name: _Undecided(linears[name], mean) for name, mean in means.items()}
-    with counter(len(undecided), "round to int8") as count:
-        for name, product in undecided.items():
+    means = _means(graph, clips, linears)
+    calibrating = {name: _Calibrating(linears[name], mean) for name, mean in means.items()}
+    with counter(len(calibrating), "round to int8") as count:
+        for name, product in calibrating.items():
             product.register_forward_hook(lambda *_: count())
-            _put(model, name, product)
+            model.set_submodule(name, product)
         graph.combine(clips)
-    for name, product in undecided.items():
-        assert product.decided is not None
-        _put(model, name, product.decided)
-    return len(undecided)
+    for name, product in calibrating.items():
+        assert product.made is not None
+        model.set_submodule(name, product.made)
+    return len(calibrating)
 
 
 def _linears(model: ModelBase) -> dict[str, nn.Linear]:
-    if isinstance(model, BEATsModel):
-        blocks: Sequence[nn.Module] = list(model.backbone.encoder.layers)
-        prefix = "backbone.encoder.layers"
-    else:
-        assert isinstance(model, EATModel)
-        blocks, prefix = list(model.backbone.model.blocks), "backbone.model.blocks"
-    return {
-        f"{prefix}.{i}.{name}": part
-        for i, block in enumerate(blocks)
-        for name, part in block.named_modules()
-        if isinstance(part, nn.Linear)
-    }
+    """The linear maps of the blocks by name."""
+    path = architecture_of(model).blocks
+    assert path is not None
+    parts = model.get_submodule(path).named_modules(prefix=path)
+    return {name: part for name, part in parts if isinstance(part, nn.Linear)}
 
 
-def _put(model: ModelBase, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+def _means(graph: AudioGraph, clips: Tensor, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:
+    """The mean output (N,) of each linear map that processes several tokens of a clip."""
+    means: dict[str, Tensor] = {}
+
+    def record(name: str) -> RemovableHandle:
+        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.ndim == 3 and output.shape[1] > 1:
+                means[name] = output.flatten(0, 1).mean(dim=0)
+
+        return linears[name].register_forward_hook(note)
+
+    handles = [record(name) for name in linears]
+    graph.combine(clips)
+    for handle in handles:
+        handle.remove()
+    return means
 
 
-def _decide(linear: nn.Linear, x: Tensor, mean: Tensor) -> Int8Linear:
+def _calibrated(linear: nn.Linear, x: Tensor, mean: Tensor) -> Int8Linear:
     smoothing = _smoothing(linear, x)
     weight = linear.weight / smoothing
     smooth = x * smoothing
@@ -158,7 +155,7 @@ def _decide(linear: nn.Linear, x: Tensor, mean: Tensor) -> Int8Linear:
 
 
 def _smoothing(linear: nn.Linear, x: Tensor) -> Tensor:
-    """Factors (K,) that level out the channels of x, at the expense of the weights, as far as it pays.
+    """Factors (K,) that even out the channels of x, at the expense of the weights, as far as it reduces the error.
 
     Source: Xiao et al., "SmoothQuant" (arXiv 2211.10438), the strength searched for each product.
     """
@@ -180,3 +177,50 @@ def _smoothing(linear: nn.Linear, x: Tensor) -> Tensor:
         return float((found - expected).square().sum())
 
     return min(candidates, key=error)
+
+
+def steps(weight: Tensor) -> Tensor:
+    """The step between neighbouring integers for each row of a weight (N, K): (N,)."""
+    largest = weight.abs().amax(dim=1)
+    return torch.where(largest > 0, largest, 1.0) / _LARGEST
+
+
+def nearest(weight: Tensor, step: Tensor) -> Tensor:
+    """The nearest integers (N, K), as floats, in steps (N,)."""
+    return (weight / step[:, None]).round().clamp(-_LARGEST, _LARGEST)
+
+
+def compensated(weight: Tensor, step: Tensor, inputs: Tensor) -> Tensor:
+    """Integers whose product with these inputs is near the weight's, rather than integers near the weight.
+
+    Columns are rounded one after the other, those with the strongest inputs first. The remaining columns take up the
+    error of each. Source: Frantar et al., "GPTQ" (arXiv 2210.17323), with its order by activation.
+
+    Args:
+        weight: (N, K).
+        step: (N,).
+        inputs: (R, K) rows that the product will get.
+
+    Returns:
+        (N, K) integers, as floats.
+    """
+    moments = inputs.T @ inputs / len(inputs)  # (K, K)
+    moments.diagonal().add_(_DAMPING * moments.diagonal().mean().clamp(min=1e-12))
+    order = moments.diagonal().argsort(descending=True)
+    moments = moments[order][:, order]
+    # Each row spreads the error of one column over the columns after it.
+    spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
+    rest = weight.T[order].contiguous()  # (K, N): a column of the weight is a row, which is contiguous
+    rounded = torch.empty_like(rest)
+    for start in range(0, len(rest), _COLUMNS):
+        end = min(start + _COLUMNS, len(rest))
+        within, block = spread[start:end, start:end], rest[start:end]
+        errors = torch.empty_like(block)
+        for i in range(end - start):
+            rounded[start + i] = (block[i] / step).round().clamp(-_LARGEST, _LARGEST)
+            errors[i] = (block[i] - rounded[start + i] * step) / within[i, i]
+            block[i + 1 :] -= within[i, i + 1 :, None] * errors[i]
+        rest[end:] -= spread[start:end, end:].T @ errors
+    integers = torch.empty_like(rounded)
+    integers[order] = rounded
+    return integers.T.contiguous()

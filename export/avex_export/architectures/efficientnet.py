@@ -1,21 +1,56 @@
-"""Passes over EfficientNet."""
+"""EfficientNet: how its graph is made fast."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from avex_export.passes.target import Target
+from avex_export.architectures.base import DEAD_LAYERS, POOLING, Architecture, Pass, Target
+from avex_export.architectures.spectra import FRONT_ENDS
 from avex_serve.models.efficientnet import Bottleneck, ConvNorm, EfficientNetModel, SqueezeExcite
-from avex_serve.models.layers import Taps
+from avex_serve.models.layers import BACKBONE, Taps
+
+IMAGE = Pass("image", "convolve the spectrogram once instead of three equal channels")
+BATCH_NORM = Pass("batch-norm", "fold batch norms into the convolutions before them")
+
+_FEATURES = "model.features"
+_STEM = f"{_FEATURES}.0"
 
 
-def fold_image_channels(target: Target) -> bool:
+def _model(target: Target) -> EfficientNetModel:
+    assert isinstance(target.model, EfficientNetModel)
+    return target.model
+
+
+def _drop_dead_layers(target: Target) -> bool:
+    model = _model(target)
+    model.model.classifier = None
+    if {"model.avgpool", BACKBONE}.isdisjoint(target.layers):  # else the last feature map is needed
+        _cut(model.model.features, _FEATURES, target.layers)
+    return True
+
+
+def _cut(chain: nn.ModuleList, name: str, layers: Iterable[str]) -> None:
+    """Drop what follows the deepest of the layers, in place."""
+    inside = [layer.removeprefix(f"{name}.") for layer in layers if layer.startswith(f"{name}.")]
+    if name in layers or not inside:
+        return
+    deepest = max(int(layer.partition(".")[0]) for layer in inside)
+    if isinstance(chain, ConvNorm) and deepest > 0:  # norm and activation go together
+        return
+    del chain[deepest + 1 :]
+    part, part_name = chain[deepest], f"{name}.{deepest}"
+    if isinstance(part, Bottleneck):
+        if {part_name, f"{part_name}.stochastic_depth"}.isdisjoint(layers):
+            _cut(part.block, f"{part_name}.block", layers)
+    elif isinstance(part, nn.ModuleList):
+        _cut(part, part_name, layers)
+
+
+def _merge_channels(target: Target) -> bool:
     """Give the first convolution the spectrogram once, with its weights summed, instead of three times."""
-    model = target.model
-    if not isinstance(model, EfficientNetModel):
-        return False
+    model = _model(target)
     first = model.model.features[0]
     assert isinstance(first, ConvNorm)
     stem = _convolution(first)
@@ -29,40 +64,39 @@ class MeanOverTime(nn.Module):
     """(B, C, H, W) → (B, C, H, 1)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mean over time, whose axis stays."""
+        """The mean over time; the axis stays."""
         return x.mean(dim=3, keepdim=True)
 
 
 class PooledGains(nn.Module):
     """Squeeze and excitation (B, C, H, W) → the same, and its mean over time (B, C, H).
 
-    The mean over time is a step on the way to the mean of a channel, so it costs nothing.
+    The mean of a channel is computed from the mean over time, which therefore costs nothing.
     """
 
     def __init__(self, part: SqueezeExcite) -> None:
         super().__init__()
         self.fc1, self.fc2 = part.fc1, part.fc2
-        self.over_time = MeanOverTime()
 
     def forward(self, x: Tensor, taps: Taps, name: str) -> tuple[Tensor, Tensor]:
         """Offers no layer."""
-        means = self.over_time(x)
+        means = x.mean(dim=3, keepdim=True)
         squeezed = nn.functional.silu(self.fc1(means.mean(dim=(2, 3), keepdim=True)))
         gains = self.fc2(squeezed).sigmoid()
         return x * gains, (means * gains).squeeze(3)
 
 
 class PooledConvolution(ConvNorm):
-    """Convolution and what follows; the convolution is tapped as what it makes of a mean over time, (B, C' * H)."""
+    """Convolution and what follows. The convolution's layer is its output for the mean over time, (B, C' * H)."""
 
-    weight: Tensor  # of the convolution before anything is folded into it
+    weight: Tensor  # of the convolution, without the norm that may be folded into it later
 
     def __init__(self, part: ConvNorm) -> None:
         nn.ModuleList.__init__(self, part)
         self.register_buffer("weight", _convolution(part).weight.detach())
 
     def offer(self, pooled: Tensor, x: Tensor, taps: Taps, name: str) -> Tensor:
-        """Offer what it makes of the mean (B, C', H, …), and go on with the convolution's input."""
+        """Offer the pooled output (B, C', H, …), and compute what follows from the convolution's input."""
         taps(f"{name}.0", pooled.reshape(-1, pooled.shape[1] * pooled.shape[2]))
         if not taps.complete:
             for part in self:
@@ -82,7 +116,7 @@ class PooledProjection(PooledConvolution):
 class PooledStem(PooledConvolution):
     """The first convolution and what follows.
 
-    Each column of the kernel sees other frames of the image, so the mean is one for each of them.
+    Each column of the kernel sees other frames of the image, so each has a mean of its own.
     """
 
     seen: Tensor  # (frames, kernel): 1 where a column of the kernel sees a frame
@@ -109,14 +143,15 @@ class PooledStem(PooledConvolution):
         return self.offer(pooled, x, taps, name)
 
 
-def pool_before_convolutions(target: Target, model: EfficientNetModel) -> bool:
-    """Take the mean over time before tapped convolutions instead of after them, where all that is tapped is such.
+def _pool(target: Target) -> bool:
+    """Take the mean over time before tapped convolutions instead of after them, if nothing else is tapped.
 
-    Before the stem only in clips of one length.
+    The mean commutes with a convolution. Before the stem this works in clips of one length only.
     """
-    layers, modules = target.layers, dict(model.named_modules())
-    if not all(isinstance(modules.get(layer), nn.Conv2d) for layer in layers):
-        return False  # parts of the network end later than they begin
+    model, layers = _model(target), target.layers
+    modules = dict(model.named_modules())
+    if target.pooling != "mean" or not all(isinstance(modules.get(layer), nn.Conv2d) for layer in layers):
+        return False
     spectrogram, stem = model.audio_spectrogram, model.model.features[0]
     assert spectrogram is not None
     assert isinstance(stem, ConvNorm)
@@ -131,9 +166,9 @@ def pool_before_convolutions(target: Target, model: EfficientNetModel) -> bool:
             size = _strided(size, _convolution(filtering))
             if _pool_bottleneck(part, name, size, layers):
                 pooled.add(f"{name}.block.{part.last_part}.0")
-    if "model.features.0.0" in layers and not target.any_length:
+    if f"{_STEM}.0" in layers and not target.any_length:
         model.model.features[0] = PooledStem(stem, frames)
-        pooled.add("model.features.0.0")
+        pooled.add(f"{_STEM}.0")
     deepest = max(layers, key=list(modules).index)
     convolution, part = modules[deepest], modules[deepest.rpartition(".")[0]]
     assert isinstance(convolution, nn.Conv2d)
@@ -145,7 +180,7 @@ def pool_before_convolutions(target: Target, model: EfficientNetModel) -> bool:
 
 
 def _pool_bottleneck(part: Bottleneck, name: str, size: tuple[int, int], layers: Sequence[str]) -> bool:
-    """Pool before the convolution that ends a bottleneck, if it is tapped and that saves work."""
+    """Pool before the convolution that ends a bottleneck, if it is tapped and pooling saves work."""
     end = part.last_part
     gains = f"{name}.block.{end - 1}"
     if f"{name}.block.{end}.0" not in layers or any(layer.startswith(f"{gains}.") for layer in layers):
@@ -154,7 +189,7 @@ def _pool_bottleneck(part: Bottleneck, name: str, size: tuple[int, int], layers:
     assert isinstance(squeeze, SqueezeExcite)
     assert isinstance(projection, ConvNorm)
     if _convolution(projection).in_channels > 2 * size[0] * size[1]:
-        return False  # its weights are larger than what it gives, whose mean is then soon taken
+        return False  # its weights are larger than its output, whose mean is then cheap
     part.block[end - 1], part.block[end] = PooledGains(squeeze), PooledProjection(projection)
     return True
 
@@ -163,12 +198,9 @@ def _strided(size: tuple[int, int], convolution: nn.Conv2d) -> tuple[int, int]:
     return -(-size[0] // convolution.stride[0]), -(-size[1] // convolution.stride[1])
 
 
-def fold_batch_norms(target: Target) -> bool:
-    """Fold each batch norm into its convolution, unless the convolution itself is tapped, before the norm."""
-    model = target.model
-    if not isinstance(model, EfficientNetModel):
-        return False
-    for name, part in model.model.named_modules(prefix="model"):
+def _fold_batch_norms(target: Target) -> bool:
+    """Fold each batch norm into its convolution, unless the convolution's own output is tapped."""
+    for name, part in _model(target).model.named_modules(prefix="model"):
         if not isinstance(part, ConvNorm) or len(part) == 1:
             continue
         if isinstance(part, PooledConvolution) or f"{name}.0" not in target.layers:
@@ -176,15 +208,10 @@ def fold_batch_norms(target: Target) -> bool:
             assert isinstance(norm, nn.BatchNorm2d)
             part[0] = fuse_conv_bn_eval(_convolution(part), norm)
             part[1] = nn.Identity()
-        else:
-            _add_bias(part)
+        else:  # without a bias, the graph makes zeros at each run, and onnxruntime can't block the convolution
+            zeros = torch.zeros(_convolution(part).out_channels)
+            _convolution(part).bias = nn.Parameter(zeros, requires_grad=False)
     return True
-
-
-def _add_bias(part: ConvNorm) -> None:
-    """Zeros: without them the graph would make them in each run, and onnxruntime can't block such a convolution."""
-    convolution = _convolution(part)
-    convolution.bias = nn.Parameter(torch.zeros(convolution.out_channels), requires_grad=False)
 
 
 def _convolution(part: ConvNorm) -> nn.Conv2d:
@@ -193,3 +220,22 @@ def _convolution(part: ConvNorm) -> nn.Conv2d:
         *_, convolution = convolution  # behind `MeanOverTime`
     assert isinstance(convolution, nn.Conv2d)
     return convolution
+
+
+EFFICIENTNET = Architecture(
+    name="EfficientNet",
+    backbone=EfficientNetModel,
+    passes={
+        DEAD_LAYERS: _drop_dead_layers,
+        **FRONT_ENDS,
+        IMAGE: _merge_channels,
+        POOLING: _pool,
+        BATCH_NORM: _fold_batch_norms,
+    },
+    network=_STEM,
+    refusals={
+        "--padding-mask": "EfficientNet has no use for one, since its convolutions process every sample",
+        "--quantize": "EfficientNet has no int8 graph: on CPUs with AVX2 alone its convolutions are slower in "
+        "integers than in float32, and its embeddings are wrong (cosine 0.6)",
+    },
+)
