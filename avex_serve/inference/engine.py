@@ -254,7 +254,7 @@ class Engine:
 
     def graph_inputs(self, batch: np.ndarray, padding_mask: np.ndarray | None) -> Inputs:
         """What the backend runs on: the batch and, if the graph takes one, the mask, by default of no padding."""
-        if not self.manifest.masked:
+        if not self.manifest.takes_padding_mask:
             return (batch,)
         return batch, np.zeros(batch.shape, bool) if padding_mask is None else padding_mask
 
@@ -296,7 +296,7 @@ class Engine:
             allowance.current().check_steps(batch.shape[1])
 
     def _check_mask(self, mask: np.ndarray, batch: np.ndarray) -> None:
-        if not self.manifest.masked:
+        if not self.manifest.takes_padding_mask:
             raise UnsupportedError(
                 f"bundle {self.manifest.name} takes no padding mask; leave it out, or export with --padding-mask"
             )
@@ -350,7 +350,7 @@ class Engine:
         plan = plan_windows(total, spec.window_samples, spec.sample_rate, overlap, spec.shortest_samples)
         allowance.current().check_windows(len(plan.starts))
         wave = waveform.resample(wave, recording.sample_rate, spec.sample_rate)
-        return plan, plan.batches(wave, self.backend.max_batch, masked=self.manifest.masked)
+        return plan, plan.batches(wave, self.backend.max_batch, masked=self.manifest.takes_padding_mask)
 
     def _audio_spec(self) -> AudioSpec:
         if self.manifest.audio is None:

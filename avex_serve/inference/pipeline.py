@@ -190,9 +190,11 @@ def _heads(audio: Manifest, reader: Manifest) -> list[tuple[ProbeInfo, str]]:
 
 def _output(audio: Manifest, reader: Manifest, head: ProbeInfo) -> str | None:
     """The output of the audio bundle that the head of the other one reads."""
-    if reader.kind == "embedding" and head.reads is not None:
+    if reader.kind == "embedding" and head.input_fingerprint is not None:
         for info in audio.embeddings:
-            if info.fingerprint == head.reads and _fits(audio.output(info.output).shape, reader.inputs[0].shape):
+            if info.fingerprint == head.input_fingerprint and _fits(
+                audio.output(info.output).shape, reader.inputs[0].shape
+            ):
                 return info.output
     return None
 
@@ -203,7 +205,7 @@ def _fits(made: tuple[int, ...], taken: tuple[int, ...]) -> bool:
 
 def _why_none(repository: Repository, reader: Manifest, head: ProbeInfo) -> str:
     takes = f"bundle {reader.name} takes embeddings, not audio"
-    if head.reads is None:
+    if head.input_fingerprint is None:
         return (
             f"{takes}, and doesn't know which backbone makes those that its probe {head.name} reads; use classify, "
             "or export the probe with its backbone"
@@ -215,6 +217,6 @@ def _why_none(repository: Repository, reader: Manifest, head: ProbeInfo) -> str:
     ]
     return (
         f"{takes}, and no audio bundle here makes those that its probe {head.name} reads, with the fingerprint "
-        f"{head.reads[:12]} {list(reader.inputs[0].shape)}: {', '.join(made) or 'there is none'}; "
+        f"{head.input_fingerprint[:12]} {list(reader.inputs[0].shape)}: {', '.join(made) or 'there is none'}; "
         "use classify, or serve an audio bundle of the same backbone and layers"
     )
