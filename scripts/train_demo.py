@@ -1,8 +1,7 @@
-"""Train the demo model: synthesise sounds, train the backbone, train the ten probes on it, print how well they do.
+"""Train the demo model: synthesise sounds, train the backbone and the ten probes on it, and print their accuracy.
 
-``python scripts/train_demo.py`` takes minutes on two CPU cores and writes, into the package,
-``official_models/avex_demo.safetensors`` and ``demo/probes/<name>``. The model is for trying the software, not for
-the field.
+``python scripts/train_demo.py`` takes minutes on two CPU cores. It writes ``official_models/avex_demo.safetensors``
+and ``demo/probes/<name>`` into the package. The model is for trying the software, not for the field.
 """
 
 import argparse
@@ -35,41 +34,41 @@ SAMPLE_RATE = 16000  # Hz
 CLASSES = len(LABELS)
 SOUNDS_IN_A_CLIP = (0.1, 0.7, 0.2)  # probability of none, one, two
 SNR_DB = (-5.0, 25.0)
-# Some clips are shorter and padded with zeros, as the last window of a recording is.
+# Some clips are shorter and padded with zeros, like the last window of a recording.
 SHORTER, SHORTEST_SECONDS = 0.15, 0.8
 
 BACKBONE_CLIPS, PROBE_CLIPS, TEST_CLIPS = 16000, 4000, 1200
 BATCH = 16
 BACKBONE_EPOCHS = 5
-# A head on the mean over time costs next to nothing, one that reads the sequence as much as a block of the backbone.
+# A head on the mean over time costs next to nothing; one on the sequence costs as much as a block of the backbone.
 POOLED_EPOCHS, SEQUENCE_EPOCHS = 20, 2
 BACKBONE_RATE, PROBE_RATE = 1e-3, 3e-3
 THREADS = 2
 
-# A token hears 16 frames of 10 ms and 16 of the 128 mel bins; tokens are ordered by time, then by frequency.
+# A token covers 16 frames of 10 ms and 16 of the 128 mel bins; tokens are ordered by time, then by frequency.
 STEP_SECONDS, BANDS, PATCH = 0.16, 8, 16
 STEPS = int(WINDOW_SECONDS / STEP_SECONDS)
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Clips with what is in them."""
+    """Clips and the sounds in them."""
 
     waves: Tensor  # (N, S) float32 in [-1, 1]
-    targets: Tensor  # (N, classes) 1 where the clip has the sound
-    step_targets: Tensor  # (N, STEPS, classes) 1 where the sound is there during that time step
+    targets: Tensor  # (N, classes) 1 if the clip has the sound
+    step_targets: Tensor  # (N, STEPS, classes) 1 if the time step has the sound
     snr_db: NDArray[np.float64]  # (N,)
 
     @property
     def single(self) -> NDArray[np.bool_]:
-        """(N,) which of them have one sound."""
+        """(N,) whether a clip has exactly one sound."""
         return self.targets.sum(dim=1).numpy() == 1
 
 
 def main() -> None:
     """Train, save and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "avex_serve", help="where the weights go")
+    parser.add_argument("--output", type=Path, default=ROOT / "avex_serve", help="folder for the weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
@@ -105,13 +104,13 @@ def main() -> None:
 
 
 class Clock:
-    """Prints what was done, and when."""
+    """Prints the finished steps with the time."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
 
     def say(self, what: str) -> None:
-        """Print it with the seconds since the start."""
+        """Print a step with the seconds since the start."""
         print(f"{time.monotonic() - self._start:5.0f} s  {what}", flush=True)
 
 
@@ -119,7 +118,7 @@ class Clock:
 
 
 def synthesise(rng: Generator, count: int) -> Clips:
-    """That many clips of a window's length, with none, one or two sounds each."""
+    """`count` clips of a window's length, with none, one or two sounds each."""
     waves = torch.zeros(count, int(WINDOW_SECONDS * SAMPLE_RATE))
     step_targets = torch.zeros(count, STEPS, CLASSES)
     snr_db = rng.uniform(*SNR_DB, size=count)
@@ -141,10 +140,10 @@ def _steps(event: Event) -> slice:
 
 
 def train_backbone(clips: Clips, clock: Clock) -> ModelBase:
-    """Train it end to end, with linear heads that are thrown away.
+    """Train it end to end, with three linear heads that are not kept.
 
     One head is on the mean of the last layer that probes tap, one on the mean of the output, and one on the output
-    of each time step. The last one is told when a sound is there: with it, half as many clips do.
+    of each time step. The targets of the last one say when a sound occurs, which halves the number of clips needed.
     """
     spec = get_model_spec(MODEL)
     assert spec is not None
@@ -172,7 +171,7 @@ def train_backbone(clips: Clips, clock: Clock) -> ModelBase:
 def start_with_cosines(patch_embedding: nn.Conv2d) -> None:
     """Start with the slowest two-dimensional cosines as filters, without the constant one.
 
-    So the patch embedding is blind to the level from the start, and training needs fewer clips.
+    The patch embedding then ignores the level from the start, and training needs fewer clips.
     """
     place = (np.arange(PATCH) + 0.5) / PATCH
     cosines = np.cos(np.pi * np.arange(PATCH)[:, None] * place)  # (order, place)
@@ -184,7 +183,7 @@ def start_with_cosines(patch_embedding: nn.Conv2d) -> None:
 
 
 def save_backbone(base: ModelBase, path: Path) -> None:
-    """Write its weights; cloned, since the blocks share one table of positions and safetensors stores none twice."""
+    """Write its weights; cloned, since the blocks share a table and safetensors stores no tensor twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().clone().contiguous() for name, tensor in base.state_dict().items()}
     about = {"format": "pt", "description": "backbone of avex_demo, made by scripts/train_demo.py", "licence": "MIT"}
@@ -202,14 +201,14 @@ def tap_all(base: ModelBase, waves: Tensor, layers: list[str]) -> dict[str, Tens
 
 
 def input_of(probe: Probe, embeddings: dict[str, Tensor]) -> list[Tensor]:
-    """What the offline twin of that probe reads, each (N, ...): its layers, aggregated as its backbone would."""
+    """The inputs (N, ...) of the probe's offline twin: its layers, aggregated as the probe does it."""
     assert probe.config is not None
     merged = concatenate([embeddings[layer] for layer in probe.layers], probe.config.aggregation)
     return merged if isinstance(merged, list) else [merged]
 
 
 def train_head(probe: Probe, embeddings: dict[str, Tensor], targets: Tensor, name: str, clock: Clock) -> Probe:
-    """Train an offline twin of the probe on stored embeddings, which costs no pass through the backbone."""
+    """Train an offline twin of the probe on stored embeddings, without running the backbone."""
     assert probe.config is not None
     twin = build_probe_from_config(probe.config, CLASSES, "cpu", input_dim=probe.input_dim).train()
     stored = input_of(probe, embeddings)
@@ -231,7 +230,7 @@ def predict(head: Probe, embeddings: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def check_agreement(probe: Probe, logits: Tensor, waves: Tensor) -> None:
-    """Raise AssertionError unless the probe on its backbone says what its head said of stored embeddings."""
+    """Raise AssertionError unless the probe on its backbone has the logits of its head on stored embeddings."""
     torch.testing.assert_close(probe(waves[:BATCH]), logits[:BATCH], rtol=1e-4, atol=1e-4)
 
 
@@ -264,7 +263,7 @@ def fit(
             clock.say(f"{name}: epoch {epoch + 1} of {epochs}, loss {total / (count // BATCH):.4f}")
 
 
-# -- how well it does -------------------------------------------------------------------------------------------
+# -- accuracy ---------------------------------------------------------------------------------------------------
 
 HEADER = f"""{"":16} |  top-1 of one sound, by SNR in dB  | named | false | macro
 {"probe":16} |   all    below 0   0-10  above 10 | >= .5 | alarm |  AP"""
@@ -273,8 +272,8 @@ HEADER = f"""{"":16} |  top-1 of one sound, by SNR in dB  | named | false | macr
 def evaluate(name: str, logits: Tensor, clips: Clips) -> str:
     """A row of the table.
 
-    Top-1 accuracy on clips with one sound; of those above 10 dB, the share whose sound scores at least 0.5; of all
-    clips, the share where a sound that is not there does; average precision on all clips, averaged over the classes.
+    Top-1 accuracy on clips with one sound; among those above 10 dB, the share whose sound scores at least 0.5; among
+    all clips, the share in which an absent sound does; average precision on all clips, averaged over the classes.
     """
     scores, targets = logits.sigmoid().numpy(), clips.targets.numpy()
     right = scores.argmax(axis=1) == targets.argmax(axis=1)
@@ -289,7 +288,7 @@ def evaluate(name: str, logits: Tensor, clips: Clips) -> str:
 
 
 def average_precision(scores: NDArray[np.float32], targets: NDArray[np.float32]) -> float:
-    """Mean, over the clips (N,) that have the sound, of the precision among those that score no less."""
+    """Mean, over the clips (N,) with the sound, of the precision among those with at least the same score."""
     ranked = targets[np.argsort(-scores, kind="stable")]
     precision = np.cumsum(ranked) / np.arange(1, ranked.size + 1)
     return float(precision[ranked == 1].mean())

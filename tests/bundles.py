@@ -4,11 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from avex_serve.bundles.manifest import MANIFEST, ONNX
+from avex_serve.bundles.manifest import MANIFEST, ONNX, Manifest
 from avex_serve.bundles.reading import sha256_of
 from avex_serve.bundles.sealing import atomic_directory, seal_bundle
 
@@ -208,7 +209,8 @@ def _write(target: Path, labels: dict, graph: onnx.GraphProto, **fields) -> Path
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     with atomic_directory(target, marker=MANIFEST) as folder:
         onnx.save(model, str(folder / ONNX))
-        seal_bundle(folder, labels, {**fields, "model": "tiny", "licence": "MIT", "tools": {}})
+        known = {"model": "tiny", "licence": "MIT", "tools": {}, "files": {}}
+        seal_bundle(folder, labels, msgspec.convert({**fields, **known}, Manifest))
     return target
 
 

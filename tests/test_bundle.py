@@ -7,9 +7,10 @@ import shutil
 import msgspec
 import pytest
 
-from avex_serve.bundles.manifest import LABELS, MANIFEST, ONNX, ONNX_INT8, TORCHSCRIPT
-from avex_serve.bundles.reading import parse_labels, read_bundle, sha256_of
-from avex_serve.bundles.sealing import atomic_directory, dump_labels, seal_bundle
+from avex_serve.bundles.labels import dump_labels, parse_labels
+from avex_serve.bundles.manifest import LABELS, MANIFEST, ONNX, ONNX_INT8, TORCHSCRIPT, Manifest
+from avex_serve.bundles.reading import read_bundle, sha256_of
+from avex_serve.bundles.sealing import atomic_directory, seal_bundle
 from avex_serve.errors import BundleError
 from tests.bundles import DIM, PROBE, WINDOW, copy_bundle, replace_file
 from tests.bundles import LABELS as NAMES
@@ -41,6 +42,7 @@ FIELDS = {
     "checkpoint": "hf://owner/repository/model.safetensors@0123",
     "tools": {"torch": "2.8"},
 }
+FULL = msgspec.convert({**FIELDS, "files": {}}, Manifest)
 INT8 = {
     "kind": "int8",
     "weight_bits": 7,
@@ -86,9 +88,10 @@ def test_reads_what_was_written(tmp_path):
         (folder / ONNX_INT8).write_bytes(b"small graph")
         (folder / "README.md").write_text("card")
         quantisation = {"file": ONNX_INT8, **INT8}
-        sealed = seal_bundle(folder, {"mlp": UNICODE}, FIELDS | {"quantisation": quantisation})
+        manifest = msgspec.convert({**FIELDS, "files": {}, "quantisation": quantisation}, Manifest)
+        sealed = seal_bundle(folder, {"mlp": UNICODE}, manifest)
     bundle = read_bundle(str(tmp_path / "full"))
-    assert bundle.manifest == sealed
+    assert bundle.manifest == sealed.manifest
     assert bundle.labels == {"mlp": UNICODE}
     assert bundle.digest == hashlib.sha256((tmp_path / "full" / MANIFEST).read_bytes()).hexdigest()
     assert bundle.manifest.files == {
@@ -114,9 +117,7 @@ def test_writing_what_was_read_gives_the_same_bytes(tmp_path, audio_bundle):
     read = read_bundle(audio_bundle)
     again = tmp_path / "again"
     shutil.copytree(audio_bundle, again, ignore=shutil.ignore_patterns(MANIFEST, LABELS))
-    fields = msgspec.to_builtins(read.manifest)
-    del fields["files"]
-    seal_bundle(again, read.labels, fields)
+    seal_bundle(again, read.labels, read.manifest)
     for name in (MANIFEST, LABELS):
         assert (again / name).read_bytes() == (audio_bundle / name).read_bytes()
     assert read_bundle(again).digest == read.digest
@@ -199,17 +200,17 @@ def test_refuses_an_unknown_schema_version(tmp_path, audio_bundle, version):
         ({"name": ""}, "name"),
         ({"version": "a/b"}, "version"),
         ({"kind": "video"}, "kind"),
-        ({"kind": "embedding"}, "don't go together"),
-        ({"audio": None}, "don't go together"),
+        ({"kind": "embedding"}, "don't fit together"),
+        ({"audio": None}, "don't fit together"),
         ({"probes": [HEAD | {"activation": "relu"}]}, "activation"),
         ({"probes": [HEAD | {"classes": 4}]}, "4 labels for logits of width 3"),
         ({"probes": [HEAD | {"classes": 0}]}, "classes"),
         ({"probes": [HEAD | {"reads": "abc"}]}, "reads"),
         ({"probes": [HEAD | {"logits": "others"}]}, "no output 'others'"),
-        ({"probes": [HEAD | {"embedding": None}]}, "don't go together"),
+        ({"probes": [HEAD | {"embedding": None}]}, "don't fit together"),
         ({"probes": [HEAD | {"embedding": "logits"}]}, "['logits'] are not among the embeddings"),
         ({"probes": [HEAD, HEAD]}, "probes of the same name: ['linear', 'linear']"),
-        ({"probes": [], "embeddings": []}, "answer nothing"),
+        ({"probes": [], "embeddings": []}, "return nothing"),
         ({"embeddings": [{"output": "x", "layers": []}, EMBEDDING]}, "no output 'x'"),
         ({"activation": "sigmoid"}, "activation"),
         ({"outputs": [{"name": "embedding", "shape": [-1, DIM]}]}, "no output 'logits'"),
@@ -300,21 +301,27 @@ def test_dumped_labels_are_the_flat_map_that_avex_reads():
 
 def test_writing_refuses_labels_twice(tmp_path):
     with pytest.raises(BundleError, match=r"more than once: \['b'\]"):
-        seal_bundle(tmp_path, {"mlp": ("a", "b", "b")}, FIELDS)
+        seal_bundle(tmp_path, {"mlp": ("a", "b", "b")}, FULL)
     assert not (tmp_path / MANIFEST).exists()
 
 
-@pytest.mark.parametrize("changes", [{"kind": "embedding"}, {"surprise": 1}], ids=str)
-def test_writing_refuses_fields_that_make_no_manifest(tmp_path, changes):
+@pytest.mark.parametrize("changes", [{"name": "a/b"}, {"half": 1}, {"tools": {"a": 1j}}], ids=str)
+def test_writing_refuses_fields_of_another_type_before_it_writes_anything(tmp_path, changes):
+    manifest = msgspec.structs.replace(FULL, **changes)
     with pytest.raises(BundleError, match="make no manifest"):
-        seal_bundle(tmp_path, {"mlp": NAMES}, FIELDS | changes)
-    assert not (tmp_path / MANIFEST).exists()
+        seal_bundle(tmp_path, {"mlp": NAMES}, manifest)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fields_that_do_not_fit_together_make_no_manifest():
+    with pytest.raises(BundleError, match="don't fit together"):
+        msgspec.structs.replace(FULL, kind="embedding")
 
 
 def test_writing_refuses_a_file_that_no_manifest_can_list(tmp_path):
     (tmp_path / ".hidden").write_text("")
     with pytest.raises(BundleError, match="hidden"):
-        seal_bundle(tmp_path, {"mlp": NAMES}, FIELDS)
+        seal_bundle(tmp_path, {"mlp": NAMES}, FULL)
 
 
 def test_sha256_of_a_file(tmp_path):
@@ -364,6 +371,19 @@ def test_atomic_directory_leaves_nothing_after_an_exception(tmp_path, error):
         fail()
     assert names_in(tmp_path) == ["target"]
     assert (tmp_path / "target" / "mark").read_text() == "old"
+
+
+def test_atomic_directory_removes_the_parents_that_it_made_in_vain(tmp_path):
+    def fail():
+        with atomic_directory(tmp_path / "in" / "use" / "by" / "target", marker="mark"):
+            (tmp_path / "in" / "neighbour").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert names_in(tmp_path / "in") == ["neighbour"]
+    with pytest.raises(FileExistsError, match="neighbour is a file, not a folder"):
+        fill(tmp_path / "in" / "neighbour" / "deeper" / "target")
 
 
 def test_atomic_directory_replaces_its_like_and_empty_folders(tmp_path):

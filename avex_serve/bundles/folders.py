@@ -1,4 +1,4 @@
-"""Where bundles lie on disk, and whether a folder has changed since it was last looked at."""
+"""Where bundles are on disk, and whether a folder has changed since it was last read."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -6,19 +6,19 @@ from contextlib import suppress
 from pathlib import Path
 
 from avex_serve.bundles.manifest import MANIFEST
-from avex_serve.bundles.reading import read_bundle
+from avex_serve.bundles.reading import read_manifest
 from avex_serve.errors import BundleError
 
-# (name, inode, modification time in ns, size) of every file. A bundle that is moved into the place of another has
-# other inodes, and one that is still being copied has another size each time.
+# (name, inode, modification time in ns, size) of every file. A bundle that replaces another has different inodes,
+# and one that is still being copied changes its size.
 Stamp = tuple[tuple[str, int, int, int], ...]
 
 
 def find_bundles(roots: Iterable[Path]) -> list[Path]:
     """The folders that hold a bundle, each once and in the order of the roots.
 
-    A root is a bundle, or a folder of bundles: its sub-folders are bundles, or hold one a version. A root in which
-    there is no bundle counts as one itself, so that opening it tells what is wrong.
+    A root is a bundle, or a folder of bundles: its sub-folders are bundles, or hold one per version. A root without
+    any bundle is returned itself, so that opening it reports what is wrong.
     """
     found: dict[Path, None] = {}
     for root in roots:
@@ -28,11 +28,14 @@ def find_bundles(roots: Iterable[Path]) -> list[Path]:
 
 
 def check_any(roots: Iterable[Path]) -> None:
-    """Raise BundleError, with every reason, unless at least one whole bundle lies in the roots."""
+    """Raise BundleError, with every reason, unless the roots hold at least one complete bundle.
+
+    Digests are left to the process that opens the bundle, which would compute them a second time.
+    """
     reasons = []
     for folder in find_bundles(roots):
         try:
-            read_bundle(folder)
+            read_manifest(folder)
         except BundleError as error:
             reasons.append(str(error))
         else:
@@ -41,7 +44,7 @@ def check_any(roots: Iterable[Path]) -> None:
 
 
 def stamp(folder: Path) -> Stamp:
-    """What tells whether the files of a folder are still the same; looks at no content."""
+    """Equal stamps mean that the files of the folder are the same; their content isn't read."""
     files = []
     with suppress(OSError), os.scandir(folder) as entries:  # a folder that vanished has no files
         for entry in entries:
@@ -51,7 +54,7 @@ def stamp(folder: Path) -> Stamp:
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """Of what a link leads to, of the link itself where that is nowhere; None if the entry vanished."""
+    """Status of a link's target, or of the link itself if it has none; None if the entry has vanished."""
     for follow in (True, False):
         with suppress(OSError):
             return entry.stat(follow_symlinks=follow)
@@ -59,7 +62,7 @@ def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
 
 
 def is_gone(folder: Path) -> bool:
-    """Whether there is no such folder; a disk that can't be read at the moment is another matter."""
+    """Whether the folder doesn't exist; False also if the disk can't be read at the moment."""
     try:
         folder.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -79,19 +82,19 @@ def _inside(root: Path) -> Iterator[Path]:
 
 def _folders(folder: Path) -> list[Path]:
     try:
-        # A name that begins with a dot is a bundle in the making, or a volume's own.
+        # A name that begins with a dot is an unfinished bundle, or belongs to the volume.
         return sorted(path for path in folder.iterdir() if _is_folder(path) and not path.name.startswith("."))
     except OSError:
         return []
 
 
 def _has_manifest(folder: Path) -> bool:
-    with suppress(OSError):  # as of a folder that may not be entered, such as a disk's lost+found
+    with suppress(OSError):  # such as of a folder without permission, like a disk's lost+found
         return (folder / MANIFEST).is_file()
     return False
 
 
 def _is_folder(path: Path) -> bool:
-    with suppress(OSError):  # as of a link into such a folder
+    with suppress(OSError):  # such as of a link into one
         return path.is_dir()
     return False

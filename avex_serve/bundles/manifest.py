@@ -1,12 +1,12 @@
-"""The manifest of a bundle: what is known of the folder that passes from the exporter to the service, in types.
+"""The manifest of a bundle, the folder that passes from the exporter to the service.
 
     manifest.json          what this is: see `Manifest`
-    labels.json            {label: index}, avex's flat format; of several probes NAME.labels.json each
-    model.onnx             the graph for onnxruntime; its weights, if they are large, in model.onnx.data
-    model_int8.onnx        the same graph with its products in 8-bit integers, if asked for; likewise
+    labels.json            {label: index}, avex's flat format; NAME.labels.json for each of several probes
+    model.onnx             the graph for onnxruntime; large weights are in model.onnx.data
+    model_int8.onnx        optional: the same graph with its matrix products in 8-bit integers; likewise
     model.torchscript.pt   the same graph for torch
-    model.pt2              the same as torch.export writes it, to be compiled; if asked for
-    verification.json      errors of each format against the eager module, and on what they were found
+    model.pt2              optional: the same graph as written by torch.export, to be compiled
+    verification.json      errors of each format against the eager module, and the machine that measured them
     verification.npz       inputs with the eager module's answers, to verify the bundle anywhere; see
                            `avex_serve.evidence.cases`
     README.md              the model card
@@ -16,7 +16,9 @@ The manifest lists every file but itself, with its digest.
 
 from typing import Annotated, Any, Final, Literal
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
+
+from avex_serve.errors import BundleError
 
 SCHEMA_VERSION: Final = 2
 MANIFEST = "manifest.json"
@@ -25,24 +27,28 @@ ONNX = "model.onnx"
 ONNX_INT8 = "model_int8.onnx"
 TORCHSCRIPT = "model.torchscript.pt"
 PT2 = "model.pt2"
-DATA_SUFFIX = ".data"  # of a file beside a graph, with weights that are too many for it
+DATA_SUFFIX = ".data"  # of the file next to a graph that holds its weights if they are too large for it
 VERIFICATION = "verification.json"
 EVIDENCE = "verification.npz"
 CARD = "README.md"
 
-# Names stand in URLs (/v2/models/{name}) and in metric labels.
+# Names are part of URLs (/v2/models/{name}) and in metric labels.
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z"
 Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-# A file of the bundle lies in the folder itself: a manifest can't point outside it. Some are called after a probe.
+# Files are directly in the bundle's folder: a manifest can't point outside it. Some are named after a probe.
 FILE_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z"
 FileName = Annotated[str, Meta(pattern=FILE_NAME_PATTERN)]
 Activation = Literal["sigmoid", "softmax", "none"]
 Positive = Annotated[int, Meta(gt=0)]
 
 
+class _Misfit(BundleError, ValueError):
+    """Fields that don't fit together; a ValueError too, which msgspec reports as part of the file that it reads."""
+
+
 class _Strict(Struct, frozen=True, forbid_unknown_fields=True):
-    """What comes from a file is refused if it holds more than this."""
+    """Unknown fields are refused."""
 
 
 class TensorSpec(_Strict, frozen=True, kw_only=True):
@@ -54,11 +60,11 @@ class TensorSpec(_Strict, frozen=True, kw_only=True):
 
 
 class AudioSpec(_Strict, frozen=True, kw_only=True):
-    """What the graph expects of audio."""
+    """The audio that the graph takes."""
 
     sample_rate: Positive  # Hz
     window_samples: Positive  # of one window at that rate
-    # Of a clip, where the graph takes clips of any length; None: all are of a window's.
+    # Of a clip, if the graph takes clips of any length; None: every clip has the length of a window.
     shortest_samples: Positive | None = None
     resampler: Literal["soxr_hq"] = "soxr_hq"  # the embeddings depend on it
 
@@ -73,14 +79,13 @@ class ProbeInfo(_Strict, frozen=True, kw_only=True):
     labels: FileName = LABELS  # the file that names its classes
     classes: Positive  # how many labels, the width of its logits
     logits: str = "logits"  # name of the output
-    embedding: str | None = None  # for kind audio: name of the output with the embedding that it reads, pooled
-    reads: Sha256 | None = (
-        None  # digest of what makes the embedding that it reads: backbone, layers …; None: unknown
-    )
+    embedding: str | None = None  # for kind audio: name of the output with its input, pooled over time
+    # Digest of everything that determines the head's input: backbone, layers, aggregation …; None: unknown.
+    input_fingerprint: Sha256 | None = field(default=None, name="reads")
 
     @property
     def scores(self) -> str:
-        """The name under which its scores are answered beside its logits."""
+        """Name of the output with its scores."""
         return self.logits.removesuffix("logits") + "scores"
 
 
@@ -88,28 +93,28 @@ class EmbeddingInfo(_Strict, frozen=True, kw_only=True):
     """An output that is an embedding."""
 
     output: str  # its name
-    layers: tuple[str, ...]  # of the backbone, of which it is made
-    fingerprint: Sha256 | None = None  # digest of what makes it; None: unknown
+    layers: tuple[str, ...]  # of the backbone, from which it is computed
+    fingerprint: Sha256 | None = None  # digest of everything that determines it; None: unknown
 
 
 class Agreement(_Strict, frozen=True, kw_only=True):
-    """How far a graph of less precision agrees with float32 on clips that it was not calibrated on."""
+    """How closely a graph of lower precision agrees with float32 on clips that it was not calibrated on."""
 
     clips: Positive
     cosine: float  # of the embeddings, mean over the clips
-    centred_cosine: float  # the same of the embeddings less float32's mean embedding
-    lowest_centred_cosine: float  # of a clip
-    decisions: float | None = None  # share of those that are the same; None: there is no head
+    centred_cosine: float  # the same after subtracting float32's mean embedding
+    lowest_centred_cosine: float  # of any clip
+    decisions: float | None = None  # share of equal decisions; None: no head
 
 
 class Quantisation(_Strict, frozen=True, kw_only=True):
-    """A graph of less precision beside the float32 one."""
+    """A graph of lower precision in addition to the float32 one."""
 
     kind: Literal["int8"]
     file: FileName
     weight_bits: Literal[7]  # so that no CPU's 16-bit sums overflow
-    products: Positive  # how many are in integers
-    calibration: str  # on what it was calibrated and judged
+    products: Positive  # matrix products in integers
+    calibration: str  # the clips that it was calibrated and judged on
     agreement: Agreement
 
 
@@ -119,43 +124,43 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     schema_version: Literal[2] = SCHEMA_VERSION
     name: Name
     version: Name = "1"
-    kind: Literal["audio", "embedding"]  # what the input is: waveforms or embeddings
-    model: str  # the backbone that makes the embedding
+    kind: Literal["audio", "embedding"]  # of the input: waveforms or embeddings
+    model: str  # the backbone that computes the embedding
     checkpoint: str | None = None  # URI of its weights, with the hub's revision; None: local ones
-    probes: tuple[ProbeInfo, ...]  # the heads; none: the bundle answers embeddings alone
+    probes: tuple[ProbeInfo, ...]  # the heads; none: the bundle returns embeddings only
     embeddings: tuple[EmbeddingInfo, ...] = ()  # for kind audio: which outputs are embeddings
     audio: AudioSpec | None = None  # for kind audio
-    # Waveforms or embeddings; for waveforms a padding mask may follow.
+    # Waveforms or embeddings; a padding mask may follow waveforms.
     inputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=2)]
     outputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1)]
-    half: bool = False  # whether the TorchScript graph is in float16, but for its front end
-    quantisation: Quantisation | None = None  # None: there is no graph but in float32
+    half: bool = False  # whether the TorchScript graph is in float16, except for its front end
+    quantisation: Quantisation | None = None  # None: no graph in integers
     licence: str  # of the weights
-    tools: dict[str, str]  # versions that made it
-    files: dict[FileName, Sha256]  # every file of the bundle but the manifest
+    tools: dict[str, str]  # versions of the packages that made it
+    files: dict[FileName, Sha256]  # every file except the manifest; filled in when the bundle is sealed
 
     def __post_init__(self) -> None:
-        """Raise ValueError for fields that don't go together."""
+        """Raise BundleError for fields that don't fit together."""
         if (self.audio is None) != (self.kind == "embedding"):
-            raise ValueError(f"kind {self.kind!r} and audio {self.audio!r} don't go together")
+            raise _Misfit(f"kind {self.kind!r} and audio {self.audio!r} don't fit together")
         if not self.probes and not self.embeddings:
-            raise ValueError("neither probes nor embeddings: the bundle would answer nothing")
+            raise _Misfit("neither probes nor embeddings: the bundle would return nothing")
         names = [probe.name for probe in self.probes]
         if len(set(names)) < len(names):
-            raise ValueError(f"probes of the same name: {names}")
+            raise _Misfit(f"probes of the same name: {names}")
         for probe in self.probes:
             width = self.output(probe.logits).shape[-1]
             if width != probe.classes:
-                raise ValueError(f"probe {probe.name}: {probe.classes} labels for logits of width {width}")
+                raise _Misfit(f"probe {probe.name}: {probe.classes} labels for logits of width {width}")
             if (probe.embedding is None) != (self.kind == "embedding"):
-                raise ValueError(f"kind {self.kind!r} and embedding {probe.embedding!r} don't go together")
+                raise _Misfit(f"kind {self.kind!r} and embedding {probe.embedding!r} don't fit together")
         embeddings = {info.output for info in self.embeddings}
         if lost := {probe.embedding for probe in self.probes} - embeddings - {None}:
-            raise ValueError(f"the outputs {sorted(map(str, lost))} are not among the embeddings")
+            raise _Misfit(f"the outputs {sorted(map(str, lost))} are not among the embeddings")
         for name in embeddings:
             self.output(name)
         if self.files and self.quantisation is not None and self.quantisation.file not in self.files:
-            raise ValueError(f"the {self.quantisation.kind} graph {self.quantisation.file} is not among the files")
+            raise _Misfit(f"the {self.quantisation.kind} graph {self.quantisation.file} is not among the files")
         self._check_inputs()
 
     def _check_inputs(self) -> None:
@@ -163,19 +168,19 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         if audio is not None:
             expected = (-1, audio.window_samples if audio.shortest_samples is None else -1)
             if first.shape != expected:
-                raise ValueError(
+                raise _Misfit(
                     f"input of shape {first.shape}, not {expected}, for windows of {audio.window_samples} samples"
                 )
             if (audio.shortest_samples or 0) > audio.window_samples:
-                raise ValueError(f"a window is shorter than the shortest clip: {audio}")
+                raise _Misfit(f"a window is shorter than the shortest clip: {audio}")
         if [spec.dtype for spec in self.inputs] != ["float32", "bool"][: len(self.inputs)]:
-            raise ValueError(f"inputs of types {[spec.dtype for spec in self.inputs]}; a second one is a bool mask")
+            raise _Misfit(f"inputs of types {[spec.dtype for spec in self.inputs]}; a second one is a bool mask")
         if any(audio is None or spec.shape != first.shape for spec in others):
-            raise ValueError(f"a padding mask is for waveforms and has their shape, {first.shape}")
+            raise _Misfit(f"a padding mask is for waveforms and has their shape, {first.shape}")
 
     @property
-    def masked(self) -> bool:
-        """Whether the graph takes a padding mask beside the waveforms."""
+    def takes_padding_mask(self) -> bool:
+        """Whether the graph takes a padding mask along with the waveforms."""
         return len(self.inputs) > 1
 
     @property
@@ -184,8 +189,8 @@ class Manifest(_Strict, frozen=True, kw_only=True):
         return all(probe.trained for probe in self.probes)
 
     def output(self, name: str) -> TensorSpec:
-        """The output of that name; ValueError if there is none."""
+        """The output of that name; BundleError if there is none."""
         for spec in self.outputs:
             if spec.name == name:
                 return spec
-        raise ValueError(f"no output {name!r} among {[spec.name for spec in self.outputs]}")
+        raise _Misfit(f"no output {name!r} among {[spec.name for spec in self.outputs]}")

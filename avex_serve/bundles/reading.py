@@ -1,18 +1,18 @@
-"""Reading a bundle, whose content `avex_serve.bundles.manifest` lists.
+"""Reading a bundle, whose content `avex_serve.bundles.manifest` describes.
 
-It is whole or refused: every listed file is there, the labels are as many as the logits are wide, and the schema
-version is known. Digests take as long as loading: `check_files` looks at those that matter.
+An incomplete bundle is refused: every listed file must exist, the labels must match the width of the logits, and
+the schema version must be known. Digests take as long as loading a graph, so `check_files` is a separate step.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
+from avex_serve.bundles.labels import parse_labels
 from avex_serve.bundles.manifest import MANIFEST, SCHEMA_VERSION, Manifest, ProbeInfo
 from avex_serve.errors import BundleError
 
@@ -31,7 +31,7 @@ class Bundle(NamedTuple):
 
 
 def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
-    """Read a bundle and check that it is whole, with the digest of every file.
+    """Read a bundle and check that it is complete, including the digest of every file.
 
     Raises:
         BundleError: no bundle there, unknown schema version, a file missing or changed, labels that don't fit.
@@ -42,7 +42,7 @@ def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
 
 
 def read_manifest(directory: str | os.PathLike[str]) -> Bundle:
-    """Read a bundle without looking at the content of its larger files; see `read_bundle`, errors too."""
+    """Read a bundle without computing the digests of its files, except those of its labels; see `read_bundle`."""
     try:
         return _read(Path(directory))
     except OSError as error:
@@ -50,7 +50,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Bundle:
 
 
 def check_files(bundle: Bundle, but: Collection[str] = ()) -> None:
-    """Raise BundleError unless every file of the bundle, but those of these names, is what its manifest says."""
+    """Raise BundleError if the digest of a file, except those named in `but`, isn't the one in the manifest."""
     try:
         for name, expected in bundle.manifest.files.items():
             if name not in but:
@@ -101,30 +101,6 @@ def _probe_labels(root: Path, manifest: Manifest, probe: ProbeInfo) -> tuple[str
     if len(labels) != probe.classes:
         raise BundleError(f"{path} has {len(labels)} labels, the model answers {probe.classes}")
     return labels
-
-
-def parse_labels(text: str | bytes, *, source: str) -> tuple[str, ...]:
-    """Labels in the order of their indices, from avex's ``{label: index}`` JSON.
-
-    Raises:
-        BundleError: not such an object, a label given twice, or indices that are not 0 … n-1, each once.
-    """
-    try:
-        mapping = json.loads(text, object_pairs_hook=_unique)
-    except ValueError as error:
-        raise BundleError(f"{source} is not JSON of labels: {error}") from None
-    if not isinstance(mapping, dict) or not all(type(index) is int for index in mapping.values()):
-        raise BundleError(f"{source} must be one JSON object {{label: index}}")
-    if sorted(mapping.values()) != list(range(len(mapping))) or not mapping:
-        raise BundleError(f"{source}: indices must be 0 to {len(mapping) - 1}, each once")
-    return tuple(sorted(mapping, key=mapping.__getitem__))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):  # json keeps the last one silently
-        raise ValueError("a label is given more than once")
-    return mapping
 
 
 def sha256_of(path: Path) -> str:

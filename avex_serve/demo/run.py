@@ -1,6 +1,6 @@
-"""``avex-serve demo``: the whole way once, from a trained probe to answers over HTTP and gRPC.
+"""``avex-serve demo``: from a trained probe to answers over HTTP and gRPC.
 
-It does what a user would do, with the user's own commands: ``avex-export``, ``bentoml serve``, a request.
+It runs the commands that a user would run: ``avex-export``, ``bentoml serve``, a request.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ import soundfile
 
 from avex_serve.audio.reader import decode
 from avex_serve.audio.windows import plan_windows
-from avex_serve.bundles.reading import read_bundle
+from avex_serve.bundles.reading import read_manifest
 from avex_serve.demo.server import running_server
 from avex_serve.errors import AvexServeError, DependencyError
 from avex_serve.inference.opening import open_bundle
@@ -34,7 +34,7 @@ SAMPLE_RATE = 16000  # Hz
 
 
 def run_demo() -> None:
-    """Run it and print what happens.
+    """Run the demo and print each step.
 
     Raises:
         DependencyError: the exporter is not installed.
@@ -53,7 +53,7 @@ def run_demo() -> None:
         _title(f"2. avex-export --probe {PROBE}")
         command = [sys.executable, "-m", "avex_export", "--probe", PROBE, "--output", str(bundle)]
         if subprocess.run(command, check=False).returncode:
-            raise AvexServeError("the export failed; see above")
+            raise AvexServeError("the export failed; see the message above")
         print("(The demo removes its bundle at the end; the same command without --output keeps one.)")
 
         _title("3. bentoml serve avex_serve.service:AvexService")
@@ -71,7 +71,7 @@ def run_demo() -> None:
             over_grpc = _detections(bundle, recording, _ask_grpc(recording, server.grpc_port))
             _show(over_grpc, events)
         _check(bundle, recording, over_http, over_grpc)
-    print(f"\n{right} of {len(events)} sounds named right; HTTP, gRPC and a prediction without a server agree.")
+    print(f"\n{right} of {len(events)} sounds detected; HTTP, gRPC and a prediction without a server agree.")
 
 
 def _title(text: str) -> None:
@@ -85,7 +85,7 @@ def _ask_http(recording: Path, port: int) -> Prediction:
 
 
 def _ask_grpc(recording: Path, port: int) -> np.ndarray:
-    """Scores (windows, labels) of the recording, sent as it is."""
+    """Scores (windows, labels) of the recording, which is sent as a file."""
     request: Any = message_class("ModelInferRequest")(model_name=PROBE)
     tensor = request.inputs.add(name="waveform", datatype="BYTES", shape=[1])
     tensor.contents.bytes_contents.append(recording.read_bytes())
@@ -102,8 +102,8 @@ def _ask_grpc(recording: Path, port: int) -> np.ndarray:
 
 
 def _detections(bundle: Path, recording: Path, scores: np.ndarray) -> list[Detection]:
-    """Detections from scores (windows, labels): the labels and the length of a window stand in the bundle."""
-    opened = read_bundle(bundle)
+    """Detections from scores (windows, labels), with the labels and the window length of the bundle."""
+    opened = read_manifest(bundle)
     spec = opened.manifest.audio
     assert spec is not None
     plan = plan_windows(soundfile.info(recording).frames, spec.window_samples, spec.sample_rate, overlap=0.0)
@@ -113,8 +113,8 @@ def _detections(bundle: Path, recording: Path, scores: np.ndarray) -> list[Detec
 
 
 def _show(detections: list[Detection], events: list[Event]) -> int:
-    """Print the detections beside the truth, and return how many sounds were named right."""
-    print(f"{'seconds':>13}  {'score':>5}  {'heard':14} played")
+    """Print the detections next to the sounds that were played, and return the number of correct ones."""
+    print(f"{'seconds':>13}  {'score':>5}  {'detected':14} played")
     named = set()
     for detection in detections:
         played = [event for event in events if _overlap(detection, event)]
@@ -129,10 +129,10 @@ def _overlap(detection: Detection, event: Event) -> bool:
 
 
 def _check(bundle: Path, recording: Path, over_http: Prediction, over_grpc: list[Detection]) -> None:
-    """Raise AvexServeError unless both answers are those of the bundle opened in this process."""
+    """Raise AvexServeError unless both answers equal those of the bundle opened in this process."""
     with open_bundle(bundle, device="cpu") as engine:
         expected = engine.predict(*decode(recording))
     if over_http != expected:
-        raise AvexServeError("HTTP answered something else than the bundle opened in this process")
+        raise AvexServeError("HTTP and the bundle opened in this process answer differently")
     if over_grpc != expected.detections:
-        raise AvexServeError("gRPC answered something else than the bundle opened in this process")
+        raise AvexServeError("gRPC and the bundle opened in this process answer differently")

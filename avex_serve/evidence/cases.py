@@ -1,10 +1,10 @@
-"""The evidence of a bundle: inputs with the eager module's answers, which travel with it.
+"""The evidence in a bundle: inputs along with the eager module's answers to them.
 
-    verification.json   which cases there are, on what they were computed, what came out (`Record`)
-    verification.npz    of case i: i/input, i/eager/OUTPUT, i/float64/OUTPUT and, of a recording, i/spans, of padded
-                        clips i/padding_mask
+    verification.json   the cases, the machine that computed them, and the result of each comparison (`Record`)
+    verification.npz    for case i: i/input, i/eager/OUTPUT and i/float64/OUTPUT; i/spans for a recording,
+                        i/padding_mask for padded clips
 
-Audio whose samples are those of a 16-bit file, as all of ours is, is stored as such.
+Audio with the samples of a 16-bit file, as the exporter uses, is stored as 16-bit integers.
 """
 
 import zipfile
@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from avex_serve.bundles.manifest import EVIDENCE, VERIFICATION, Positive
 from avex_serve.bundles.reading import Bundle
@@ -30,16 +30,16 @@ Outputs = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Case:
-    """An input and what the eager module answers to it."""
+    """An input and the eager module's answers to it."""
 
     name: str
     input: np.ndarray  # clips or embeddings (K, …), or a recording (S,); float32
-    sample_rate: int | None  # Hz, of a recording that goes the whole way of the run time; None: clips for the graph
-    batches: tuple[int, ...]  # of clips: sizes of the batches in which they go, each again and again
-    spans: np.ndarray | None  # (N, 2) float64, of a recording: start and end of its windows in seconds
-    eager: Outputs  # by output, float32: a row a clip or a window, each computed alone
-    exact: Outputs | None  # the same in float64; None: the module can't
-    padding_mask: np.ndarray | None = None  # (K, S) bool, of clips: True where padded; None: nowhere
+    sample_rate: int | None  # Hz, of a recording that is predicted end to end; None: clips for the graph
+    batches: tuple[int, ...]  # for clips: batch sizes to run, each filled by repeating the clips
+    spans: np.ndarray | None  # (N, 2) float64, for a recording: start and end of its windows in seconds
+    eager: Outputs  # by output, float32: one row per clip or window, each computed alone
+    exact: Outputs | None  # the same in float64; None: the module can't compute in float64
+    padding_mask: np.ndarray | None = None  # (K, S) bool, for clips: True where padded; None: nothing is padded
 
 
 class CaseEntry(Struct, frozen=True, kw_only=True):
@@ -50,47 +50,47 @@ class CaseEntry(Struct, frozen=True, kw_only=True):
     batches: tuple[Positive, ...]
 
     def __post_init__(self) -> None:
-        """Raise ValueError if it is for nothing."""
+        """Raise ValueError for clips without a batch size."""
         if self.sample_rate is None and not self.batches:
-            raise ValueError(f"{self.name!r} goes through no graph: it has no batches")
+            raise ValueError(f"{self.name!r} would not be run: it has no batches")
 
 
 class Errors(Struct, frozen=True, kw_only=True):
-    """Largest errors of one output, relative to its largest value or to 1, whichever is more."""
+    """Largest errors of one output, relative to its largest value or to 1, whichever is larger."""
 
-    eager: float | None  # against the eager module; None: not finite, or of another shape
-    float64: float | None  # against the eager module in float64; None: not known
-    own: float | None  # of the eager module itself against float64
+    eager: float | None  # against the eager module; None: not finite, or another shape
+    float64: float | None  # against the eager module in float64; None: unknown
+    eager_error: float | None = field(name="own")  # of the eager module itself against float64
 
 
 class Decisions(Struct, frozen=True, kw_only=True):
-    """How many clips or windows were named otherwise than by the eager module."""
+    """Clips or windows with other labels than the eager module's."""
 
     compared: int
     differ: int
-    margin: float  # the most that such a change of mind had to bridge; 0 if there was none
+    margin: float  # largest distance between the labels, or to the threshold, where they differ; 0 if none do
 
 
 class Check(Struct, frozen=True, kw_only=True):
     """One case in one batch size and format."""
 
     input: str
-    part: str | None = None  # of several heads, or embeddings without heads, which one
+    part: str | None = None  # which head, or which embedding without a head, if there are several
     rows: int
     format: str
-    whole_way: bool  # whether a recording went through windows, graph, activation and stitching
+    whole_way: bool  # whether a recording was predicted end to end
     errors: dict[str, Errors]  # by output
     decisions: Decisions | None
-    by_float64: bool  # whether float64 was the judge, since eager mode is further away than may pass
+    by_float64: bool  # whether it passed only by its error against float64
     passed: bool
 
 
 class Gain(Struct, frozen=True, kw_only=True):
-    """What one pass of the exporter does to the ONNX graph."""
+    """The effect of one pass of the exporter on the ONNX graph."""
 
     name: str
     speedup: float  # time without it over time with it, on the exporting machine
-    difference: float  # largest, of the first output, relative to its largest value or to 1
+    difference: float  # largest change of the first output, relative to its largest value or to 1
 
 
 class Record(Struct, frozen=True, kw_only=True):
@@ -98,18 +98,18 @@ class Record(Struct, frozen=True, kw_only=True):
 
     evidence_version: Literal[1] = EVIDENCE_VERSION
     machine: Machine
-    optimisation: str  # of onnxruntime, as it serves
+    optimisation: str  # of onnxruntime, as in the service
     tolerance: float
     passed: bool
-    # Those whose arrays are in verification.npz.
+    # Those with arrays in verification.npz.
     cases: Annotated[tuple[CaseEntry, ...], Meta(min_length=1)]
     checks: tuple[Check, ...]
-    skipped: tuple[str, ...]  # what was not compared or not kept, and why
+    skipped: tuple[str, ...]  # what was not compared or not stored, and why
     passes: tuple[Gain, ...] = ()  # if they were profiled
 
 
 def write_evidence(folder: Path, record: Record, cases: Sequence[Case]) -> None:
-    """Write both files; the entries of the record are those of the cases."""
+    """Write both files; the record must list these cases, in this order."""
     (folder / VERIFICATION).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
     arrays: dict[str, np.ndarray] = {}
     for i, case in enumerate(cases):
@@ -127,13 +127,13 @@ def read_evidence(bundle: Bundle) -> tuple[Record, list[Case]]:
     """The record and the cases of a bundle.
 
     Raises:
-        BundleError: no evidence in it, as in bundles made before there was any, or damaged.
+        BundleError: the bundle has no evidence, as bundles once had none, or it is damaged.
     """
     text, arrays = bundle.path(VERIFICATION), bundle.path(EVIDENCE)
     if text is None or arrays is None:
         raise BundleError(
             f"{bundle.directory} holds no {EVIDENCE if text else VERIFICATION} to verify it by: it was made before "
-            "bundles had evidence, or without; export it again"
+            "bundles had evidence; export it again"
         )
     try:
         raw = msgspec.json.decode(text.read_bytes())
@@ -168,7 +168,7 @@ def _case(entry: CaseEntry, i: int, stored: Mapping[str, np.ndarray]) -> Case:
 
 
 def _packed(samples: np.ndarray) -> np.ndarray:
-    """As int16 if every sample is one of a 16-bit file, else as it is."""
+    """The samples as int16 if a 16-bit file can hold each of them, else unchanged."""
     if np.abs(samples).max() > 1:
         return samples
     scaled = samples * np.float32(INT16_SCALE)

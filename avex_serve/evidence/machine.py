@@ -1,4 +1,4 @@
-"""What a verification ran on: versions and processor, on which the last digits of an answer depend."""
+"""The machine of a verification: versions and processor, which determine the last digits of an answer."""
 
 import contextlib
 import platform
@@ -8,36 +8,36 @@ from pathlib import Path
 
 from msgspec import Struct
 
-# Which of them a processor has decides which kernels onnxruntime and torch choose.
+# onnxruntime and torch choose their kernels by these.
 _X86 = ("sse4_1", "avx", "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
 _ARM = ("asimd", "asimddp", "bf16", "i8mm", "sve")
 _PACKAGES = ("avex-serve", "numpy", "onnx", "onnxruntime", "torch")
 
 
 class Machine(Struct, frozen=True, kw_only=True):
-    """A machine, by what matters to numbers; nothing that tells which one it is."""
+    """What affects numbers on a machine; nothing that identifies it."""
 
     cpu: str
-    features: tuple[str, ...]  # those that matter, as Linux calls them
+    features: tuple[str, ...]  # of the processor, by their names in Linux
     system: str  # system and architecture
-    versions: dict[str, str]  # of Python and of the packages that are installed
+    versions: dict[str, str]  # of Python and of the installed packages
 
     def lines(self) -> str:
-        """As text, in two lines."""
+        """The machine as text, in two lines."""
         features = f" ({', '.join(self.features)})" if self.features else ""
         return f"{self.cpu}{features}, {self.system}\n{', '.join(f'{n} {v}' for n, v in self.versions.items())}"
 
 
 def this_machine() -> Machine:
-    """Where this process runs."""
+    """The machine that this process runs on."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    told = _cpuinfo()
-    has = set(told.get("flags", told.get("Features", "")).split())
+    info = _cpuinfo()
+    has = set(info.get("flags", info.get("Features", "")).split())
     return Machine(
-        cpu=told.get("model name") or _macos_cpu() or platform.processor() or "unknown processor",
+        cpu=info.get("model name") or _macos_cpu() or platform.processor() or "unknown processor",
         features=tuple(feature for feature in (*_X86, *_ARM) if feature in has),
         system=f"{platform.system()} {platform.machine()}",
         versions=versions,
@@ -45,7 +45,7 @@ def this_machine() -> Machine:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """What Linux says of the first core; nothing on other systems."""
+    """The first core's fields in /proc/cpuinfo; empty on other systems than Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
     except OSError:

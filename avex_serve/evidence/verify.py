@@ -1,6 +1,6 @@
-"""Verification: a bundle's answers against its evidence, and the table of it.
+"""Verification: a bundle's answers compared with its evidence, and the result as a table.
 
-The exporter runs this on the bundle that it writes, ``avex-serve verify`` on the bundle where it arrived.
+The exporter verifies the bundle that it writes; ``avex-serve verify`` verifies it on the machine that received it.
 """
 
 import contextlib
@@ -21,40 +21,18 @@ from avex_serve.inference.opening import open_bundle
 from avex_serve.inference.results import Prediction
 from avex_serve.inference.scores import Selection, score_scale
 
-# Largest error that passes, relative to the largest output or to 1, whichever is more: float32 through a
-# transformer and two ways to take a spectrum.
+# Errors are relative to the largest expected value or to 1, whichever is larger. This one passes: float32 through a
+# transformer, and two ways to compute a spectrum.
 TOLERANCE = 1e-4
-# Of half precision, whose numbers have eleven bits: a few roundings of a network that is as deep.
+# For half precision, whose numbers have eleven bits: a few roundings of a deep network.
 _HALF_TOLERANCE = 2e-2
-# Judged by the module's own computation in float64, a format may be as far from that, or so many times as far as the
-# eager module is: both are off by rounding, each in its own way, and of one clip both are a single draw.
-NOISE_FACTOR = 4.0
-# Integers are judged by gates, on more clips than these, where they are made. Elsewhere they may be as far off as
-# they were there, and a little more: a value between two levels falls to one side on this CPU, to the other on that.
-INT8 = "onnx-int8"
+# A format also passes if its error against float64 is within tolerance, or at most this many times the eager
+# module's own: both are rounding errors, each a single draw for a single clip.
+_NOISE_FACTOR = 4.0
+# Integers are judged by gates on many clips when they are exported. Elsewhere the error may be this many times the
+# error found there, and a little more: a value between two levels is rounded up on one CPU and down on another.
+_INT8 = "onnx-int8"
 _INT8_FACTOR, _INT8_SLACK = 2.0, 1e-3
-
-
-def tolerance_of(format_: str) -> float:
-    """The largest error that passes in a format, relative to the largest output or to 1, whichever is more."""
-    return _HALF_TOLERANCE if format_ == "torch-half" else TOLERANCE
-
-
-def run_case(engine: Engine, case: Case, measured: Sequence[Check] | None = None) -> Iterator[Check]:
-    """Compare the engine's graph, or its whole way for a recording, with what the eager module answered.
-
-    Args:
-        engine: what is verified.
-        case: what it is asked.
-        measured: what came out where the bundle was exported, by which int8 is judged; None: that is here.
-    """
-    if case.sample_rate is None:
-        # Activations are rounded by the range of a whole batch, and those that are served have one clip.
-        batches = (1,) if engine.backend.format == INT8 else case.batches
-        for rows in batches:
-            yield from _check_clips(engine, case, rows, measured)
-    else:
-        yield from _check_recording(engine, case, case.sample_rate, measured)
 
 
 def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu") -> tuple[str, bool]:
@@ -65,14 +43,14 @@ def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu") -> tup
         device: as in `open_bundle`.
 
     Returns:
-        what came out as text (the table, and both machines), and whether everything agrees.
+        The result as text (the table, and both machines), and whether everything agrees.
 
     Raises:
-        BundleError: not a whole bundle, or without evidence.
+        BundleError: an incomplete bundle, or one without evidence.
         DependencyError: torch or CUDA is needed and missing.
         InputError: an unknown device.
     """
-    check_files(read_manifest(directory))  # those that aren't opened as well
+    check_files(read_manifest(directory))  # opening checks only the files that it loads
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(open_bundle(directory, device, precision="float32"))]
         record, cases = read_evidence(engines[0].bundle)
@@ -82,7 +60,7 @@ def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu") -> tup
         checks = [c for case in cases for engine in engines for c in run_case(engine, case, record.checks)]
     passed = all(check.passed for check in checks)
     others = dict.fromkeys(c.format for c in record.checks if c.format not in {e.backend.format for e in engines})
-    skipped = [f"not run again, for it isn't what {device} is served by: {name}" for name in others]
+    skipped = [f"not run again, since {device} is served by another format: {name}" for name in others]
     machines = f"{_machine('exported on', record.machine)}\n{_machine('verified on', this_machine())}"
     return f"{table(checks, skipped)}\n\n{machines}", passed
 
@@ -91,14 +69,59 @@ def _machine(title: str, machine: Machine) -> str:
     return f"{title}: " + machine.lines().replace("\n", "\n" + " " * (len(title) + 2))
 
 
+def _check_fit(engine: Engine, cases: Sequence[Case]) -> None:
+    """Raise BundleError unless the evidence has the shapes of the bundle's inputs and outputs."""
+    expected = {spec.name: spec.shape[1:] for spec in engine.manifest.outputs}
+    for case in cases:
+        if case.sample_rate is None:
+            engine.check_input(case.input)
+        rows = len(case.input if case.spans is None else case.spans)
+        for outputs in (case.eager, case.eager if case.exact is None else case.exact):
+            if (found := {name: value.shape[1:] for name, value in outputs.items()}) != expected:
+                raise BundleError(
+                    f"the evidence for {case.name!r} has outputs {found}, the manifest {expected}; export again"
+                )
+            if not rows or any(value.dtype.kind != "f" or len(value) != rows for value in outputs.values()):
+                raise BundleError(
+                    f"the evidence for {case.name!r} holds no numbers for each of {rows} rows; export again"
+                )
+
+
 # -- one case -----------------------------------------------------------------------------------------------------
+
+
+def run_case(engine: Engine, case: Case, measured: Sequence[Check] | None = None) -> Iterator[Check]:
+    """Compare the engine's outputs with the eager module's: for clips in batches, for a recording end to end.
+
+    Args:
+        engine: runs the format to verify.
+        case: the input and the expected outputs.
+        measured: the checks of the export, by which int8 is judged; None: this is the export.
+    """
+    parts = _parts(engine.manifest)
+    if case.sample_rate is not None:
+        predicted = _predict(engine, case, case.sample_rate, parts)
+        for part in parts:
+            expected = (part.scored(case.eager), part.scored(case.exact or {}))
+            yield _check(engine, case, part, predicted.get(part.name, {}), *expected, measured)
+        return
+    # Int8 rounds activations by the range of a whole batch, and the service runs it with batches of one clip.
+    for rows in (1,) if engine.backend.format == _INT8 else case.batches:
+        which = np.arange(rows) % len(case.input)
+        mask = None if case.padding_mask is None else case.padding_mask[which]
+        found = engine.backend.run(*engine.graph_inputs(case.input[which], mask))
+        eager, exact = (
+            {name: value[which] for name, value in (outputs or {}).items()} for outputs in (case.eager, case.exact)
+        )
+        for part in parts:
+            yield _check(engine, case, part, part.of(found), part.of(eager), part.of(exact), measured)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A head with the embedding that it reads, or an embedding alone: what a line of the table is about."""
+    """What a line of the table is about: a head with its embedding, or an embedding without a head."""
 
-    name: str | None  # None: there is but one
+    name: str | None  # None: the bundle has one part
     head: ProbeInfo | None
     embedding: str | None
 
@@ -107,9 +130,23 @@ class _Part:
         return "none" if self.head is None else self.head.activation
 
     def of(self, outputs: Outputs) -> Outputs:
-        """Its own among the outputs, by the names that they have where there is one part."""
+        """The part's own outputs, as ``logits`` and ``embedding``."""
         names = {"logits": None if self.head is None else self.head.logits, "embedding": self.embedding}
         return {short: outputs[name] for short, name in names.items() if name is not None and name in outputs}
+
+    def scored(self, outputs: Outputs) -> Outputs:
+        """`of` with scores in place of logits, by the textbook formula in float64: not by the code that serves."""
+        own = dict(self.of(outputs))
+        if "logits" not in own:
+            return own
+        logits = own.pop("logits").astype(np.float64)
+        if self.activation == "sigmoid":
+            with np.errstate(over="ignore"):
+                logits = 1 / (1 + np.exp(-logits))
+        elif self.activation == "softmax":
+            logits = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            logits /= logits.sum(axis=-1, keepdims=True)
+        return {"scores": logits, **own}
 
 
 def _parts(manifest: Manifest) -> list[_Part]:
@@ -118,37 +155,11 @@ def _parts(manifest: Manifest) -> list[_Part]:
     return parts if len(parts) > 1 else [replace(parts[0], name=None)]
 
 
-def _check_clips(engine: Engine, case: Case, rows: int, measured: Sequence[Check] | None) -> Iterator[Check]:
-    """The clips through the graph, as one batch in which they come again and again until it has that many rows."""
-    which = np.arange(rows) % len(case.input)
-    mask = None if case.padding_mask is None else case.padding_mask[which]
-    found = engine.backend.run(*engine.graph_inputs(case.input[which], mask))
-    eager = {name: value[which] for name, value in case.eager.items()}
-    exact = None if case.exact is None else {name: value[which] for name, value in case.exact.items()}
-    for part in _parts(engine.manifest):
-        threshold = None if part.activation == "softmax" else 0.0
-        of_it = None if exact is None else part.of(exact)
-        yield _check(engine, case.name, part, part.of(found), part.of(eager), of_it, measured, threshold=threshold)
+def _predict(engine: Engine, case: Case, sample_rate: int, parts: Sequence[_Part]) -> dict[str | None, Outputs]:
+    """Scores and embedding of a recording from `Engine.predict_all` and `Engine.embed`, by part.
 
-
-def _check_recording(
-    engine: Engine, case: Case, sample_rate: int, measured: Sequence[Check] | None
-) -> Iterator[Check]:
-    """The recording the whole way: what `Engine.predict_all` and `Engine.embed` answer."""
-    parts = _parts(engine.manifest)
-    found = _answers(engine, case, sample_rate, parts)
-    for part in parts:
-        eager = _scored(part.of(case.eager), part.activation)
-        exact = None if case.exact is None else _scored(part.of(case.exact), part.activation)
-        threshold = Selection.of(score_scale(part.activation), None, None).threshold
-        of_it = {} if found is None else found[part.name]
-        yield _check(engine, case.name, part, of_it, eager, exact, measured, threshold=threshold, whole_way=True)
-
-
-def _answers(
-    engine: Engine, case: Case, sample_rate: int, parts: Sequence[_Part]
-) -> dict[str | None, Outputs] | None:
-    """Scores and embedding of each part by its name; None if an output is not finite."""
+    Empty if an output is not finite.
+    """
     predictions: list[Prediction] = []
     embeddings = {}
     most = max((probe.classes for probe in engine.manifest.probes), default=1)
@@ -158,11 +169,11 @@ def _answers(
         for output in {part.embedding for part in parts if part.embedding is not None}:
             embeddings[output] = engine.embed(case.input, sample_rate, output=output)
     except TensorError:
-        return None
+        return {}
     spans = next(iter(embeddings.values())).spans
     windows = spans if case.spans is not None and np.array_equal(spans, case.spans) else np.empty((0, 2))
-    found: dict[str | None, Outputs] = {}
     scores = {p.probe: _scores(p, windows, engine.labels(p.probe)) for p in predictions}
+    found: dict[str | None, Outputs] = {}
     for part in parts:
         outputs = {} if part.head is None else {"scores": scores[part.head.name]}
         assert part.embedding is not None
@@ -181,58 +192,44 @@ def _scores(prediction: Prediction, spans: np.ndarray, labels: Sequence[str]) ->
     return scores
 
 
-def _scored(outputs: Outputs, activation: Activation) -> Outputs:
-    """With scores in place of the logits, in float64 by the textbook: not by the code that serves."""
-    if "logits" not in outputs:
-        return outputs
-    logits = outputs["logits"].astype(np.float64)
-    if activation == "sigmoid":
-        with np.errstate(over="ignore"):
-            scores = 1 / (1 + np.exp(-logits))
-    elif activation == "softmax":
-        scores = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        scores /= scores.sum(axis=-1, keepdims=True)
-    else:
-        scores = logits
-    return {"scores": scores, **{name: value for name, value in outputs.items() if name != "logits"}}
-
-
 def _check(
     engine: Engine,
-    name: str,
+    case: Case,
     part: _Part,
     found: Outputs,
     eager: Outputs,
-    exact: Outputs | None,
+    exact: Outputs,
     measured: Sequence[Check] | None,
-    *,
-    threshold: float | None,
-    whole_way: bool = False,
 ) -> Check:
-    format_ = engine.backend.format
+    """Compare outputs of a part with those of the eager module and, if there are any, with those in float64."""
+    format_, end_to_end = engine.backend.format, case.sample_rate is not None
     rows = len(next(iter(eager.values())))
-    key = (name, part.name, rows, format_, whole_way)
+    key = (case.name, part.name, rows, format_, end_to_end)
     before = None if measured is None else [c for c in measured if _key(c) == key]
     errors, passed, by_float64 = {}, True, set()
     for output, value in eager.items():
-        errors[output] = _errors(found.get(output), value, None if exact is None else exact[output])
+        errors[output] = Errors(
+            eager=_distance(found.get(output), value),
+            float64=_distance(found.get(output), exact.get(output)),
+            eager_error=_distance(value, exact.get(output)),
+        )
         if _within(errors[output].eager, _limit(format_, output, before)):
             continue
-        if format_ != INT8 and _is_noise(errors[output], tolerance_of(format_)):
+        if format_ != _INT8 and _is_noise(errors[output], _tolerance(format_)):
             by_float64.add(output)
         else:
             passed = False
-    decided_by = "scores" if whole_way else "logits"
+    decided_by = "scores" if end_to_end else "logits"
     decisions = None
     if decided_by in eager and errors[decided_by].eager is not None:
-        reference = exact[decided_by] if decided_by in by_float64 and exact is not None else eager[decided_by]
-        decisions = _decide(found[decided_by], reference, threshold)
+        reference = exact if decided_by in by_float64 else eager
+        decisions = _decide(found[decided_by], reference[decided_by], _threshold(part.activation, end_to_end))
     return Check(
-        input=name,
+        input=case.name,
         part=part.name,
         rows=rows,
         format=format_,
-        whole_way=whole_way,
+        whole_way=end_to_end,
         errors=errors,
         decisions=decisions,
         by_float64=passed and bool(by_float64),
@@ -244,35 +241,27 @@ def _key(check: Check) -> tuple[str, str | None, int, str, bool]:
     return check.input, check.part, check.rows, check.format, check.whole_way
 
 
+def _tolerance(format_: str) -> float:
+    return _HALF_TOLERANCE if format_ == "torch-half" else TOLERANCE
+
+
 def _limit(format_: str, output: str, measured: Sequence[Check] | None) -> float:
-    """The largest error that passes in a format, by what it was where the bundle was exported."""
-    if format_ != INT8:
-        return tolerance_of(format_)
+    """The largest error against the eager module that passes; for int8 it depends on the error at the export."""
+    if format_ != _INT8:
+        return _tolerance(format_)
     if measured is None:
         return math.inf
     errors = next((check.errors[output] for check in measured if output in check.errors), None)
     return 0.0 if errors is None else _INT8_FACTOR * (errors.eager or 0.0) + _INT8_SLACK
 
 
-def _errors(found: np.ndarray | None, eager: np.ndarray, exact: np.ndarray | None) -> Errors:
-    return Errors(
-        eager=_distance(found, eager),
-        float64=None if exact is None else _distance(found, exact),
-        own=None if exact is None else _distance(eager, exact),
-    )
-
-
-def _distance(found: np.ndarray | None, expected: np.ndarray) -> float | None:
-    """Largest difference relative to the largest expected value or to 1; None for another shape, or not finite."""
-    if found is None or found.shape != expected.shape:
+def _distance(found: np.ndarray | None, expected: np.ndarray | None) -> float | None:
+    """The relative error; None if an array is missing, has another shape or is not finite."""
+    if found is None or expected is None or found.shape != expected.shape:
         return None
     if not (np.isfinite(found).all() and np.isfinite(expected).all()):
         return None
-    return float(np.abs(found.astype(np.float64) - expected).max() / _scale(expected))
-
-
-def _scale(expected: np.ndarray) -> float:
-    return max(1.0, float(np.abs(expected).max()))
+    return float(np.abs(found.astype(np.float64) - expected).max() / max(1.0, float(np.abs(expected).max())))
 
 
 def _within(error: float | None, limit: float) -> bool:
@@ -280,15 +269,23 @@ def _within(error: float | None, limit: float) -> bool:
 
 
 def _is_noise(errors: Errors, tolerance: float) -> bool:
-    """Whether it is as near to float64 as it should be to eager mode, or hardly further than eager mode itself."""
-    return errors.own is not None and _within(errors.float64, max(tolerance, NOISE_FACTOR * errors.own))
+    """Whether the error against float64 is within tolerance, or hardly larger than the eager module's own."""
+    own = errors.eager_error
+    return own is not None and _within(errors.float64, max(tolerance, _NOISE_FACTOR * own))
+
+
+def _threshold(activation: Activation, end_to_end: bool) -> float | None:
+    """The threshold of scores or, for clips, of logits; None: only the best label counts."""
+    if end_to_end:
+        return Selection.of(score_scale(activation), None, None).threshold
+    return None if activation == "softmax" else 0.0
 
 
 def _decide(found: np.ndarray, expected: np.ndarray, threshold: float | None) -> Decisions:
-    """How many rows (N, C) name another label first, or others at all, and by how much.
+    """Count the rows (N, C) with another best label, or other labels above the threshold, and by what margin.
 
-    This needs no limit of its own: an error of e carries two labels past each other only if they are within 2 e, and
-    one over the threshold only if it is within e of it.
+    This needs no limit of its own: an error of e swaps two labels only if they are within 2 e of each other, and
+    moves one across the threshold only if it is within e of it.
     """
     rows = np.arange(len(found))
     best, expected_best = found.argmax(axis=1), expected.argmax(axis=1)
@@ -300,82 +297,62 @@ def _decide(found: np.ndarray, expected: np.ndarray, threshold: float | None) ->
     return Decisions(compared=len(found), differ=int(differ.sum()), margin=float(margins.max()))
 
 
-def _check_fit(engine: Engine, cases: Sequence[Case]) -> None:
-    """Raise BundleError unless the evidence is of this bundle's inputs and outputs."""
-    expected = {spec.name: spec.shape[1:] for spec in engine.manifest.outputs}
-    for case in cases:
-        if case.sample_rate is None:
-            engine.check_input(case.input)
-        rows = len(case.input if case.spans is None else case.spans)
-        for outputs in (case.eager, case.eager if case.exact is None else case.exact):
-            if (found := {name: value.shape[1:] for name, value in outputs.items()}) != expected:
-                raise BundleError(
-                    f"the evidence for {case.name!r} is of {found}; the manifest says {expected}; export again"
-                )
-            if not rows or any(value.dtype.kind != "f" or len(value) != rows for value in outputs.values()):
-                raise BundleError(
-                    f"the evidence for {case.name!r} holds no numbers for each of {rows} rows; export again"
-                )
-
-
 # -- the table ----------------------------------------------------------------------------------------------------
 
 _LEGEND = (
     "eager: largest error against the module that was exported, relative to the largest value or to 1",
-    "float64: the same against that module in float64; own: what the module itself is off from float64",
-    "named: whether the best label and those above the threshold are the module's",
+    "float64: the same against that module in float64; module: that module's own error against float64",
+    "decisions: whether the best label, and the labels above the threshold, are the module's",
 )
 _OTHERS_LEGEND = (
-    "other (…): that many rows were named otherwise, for labels so close to each other or the threshold",
+    "other (…): rows with other decisions, and how close their labels are to each other or to the threshold"
 )
-_INT8_LEGEND = (
-    f"{INT8}: judged by gates where it was exported, elsewhere by whether it is as near as it was there",
-)
+_INT8_LEGEND = f"{_INT8}: judged by gates at the export, and elsewhere by the errors found at the export"
 _NOISE_LEGEND = (
-    f"≈: judged by float64, from which it is off by no more than may pass, or than {NOISE_FACTOR:g} times what the "
-    "module itself is",
+    "≈: passed by its error against float64, which is within tolerance or at most "
+    f"{_NOISE_FACTOR:g} times the module's own"
 )
-
-
-_SECTIONS = ((False, "clips through the graph", "rows"), (True, "recordings, the whole way", "windows"))
+_SECTIONS = ((False, "clips through the graph", "rows"), (True, "recordings, end to end", "windows"))
 
 
 def table(checks: Sequence[Check], skipped: Sequence[str] = ()) -> str:
     """All checks as text, at most 117 characters wide."""
     lines: list[str] = []
-    for whole_way, title, unit in _SECTIONS:
-        of_it = [check for check in checks if check.whole_way is whole_way]
-        for part in dict.fromkeys(check.part for check in of_it):
+    for end_to_end, title, unit in _SECTIONS:
+        section = [check for check in checks if check.whole_way is end_to_end]
+        for part in dict.fromkeys(check.part for check in section):
             lines += [""] if lines else []
             lines += [] if part is None else [f"{part}:"]
-            lines += _rows(title, unit, [check for check in of_it if check.part == part])
-    others = any(check.decisions is not None and check.decisions.differ for check in checks)
-    lines += ["", *_LEGEND, *(_OTHERS_LEGEND if others else ())]
-    lines += _INT8_LEGEND if any(check.format == INT8 for check in checks) else ()
-    lines += _NOISE_LEGEND if any(check.by_float64 for check in checks) else ()
+            lines += _rows(title, unit, [check for check in section if check.part == part])
+    lines += ["", *_LEGEND]
+    for legend, applies in (
+        (_OTHERS_LEGEND, any(check.decisions is not None and check.decisions.differ for check in checks)),
+        (_INT8_LEGEND, any(check.format == _INT8 for check in checks)),
+        (_NOISE_LEGEND, any(check.by_float64 for check in checks)),
+    ):
+        lines += [legend] if applies else []
     return "\n".join([*(line.rstrip() for line in lines), *skipped])
 
 
 def _rows(title: str, unit: str, checks: Sequence[Check]) -> list[str]:
     outputs = list(dict.fromkeys(output for check in checks for output in check.errors))
     lines = [f"{title:46}" + "".join(f"{output + ' error':^27}" for output in outputs)]
-    columns = f"{'eager':>9}{'float64':>9}{'own':>9}" * len(outputs)
-    lines.append(f"{'input':26}{unit:>7}  {'format':11}{columns}  named")
+    columns = f"{'eager':>9}{'float64':>9}{'module':>9}" * len(outputs)
+    lines.append(f"{'input':26}{unit:>7}  {'format':11}{columns}  decisions")
     for check in checks:
         numbers = "".join(_numbers(check.errors.get(output)) for output in outputs)
         mark = "≈" if check.by_float64 else "✓" if check.passed else "✗"
-        lines.append(
-            f"{check.input[:25]:26}{check.rows:7}  {check.format:11}{numbers}  {_named(check.decisions):16}  {mark}"
-        )
+        decided = _decided(check.decisions)
+        lines.append(f"{check.input[:25]:26}{check.rows:7}  {check.format:11}{numbers}  {decided:16}  {mark}")
     return lines
 
 
 def _numbers(errors: Errors | None) -> str:
-    found = (None,) * 3 if errors is None else (errors.eager, errors.float64, errors.own)
+    found = (None,) * 3 if errors is None else (errors.eager, errors.float64, errors.eager_error)
     return "".join(f"{'–':>9}" if error is None else f"{error:9.1e}" for error in found)
 
 
-def _named(decisions: Decisions | None) -> str:
+def _decided(decisions: Decisions | None) -> str:
     if decisions is None:
         return "–"
     if not decisions.differ:

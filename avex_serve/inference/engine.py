@@ -246,7 +246,7 @@ class Engine:
 
     def graph_inputs(self, batch: np.ndarray, padding_mask: np.ndarray | None) -> Inputs:
         """The inputs of the graph: the batch and, if the graph takes one, the mask, by default of no padding."""
-        if not self.manifest.masked:
+        if not self.manifest.takes_padding_mask:
             return (batch,)
         return batch, np.zeros(batch.shape, bool) if padding_mask is None else padding_mask
 
@@ -296,7 +296,7 @@ class Engine:
             limits.check_steps(batch.shape[1])
 
     def _check_mask(self, mask: np.ndarray, batch: np.ndarray) -> None:
-        if not self.manifest.masked:
+        if not self.manifest.takes_padding_mask:
             raise UnsupportedError(
                 f"bundle {self.manifest.name} takes no padding mask; leave it out, or export with --padding-mask"
             )

@@ -209,7 +209,7 @@ def stream_recording(
 
     def inputs() -> Iterator[tuple[np.ndarray, ...]]:
         count = 0
-        for batch in batch_windows(windows, engine.backend.max_batch, masked=engine.manifest.masked):
+        for batch in batch_windows(windows, engine.backend.max_batch, masked=engine.manifest.takes_padding_mask):
             count += len(batch.bounds)
             limits.check_windows(count)
             bounds.append(batch.bounds)
@@ -271,9 +271,10 @@ def _links(source: Manifest, reader: Manifest) -> list[tuple[ProbeInfo, str]]:
 
 def _link(source: Manifest, reader: Manifest, head: ProbeInfo) -> str | None:
     """The output of the audio bundle `source` that a head of the bundle `reader` reads; None: there is none."""
-    if reader.kind == "embedding" and head.reads is not None:
+    if reader.kind == "embedding" and head.input_fingerprint is not None:
         for info in source.embeddings:
-            if info.fingerprint == head.reads and _fits(source.output(info.output).shape, reader.inputs[0].shape):
+            shape = source.output(info.output).shape
+            if info.fingerprint == head.input_fingerprint and _fits(shape, reader.inputs[0].shape):
                 return info.output
     return None
 
@@ -284,7 +285,7 @@ def _fits(made: tuple[int, ...], taken: tuple[int, ...]) -> bool:
 
 def _why_none(models: Models, reader: Manifest, head: ProbeInfo) -> str:
     takes = f"bundle {reader.name} takes embeddings, not audio"
-    if head.reads is None:
+    if head.input_fingerprint is None:
         return (
             f"{takes}, and does not say which backbone makes the embeddings that its probe {head.name} reads; use "
             "classify, or export the probe with its backbone"
@@ -296,7 +297,8 @@ def _why_none(models: Models, reader: Manifest, head: ProbeInfo) -> str:
     ]
     return (
         f"{takes}, and no audio bundle here makes the embeddings that its probe {head.name} reads, with the "
-        f"fingerprint {head.reads[:12]} {list(reader.inputs[0].shape)}: {', '.join(made) or 'there is none'}; "
+        f"fingerprint {head.input_fingerprint[:12]} {list(reader.inputs[0].shape)}: "
+        f"{', '.join(made) or 'there is none'}; "
         "use classify, or serve an audio bundle of the same backbone and layers"
     )
 

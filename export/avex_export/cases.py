@@ -1,4 +1,4 @@
-"""What is verified: inputs of every kind, with what the eager module answers to them, in float32 and in float64."""
+"""The cases of a verification: inputs of every kind, and the eager module's answers in float32 and in float64."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from avex_export.graph import Assembly, Graph
+from avex_export.graph import Assembly, Graph, eager_graph
 from avex_export.passes import Target
 from avex_export.progress import bar
 from avex_serve.audio import reader as audio
@@ -18,40 +18,38 @@ from avex_serve.evidence.cases import INT16_SCALE, Case, Outputs
 from avex_serve.models.aggregation import time_steps
 from avex_serve.synthetic import LOWEST_SAMPLE_RATE, make_recording
 
-# A batch of as many clips as a clip has tokens shows whether batch and time were mixed up. Beyond this it would
-# take minutes and gigabytes.
+# A batch with one clip for each token of a clip shows whether batch and time were mixed up. A larger one than this
+# would take minutes and gigabytes.
 _LARGEST_BATCH = 128
-# Of a head that reads sequences of any length.
+# For a head that takes sequences of any length.
 _SEQUENCE_STEPS = 24
 _LENGTHS = {"short": 0.5, "exact": 1.0, "long": 2.4}  # of recordings, in windows
 _SEED = 5  # of the synthetic recordings
 
 
-def make_cases(graph: Graph, assembly: Assembly, recordings: Sequence[Path]) -> tuple[list[Case], list[str]]:
-    """The cases, and what could not be among them with the reason.
+def make_cases(assembly: Assembly, recordings: Sequence[Path]) -> tuple[list[Case], list[str]]:
+    """The cases, and what is missing from them with the reason.
 
     Args:
-        graph: the eager module.
-        assembly: what was exported.
+        assembly: what is exported.
         recordings: real audio; none: synthetic sounds.
 
     Raises:
         AudioError: a recording that can't be read.
-        NotFoundError: a recording that is not there.
+        NotFoundError: a recording that doesn't exist.
     """
-    oracle = _Oracle(graph, assembly)
+    oracle = _Oracle(assembly)
     tokens, skipped = _tokens(assembly), []
     batches = sorted({1, 3, *([tokens] if tokens <= _LARGEST_BATCH else [])})
     if tokens > _LARGEST_BATCH:
         skipped.append(
-            f"not compared: a batch of {tokens} clips, one for each token of a clip: too large at this clip length"
+            f"not compared: a batch of {tokens} clips, one for each token of a clip; it would take minutes"
         )
-    cases = [
-        oracle.clips(name, clips, tuple(batches) if len(clips) > 1 else (1,))
-        for name, clips in bar(list(_clips(assembly)), "compute clips")
-    ]
-    others = [*_lengths(assembly), *_padded(assembly)]
-    cases += [oracle.clips(name, clips, (1, 3), mask) for name, clips, mask in bar(others, "compute other lengths")]
+    cases = [oracle.clips(*inputs) for inputs in bar(list(_clips(assembly, tuple(batches))), "compute clips")]
+    if assembly.masked:
+        clips = _sixteen_bit(_noise(assembly, 3))
+        mask = _mask(clips.shape[1], np.array([0.8, 0.45, 0.1]) * clips.shape[1])
+        cases.append(oracle.clips("padded clips", np.where(mask, np.float32(0), clips), (1, 3), mask))
     if assembly.clip_samples is not None and assembly.sample_rate is not None:
         waves = _waves(assembly.clip_samples / assembly.sample_rate, assembly.sample_rate, recordings)
         for name, wave, rate in bar(list(waves), "compute recordings"):
@@ -67,7 +65,7 @@ def example_batch(assembly: Assembly, rows: int) -> Tensor:
 
 
 def example_inputs(assembly: Assembly, rows: int) -> tuple[Tensor, ...]:
-    """What a graph takes: `example_batch` and, if it takes a padding mask, one that spares the first clip alone."""
+    """`example_batch` and, if the graph takes one, a padding mask, in which the first clip isn't padded."""
     batch = example_batch(assembly, rows)
     if not assembly.masked:
         return (batch,)
@@ -76,22 +74,22 @@ def example_inputs(assembly: Assembly, rows: int) -> tuple[Tensor, ...]:
 
 
 class _Oracle:
-    """The eager module, one clip at a time so that clips can't influence each other, and its copy in float64."""
+    """The eager module, run on one clip at a time so that clips can't influence each other, and a float64 copy."""
 
-    def __init__(self, graph: Graph, assembly: Assembly) -> None:
-        self._graph, self._window, self._masked = graph, assembly.clip_samples, assembly.masked
+    def __init__(self, assembly: Assembly) -> None:
+        self._graph, self._window, self._masked = eager_graph(assembly), assembly.clip_samples, assembly.masked
         self._shortest = assembly.clip_samples if assembly.shortest_samples is None else assembly.shortest_samples
-        self._exact: Graph | None = copy.deepcopy(graph).double()
+        self._exact: Graph | None = copy.deepcopy(self._graph).double()
         self.why_not_exact: str | None = None
 
     def clips(self, name: str, clips: np.ndarray, batches: tuple[int, ...], mask: np.ndarray | None = None) -> Case:
-        """Of clips (K, …) float32, with their padding if there is any."""
+        """The case of clips (K, …) float32, with their padding mask (K, S) if they are padded."""
         masks = [None] * len(clips) if mask is None else list(torch.from_numpy(mask))
         rows = list(zip(torch.from_numpy(clips), masks, strict=True))
         return Case(name, clips, None, batches, None, *self._answers(rows), mask)
 
     def recording(self, name: str, wave: np.ndarray, rate: int, model_rate: int) -> Case:
-        """Of a recording (S,) float32 at a rate in Hz; what the run time does to it is done here by other code."""
+        """The case of a recording (S,) float32 at a rate in Hz, cut and padded by other code than the service's."""
         assert self._window is not None
         assert self._shortest is not None
         resampled = wave if rate == model_rate else soxr.resample(wave, rate, model_rate, quality="HQ")
@@ -116,8 +114,8 @@ class _Oracle:
             exact = _run(self._exact, [(clip.double(), mask) for clip, mask in rows])
             if all(value.dtype == np.float64 for value in exact.values()):
                 return eager, exact
-            self.why_not_exact = "its outputs are float32 all the same"
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # a backbone of the user's own
+            self.why_not_exact = "its outputs are float32"
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:  # from a backbone of the user's
             self.why_not_exact = str(error).strip().splitlines()[0]
         self._exact = None
         return eager, None
@@ -134,56 +132,41 @@ def _run(graph: Graph, rows: list[_Row]) -> Outputs:
 # -- inputs -------------------------------------------------------------------------------------------------------
 
 
-def _clips(assembly: Assembly) -> Iterator[tuple[str, np.ndarray]]:
-    """Clips or embeddings (K, …) by name."""
-    samples, rate = assembly.clip_samples, assembly.sample_rate
-    if samples is None or rate is None:
-        yield "noise", _noise(assembly, 3)
-        yield "zeros", np.zeros_like(_noise(assembly, 1))
+def _clips(assembly: Assembly, batches: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray, tuple[int, ...]]]:
+    """Names, clips or embeddings (K, …), and the batch sizes to run them in."""
+    window, rate, shortest = assembly.clip_samples, assembly.sample_rate, assembly.shortest_samples
+    if window is None or rate is None:
+        yield "noise", _noise(assembly, 3), batches
+        yield "zeros", np.zeros_like(_noise(assembly, 1)), (1,)
         return
     random = np.random.default_rng(1)
-    chirp = _chirp(samples, rate)
-    yield "noise", _sixteen_bit(_noise(assembly, 3))
-    yield "digital silence", np.zeros((1, samples), np.float32)
-    yield "noise of one bit", _sixteen_bit(random.integers(-1, 2, (1, samples)) / INT16_SCALE)
-    yield "full scale, clipped", _sixteen_bit(10 * chirp[None])
-    yield "chirp in noise", _sixteen_bit(0.5 * chirp + 0.01 * random.standard_normal((1, samples)))
-
-
-def _lengths(assembly: Assembly) -> Iterator[tuple[str, np.ndarray, None]]:
-    """Clips (3, S) of other lengths by name, if the graph takes any."""
-    window, shortest = assembly.clip_samples, assembly.shortest_samples
-    if window is None or shortest is None:
-        return
-    for name, samples in (
-        ("the shortest clips", shortest),
-        ("shorter clips", (shortest + 2 * window) // 3),
-        ("longer clips", round(1.7 * window) + 1),
-    ):
-        yield name, _sixteen_bit(_noise(replace(assembly, clip_samples=samples), 3)), None
-
-
-def _padded(assembly: Assembly) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Clips (3, S) of several lengths, padded with zeros to one, and their masks by name, if the graph takes any."""
-    if not assembly.masked:
-        return
-    clips = _sixteen_bit(_noise(assembly, 3))
-    mask = _mask(clips.shape[1], np.array([0.8, 0.45, 0.1]) * clips.shape[1])
-    yield "padded clips", np.where(mask, np.float32(0), clips), mask
+    chirp = _chirp(window, rate)
+    yield "noise", _sixteen_bit(_noise(assembly, 3)), batches
+    yield "digital silence", np.zeros((1, window), np.float32), (1,)
+    yield "noise of one bit", _sixteen_bit(random.integers(-1, 2, (1, window)) / INT16_SCALE), (1,)
+    yield "full scale, clipped", _sixteen_bit(10 * chirp[None]), (1,)
+    yield "chirp in noise", _sixteen_bit(0.5 * chirp + 0.01 * random.standard_normal((1, window))), (1,)
+    if shortest is not None:
+        for name, samples in (
+            ("the shortest clips", shortest),
+            ("shorter clips", (shortest + 2 * window) // 3),
+            ("longer clips", round(1.7 * window) + 1),
+        ):
+            yield name, _sixteen_bit(_noise(replace(assembly, clip_samples=samples), 3)), (1, 3)
 
 
 def _mask(samples: int, lengths: np.ndarray) -> np.ndarray:
-    """Padding masks (K, samples) of clips of some lengths (K,)."""
+    """Padding masks (K, samples) for clips of these lengths (K,)."""
     return np.arange(samples) >= lengths[:, None]
 
 
 def _waves(window: float, rate: int, recordings: Sequence[Path]) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Recordings (S,) float32 with names and rates, that fill a window in part, just so, and more than one.
+    """Names, recordings (S,) float32 and their rates: shorter than a window, exactly one window, and longer.
 
     Args:
         window: in seconds.
         rate: of the model, in Hz.
-        recordings: the first is cut or repeated for each length, of the others the beginning is taken; none:
+        recordings: the first is cut or repeated to each length, the others are cut to the longest; empty:
             synthetic sounds.
     """
     for i, path in enumerate(recordings):
@@ -204,7 +187,7 @@ def _waves(window: float, rate: int, recordings: Sequence[Path]) -> Iterator[tup
 
 
 def _sixteen_bit(wave: np.ndarray) -> np.ndarray:
-    """As a 16-bit file holds it, float32."""
+    """The wave as float32, rounded to the values of a 16-bit file."""
     levels = np.clip(np.rint(wave * INT16_SCALE), -INT16_SCALE, INT16_SCALE - 1)
     return (levels / INT16_SCALE).astype(np.float32)
 

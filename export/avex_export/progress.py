@@ -1,4 +1,4 @@
-"""Progress: which step is running and since when, and a bar for the steps that take long."""
+"""Progress: the step that is running, and a bar for long steps."""
 
 import contextlib
 import time
@@ -11,7 +11,7 @@ _Item = TypeVar("_Item")
 
 
 class Progress:
-    """Tells which step is running and how long each took."""
+    """Announces steps with the seconds since the start."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -23,14 +23,14 @@ class Progress:
 
 
 def bar(items: Sequence[_Item], title: str) -> Iterable[_Item]:
-    """The items, with a bar on standard error while they are gone through; none where that is no terminal."""
+    """The items, with a bar on standard error during the iteration if that is a terminal."""
     shown: Iterable[_Item] = tqdm(items, desc=title, leave=False, disable=None)
     return shown
 
 
 @contextlib.contextmanager
 def counter(total: int, title: str) -> Iterator[Callable[[], None]]:
-    """The same for things that come one by one from elsewhere: what is given is called after each."""
+    """The same bar for steps that another function takes: call the returned function after each."""
     with tqdm(total=total, desc=title, leave=False, disable=None) as shown:
 
         def count() -> None:

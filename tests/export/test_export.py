@@ -187,7 +187,7 @@ def test_several_recordings_and_those_too_long_to_keep(tmp_path, export, trained
     assert out.count("✓") == 12
     for part in (row("long: 16000.wav", 3), row("22050.wav", 2), row("2000000.wav", 2)):
         assert part in out
-    assert "not kept in the bundle: 1 recordings, for their size" in out
+    assert "not stored in the bundle: 1 recordings, for their size" in out
     assert serve(["verify", str(tmp_path / "bundle")]) == 0
     assert capsys.readouterr().out.count("✓") == 11
     (tmp_path / "labels.json").write_text("{}" * 50)
@@ -217,7 +217,7 @@ def test_a_backbone_that_computes_in_float32_alone_is_compared_in_that():
     config = ProbeConfig(target_layers=["mix"], aggregation="mean")
     probe = build_probe_from_config(config, 5, "cpu", base_model=Own(), target_length=RATE).eval()
     assembly = Assembly("x", (head(probe),), "own", None, "CC0", RATE, RATE)
-    cases, skipped = make_cases(eager_graph(assembly), assembly, ())
+    cases, skipped = make_cases(assembly, ())
     assert {case.exact for case in cases} == {None}
     assert len(skipped) == 1
     assert skipped[0].startswith("not compared with float64: ")
@@ -316,7 +316,7 @@ def test_heads_alone_take_embeddings(tmp_path, export, name, dimension, shape):
     with open_bundle(tmp_path / "b") as engine:
         assert engine.manifest.kind == "embedding"
         assert engine.manifest.inputs[0].shape == shape
-        assert engine.manifest.probes[0].reads is None
+        assert engine.manifest.probes[0].input_fingerprint is None
         for rows, steps in ((1, 6), (3, 6)):
             batch = torch.randn(rows, *(steps if size == -1 else size for size in shape[1:]))
             with torch.no_grad():
@@ -328,7 +328,7 @@ def test_audio_and_head_alone_agree_on_what_makes_the_embedding(tmp_path, export
     export("--probe", folder, "--output", tmp_path / "audio", "--format", "onnx")
     export("--probe", folder, "--output", tmp_path / "head", "--format", "onnx", "--offline", "--input-dim", "32")
     audio, alone = read_bundle(tmp_path / "audio").manifest, read_bundle(tmp_path / "head").manifest
-    assert audio.probes[0].reads == alone.probes[0].reads is not None
+    assert audio.probes[0].input_fingerprint == alone.probes[0].input_fingerprint is not None
     with open_bundle(tmp_path / "audio") as whole, open_bundle(tmp_path / "head") as rest:
         outputs = whole.infer(noise(2).numpy())
         np.testing.assert_allclose(rest.infer(outputs["embedding"])["logits"], outputs["logits"], atol=1e-5)
@@ -349,6 +349,32 @@ def test_the_licence_of_the_backbone_holds_for_all_that_is_made_of_it(tmp_path, 
         metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / name / "model.onnx").metadata_props}
         assert metadata["avex_serve.licence"] == licence
     assert read_bundle(tmp_path / "anyones").manifest.model == "unknown"
+
+
+def test_the_description_of_a_saved_probe_is_read_once(tmp_path, export, trained, monkeypatch):
+    _, folder = trained()
+    read, original = [], Path.read_text
+
+    def counting(path, *arguments, **options):
+        read.append(path.name)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", counting)
+    for i, more in enumerate(([], ["--offline", "--input-dim", "32"], ["--embeddings"])):
+        read.clear()
+        assert export("--probe", folder, "--output", tmp_path / str(i), "--format", "onnx", *more)[0] == 0
+        assert read.count("probe.yml") == 1
+
+
+@pytest.mark.parametrize("change", [b"format: 2", None], ids=["damaged", "gone"])
+def test_weights_of_a_folder_that_is_no_saved_probe(tmp_path, export, trained, change):
+    _, folder = trained()
+    if change is None:
+        (folder / "probe.yml").unlink()
+    else:
+        (folder / "probe.yml").write_bytes(change)
+    code, _, err = export("--probe", "linear_last", "--weights", folder, "--output", tmp_path / "b")
+    assert (code, "Traceback" in err, "probe.yml" in err) == (2, False, True)
 
 
 def test_random_heads_are_marked(tmp_path, export, model, labels):
@@ -436,9 +462,9 @@ def test_list_names_probes_and_models(export):
         (["--probe", "linear_lats"], 2, "did you mean linear_last?"),
         (["--probe", "nothing.yml"], 2, "no probe 'nothing.yml'"),
         ([], 2, "give --probe, or --list"),
-        (["--list", "--probe", "linear_last"], 2, "--probe has no effect beside --list; leave out one of them"),
+        (["--list", "--probe", "linear_last"], 2, "--probe has no effect with --list; leave out one of them"),
         (["--explain", "--without", "nothing"], 2, "--without nothing: no such pass"),
-        (["--explain", "--clip-seconds", "2"], 2, "--clip-seconds has no effect beside --explain without --probe"),
+        (["--explain", "--clip-seconds", "2"], 2, "--clip-seconds has no effect with --explain without --probe"),
         (["--probe", "linear_last", "--model", "nothing"], 2, "--model nothing: Unknown model"),
         (["--probe", "linear_last", "--model", "M", "--labels", "L"], 4, "no trained weights"),
         (["--probe", "linear_last", "--offline", "--clip-seconds", "2"], 2, "--clip-seconds is for audio"),
@@ -490,8 +516,8 @@ def test_mistakes_are_told_without_a_traceback(tmp_path, export, model, labels, 
 def test_bad_options_are_told(tmp_path):
     program = Path(sys.executable).with_name("avex-export")
     for option, message in (
-        (["--clip-seconds", "-1"], "'-1' is no length of a clip; expected seconds up to 3600"),
-        (["--clip-seconds", "1e300"], "'1e300' is no length of a clip"),
+        (["--clip-seconds", "-1"], "'-1' is not the length of a clip; expected seconds, at most 3600"),
+        (["--clip-seconds", "1e300"], "'1e300' is not the length of a clip"),
         (["--offline", "--input-dim", "32", "--half"], "--half is for backbones, which --offline leaves out"),
         (["--input-dim", "a,b"], "expected D or T,D"),
         (["--format", "tflite"], "invalid choice"),
@@ -517,11 +543,11 @@ def test_a_head_for_another_number_of_labels_is_refused(tmp_path, export, traine
 
 def test_weights_that_merge_layers_are_part_of_what_makes_the_embedding(trained):
     from avex_export.assemble import assemble
-    from avex_export.recipes import find_recipe
-    from avex_export.sources import Request
+    from avex_export.request import ExportRequest, read_probes
 
     def embedding_fingerprint():
-        return assemble(Request((find_recipe(str(folder)),))).heads[0].reads
+        request = ExportRequest(probe=(str(folder),))
+        return assemble(request, read_probes(request)).heads[0].reads
 
     probe, folder = trained("linear_all")
     before = embedding_fingerprint()

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -18,9 +19,8 @@ from avex_export.int8.clips import built_in, from_recordings
 from avex_export.int8.products import Int8Linear, compensated, nearest, quantise, steps
 from avex_export.passes import Target, rewrite
 from avex_serve import open_bundle
-from avex_serve.bundles.manifest import VERIFICATION
+from avex_serve.bundles.manifest import VERIFICATION, Manifest
 from avex_serve.bundles.reading import read_bundle
-from avex_serve.bundles.sealing import draft_manifest
 from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError, InputError
@@ -186,11 +186,10 @@ def test_the_graph_computes_what_the_calibration_did(tmp_path, model, labels):
     from avex_export.assemble import assemble
     from avex_export.formats import write_onnx
     from avex_export.graph import export_graph
-    from avex_export.recipes import find_recipe
-    from avex_export.sources import Request
+    from avex_export.request import ExportRequest, read_probes
 
-    request = Request((find_recipe("linear_all"),), str(model), labels=labels, allow_untrained=True)
-    graph = export_graph(assemble(request))
+    request = ExportRequest(probe=("linear_all",), model=str(model), labels=labels, allow_untrained=True)
+    graph = export_graph(assemble(request, read_probes(request)))
     assert quantise(graph, noise(4)) == 7  # of eight, one is behind the pooling
     write_onnx(graph, [noise(2)], tmp_path / "int8.onnx", ["waveform"], {})
     backend = OnnxBackend(tmp_path / "int8.onnx", ["waveform"], ["logits", "embedding"])
@@ -209,7 +208,7 @@ def test_the_graph_computes_what_the_calibration_did(tmp_path, model, labels):
 def manifest(activation):
     """Of a bundle with one head."""
     probe = {"name": "x", "config": {}, "trained": True, "activation": activation, "embedding": "embedding"}
-    return draft_manifest(
+    return msgspec.convert(
         {
             "name": "x",
             "kind": "audio",
@@ -221,7 +220,9 @@ def manifest(activation):
             "outputs": [{"name": "logits", "shape": (-1, 2)}, {"name": "embedding", "shape": (-1, 2)}],
             "licence": "CC0",
             "tools": {},
-        }
+            "files": {},
+        },
+        Manifest,
     )
 
 

@@ -13,7 +13,7 @@ from avex_export.assemble import assemble
 from avex_export.cli import main
 from avex_export.graph import Assembly, Head, OnePassGraph, export_graph
 from avex_export.recipes import find_recipe
-from avex_export.sources import Request
+from avex_export.request import ExportRequest, read_probes
 from avex_serve import open_bundle
 from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main as serve
@@ -132,9 +132,7 @@ def test_its_evidence_and_card_name_each_head(bundle, capsys):
     card = (bundle / "README.md").read_text("utf-8")
     for line in ("- `birds`, a linear probe", "- `frogs`, an MLP probe", "- `calls`, an LSTM probe"):
         assert line in card
-    assert (
-        "OpenSoundscape (`pip install 'opensoundscape[onnx]'`), which hears the first probe alone, `birds`:" in card
-    )
+    assert "OpenSoundscape (`pip install 'opensoundscape[onnx]'`), which runs only the first probe, `birds`:" in card
 
 
 def test_a_head_that_answers_otherwise_is_found(bundle, tmp_path, capsys):
@@ -192,7 +190,7 @@ def test_embeddings_of_the_backbone_feed_heads_that_are_served_alone(tmp_path, e
         export("--probe", root / name, "--offline", "--input-dim", shape, "--output", tmp_path / name)
         with open_bundle(tmp_path / name) as head, torch.no_grad():
             (output,) = [info for info in manifest.embeddings if info.output == f"{name}.embedding"]
-            assert output.fingerprint == head.manifest.probes[0].reads is not None
+            assert output.fingerprint == head.manifest.probes[0].input_fingerprint is not None
             logits = head.infer(answered[output.output])["logits"]
             np.testing.assert_allclose(logits, probes[name](wave), atol=1e-4)
 
@@ -242,7 +240,7 @@ def test_embeddings_that_are_merged_by_trained_weights_need_them(tmp_path, expor
     [
         (["--offline", "--input-dim", "32"], "--offline exports one head"),
         (["--weights", "w.safetensors"], "--weights is for one probe"),
-        (["--labels", "l.txt"], "--labels would name the classes of every probe, and saved ones bring their own"),
+        (["--labels", "l.txt"], "--labels would name the classes of every probe, and saved ones have their own"),
         (["--embeddings", "--offline"], "--offline is for heads, which --embeddings leaves out"),
         (["--embeddings", "--labels", "l.txt"], "--labels is for heads"),
         (["--embeddings", "--activation", "softmax"], "--activation is for heads"),
@@ -357,7 +355,7 @@ def test_int8_of_several_heads(tmp_path, export, saved):
 
 
 def test_one_request_makes_one_assembly(saved):
-    recipes = tuple(find_recipe(str(saved[0] / name)) for name in NAMES)
-    assembly = assemble(Request(recipes))
+    request = ExportRequest(probe=tuple(str(saved[0] / name) for name in NAMES))
+    assembly = assemble(request, read_probes(request))
     assert len({id(probe.base_model) for probe in assembly.probes}) == 1
     assert assembly.trained

@@ -142,6 +142,14 @@ def test_nothing_that_can_be_served(shelf, tmp_path):
     check_any([shelf, bundle(shelf / "c")])
 
 
+def test_the_check_before_the_start_leaves_digests_to_the_process_that_opens_the_bundle(shelf):
+    changed = bundle(shelf / "a")
+    (changed / ONNX).write_bytes(b"another graph")
+    check_any([shelf])
+    with pytest.raises(BundleError, match="sha256 differs"):
+        Repository([shelf], open_bundle)
+
+
 def test_the_second_of_a_name_and_version_is_refused(shelf, opened):
     first, second = bundle(shelf / "a"), bundle(shelf / "b", activation="softmax")
     repository = opened(shelf)

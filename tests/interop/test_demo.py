@@ -28,7 +28,7 @@ def test_the_demo_goes_the_whole_way(tmp_path):
     for part in ("write ONNX", "write TorchScript", "digital silence", "serving bundle linear_last", "Over gRPC"):
         assert part in result.stdout
     assert "✗" not in result.stdout
-    right, played = map(int, re.search(r"(\d+) of (\d+) sounds named right", result.stdout).groups())
+    right, played = map(int, re.search(r"(\d+) of (\d+) sounds detected", result.stdout).groups())
     assert right >= 0.75 * played
     assert "Traceback" not in result.stdout + result.stderr
     assert list(tmp_path.iterdir()) == []

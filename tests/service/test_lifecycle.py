@@ -1,6 +1,5 @@
 """Starting and stopping as a user does."""
 
-import json
 import os
 import shutil
 import signal
@@ -14,9 +13,8 @@ import pytest
 import tritonclient.grpc
 import yaml
 
-from avex_serve.bundles.manifest import MANIFEST, ONNX
-from avex_serve.bundles.reading import sha256_of
-from tests.bundles import make_audio_bundle
+from avex_serve.bundles.manifest import ONNX
+from tests.bundles import make_audio_bundle, replace_file
 from tests.service.conftest import BENTOML, free_ports, running_server, serve_command, server_environment
 
 SERVICE = "avex_serve.service:AvexService"
@@ -107,13 +105,14 @@ def test_one_port_for_both(tmp_path, audio_bundle):
     assert f"AVEX_GRPC_PORT is {port}, on which HTTP listens" in done.stderr
 
 
-def test_graph_that_does_not_load(tmp_path, audio_bundle):
-    """What only the worker can find out: it says so in one line."""
+@pytest.mark.parametrize("listed", [True, False], ids=["no graph", "a changed file"])
+def test_a_bundle_that_only_the_worker_can_refuse(tmp_path, audio_bundle, listed):
+    """The check before the start reads no large file. The worker reports the reason in one line."""
     bundle = shutil.copytree(audio_bundle, tmp_path / "bundle")
-    (bundle / ONNX).write_bytes(b"no graph")
-    manifest = json.loads((bundle / MANIFEST).read_text())
-    manifest["files"][ONNX] = sha256_of(bundle / ONNX)
-    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    if listed:
+        replace_file(bundle, ONNX, b"no graph")
+    else:
+        (bundle / ONNX).write_bytes(b"no graph")
     http_port, grpc_port = free_ports(2)
     process = subprocess.Popen(
         serve_command(http_port, SERVICE),
@@ -135,7 +134,10 @@ def test_graph_that_does_not_load(tmp_path, audio_bundle):
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    assert "onnxruntime can't load" in lines[-1]
+    reason = (
+        "onnxruntime can't load" if listed else f"{bundle / ONNX} was changed after the export (its sha256 differs)"
+    )
+    assert reason in lines[-1]
     assert "Traceback" not in "".join(lines)
 
 

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from avex_serve.bundles.reading import parse_labels
+from avex_serve.bundles.labels import parse_labels
 from avex_serve.errors import BundleError
 from avex_serve.models.files import find_local, resolve_file
 
