@@ -8,8 +8,7 @@ from torch import Tensor
 from avex_serve.errors import ExportError
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.efficientnet import EfficientNetModel
-from avex_serve.models.probes import Probe
-from avex_serve.models.probes.heads import LSTMProbe, SequenceProbe
+from avex_serve.models.probes import LSTMProbe, Probe, SequenceProbe
 
 # What a probe raises that can't be built or can't hear a clip, as avex's does, and what a network of the user's own
 # may beside that.
