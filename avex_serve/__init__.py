@@ -1,7 +1,7 @@
 """From a trained avex probe to a service.
 
 The public names below load on first use: importing the package imports neither torch nor onnxruntime, so a
-serving process never pays for what it doesn't need.
+serving process loads only what it needs.
 """
 
 from importlib import import_module
@@ -12,35 +12,39 @@ from avex_serve.version import __version__
 if TYPE_CHECKING:
     from avex_serve.inference.engine import Engine
     from avex_serve.inference.opening import open_bundle
-    from avex_serve.models.utils.factory import build_model, build_model_from_spec
-    from avex_serve.models.utils.load import list_model_layers, load_label_mapping, load_model
+    from avex_serve.models.utils.load import load_label_mapping, load_model
     from avex_serve.models.utils.registry import (
+        build_model,
+        build_model_from_spec,
         describe_model,
         get_checkpoint_path,
         get_model_class,
         get_model_spec,
         list_model_classes,
+        list_model_layers,
         list_models,
         register_model,
         register_model_class,
     )
 
+_LOADING = "avex_serve.models.utils.load"
+_REGISTRY = "avex_serve.models.utils.registry"
 _HOME = {
     "Engine": "avex_serve.inference.engine",
     "open_bundle": "avex_serve.inference.opening",
-    "build_model": "avex_serve.models.utils.factory",
-    "build_model_from_spec": "avex_serve.models.utils.factory",
-    "list_model_layers": "avex_serve.models.utils.load",
-    "load_label_mapping": "avex_serve.models.utils.load",
-    "load_model": "avex_serve.models.utils.load",
-    "describe_model": "avex_serve.models.utils.registry",
-    "get_checkpoint_path": "avex_serve.models.utils.registry",
-    "get_model_class": "avex_serve.models.utils.registry",
-    "get_model_spec": "avex_serve.models.utils.registry",
-    "list_model_classes": "avex_serve.models.utils.registry",
-    "list_models": "avex_serve.models.utils.registry",
-    "register_model": "avex_serve.models.utils.registry",
-    "register_model_class": "avex_serve.models.utils.registry",
+    "load_label_mapping": _LOADING,
+    "load_model": _LOADING,
+    "build_model": _REGISTRY,
+    "build_model_from_spec": _REGISTRY,
+    "describe_model": _REGISTRY,
+    "get_checkpoint_path": _REGISTRY,
+    "get_model_class": _REGISTRY,
+    "get_model_spec": _REGISTRY,
+    "list_model_classes": _REGISTRY,
+    "list_model_layers": _REGISTRY,
+    "list_models": _REGISTRY,
+    "register_model": _REGISTRY,
+    "register_model_class": _REGISTRY,
 }
 
 __all__ = [

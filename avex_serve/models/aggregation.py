@@ -1,7 +1,7 @@
 """Aggregation: how an embedding loses its time axis. Pure functions of batch-first tensors.
 
-The rank tells where time is: axis 1 of a sequence (B, T, D), the last axis of a feature map (B, C, H, W).
-A vector (B, D) has none and passes.
+The rank of the tensor determines the time axis: axis 1 of a sequence (B, T, D), the last axis of a feature map
+(B, C, H, W). A vector (B, D) has no time axis and stays as it is.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from avex_serve.configs import Aggregation
 
 
 def time_steps(embedding: Tensor) -> int:
-    """Steps along the time axis; 1 of a vector."""
+    """Steps along the time axis; 1 for a vector."""
     return 1 if embedding.ndim == 2 else embedding.shape[_time_axis(embedding)]
 
 
@@ -21,12 +21,12 @@ def aggregate(embedding: Tensor, how: Aggregation, padding: Tensor | None = None
     """Reduce the time axis.
 
     Args:
-        embedding: (B, D), (B, T, D) or (B, C, H, W) with W the time.
-        how: ``mean``, ``max``, ``cls_token`` (first token; of a feature map the first channel) or ``none``.
+        embedding: (B, D), (B, T, D) or (B, C, H, W) where W is time.
+        how: ``mean``, ``max``, ``cls_token`` (first token; for a feature map the first channel) or ``none``.
         padding: (B, T) bool, True where padded, to leave out of mean and max.
 
     Returns:
-        (B, D), or (B, C * H) of a feature map; for ``none`` the embedding itself.
+        (B, D), or (B, C * H) for a feature map; for ``none`` the embedding itself.
 
     Raises:
         ValueError: another rank or aggregation.
@@ -48,7 +48,7 @@ def aggregate(embedding: Tensor, how: Aggregation, padding: Tensor | None = None
 
 
 def concatenate(embeddings: Sequence[Tensor], how: Aggregation) -> Tensor | list[Tensor]:
-    """Aggregated layers side by side, (B, sum of D); for ``none`` a list, or the one tensor."""
+    """Aggregated layers side by side, (B, sum of D); for ``none`` a list, or the tensor of a single layer."""
     reduced = [aggregate(embedding, how) for embedding in embeddings]
     if len(reduced) == 1:
         return reduced[0]

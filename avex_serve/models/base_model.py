@@ -1,4 +1,4 @@
-"""What every backbone can do, whatever its architecture: give embeddings by layer name."""
+"""`ModelBase`, the interface of every backbone: embeddings by layer name."""
 
 import contextlib
 import inspect
@@ -12,38 +12,37 @@ from torch.utils.hooks import RemovableHandle
 from avex_serve.configs import Aggregation, AudioConfig
 from avex_serve.models.aggregation import concatenate
 from avex_serve.models.frontends import AudioProcessor
-from avex_serve.models.hooks import frozen, keep_listening, measure_batch_axes, tap_by_hooks
+from avex_serve.models.hooks import capture_until_removed, frozen, is_tracing, measure_batch_axes, tap_by_hooks
 from avex_serve.models.layers import BACKBONE, last_layer, resolve_layers
-from avex_serve.models.tracing import is_tracing
 
 
 class ModelBase(nn.Module):
     """A backbone: waveforms in, embeddings by layer name out.
 
-    The architectures here say which layers they have and compute them without hooks: they override
-    `get_model_layers`, `tappable_layers` and `taps`. A subclass with no more than `forward`, as avex's
-    documentation shows them, works too: its layers are its linear submodules, any submodule can be named, and `taps`
-    listens to them during one forward pass. Everything else follows: the surface that avex's models have
-    (`get_model_layers`, `register_hooks_for_layers`, `extract_embeddings`).
+    A subclass needs no more than `forward`, as in avex's documentation. Its discoverable layers are its linear
+    submodules, any submodule can be tapped by name, and `taps` captures them with hooks during one forward pass. The
+    architectures here override `get_model_layers`, `tappable_layers` and `taps`, and compute their layers without
+    hooks. On these three build the methods that avex's models have: `register_hooks_for_layers`,
+    `extract_embeddings` and others.
 
     Attributes:
-        audio_config: what audio it expects, or None if that is not known.
-        audio_processor: what `audio_config` makes of a waveform, under avex's name; None without one.
+        audio_config: the audio that it expects, or None if unknown.
+        audio_processor: applies `audio_config` to a waveform, under avex's name; None without an `audio_config`.
         label_mapping: ``{"label_to_index": …, "index_to_label": …}`` of a loaded classifier, else None.
-        checkpoint_uri: URI that its weights were loaded from, with the hub's revision; None for local files.
-        trunk_name: name of the submodule that makes the embeddings; checkpoints may leave it out of their names.
-        fills_clips: whether short clips are filled up inside the model, so that a layer has steps that hear nothing.
+        checkpoint_uri: URI of its weights, with the hub's revision; None for local files.
+        trunk_name: name of the submodule that computes the embeddings. Checkpoints may omit it in their names.
+        fills_clips: whether the model pads short clips itself, so that a layer has steps without audio.
     """
 
     trunk_name: ClassVar[str] = "backbone"
     fills_clips: ClassVar[bool] = False
 
     def __init__(self, device: str = "cpu", audio_config: AudioConfig | Mapping[str, Any] | None = None) -> None:
-        """Start a model.
+        """Set up the common attributes.
 
         Args:
-            device: where it is.
-            audio_config: what audio it expects, or the fields of that.
+            device: of the model.
+            audio_config: the audio that it expects, as `AudioConfig` or a mapping of its fields.
         """
         super().__init__()
         self.device = device
@@ -54,29 +53,29 @@ class ModelBase(nn.Module):
         self.label_mapping: dict[str, dict[Any, Any]] | None = None
         self.checkpoint_uri: str | None = None
         self._hook_layers: list[str] = []
-        # For a subclass that brings its own extract_embeddings and reads these, as those written for avex do.
+        # A subclass written for avex may read these in its own extract_embeddings.
         self._hooks: dict[str, RemovableHandle] = {}
         self._hook_outputs: dict[str, Tensor] = {}
         self._layer_names: list[str] = []
-        self.tap_pooling: nn.Module | None = None  # reduces tapped layers by name, in an exported copy
+        self.tap_pooling: nn.Module | None = None  # in an exported copy: reduces tapped layers by name
         self._batch_axes: dict[str, int] | None = None  # see `fix_batch_axes`
 
     @property
     def called_module(self) -> nn.Module:
-        """The module that is called and that checkpoints are for: the model itself, unless it adapts another."""
+        """The module that is called and that checkpoints are for: the model itself, or the module that it wraps."""
         return self
 
     def get_model_layers(self) -> list[str]:
-        """The discoverable layers in order; indices in ``target_layers`` count along this list."""
+        """The discoverable layers in order. Indices in ``target_layers`` refer to this list."""
         self._discover_embedding_layers()
         return list(self._layer_names)
 
     def _discover_embedding_layers(self) -> None:
-        # A subclass written for avex overrides this to choose its layers, and fills this list.
+        # A subclass written for avex may override this method to fill the list with other layers.
         self._layer_names = [name for name, part in self.named_modules() if isinstance(part, nn.Linear)]
 
     def tappable_layers(self) -> list[str]:
-        """Every name that `taps` knows: the discoverable layers and those that must be named."""
+        """Every name that `taps` accepts: the discoverable layers and the others."""
         return [BACKBONE, *(name for name, _ in self.called_module.named_modules() if name)]
 
     def taps(
@@ -88,11 +87,12 @@ class ModelBase(nn.Module):
             wave: (B, S) or (S,) in [-1, 1] at the model's sample rate.
             layers: names among `tappable_layers`.
             padding_mask: (B, S) bool, True where a sample is padding.
-            as_if_alone: use the mask so that each clip gets what it would get alone and without padding, in the
-                steps that `token_mask` leaves, as far as the architecture can; else use it as avex does.
+            as_if_alone: apply the mask so that each clip has the same output as alone and without padding, in the
+                steps that `token_mask` doesn't mask, as far as the architecture allows. Otherwise apply it as avex
+                does.
 
         Returns:
-            (B, T, D) of a sequence, (B, C, H, W) of a feature map.
+            (B, T, D) for a sequence, (B, C, H, W) for a feature map.
 
         Raises:
             ValueError: no audio, or a layer that a forward pass doesn't reach.
@@ -108,23 +108,23 @@ class ModelBase(nn.Module):
         *,
         freeze_backbone: bool = False,
     ) -> list[Tensor]:
-        """What a probe reads: the layers aggregated, side by side, (B, sum of D); for ``none`` one tensor a layer.
+        """A probe's input: the aggregated layers side by side, (B, sum of D); for ``none`` one tensor per layer.
 
-        A subclass that brings its own `extract_embeddings` is asked through it, as avex's probes do, and what it
-        gives is taken as it comes.
+        If a subclass has its own `extract_embeddings`, that method is called, as avex's probes do, and its result is
+        used unchanged.
 
         Args:
             wave: see `taps`.
             layers: see `taps`.
-            aggregation: see `avex_serve.models.aggregation.aggregate`; padding is never left out of it.
+            aggregation: see `avex_serve.models.aggregation.aggregate`; it always includes padding.
             padding_mask: see `taps`.
-            freeze_backbone: told to a subclass's own extraction.
+            freeze_backbone: passed to a subclass's own `extract_embeddings`.
 
         Raises:
             ValueError: see `taps`.
         """
         if self.has_own_extraction():
-            found = self._extracted(wave, layers, padding_mask, aggregation, freeze_backbone)
+            found = self._call_own_extraction(wave, layers, padding_mask, aggregation, freeze_backbone)
         else:
             tapped = self.pooled_taps(wave, self.resolve_layers(layers), padding_mask)
             found = concatenate([tapped[name] for name in layers], aggregation)
@@ -133,24 +133,24 @@ class ModelBase(nn.Module):
     def pooled_taps(
         self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None, *, as_if_alone: bool = False
     ) -> dict[str, Tensor]:
-        """See `taps`; in an exported copy the layers are reduced in time as far as `tap_pooling` does it."""
+        """See `taps`. In an exported copy, `tap_pooling` reduces the layers."""
         tapped = self.taps(wave, layers, padding_mask, as_if_alone=as_if_alone)
         return tapped if self.tap_pooling is None else self.tap_pooling(tapped)
 
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
-        """The padding mask (B, S) brought to the time steps of an embedding, (B, tokens).
+        """The padding mask (B, S) converted to the time steps of an embedding, (B, tokens).
 
-        True for those that the clip alone, without padding, wouldn't have.
+        True for steps that the clip alone, without padding, wouldn't have.
 
         Raises:
-            NotImplementedError: the architecture doesn't honour masks.
+            NotImplementedError: the class doesn't implement it.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no padding mask at the level of tokens")
+        raise NotImplementedError(f"{type(self).__name__} has no padding mask for tokens; override token_mask")
 
     def fix_batch_axes(self, samples: int, layers: Sequence[str]) -> None:
-        """Find out once where the batch is in the layers, for clips of so many samples; see `taps`.
+        """Measure once on which axis the layers have the batch, for clips of that many samples; see `taps`.
 
-        In a traced graph the size of the batch is no number that could tell.
+        While a graph is traced, the size of the batch is not a number that could be compared.
         """
         if type(self).taps is ModelBase.taps and not self.has_own_extraction():
             silence = self._batch(torch.zeros(1, samples))
@@ -158,15 +158,15 @@ class ModelBase(nn.Module):
 
     @property
     def embedding_settings(self) -> str:
-        """What makes the embedding beside the tensors and can't be seen in them, as text for the fingerprint."""
+        """Settings that affect the embedding and don't show in the tensors, as text for the fingerprint."""
         return ""
 
     @property
     def clip_samples(self) -> int:
-        """Samples of a clip as the audio configuration says.
+        """Samples of a clip, from the audio configuration.
 
         Raises:
-            ValueError: it doesn't say.
+            ValueError: it has no length.
         """
         samples = getattr(self.audio_processor, "target_length", None)
         if self.audio_config is None and isinstance(samples, int):  # a subclass written for avex
@@ -180,28 +180,28 @@ class ModelBase(nn.Module):
 
     @property
     def shortest_samples(self) -> int:
-        """The least samples of a clip that the model can hear; 1 if it isn't known to need more."""
+        """Samples of the shortest clip that the model accepts; 1 if no minimum is known."""
         return 1
 
     @property
     def last_layer_name(self) -> str:
-        """The layer that ``last_layer`` means."""
+        """The layer that the selector ``last_layer`` means."""
         return last_layer(self.get_model_layers())
 
     def resolve_layers(self, target_layers: Sequence[str | int]) -> list[str]:
-        """Concrete names for ``target_layers``; see `avex_serve.models.layers.resolve_layers`."""
+        """Layer names for ``target_layers``; see `avex_serve.models.layers.resolve_layers`."""
         return resolve_layers(target_layers, self.get_model_layers(), self.tappable_layers())
 
     def process_audio(self, x: Tensor) -> Tensor:
-        """What `audio_processor` makes of the waveform (B, S) or (S,), on the model's device.
+        """Apply `audio_processor` to the waveform (B, S) or (S,), on the model's device.
 
         Returns:
-            (B, S), or (B, F, frames) if `audio_config` asks for a spectrogram; without an audio_config x itself.
+            (B, S), or (B, F, frames) if `audio_config` has a spectrogram; without an audio_config x itself.
 
         Raises:
-            ValueError: no tensor, or an empty one.
+            ValueError: None, or an empty tensor.
         """
-        wave = self._placed(x)
+        wave = self._on_device(x)
         return wave if self.audio_processor is None else self.audio_processor(wave)
 
     def _waveform(self, x: Tensor) -> Tensor:
@@ -211,47 +211,47 @@ class ModelBase(nn.Module):
         return self._batch(x)
 
     def _batch(self, x: Tensor) -> Tensor:
-        """The input on the model's device; (S,) becomes (1, S), other shapes are the network's affair."""
-        wave = self._placed(x)
+        """The input on the model's device; (S,) becomes (1, S), other shapes are left to the network."""
+        wave = self._on_device(x)
         return wave[None] if wave.ndim == 1 else wave
 
     def batch_inference(self, batched_samples: Tensor) -> Tensor:
-        """Outputs of the model for the rows of a batch, one by one, as avex's models have it.
+        """Run the rows of a batch one by one, as in avex.
 
         Args:
             batched_samples: (B, S), or several batches (N, B, S).
 
         Returns:
-            The outputs, one after the other along the first axis.
+            The outputs, concatenated along the first axis.
         """
         outputs = [self(self._batch(row)) for row in batched_samples]
         return torch.cat([output[None] if output.ndim == 1 else output for output in outputs])
 
     def enable_gradient_checkpointing(self) -> None:
-        """Raise NotImplementedError: no architecture here trades time for memory in training."""
+        """Raise NotImplementedError: no architecture here supports it."""
         raise NotImplementedError(f"{type(self).__name__} doesn't support gradient checkpointing")
 
-    def _placed(self, x: Tensor) -> Tensor:
+    def _on_device(self, x: Tensor) -> Tensor:
         if x is None:
             raise ValueError("Input tensor cannot be None; give a waveform of shape (batch, samples)")
-        if not is_tracing() and x.numel() == 0:  # sizes are no numbers while a graph is traced
+        if not is_tracing() and x.numel() == 0:
             raise ValueError(f"Audio tensor cannot be empty, got shape {tuple(x.shape)}")
         parameter = next(self.parameters(), None)
         device = x.device if parameter is None else parameter.device
-        return x if x.device == device else x.to(device)  # a traced move would name the device
+        return x if x.device == device else x.to(device)  # a traced `to` would fix the device
 
-    # -- avex's way to embeddings: choose the layers first, then extract -------------------------------------
+    # -- embeddings as in avex: choose the layers first, then extract ----------------------------------------
 
     def get_model_layer_map(self) -> dict[int, str]:
         """The discoverable layers by index."""
         return dict(enumerate(self.get_model_layers()))
 
     def register_hooks_for_layers(self, target_layers: Sequence[str | int]) -> list[str]:
-        """Choose the layers for `extract_embeddings` and return their names; no hook is involved.
+        """Choose the layers for `extract_embeddings` and return their names. No hook is registered.
 
         Raises:
             TypeError: a bool among the layers.
-            ValueError: no layer, an index out of range, or a name that is not there.
+            ValueError: no layer, an index out of range, or an unknown name.
         """
         self.deregister_all_hooks()
         self._hook_layers = self.resolve_layers(target_layers)
@@ -260,18 +260,18 @@ class ModelBase(nn.Module):
     def deregister_all_hooks(self) -> None:
         """Forget the layers chosen for `extract_embeddings`."""
         self._hook_layers = []
-        self._stop_listening()
+        self._remove_hooks()
 
     def ensure_hooks_registered(self) -> None:
-        """Listen to the chosen layers, for an own `extract_embeddings` that reads ``_hook_outputs`` after a pass."""
+        """Register hooks on the chosen layers, for a subclass that reads ``_hook_outputs`` after a pass."""
         for name in self._hook_layers:
             if name not in self._hooks:
-                self._hooks[name] = keep_listening(self, name, self._hook_outputs)
+                self._hooks[name] = capture_until_removed(self, name, self._hook_outputs)
 
     def _clear_hook_outputs(self) -> None:
         self._hook_outputs.clear()
 
-    def _stop_listening(self) -> None:
+    def _remove_hooks(self) -> None:
         for handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
@@ -290,12 +290,12 @@ class ModelBase(nn.Module):
         Args:
             x: (B, S), or ``{"raw_wav": (B, S), "padding_mask": (B, S)}``.
             padding_mask: (B, S) bool, True where padded.
-            aggregation: see `avex_serve.models.aggregation.aggregate`; padding is never left out of it.
-            freeze_backbone: compute in eval mode and without gradients; None: so for the architectures here, while
-                gradients flow through other models, as in avex.
+            aggregation: see `avex_serve.models.aggregation.aggregate`; it always includes padding.
+            freeze_backbone: compute in eval mode and without gradients. None: True for the architectures here, and
+                False for other models, as in avex.
 
         Returns:
-            Aggregated: (B, D), several layers side by side. ``none``: a list, or the tensor of one layer.
+            Aggregated: (B, D), several layers side by side. ``none``: a list, or the tensor of a single layer.
 
         Raises:
             ValueError: no layers chosen, or no audio.
@@ -309,13 +309,13 @@ class ModelBase(nn.Module):
             found = self.taps(wave, self._hook_layers, mask)
         return concatenate([found[name] for name in self._hook_layers], aggregation)
 
-    # -- a subclass's own way to embeddings ----------------------------------------------------------------------
+    # -- a subclass's own extract_embeddings ---------------------------------------------------------------------
 
     def has_own_extraction(self) -> bool:
-        """Whether a subclass brings its own `extract_embeddings`."""
+        """Whether a subclass overrides `extract_embeddings`."""
         return type(self).extract_embeddings is not ModelBase.extract_embeddings
 
-    def _extracted(
+    def _call_own_extraction(
         self,
         wave: Tensor,
         layers: Sequence[str],
@@ -328,7 +328,7 @@ class ModelBase(nn.Module):
             "aggregation": aggregation,
             "freeze_backbone": freeze_backbone,
         }
-        # avex's base class doesn't have the last of these arguments, so a subclass may not.
+        # avex's base class has no freeze_backbone, so a subclass may lack it.
         known = inspect.signature(self.extract_embeddings).parameters
         selected, self._hook_layers = self._hook_layers, list(layers)
         try:
@@ -337,7 +337,7 @@ class ModelBase(nn.Module):
             )
         finally:
             self._hook_layers = selected
-            self._stop_listening()
+            self._remove_hooks()
 
 
 def unpack_audio(x: Tensor | Mapping[str, Tensor], padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -354,7 +354,7 @@ def unpack_audio(x: Tensor | Mapping[str, Tensor], padding_mask: Tensor | None) 
 
 
 def refuse_pretrained(pretrained: bool) -> None:
-    """Raise ValueError if a class that is called directly is asked for weights, which avex's download."""
+    """Raise ValueError if a model class is called with ``pretrained=True``. avex's classes download weights then."""
     if pretrained:
         raise ValueError(
             "pretrained is True, but a model class has random weights only; set pretrained=False, or load a model "

@@ -4,7 +4,7 @@ Architecture: Chen et al., "BEATs: Audio Pre-Training with Acoustic Tokenizers" 
 Wang et al. (arXiv 2203.00555). Gated relative position bias: Chi et al., "XLM-E" (arXiv 2106.16138), section 3.
 Names and shapes of the parameters are those of avex 1.4, so its checkpoints load strictly.
 
-Everything is batch first: tensors are (B, T, D) with T tokens, eight of them a time step of 160 ms.
+Tensors are batch first, (B, T, D), with T tokens. Eight tokens make a time step of 160 ms.
 """
 
 import math
@@ -19,12 +19,11 @@ from torch.nn.utils import parametrizations
 
 from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase, refuse_pretrained
-from avex_serve.models.frontends import KaldiFbank, precise
+from avex_serve.models.frontends import KaldiFbank, beyond, precise
+from avex_serve.models.hooks import is_tracing
 from avex_serve.models.layers import BACKBONE, Taps
-from avex_serve.models.masks import beyond, valid_lengths
-from avex_serve.models.tracing import is_tracing
 
-# The waveform is scaled to the range of 16-bit integers, as Kaldi expects it.
+# Kaldi expects waveforms in the range of 16-bit integers.
 _INT16_SCALE = 2**15
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,7 +53,7 @@ class BEATsConfig(BaseModel):
         "gelu", description="activation of the feed-forward layers"
     )
 
-    layer_wise_gradient_decay_ratio: float = Field(1.0, description="gradients shrink by it from block to block")
+    layer_wise_gradient_decay_ratio: float = Field(1.0, description="factor on the gradients from block to block")
     layer_norm_first: bool = Field(False, description="normalise before each sublayer instead of after it")
     deep_norm: bool = Field(True, description="scale residuals up by (2 * layers) ** 0.25")
 
@@ -65,21 +64,21 @@ class BEATsConfig(BaseModel):
     dropout_input: float = Field(0.0, description="of the projected patches")
 
     conv_pos: int = Field(128, description="kernel of the convolutional position embedding")
-    conv_pos_groups: int = Field(16, description="groups of it")
+    conv_pos_groups: int = Field(16, description="groups of that convolution")
 
     relative_position_embedding: bool = Field(True, description="bias the attention by relative position")
     num_buckets: int = Field(320, description="buckets of relative positions")
-    max_distance: int = Field(800, description="distance in tokens from which all share a bucket")
+    max_distance: int = Field(800, description="distance in tokens from which all positions share a bucket")
     gru_rel_pos: bool = Field(True, description="gate that bias by the query")
 
-    sample_frequency: float = Field(16000.0, description="Hz that the filter bank is laid out for")
+    sample_frequency: float = Field(16000.0, description="Hz that the filter bank assumes")
     num_mel_bins: int = Field(128, description="mel bins")
     frame_length: float = Field(25.0, description="ms")
     frame_shift: float = Field(10.0, description="ms")
     fbank_mean: float = Field(15.41663, description="subtracted from the log-mel features")
-    fbank_std: float = Field(6.55582, description="they are divided by twice this")
+    fbank_std: float = Field(6.55582, description="the log-mel features are divided by twice this")
 
-    finetuned_model: bool = Field(False, description="carry the AudioSet predictor of a fine-tuned checkpoint")
+    finetuned_model: bool = Field(False, description="have the AudioSet predictor of a fine-tuned checkpoint")
     predictor_dropout: float = Field(0.0, description="of that predictor, which embeddings don't use")
     predictor_class: int = Field(527, description="classes of that predictor")
 
@@ -106,7 +105,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-# What can be tapped of a block by name; the empty part is its output.
+# The parts of a block that can be tapped by name; the empty one is its output.
 _ATTENTION_PARTS = (
     ".self_attn.q_proj",
     ".self_attn.k_proj",
@@ -140,7 +139,7 @@ class SelfAttention(nn.Module):
             raise ValueError(f"encoder_embed_dim {width} is not divisible by encoder_attention_heads {self.heads}")
         self.head_dim = width // self.heads
         self.attention_dropout = cfg.attention_dropout
-        # One table for all blocks, listed under each of them, as checkpoints have it.
+        # All blocks share one table, which is in the state dict of each, as in checkpoints.
         self.relative_attention_bias = table
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -154,14 +153,14 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None, taps: Taps, name: str
     ) -> Tensor:
-        """Attend, offering the layers to `taps` under `name`.
+        """Attend, and offer the layers to `taps` under `name`.
 
         Args:
             x: (B, T, D).
             position_bias: (1, heads, T, T), before the gate.
-            padding: (B, T) bool, True for tokens that must not be attended to.
+            padding: (B, T) bool, True for tokens to ignore.
             taps: collects layers.
-            name: under which the layers are offered.
+            name: prefix of the layers' names.
 
         Returns:
             (B, T, D).
@@ -187,7 +186,7 @@ class SelfAttention(nn.Module):
         return x.reshape(*x.shape[:2], self.heads, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
 
     def _gate(self, query: Tensor) -> Tensor | float:
-        # Two gates a query, each the sum of four of the eight outputs; XLM-E, equations 6 to 8.
+        # Two gates per query, each the sum of four of the eight outputs (XLM-E, equations 6 to 8).
         if not self.gated:
             return 1.0
         gates = self.grep_linear(query).reshape(*query.shape[:3], 2, 4).sum(dim=-1).sigmoid()  # (B, heads, T, 2)
@@ -216,7 +215,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None, taps: Taps, name: str
     ) -> Tensor:
-        """(B, T, D) → (B, T, D), offering its layers to `taps` under `name`."""
+        """(B, T, D) → (B, T, D); offers its layers to `taps` under `name`."""
         if self.norm_first:
             normed = self.self_attn_layer_norm(x)
             taps(f"{name}.self_attn_layer_norm", normed)
@@ -229,7 +228,7 @@ class Block(nn.Module):
             x = self.self_attn_layer_norm(self._scaled(x) + attended)
             taps(f"{name}.self_attn_layer_norm", x)
             fed = self._feed_forward(x, taps, name)
-            if taps.complete:  # nothing after this is asked for
+            if taps.complete:
                 return x
             x = self.final_layer_norm(self._scaled(x) + fed)
             taps(f"{name}.final_layer_norm", x)
@@ -248,12 +247,12 @@ class Block(nn.Module):
         hidden = self.fc1(x)
         taps(f"{name}.fc1", hidden)
         fed = self.fc2(self.activation_dropout(self.activation(hidden)))
-        taps(f"{name}.fc2", fed)  # before residual and norm: where avex's hook sits
+        taps(f"{name}.fc2", fed)  # before residual and norm, as avex's hook has it
         return self.dropout(fed)
 
 
 class SamePad(nn.Module):
-    """Drop the last step of an even kernel's output, so that it is as long as the input."""
+    """Drops the last step of an even kernel's output, which makes it as long as the input."""
 
     def __init__(self, kernel_size: int) -> None:
         super().__init__()
@@ -283,14 +282,14 @@ class Encoder(nn.Module):
             nn.Embedding(cfg.num_buckets, cfg.encoder_attention_heads) if cfg.relative_position_embedding else None
         )
         self.layers = nn.ModuleList([Block(cfg, table) for _ in range(cfg.encoder_layers)])
-        # From (B, T, D) to the bias of the attention (1, heads, T, T), in an exported copy.
+        # In an exported copy: from (B, T, D) to the bias of the attention (1, heads, T, T).
         self.baked_position_bias: nn.Module | None = None
         self._initialise(table)
         self.layer_norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: Tensor, padding: Tensor | None, taps: Taps, name: str) -> Tensor:
-        """(B, T, D) → (B, T, D); stops early once `taps` has everything."""
+        """(B, T, D) → (B, T, D); stops as soon as `taps` is complete."""
         positions = self.pos_conv(x.transpose(1, 2))  # (B, D, T)
         taps(f"{name}.pos_conv", positions)
         x = x + positions.transpose(1, 2)
@@ -313,7 +312,7 @@ class Encoder(nn.Module):
         return x
 
     def _dropped(self, taps: Taps, layer: str) -> bool:
-        # LayerDrop, in training only. A block that is tapped always runs: without it there is no embedding.
+        # LayerDrop, in training only. A tapped block always runs: its output is needed.
         return (
             self.training
             and not taps.wants(*(f"{layer}{part}" for part in _BLOCK_PARTS))
@@ -324,7 +323,7 @@ class Encoder(nn.Module):
         """The bias of the attention by relative position (1, heads, T, T), before the gate; None without one.
 
         Args:
-            x: (B, T, D), of which the number of tokens counts.
+            x: (B, T, D); only the number of tokens matters.
         """
         biases = self.bias_of(relative_distances(x))  # (T, T, heads)
         return None if biases is None else biases.permute(2, 0, 1)[None]
@@ -359,8 +358,8 @@ class Encoder(nn.Module):
 
 
 def relative_distances(x: Tensor) -> Tensor:
-    """(B, T, D) → (T, T) int64: how far the token of each column is ahead of that of the row."""
-    # Counted, since arange would tie a traced graph to its device.
+    """(B, T, D) → (T, T) int64: the column's position minus the row's."""
+    # cumsum instead of arange, which would tie a traced graph to its device.
     position = torch.ones_like(x[0, :, 0], dtype=torch.int64).cumsum(dim=0)
     return position[None, :] - position[:, None]
 
@@ -368,8 +367,8 @@ def relative_distances(x: Tensor) -> Tensor:
 def relative_buckets(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
     """Bucket of each relative position, as in T5 (Raffel et al., arXiv 1910.10683), bidirectional.
 
-    Half of the buckets are for positions ahead. Of each half, the first half holds one distance a bucket, the
-    rest grow logarithmically up to `max_distance`.
+    Half of the buckets are for positions ahead. In each half, the first half has one distance per bucket, and the
+    ranges of the others grow logarithmically up to `max_distance`.
     """
     half = buckets // 2
     exact = half // 2
@@ -400,12 +399,12 @@ class BEATs(nn.Module):
         self.dropout_input = nn.Dropout(cfg.dropout_input)
         self.encoder = Encoder(cfg)
         self.layer_norm = nn.LayerNorm(cfg.embed_dim)
-        # Fine-tuned checkpoints carry it. Embeddings don't pass through it.
+        # Fine-tuned checkpoints have it. Embeddings don't pass through it.
         self.predictor = nn.Linear(width, cfg.predictor_class) if cfg.finetuned_model else None
 
     @property
     def shortest_samples(self) -> int:
-        """Samples that make one patch: the least the backbone can hear."""
+        """Samples of one patch, the shortest clip that the backbone accepts."""
         return self.fbank.win_length + (self.cfg.input_patch_size - 1) * self.fbank.hop_length
 
     def preprocess(self, wave: Tensor) -> Tensor:
@@ -421,14 +420,14 @@ class BEATs(nn.Module):
         Args:
             wave: (B, S) in [-1, 1].
             padding: (B, T) bool, True for padded tokens.
-            taps: collects layers; the pass stops once it has them all.
-            name: under which the layers are offered.
+            taps: collects layers; the pass stops as soon as it is complete.
+            name: prefix of the layers' names.
 
         Returns:
             (B, T, D).
 
         Raises:
-            RuntimeError: fewer samples than one patch.
+            RuntimeError: fewer samples than one patch has.
         """
         if not is_tracing() and wave.shape[-1] < self.shortest_samples:
             raise RuntimeError(
@@ -443,8 +442,8 @@ class BEATs(nn.Module):
         if padding is not None:
             x = x.masked_fill(padding[..., None], 0)
         taps(f"{name}.dropout_input", x)
-        # Offered with its padded tokens zeroed: so does avex, whose hook holds the tensor that is zeroed in place.
-        # In training dropout makes another tensor of it, and the hook holds the one before.
+        # avex zeroes padded tokens in place, so its hooks hold zeros there too. In training, dropout creates a new
+        # tensor, and the hooks hold the one before it.
         held = projected if self.training and self.dropout_input.p > 0 else x
         taps(f"{name}.layer_norm", held if self.post_extract_proj is None else normed)
         taps(f"{name}.post_extract_proj", held)
@@ -454,9 +453,9 @@ class BEATs(nn.Module):
         return x
 
     def token_mask(self, padding_mask: Tensor, samples: int) -> Tensor:
-        """The mask (B, S) brought to tokens (B, T) by avex's rule: a token is padded if all of its samples are.
+        """The mask (B, S) converted to tokens (B, T) by avex's rule: a token is padded if all of its samples are.
 
-        First to frames (S // frames samples each), then to tokens (frames // tokens each), remainders cut off.
+        First to frames (S // frames samples each), then to tokens (frames // tokens each), without remainders.
 
         Raises:
             ValueError: a mask of another length than the waveform.
@@ -467,7 +466,7 @@ class BEATs(nn.Module):
         return _all_of_groups(frames, self.tokens(samples))
 
     def tokens(self, samples: int) -> int:
-        """How many tokens a waveform of that many samples has."""
+        """Number of tokens of a waveform of that many samples."""
         patch = self.cfg.input_patch_size
         return (self.fbank.frames(samples) // patch) * (self.cfg.num_mel_bins // patch)
 
@@ -475,8 +474,8 @@ class BEATs(nn.Module):
 class BEATsModel(ModelBase):
     """BEATs as a model: waveform to token features, or to logits if it has a classifier.
 
-    Layers: ``backbone.post_extract_proj`` and ``backbone.encoder.layers.{i}.fc2`` are discoverable. By name also
-    ``backbone`` and ``backbone.encoder`` (the output), ``backbone.patch_embedding``, ``backbone.layer_norm``,
+    Discoverable layers: ``backbone.post_extract_proj`` and ``backbone.encoder.layers.{i}.fc2``. Further layers by
+    name: ``backbone`` and ``backbone.encoder`` (the output), ``backbone.patch_embedding``, ``backbone.layer_norm``,
     ``backbone.dropout_input``, ``backbone.encoder.pos_conv``, ``backbone.encoder.layer_norm``, and of each block
     ``backbone.encoder.layers.{i}`` (its output), ``….self_attn`` with its ``.q_proj``, ``.k_proj``, ``.v_proj`` and
     ``.out_proj``, ``….self_attn_layer_norm``, ``….fc1`` and ``….final_layer_norm``.
@@ -501,13 +500,14 @@ class BEATsModel(ModelBase):
             pretrained: must be False: weights come from `load_model`.
             device: where to put it.
             audio_config: must have the raw representation.
-            return_features_only: leave the classifier out.
+            return_features_only: have no classifier.
             use_naturelm: clamp the waveform to [-1, 1] first.
-            fine_tuned: without `init_config`, the configuration of the fine-tuned checkpoints (with a predictor).
+            fine_tuned: without `init_config`, use the configuration of the fine-tuned checkpoints (with a
+                predictor).
             init_config: fields of `BEATsConfig`.
 
         Raises:
-            ValueError: an audio_config or init_config that BEATs can't take.
+            ValueError: an unsuitable audio_config or init_config.
         """
         super().__init__(device=device, audio_config=audio_config)
         refuse_pretrained(pretrained)
@@ -556,26 +556,25 @@ class BEATsModel(ModelBase):
         wave = self.process_audio(wave)
         padding = None
         if padding_mask is not None:
-            padding = self.backbone.token_mask(padding_mask, wave.shape[-1])  # checks it too
+            padding = self.backbone.token_mask(padding_mask, wave.shape[-1])  # also checks the mask
             padding = self.token_mask(padding_mask, padding.shape[1]) if as_if_alone else padding
         self.backbone(wave, padding, taps)
         return taps.found
 
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
-        """See `ModelBase.token_mask`; of a clip shorter than one patch the first time step is left."""
-        cfg, fbank = self.backbone.cfg, self.backbone.fbank
-        samples = valid_lengths(padding_mask)
-        frames = 1 + (samples - fbank.win_length).div(fbank.hop_length, rounding_mode="floor")
+        """See `ModelBase.token_mask`. A clip shorter than one patch keeps its first time step."""
+        cfg = self.backbone.cfg
+        frames = self.backbone.fbank.unpadded_frames(padding_mask)
         steps = frames.div(cfg.input_patch_size, rounding_mode="floor").clamp(min=1)
         return beyond(steps * (cfg.num_mel_bins // cfg.input_patch_size), tokens)
 
     def process_audio(self, x: Tensor) -> Tensor:
-        """See `ModelBase.process_audio`; NatureLM's waveforms are clamped to [-1, 1]."""
+        """See `ModelBase.process_audio`; with `use_naturelm` the waveform is clamped to [-1, 1]."""
         wave = self._waveform(x)
         return wave.clamp(-1.0, 1.0) if self.use_naturelm else wave
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Token features (B, T, D), or logits (B, classes) from their mean over the tokens that are not padded.
+        """Token features (B, T, D), or logits (B, classes) from their mean over the unpadded tokens.
 
         Args:
             x: (B, S) in [-1, 1] at the model's sample rate.
@@ -605,7 +604,7 @@ def _all_of_groups(mask: Tensor, groups: int) -> Tensor:
 
 
 def _shrink_gradient(x: Tensor, ratio: float) -> Tensor:
-    # The value stays exactly x; only its gradient is multiplied.
+    # The value stays exactly x; only the gradient is scaled.
     if ratio == 1.0 or not x.requires_grad:
         return x
     held = x.detach()

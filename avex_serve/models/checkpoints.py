@@ -1,9 +1,8 @@
-"""Checkpoints: from a file to a state dict, and strictly into a module. Never a pickle."""
+"""Checkpoints: read a file as a state dict, and load it strictly into a module. Pickled objects are refused."""
 
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,8 +16,8 @@ from avex_serve.models.base_model import ModelBase
 
 StateDict = dict[str, Tensor]
 
-# Wrappers around a state dict, and prefixes that training frameworks put before every name. Some modules' own names
-# begin with ``model.``, so a prefix is taken off only where the names fit better without it.
+# Wrappers around a state dict, and prefixes that training frameworks put before every name. The names of some
+# modules begin with ``model.``, so a prefix is removed only if the names fit better without it.
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
 _PREFIXES = ("module.", "model.", "_orig_mod.")
 
@@ -26,39 +25,33 @@ _PREFIXES = ("module.", "model.", "_orig_mod.")
 _RENAMES = (
     (re.compile(r"\.weight_g$"), ".parametrizations.weight.original0"),
     (re.compile(r"\.weight_v$"), ".parametrizations.weight.original1"),
-    # EAT as fairseq writes it, which avex leaves unread.
+    # EAT as fairseq writes it. avex doesn't load these names.
     (re.compile(r"^modality_encoders\.IMAGE\.context_encoder\.norm\."), "model.pre_norm."),
     (re.compile(r"^modality_encoders\.IMAGE\."), "model."),
     (re.compile(r"^blocks\."), "model.blocks."),
 )
 
-# Parts of a checkpoint that only pre-training uses: EAT's decoder, which restores masked patches.
+# Only pre-training uses these: EAT's decoder, which restores masked patches.
 _UNUSED = re.compile(r"(^|\.)modality_encoders\.IMAGE\.decoder\.")
 
-# A head for another task, which an embedding doesn't pass through. Inside of a backbone these words mean nothing.
+# A head for another task, which embeddings don't pass through. Only names that begin so are classifiers: these words
+# also occur inside backbones.
 _CLASSIFIER = re.compile(r"^(module\.|model\.|_orig_mod\.)*(classifier|head|classification_head)\.")
-# Constant buffers that some checkpoints hold and the module computes if they don't.
+# Constant buffers: the module computes those that a checkpoint lacks.
 _COMPUTED = re.compile(r"(^|\.)fbank\.(window|mel_fb)$")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint holds."""
+def read_checkpoint(path: Path) -> tuple[StateDict, int | None]:
+    """The state dict in a checkpoint, and the number of its classifier's classes if the file states it.
 
-    state: StateDict
-    num_classes: int | None  # of the classifier, if the file says so beside the tensors
-
-
-def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint: safetensors, or a torch file that holds nothing but tensors, numbers and text.
-
-    Wrappers of training frameworks are taken off; names stay as they are, see `brought_to`.
+    The file is safetensors, or a torch file with nothing but tensors, numbers and text. Wrappers of training
+    frameworks are removed; names stay as they are, see `brought_to`.
 
     Raises:
-        ValueError: empty, truncated, or no state dict.
+        ValueError: an empty or truncated file, or one without a state dict.
     """
     content = _read(path)
-    told = _told_classes(content)
+    classes = _stated_classes(content)
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -67,28 +60,28 @@ def read_checkpoint(path: Path) -> Checkpoint:
     others = sorted(str(name) for name, value in content.items() if not isinstance(value, Tensor))
     if others:
         raise ValueError(
-            f"checkpoint {path} holds no state dict: beside tensors there are {some(others)}; expected tensors "
-            f"only, or a mapping with them under {' or '.join(_WRAPPERS)}"
+            f"checkpoint {path} holds no state dict: next to tensors it has {some(others)}; expected tensors only, "
+            f"or a mapping with them under {' or '.join(_WRAPPERS)}"
         )
     if not content:
-        raise ValueError(f"checkpoint {path} holds no tensors; get it again")
-    return Checkpoint({n: tensor for n, tensor in content.items() if not _UNUSED.search(n)}, told)
+        raise ValueError(f"checkpoint {path} holds no tensors; download it again")
+    return {name: tensor for name, tensor in content.items() if not _UNUSED.search(name)}, classes
 
 
 def read_state_dict(path: Path) -> StateDict:
-    """The tensors of a checkpoint by name; see `read_checkpoint`."""
-    return read_checkpoint(path).state
+    """The state dict in a checkpoint; see `read_checkpoint`."""
+    return read_checkpoint(path)[0]
 
 
 def load_backbone(model: ModelBase, state: StateDict, source: str, *, keep_classifier: bool) -> None:
-    """Load a checkpoint into a backbone, whole or not at all.
+    """Load a checkpoint into a backbone, completely or not at all.
 
-    Names are brought to the module's: they may carry the prefixes of training frameworks, lack or carry the model's
-    `trunk_name`, and be of another writer. Constant buffers of the front end may be missing. Unless
-    `keep_classifier`, a classifier is loaded if it fits the module's, and left out otherwise.
+    Names are adapted to the module's, see `brought_to`. Constant buffers of the front end may be missing. Unless
+    `keep_classifier`, a classifier is loaded if it fits the module's, and ignored otherwise.
 
     Raises:
-        ValueError: no values or only zeros; missing or unexpected names, or other shapes, all listed.
+        ValueError: tensors without values, only zeros, or missing names, unexpected names or other shapes, which the
+            message lists.
     """
     _refuse_placeholder(state, source)
     module = model.called_module
@@ -104,12 +97,15 @@ def load_backbone(model: ModelBase, state: StateDict, source: str, *, keep_class
 
 
 def brought_to(own: Iterable[str], state: StateDict, trunk: str | None = None) -> StateDict:
-    """The state dict with names as the module has them, as far as prefixes and other writers make the difference.
+    """The state dict with names changed so that as many as possible are the module's.
+
+    Prefixes of training frameworks are removed, names of other writers (`_RENAMES`) are replaced, and the name of
+    the trunk is added or removed.
 
     Args:
         own: the module's names.
-        state: the tensors by the names in the checkpoint.
-        trunk: a submodule whose name may be left out, or put before every name; see `ModelBase.trunk_name`.
+        state: the tensors by their names in the checkpoint.
+        trunk: a submodule whose name may be missing, or may be before every name; see `ModelBase.trunk_name`.
     """
     names = {name: name for name in state}
     candidates = [names, _renamed(names)]
@@ -119,7 +115,7 @@ def brought_to(own: Iterable[str], state: StateDict, trunk: str | None = None) -
     if trunk is not None:
         candidates += [change(trunk, each) for each in candidates for change in (_inside, _outside)]
     known = set(own)
-    # Of those that match most of the module's names, the one with the fewest changes.
+    # `max` returns the first of equally good candidates, which is the one with the fewest changes.
     best = max(
         (each for each in candidates if len(set(each.values())) == len(each)),
         key=lambda each: len(known.intersection(each.values())),
@@ -131,10 +127,10 @@ def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
     """Load a state dict whose names and shapes are exactly the module's.
 
     Raises:
-        ValueError: otherwise, with what differs.
+        ValueError: they differ; the message lists how.
     """
     own = module.state_dict()
-    # Some writers store a scalar as one value; torch takes that too.
+    # Some writers store a scalar with shape (1,), which torch accepts too.
     state = {n: t.reshape(()) if t.shape == (1,) and n in own and own[n].ndim == 0 else t for n, t in state.items()}
     shapes = [
         f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
@@ -147,27 +143,27 @@ def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
         "of another shape": sorted(shapes),
     }
     if any(differences.values()):
-        told = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in differences.items() if names)
-        raise ValueError(f"{source} doesn't fit {type(module).__name__}: {told}")
+        listed = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in differences.items() if names)
+        raise ValueError(f"{source} doesn't fit {type(module).__name__}: {listed}")
     module.load_state_dict(state)
 
 
 def differing(own: StateDict, state: StateDict) -> list[str]:
-    """Names of the weights that both hold and that differ, as far as the precision in `state` can tell."""
+    """Names of the weights in both whose values differ when compared in the precision of `state`."""
     both = [n for n, t in own.items() if n in state and t.is_floating_point() and not _COMPUTED.search(n)]
     return sorted(n for n in both if not torch.equal(own[n].to(state[n]).flatten(), state[n].flatten()))
 
 
 def count_classes(state: StateDict) -> int | None:
-    """Classes of the checkpoint's classifier, the rows of its last matrix, or None if it has none."""
+    """Number of classes of the checkpoint's classifier (rows of its last matrix), or None without a classifier."""
     matrices = [name for name in state if _CLASSIFIER.match(name) and state[name].ndim == 2]
     return state[max(matrices, key=_natural)].shape[0] if matrices else None
 
 
 def fingerprint(module: ModelBase) -> str:
-    """Hex sha256 over what makes a backbone's embedding (no classifier).
+    """Hex sha256 of everything that determines a backbone's embedding.
 
-    That is its settings, and the names, types, shapes and bytes of its tensors.
+    That is its settings, and the names, types, shapes and bytes of its tensors, without a classifier's.
     """
     digest = hashlib.sha256(module.embedding_settings.encode())
     for name, tensor in sorted(module.state_dict().items()):
@@ -180,37 +176,39 @@ def fingerprint(module: ModelBase) -> str:
 
 
 def some(names: list[str]) -> str:
-    """The first of many names, and how many there are beside them."""
+    """The first eight names, and how many more there are."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _read(path: Path) -> Any:
-    """What the file holds. Its beginning says what it is, whatever its name says."""
+    """The content of the file. Its first bytes determine the format, not its name."""
     with path.open("rb") as file:
         start = file.read(9)
     if not start:
-        raise ValueError(f"checkpoint {path} is empty (0 bytes); get it again")
+        raise ValueError(f"checkpoint {path} is empty (0 bytes); download it again")
     try:
         if start[8:] == b"{":  # the length of a header, and the header
             return load_file(path)
-        if start[:2] in (b"PK", b"\x80\x02"):  # a zip archive, or a pickle as torch wrote it before
+        if start[:2] in (b"PK", b"\x80\x02"):  # a zip archive, or torch's older format
             return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"an object of {refused[1]}" if refused else "objects"
         raise ValueError(
-            f"checkpoint {path} holds more than tensors: {what}, not loaded since it could run code; save its "
-            "state dict as safetensors"
+            f"checkpoint {path} holds more than tensors: {what}, which is not loaded because it could run code; "
+            "save the state dict as safetensors"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"checkpoint {path} can't be read ({error}); it may be truncated: get it again") from error
+        raise ValueError(
+            f"checkpoint {path} can't be read ({error}); it may be truncated: download it again"
+        ) from error
     raise ValueError(
-        f"checkpoint {path} is neither safetensors nor a torch file; it begins with {start!r}: get it again"
+        f"checkpoint {path} is neither safetensors nor a torch file; it begins with {start!r}: download it again"
     )
 
 
-def _told_classes(content: Any) -> int | None:
-    # As avex's trainer and others write it.
+def _stated_classes(content: Any) -> int | None:
+    # Where avex's trainer and others write it.
     places = [content] if isinstance(content, Mapping) else []
     places += [place["model_config"] for place in places if isinstance(place.get("model_config"), Mapping)]
     found = [place["num_classes"] for place in places if isinstance(place.get("num_classes"), int)]
@@ -218,18 +216,18 @@ def _told_classes(content: Any) -> int | None:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A key to sort by, in which 10 comes after 9."""
+    """A sort key that puts 10 after 9."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _refuse_placeholder(state: StateDict, source: str) -> None:
-    """Raise ValueError for what a failed upload or an unfinished download leaves: no values, or only zeros."""
+    """Raise ValueError for the remains of a failed upload or download: tensors without values, or only zeros."""
     empty = sorted(name for name, tensor in state.items() if tensor.numel() == 0)
     if empty:
-        raise ValueError(f"{source} has {len(empty)} tensors of size zero: {some(empty)}; get it again")
+        raise ValueError(f"{source} has {len(empty)} tensors of size zero: {some(empty)}; download it again")
     weights = [tensor for tensor in state.values() if tensor.is_floating_point()]
     if not any(tensor.any() for tensor in weights):
-        raise ValueError(f"{source} holds nothing but zeros in {len(state)} tensors; get it again")
+        raise ValueError(f"{source} holds nothing but zeros in {len(state)} tensors; download it again")
 
 
 def _renamed(names: Mapping[str, str]) -> dict[str, str]:
@@ -237,7 +235,7 @@ def _renamed(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def _inside(trunk: str, names: Mapping[str, str]) -> dict[str, str]:
-    # Some classifiers are part of the trunk, others stand beside it.
+    # Some classifiers are inside the trunk, others are next to it.
     inside = {given: f"{trunk}.{name}" for given, name in names.items()}
     return {
         g: name if _CLASSIFIER.match(name) and not _CLASSIFIER.match(inside[g]) else inside[g]

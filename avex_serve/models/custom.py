@@ -1,4 +1,4 @@
-"""A backbone that is not one of ours: what it must have, and how it becomes a `ModelBase`."""
+"""Any torch module as a backbone: what it must have, and how it is adapted to `ModelBase`."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -11,30 +11,29 @@ from avex_serve.models.base_model import ModelBase
 
 @runtime_checkable
 class Backbone(Protocol):
-    """What a torch module must have to be probed; avex's own models have it.
+    """What a torch module must have to carry a probe. avex's models have it.
 
-    Two attributes are read if they are there. ``audio_config`` (`AudioConfig`, or its fields as a mapping) says the
-    sample rate and the length of a clip; without it, give ``target_length`` to build a probe, and it can't be
-    exported. ``audio_processor`` says the same in avex's models (``sr`` or ``sample_rate``,
-    ``target_length_seconds``).
+    Two attributes are optional. ``audio_config`` (`AudioConfig`, or a mapping of its fields) has the sample rate and
+    the length of a clip. Without it, a probe needs ``target_length`` and can't be exported. ``audio_processor`` has
+    the same in avex's models (``sr`` or ``sample_rate``, ``target_length_seconds``).
     """
 
     def __call__(self, wave: Tensor, padding_mask: Tensor | None = None, /) -> Any:
-        """A forward pass: (B, S) in [-1, 1], and (B, S) bool with True where padded. Called without a mask too."""
+        """A forward pass on (B, S) in [-1, 1], with or without a mask (B, S) bool, True where padded."""
 
     def get_model_layers(self) -> list[str]:
-        """Names of submodules, in order: what ``all`` and indices in ``target_layers`` mean."""
+        """Names of submodules, in the order that ``all`` and indices in ``target_layers`` refer to."""
 
 
 class AdaptedBackbone(ModelBase):
-    """A torch module that isn't a `ModelBase`, as one. The module stays as it is; see `ModelBase.taps`.
+    """Wraps a torch module that isn't a `ModelBase`. The module itself isn't changed; see `ModelBase.taps`.
 
     Attributes:
         module: the module.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Adapt a module, which must have what `Backbone` says."""
+        """Wrap a module that fulfils `Backbone`."""
         parameter = next(module.parameters(), None)
         device = "cpu" if parameter is None else str(parameter.device)
         super().__init__(device=device, audio_config=_audio_config(module))
@@ -52,7 +51,7 @@ class AdaptedBackbone(ModelBase):
         return list(self.module.get_model_layers())
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Any:
-        """What the module gives for a waveform (B, S)."""
+        """The module's output for waveforms (B, S)."""
         return self.module(x) if padding_mask is None else self.module(x, padding_mask)
 
 
@@ -60,7 +59,7 @@ def adapt(model: object) -> ModelBase:
     """The model itself if it is a `ModelBase`, else an `AdaptedBackbone`.
 
     Raises:
-        ValueError: neither a `ModelBase` nor a torch module with what `Backbone` says.
+        ValueError: neither a `ModelBase` nor a torch module that fulfils `Backbone`.
     """
     if isinstance(model, ModelBase):
         return model

@@ -4,8 +4,7 @@ Architecture: Chen et al., "EAT: Self-Supervised Pre-Training with Efficient Aud
 Its blocks are those of data2vec 2.0 (Baevski et al., arXiv 2212.07525), normalised after each residual. Names and
 shapes of the parameters are those of avex 1.4, so its checkpoints load strictly.
 
-Everything is batch first: tensors are (B, T, D) with T tokens, the class token first, then eight tokens a time step
-of 160 ms.
+Tensors are batch first, (B, T, D), with T tokens: first the class token, then eight tokens per time step of 160 ms.
 """
 
 import logging
@@ -24,20 +23,20 @@ from avex_serve.models.layers import BACKBONE, Taps
 
 logger = logging.getLogger(__name__)
 
-# Frames and mel bins of a patch, mel bins, and the time steps that checkpoints hold positions for. Source: EAT.
+# Frames and mel bins of a patch, mel bins, and the time steps with positions in checkpoints. Source: EAT.
 _PATCH = 16
 _MEL_BINS = 128
 _TIME_STEPS = 768
-_BANDS = _MEL_BINS // _PATCH  # patches of a time step
+_BANDS = _MEL_BINS // _PATCH  # patches per time step
 
 _EPS = 1e-6  # of every layer norm. Source: EAT
 
-# What avex 1.4 computes with, whatever its YAML files say; heads trained with avex expect it.
+# avex 1.4 computes with these two, although its YAML files name others. Heads trained with avex expect them.
 _NORM_MEAN = -4.268
 _NORM_STD = 4.569
 
 _BLOCKS = "backbone.model.blocks"
-# What can be tapped of a block, in the order in which it is computed.
+# The parts of a block that can be tapped, in the order in which they are computed.
 _ATTENTION = (".attn.qkv", ".attn.proj", ".attn")
 _BLOCK_PARTS = (*_ATTENTION, ".norm1", ".mlp.fc1", ".mlp.act", ".mlp.fc2", ".mlp", ".norm2", "")
 _FIRST_PARTS = ("local_encoder.proj", "local_encoder", "pre_norm")
@@ -51,7 +50,7 @@ class EATConfig(BaseModel):
     embed_dim: int = Field(768, gt=0, multiple_of=4, description="width")
     depth: int = Field(12, gt=0, description="transformer blocks")
     num_heads: int = Field(12, gt=0, description="attention heads")
-    mlp_ratio: float = Field(4.0, gt=0, description="width of the feed-forward layers, in widths")
+    mlp_ratio: float = Field(4.0, gt=0, description="width of the feed-forward layers, relative to embed_dim")
     target_length: int = Field(
         1024,
         ge=_PATCH,
@@ -62,7 +61,7 @@ class EATConfig(BaseModel):
 
     @property
     def patches(self) -> int:
-        """Patches of a clip."""
+        """Number of patches of a clip."""
         return self.target_length // _PATCH * _BANDS
 
 
@@ -78,13 +77,13 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(cfg.embed_dim, cfg.embed_dim)
 
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
-        """(B, T, D) → (B, T, D), offering its layers to `taps` under `name`."""
+        """(B, T, D) → (B, T, D); offers its layers to `taps` under `name`."""
         qkv = self.qkv(x)  # (B, T, 3 * D)
         taps(f"{name}.qkv", qkv)
         query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         attended = F.scaled_dot_product_attention(query, key, value)  # (B, heads, T, head_dim)
         projected = self.proj(attended.transpose(1, 2).flatten(2))
-        taps(f"{name}.proj", projected)  # the attention branch alone, before the residual: where avex's hook sits
+        taps(f"{name}.proj", projected)  # before the residual, as avex's hook has it
         taps(name, projected)
         return projected
 
@@ -99,7 +98,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, cfg.embed_dim)
 
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
-        """(B, T, D) → (B, T, D), offering its layers to `taps` under `name`."""
+        """(B, T, D) → (B, T, D); offers its layers to `taps` under `name`."""
         hidden = self.fc1(x)
         taps(f"{name}.fc1", hidden)
         hidden = F.gelu(hidden)
@@ -121,7 +120,7 @@ class Block(nn.Module):
         self.mlp = FeedForward(cfg)
 
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
-        """(B, T, D) → (B, T, D), offering its layers to `taps` under `name`; stops once `taps` has everything."""
+        """(B, T, D) → (B, T, D); offers its layers to `taps` under `name` and stops as soon as that is complete."""
         x = x + self.attn(x, taps, f"{name}.attn")
         if taps.complete:
             return x
@@ -134,7 +133,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Patches of a spectrogram, each by one linear map."""
+    """Embeds each patch of a spectrogram by one linear map."""
 
     def __init__(self, cfg: EATConfig) -> None:
         super().__init__()
@@ -153,7 +152,7 @@ class PatchEmbedding(nn.Module):
 
 
 class FixedPositions(nn.Module):
-    """The position of each patch, which is not learned; checkpoints hold it among the parameters."""
+    """The positions of the patches. They aren't learned, but are among the parameters, as in checkpoints."""
 
     def __init__(self, cfg: EATConfig) -> None:
         super().__init__()
@@ -165,7 +164,7 @@ class FixedPositions(nn.Module):
 
 
 class EAT(nn.Module):
-    """The transformer: spectrogram to tokens."""
+    """The transformer, from spectrogram to tokens."""
 
     def __init__(self, cfg: EATConfig) -> None:
         super().__init__()
@@ -178,7 +177,7 @@ class EAT(nn.Module):
         self._initialise()
 
     def forward(self, spectrogram: Tensor, taps: Taps, name: str) -> Tensor:
-        """(B, frames, mel bins) → (B, T, D), offering its layers to `taps` under `name`; stops early as they do."""
+        """(B, frames, mel bins) → (B, T, D); offers its layers to `taps` and stops as soon as that is complete."""
         patches = self.local_encoder(spectrogram, taps, f"{name}.local_encoder")
         x = patches + self.fixed_positional_encoder(self.patches)
         # The class token has no position.
@@ -192,7 +191,7 @@ class EAT(nn.Module):
         return x
 
     def _initialise(self) -> None:
-        # As ViT and data2vec 2.0: a narrow normal distribution, no biases.
+        # As in ViT and data2vec 2.0: a narrow normal distribution, no biases.
         nn.init.normal_(self.extra_tokens, std=0.02)
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
@@ -201,14 +200,14 @@ class EAT(nn.Module):
 
 
 class Backbone(nn.Module):
-    """What checkpoints call ``backbone``: the transformer, under the name ``model``."""
+    """The ``backbone`` of checkpoints: the transformer, under the name ``model``."""
 
     def __init__(self, cfg: EATConfig) -> None:
         super().__init__()
         self.model = EAT(cfg)
 
     def forward(self, spectrogram: Tensor, taps: Taps | None = None) -> Tensor:
-        """(B, frames, mel bins) → (B, T, D), offering its layers to `taps`; the pass stops once it has them all."""
+        """(B, frames, mel bins) → (B, T, D); offers its layers to `taps` and stops as soon as that is complete."""
         taps = Taps([BACKBONE]) if taps is None else taps
         x = self.model(spectrogram, taps, f"{BACKBONE}.model")
         taps(f"{BACKBONE}.model", x)
@@ -219,8 +218,8 @@ class Backbone(nn.Module):
 def sincos_positions(steps: int, bands: int, width: int) -> Tensor:
     """Fixed 2-D positions (1, steps * bands, width), all bands of a time step side by side.
 
-    The first half of the channels follows the band, the second half the time step; of each half, the first half
-    are sines and the second cosines, at frequencies from 1 down to 1e-4. Source: EAT, after He et al., "Masked
+    The first half of the channels encodes the band, the second half the time step. In each half, sines come before
+    cosines, at frequencies from 1 down to 1e-4. Source: EAT, after He et al., "Masked
     Autoencoders" (arXiv 2111.06377).
     """
     frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -235,10 +234,9 @@ def sincos_positions(steps: int, bands: int, width: int) -> Tensor:
 class EATModel(ModelBase):
     """EAT as a model: waveform to token features, or to logits if it has a classifier.
 
-    A clip has 513 tokens, however long it is: it is padded or cut to 10.24 s. Padding masks make no difference to
-    the tokens, as in avex.
+    Every clip is padded or cut to 10.24 s and has 513 tokens. As in avex, a padding mask doesn't change the tokens.
 
-    Layers: ``backbone.model.blocks.{i}.attn.proj`` are discoverable. By name also ``backbone`` and
+    Discoverable layers: ``backbone.model.blocks.{i}.attn.proj``. Further layers by name: ``backbone`` and
     ``backbone.model`` (the output), ``backbone.model.local_encoder`` with its ``.proj``,
     ``backbone.model.pre_norm``, and of each block ``backbone.model.blocks.{i}`` (its output), ``….attn``,
     ``….attn.qkv``, ``….norm1``, ``….mlp``, ``….mlp.fc1``, ``….mlp.act``, ``….mlp.fc2`` and ``….norm2``.
@@ -264,14 +262,14 @@ class EATModel(ModelBase):
             num_classes: of the classifier; None: no classifier.
             device: where to put it.
             audio_config: must have the raw representation.
-            return_features_only: leave the classifier out.
+            return_features_only: have no classifier.
             init_config: fields of `EATConfig`.
             eat_cfg: the same, under avex's name.
             eat_norm_mean: subtracted from the log-mel features.
-            eat_norm_std: they are divided by twice this.
+            eat_norm_std: the result is divided by twice this.
 
         Raises:
-            ValueError: an audio_config or geometry that EAT can't take.
+            ValueError: an unsuitable audio_config or geometry.
         """
         super().__init__(device=device, audio_config=audio_config)
         if audio_config is not None and audio_config.representation != "raw":
@@ -283,8 +281,8 @@ class EATModel(ModelBase):
             raise ValueError(f"init_config {init_config} and eat_cfg {eat_cfg} differ; give the geometry once")
         if (eat_norm_mean, eat_norm_std) != (_NORM_MEAN, _NORM_STD):
             logger.warning(
-                "EAT is normalised with %s and %s, as the spec says. avex ignores these fields and computes with %s "
-                "and %s: leave them out for heads that were trained with avex",
+                "EAT is normalised with %s and %s from the spec. avex ignores these fields and computes with %s and "
+                "%s: leave them out for heads that were trained with avex",
                 *(eat_norm_mean, eat_norm_std, _NORM_MEAN, _NORM_STD),
             )
         self.cfg = cfg = EATConfig(**(init_config or eat_cfg or {}))
@@ -303,7 +301,7 @@ class EATModel(ModelBase):
 
     @property
     def clip_samples(self) -> int:
-        """Samples of a clip as the audio configuration says, else as many as EAT hears."""
+        """Samples of a clip, from the audio configuration; without a length there, the most that EAT uses."""
         if self.audio_config is None or self.audio_config.target_length_seconds is None:
             return self.front_end.longest_samples
         return super().clip_samples
@@ -326,16 +324,16 @@ class EATModel(ModelBase):
     def taps(
         self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None, *, as_if_alone: bool = False
     ) -> dict[str, Tensor]:
-        """See `ModelBase.taps`; the mask makes no difference unless `as_if_alone`."""
+        """See `ModelBase.taps`; the mask has no effect unless `as_if_alone`."""
         taps = Taps(layers)
         wave = self._waveform(wave)
         self.backbone(self.front_end(wave, padding_mask if as_if_alone else None), taps)
         return taps.found
 
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
-        """See `ModelBase.token_mask`: a token is padded if all of its frames are padding or lie beyond the clip.
+        """See `ModelBase.token_mask`. A token is padded if all of its frames are padding or beyond the clip.
 
-        The class token, which hears everything, is not.
+        The class token is never padded.
         """
         padded = self.front_end.padded_frames(padding_mask)  # (B, frames)
         padded = padded.reshape(padded.shape[0], -1, _PATCH).all(dim=-1)  # (B, time steps)
@@ -355,7 +353,7 @@ class EATModel(ModelBase):
 
         Args:
             x: (B, S) in [-1, 1] at 16 kHz.
-            padding_mask: makes no difference, as in avex.
+            padding_mask: has no effect, as in avex.
 
         Raises:
             ValueError, AssertionError: see `process_audio`.

@@ -1,12 +1,15 @@
-"""EfficientNet: a convolutional network that sees the log-mel spectrogram as an image.
+"""EfficientNet: a convolutional network on the log-mel spectrogram as an image.
 
 Architecture: Tan & Le, "EfficientNet" (arXiv 1905.11946), with the inverted bottlenecks of MobileNetV2 (arXiv
 1801.04381), squeeze-and-excitation (Hu et al., arXiv 1709.01507) and stochastic depth (Huang et al., arXiv
-1603.09382). Names and shapes of the parameters are torchvision's under ``model.``, as avex 1.4 has them, so its
+1603.09382). Names and shapes of the parameters are torchvision's under ``model.``, as in avex 1.4, so its
 checkpoints load strictly.
 
-Feature maps are (B, C, H, W): H is frequency, low to high, and W is time. Every part is called with the collector of
-layers and its own name, and offers its output under it.
+Feature maps are (B, C, H, W): H is frequency from low to high, and W is time. Every part is called with the
+collector of layers and its own name, under which it offers its output.
+
+Some parts of torchvision's network work in place, so that a hook holds a tensor with later changes. Layers here have
+those values too: avex's probes are trained on them.
 """
 
 import math
@@ -19,17 +22,17 @@ from torch import Tensor, nn
 from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase, refuse_pretrained
 from avex_serve.models.frontends import Spectrogram
+from avex_serve.models.hooks import is_tracing
 from avex_serve.models.layers import BACKBONE, Taps
-from avex_serve.models.tracing import is_tracing
 
 Variant = Literal["b0", "b1"]
 
-# How much deeper than B0 a variant is (arXiv 1905.11946, as released by its authors); both are as wide as B0.
+# Depth relative to B0 (arXiv 1905.11946, as released by its authors). Both variants have B0's widths.
 _DEPTH: dict[Variant, float] = {"b0": 1.0, "b1": 1.1}
 _STEM_CHANNELS, _TOP_CHANNELS = 32, 1280
 _DROPOUT = 0.2  # before the classifier (B0 and B1 alike)
-_DROPPED_PATHS = 0.2  # stochastic depth: probability at the last block, growing linearly from 0
-_SQUEEZE = 4  # the block's input channels over those of its squeeze
+_DROPPED_PATHS = 0.2  # stochastic depth: probability at the last block, with linear growth from 0
+_SQUEEZE = 4  # ratio of the block's input channels to those of its squeeze
 _IMAGENET_CLASSES = 1000
 
 
@@ -55,7 +58,7 @@ _STAGES = (
 
 
 class Chain(nn.ModuleList):
-    """Parts one after the other; stops once the layers asked for are there."""
+    """Runs its parts in order, and stops as soon as `taps` is complete."""
 
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
         """(B, C, H, W) → (B, C', H', W')."""
@@ -68,7 +71,7 @@ class Chain(nn.ModuleList):
 
 
 class ConvNorm(nn.ModuleList):
-    """Convolution, batch norm and, if wanted, SiLU."""
+    """Convolution, batch norm and, optionally, SiLU."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1, activate: bool = True
@@ -82,12 +85,12 @@ class ConvNorm(nn.ModuleList):
         """(B, inputs, H, W) → (B, outputs, H / stride, W / stride), rounded up."""
         convolution, *rest = self
         x = convolution(x)
-        taps(f"{name}.0", x)  # before the norm: where avex's hook sits
+        taps(f"{name}.0", x)  # before the norm, as avex's hook has it
         if taps.complete:
             return x
         for part in rest:
             x = part(x)
-        # In avex the activation works in place, so a hook at the norm holds what comes after it.
+        # The activation works in place in avex.
         for i in range(1, len(self)):
             taps(f"{name}.{i}", x)
         taps(name, x)
@@ -95,7 +98,7 @@ class ConvNorm(nn.ModuleList):
 
 
 class SqueezeExcite(nn.Module):
-    """A gain for each channel, computed from the mean of all channels."""
+    """Scales each channel by a gain that is computed from the means of all channels."""
 
     def __init__(self, channels: int, squeezed: int) -> None:
         super().__init__()
@@ -107,7 +110,7 @@ class SqueezeExcite(nn.Module):
         means = x.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
         taps(f"{name}.avgpool", means)
         squeezed = nn.functional.silu(self.fc1(means))
-        # In avex the activation works in place, so a hook before it holds what comes after it.
+        # The activation works in place in avex.
         taps(f"{name}.fc1", squeezed)
         taps(f"{name}.activation", squeezed)
         widened = self.fc2(squeezed)
@@ -120,7 +123,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Inverted bottleneck: widen, filter each channel, gain, narrow; with a residual where the shape stays."""
+    """Inverted bottleneck: widen, filter each channel, scale, narrow; with a residual if the shape is kept."""
 
     def __init__(self, stage: Stage, inputs: int, stride: int, dropped: float) -> None:
         super().__init__()
@@ -141,7 +144,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
         """(B, C, H, W) → (B, C', H / stride, W / stride), rounded up."""
         found = self.block(x, taps, f"{name}.block")
-        # In avex the residual is added in place, so hooks at the end of the branch hold the sum.
+        # The residual is added in place in avex, so the layers at the end of the branch are the sum.
         held = self._ends(name) & taps.found.keys() if self.residual and not self._drops() else set()
         if taps.complete and not held:
             return found
@@ -162,16 +165,16 @@ class Bottleneck(nn.Module):
         return self.training and self.dropped > 0
 
     def _drop(self, x: Tensor) -> Tensor:
-        # Stochastic depth, in training only: the branch of some clips is left out, the others' is scaled up.
+        # Stochastic depth, in training only: some clips skip the branch, for the others it is scaled up.
         if not self._drops():
             return x
-        # Drawn as torchvision draws it, so a seed gives the same.
+        # Drawn as in torchvision, so that a seed has the same effect.
         kept = torch.empty(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - self.dropped)
         return x * kept.div_(1 - self.dropped)
 
 
 class EfficientNet(nn.Module):
-    """Convolutions from the image to the last feature map, and a classifier that features don't pass through."""
+    """Convolutions from the image to the last feature map, and a classifier that `forward` doesn't use."""
 
     def __init__(self, variant: Variant, num_classes: int) -> None:
         super().__init__()
@@ -194,9 +197,9 @@ class EfficientNet(nn.Module):
         """(B, 3, n_mels, frames) → the last feature map (B, 1280, n_mels / 32, frames / 32), rounded up.
 
         Args:
-            image: the spectrogram, three times.
-            taps: collects layers; the pass stops once it has them all.
-            name: under which the layers are offered.
+            image: the spectrogram, repeated for the three channels.
+            taps: collects layers; the pass stops as soon as it is complete.
+            name: prefix of the layers' names.
         """
         x = self.features(image, taps, f"{name}.features")
         if taps.wants(f"{name}.avgpool"):
@@ -213,15 +216,14 @@ class EfficientNet(nn.Module):
 class EfficientNetModel(ModelBase):
     """EfficientNet as a model: waveform to the last feature map, or to logits if it has a classifier.
 
-    Layers are convolutions, before their norm. Discoverable are the first, ``model.features.0.0``, the last,
-    ``model.features.8.0``, and those that end the bottlenecks, ``model.features.{i}.{j}.block.3.0``. Blocks of the
-    first stage don't widen, so theirs is called ``….block.2.0`` and is, as in avex, not among them. By name also all
-    other parts of torchvision's network, such as ``model.features.{i}`` (output of a stage),
-    ``model.features.{i}.{j}`` (of a block), norms, activations and the members of the gains, ``model.avgpool`` (mean
-    over frequency and time), and ``backbone`` (the last feature map). Where torchvision works in place, a layer is
-    what its hook holds afterwards: the end of a branch, ``….block``, includes the residual.
+    Discoverable layers are convolutions, before their norm: the first, ``model.features.0.0``, the last,
+    ``model.features.8.0``, and the last of each bottleneck, ``model.features.{i}.{j}.block.3.0``. Blocks of the
+    first stage don't widen, so theirs is ``….block.2.0``, which as in avex is not discoverable. Further layers by
+    name: all other parts of torchvision's network, such as ``model.features.{i}`` (output of a stage),
+    ``model.features.{i}.{j}`` (of a block), norms, activations and the parts that compute the gains;
+    ``model.avgpool`` (mean over frequency and time); and ``backbone`` (the last feature map).
 
-    Padding masks are accepted and, as in avex, not used: convolutions have nothing to mask.
+    Padding masks are accepted and, as in avex, not used.
     """
 
     trunk_name: ClassVar[str] = "model"
@@ -241,26 +243,26 @@ class EfficientNetModel(ModelBase):
             num_classes: of the classifier; None: features only.
             pretrained: must be False: weights come from `load_model`.
             device: where to put it.
-            audio_config: what the spectrogram is made of, see `Spectrogram`.
-            return_features_only: return the feature map. The module has a classifier nevertheless, by default
-                ImageNet's of 1000 classes, since avex's state dicts do.
+            audio_config: settings of the spectrogram, see `Spectrogram`.
+            return_features_only: return the feature map. The module still has a classifier, by default ImageNet's
+                with 1000 classes, because avex's state dicts have one.
             efficientnet_variant: ``b0`` or ``b1``.
 
         Raises:
-            ValueError: no audio_config, or one that it can't take.
+            ValueError: no audio_config, or an unsuitable one.
         """
         super().__init__(device=device, audio_config=audio_config)
         refuse_pretrained(pretrained)
         if self.audio_spectrogram is None:
             raise ValueError(
-                "EfficientNet needs an audio_config with representation 'mel_spectrogram', which its image is made "
-                "by; set it in the ModelSpec"
+                "EfficientNet needs an audio_config with representation 'mel_spectrogram' for its image; set it in "
+                "the ModelSpec"
             )
         self.num_classes = num_classes
         self.return_features_only = return_features_only or num_classes is None
         classes = _IMAGENET_CLASSES if return_features_only or num_classes is None else num_classes
         self.model = EfficientNet(efficientnet_variant, classes)
-        self.channels = 3  # of the image, all the same
+        self.channels = 3  # of the image, all equal
         self.to(device)
 
     @property
@@ -285,17 +287,17 @@ class EfficientNetModel(ModelBase):
     def taps(
         self, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None = None, *, as_if_alone: bool = False
     ) -> dict[str, Tensor]:
-        """See `ModelBase.taps`; the mask is not used: a clip's minimum and maximum, and convolutions, know none."""
+        """See `ModelBase.taps`; the mask is not used."""
         taps = Taps(layers)
         self.model(self.process_audio(wave), taps)
         return taps.found
 
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
-        """See `ModelBase.token_mask`: a step is padded if the centres of all its frames are."""
+        """See `ModelBase.token_mask`. A step is padded if the centres of all its frames are."""
         samples = padding_mask.shape[-1]
         front_end = self._front_end()
         frames = front_end.frames(samples)
-        # Each stride of two rounds up, so the stride is the power of two that makes so many steps.
+        # Each stride of two rounds up, so the total stride is the power of two that yields `tokens` steps.
         stride = 1 << max(0, -(-frames // tokens) - 1).bit_length()
         centres = torch.arange(frames, device=padding_mask.device) * front_end.hop_length
         if not front_end.center:
@@ -308,13 +310,13 @@ class EfficientNetModel(ModelBase):
         """The spectrogram of waveforms (B, S) or (S,) as an image, (B, 3, n_mels, frames) in [0, 1].
 
         Raises:
-            RuntimeError: fewer samples than the spectrogram takes.
+            RuntimeError: fewer samples than the spectrogram needs.
             ValueError: see `ModelBase.process_audio`.
         """
         wave, front_end = self._waveform(x), self._front_end()
         if not is_tracing() and wave.shape[-1] < front_end.shortest_samples:
             raise RuntimeError(
-                f"{wave.shape[-1]} samples are too few: the spectrogram takes {front_end.shortest_samples}; pad the "
+                f"{wave.shape[-1]} samples are too few: the spectrogram needs {front_end.shortest_samples}; pad the "
                 "clip"
             )
         return front_end(wave)[:, None].expand(-1, self.channels, -1, -1)
@@ -339,7 +341,7 @@ class EfficientNetModel(ModelBase):
         return self.audio_spectrogram
 
     def _parts(self) -> list[str]:
-        """Names of all parts that offer their output, in the order of a pass."""
+        """Names of all parts that offer their output to `taps`, in the order of a pass."""
         names = []
         for name, module in self.model.features.named_modules(prefix="model.features"):
             names.append(name)

@@ -1,4 +1,4 @@
-"""Files by path or URI: checkpoints and label maps, from the disk, the hub or cloud storage."""
+"""The files of a model by path or URI, on disk, on the hub or in cloud storage: checkpoints and label maps."""
 
 import hashlib
 import logging
@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+from avex_serve.bundles.labels import parse_labels
 from avex_serve.bundles.reading import sha256_of
+from avex_serve.errors import BundleError
 
 logger = logging.getLogger(__name__)
 
-# hf://owner/repository/file, with @revision after the repository (as the hub's own URIs) or at the end.
+LabelMapping = dict[str, dict[Any, Any]]
+
+# hf://owner/repository/file, with @revision after the repository (as in the hub's own URIs) or at the end.
 _HUB = re.compile(
     r"hf://(?P<repository>[^/@]+/[^/@]+)(@(?P<inner>[^/]+))?/(?P<file>[^@]+?)(@(?P<outer>[^@]+))?", re.ASCII
 )
@@ -21,20 +25,20 @@ _CLOUD = {"s3": "s3fs", "gs": "gcsfs"}  # scheme → the package that fsspec nee
 
 
 def resolve_file(uri: str, kind: str = "Checkpoint", *, sha256: str | None = None) -> Path:
-    """The local file that a path or URI means.
+    """The local file for a path or URI, downloaded if necessary.
 
     Args:
-        uri: a path, ``file://…``, ``s3://…`` or ``gs://…`` (kept in the user's cache folder until the remote file
-            changes), or ``hf://owner/repository/file[@revision]``, taken from the hub's cache or downloaded into it
-            (``HF_HUB_OFFLINE=1``: from the cache only).
-        kind: what it is, for messages.
-        sha256: hex digest that the file must have; None: any. A file on the hub without a revision may have been
-            replaced since the digest was published: then another one is a warning.
+        uri: a path or ``file://…``; ``s3://…`` or ``gs://…``, cached in the user's cache folder until the remote
+            file changes; or ``hf://owner/repository/file[@revision]``, cached in the hub's cache
+            (``HF_HUB_OFFLINE=1``: read from the cache only).
+        kind: what the file is, for messages.
+        sha256: hex digest that the file must have; None: any. For a file on the hub without a revision a mismatch is
+            only a warning, because the file may have been replaced since the digest was published.
 
     Raises:
-        FileNotFoundError: it isn't there, with what to do.
+        FileNotFoundError: no such file; the message says what to do.
         ModuleNotFoundError: cloud storage without the package for it.
-        ValueError: a scheme that is not known, a malformed URI, or another digest.
+        ValueError: an unknown scheme, a malformed URI, or another digest.
     """
     scheme = urlparse(uri).scheme if "://" in uri else ""
     if scheme == "hf":
@@ -50,19 +54,19 @@ def resolve_file(uri: str, kind: str = "Checkpoint", *, sha256: str | None = Non
     else:
         raise ValueError(f"{uri!r}: scheme {scheme}:// is not known; use a path, file://, hf://, s3:// or gs://")
     if sha256 is not None and (found := sha256_of(path)) != sha256.lower():
-        told = f"{kind} {uri} has sha256 {found}, but {sha256} is published for it"
+        mismatch = f"{kind} {uri} has sha256 {found}, but {sha256} is published for it"
         if scheme != "hf" or _parse_hub(uri)[2] is not None:
-            raise ValueError(f"{told}; get it again")
-        logger.warning("%s: it is another file, or was replaced on the hub since", told)
+            raise ValueError(f"{mismatch}; download it again")
+        logger.warning("%s: it is another file, or was replaced on the hub since", mismatch)
     return path
 
 
 def with_revision(uri: str, path: Path) -> str | None:
-    """The URI that means this very file, or None for one on the disk, whose place is nobody else's business.
+    """The URI of exactly this file: one on the hub with its revision. None for a local path, which stays private.
 
     Args:
-        uri: as it was given to `resolve_file`; of the hub it gets the revision that was taken.
-        path: the answer.
+        uri: the argument of `resolve_file`.
+        path: its result.
     """
     if not uri.startswith("hf://"):
         return uri if uri.startswith(tuple(f"{scheme}://" for scheme in _CLOUD)) else None
@@ -72,7 +76,7 @@ def with_revision(uri: str, path: Path) -> str | None:
 
 
 def find_local(uri: str) -> Path | None:
-    """The file if it can be had without network and without downloading, else None."""
+    """The file if it is on this machine, else None. Needs no network."""
     if uri.startswith("hf://"):
         from huggingface_hub import try_to_load_from_cache
 
@@ -87,10 +91,44 @@ def find_local(uri: str) -> Path | None:
         return None
 
 
+def read_label_mapping(uri: str) -> LabelMapping | None:
+    """The label map of a classifier, JSON ``{label: index}`` as avex publishes it. None, with a warning, if absent.
+
+    Args:
+        uri: a path or URI, see `resolve_file`.
+
+    Returns:
+        ``{"label_to_index": {label: index}, "index_to_label": {index: label}}``.
+
+    Raises:
+        ValueError: the file is not a label map: an object of labels with the indices 0 to n - 1, each once.
+    """
+    try:
+        path = resolve_file(uri, "Label map")
+    except (FileNotFoundError, ModuleNotFoundError) as error:
+        logger.warning("%s; label_mapping is None", error)
+        return None
+    try:
+        labels = parse_labels(path.read_bytes(), source=uri)
+    except BundleError as error:
+        raise ValueError(str(error)) from None
+    return {
+        "label_to_index": {label: index for index, label in enumerate(labels)},
+        "index_to_label": dict(enumerate(labels)),
+    }
+
+
+def count_labels(uri: str | None) -> int | None:
+    """Number of labels in a label map, or None if that is not known without network."""
+    path = None if uri is None else find_local(uri)
+    mapping = None if path is None else read_label_mapping(str(path))
+    return None if mapping is None else len(mapping["label_to_index"])
+
+
 def _parse_hub(uri: str) -> tuple[str, str, str | None]:
     match = _HUB.fullmatch(uri)
     if match is None:
-        raise ValueError(f"{uri!r} is no file on the hub; expected hf://owner/repository/file[@revision]")
+        raise ValueError(f"{uri!r} names no file on the hub; expected hf://owner/repository/file[@revision]")
     return match["repository"], match["file"], match["inner"] or match["outer"]
 
 
@@ -104,9 +142,9 @@ def _from_hub(uri: str, kind: str) -> Path:
     except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = f" --revision {revision}" if revision else ""
         raise FileNotFoundError(
-            f"{kind} not found: {uri} is neither in the hub's cache nor to be had from the hub "
-            f"({type(error).__name__}). Where there is network, run 'hf download {repository} {file}{at}', or give "
-            "the path of a file (checkpoint_path; of avex-export: a model YAML with checkpoint_path)"
+            f"{kind} not found: {uri} is neither in the hub's cache nor can it be downloaded "
+            f"({type(error).__name__}). With network access run 'hf download {repository} {file}{at}', or give the "
+            "path of a file (checkpoint_path; for avex-export: a model YAML with checkpoint_path)"
         ) from error
 
 
@@ -135,7 +173,7 @@ def _from_cloud(uri: str, scheme: str, kind: str) -> Path:
 
 
 def _download(system: Any, remote: str, target: Path) -> None:
-    """Download to a name of its own and rename, so that nobody ever sees half a file."""
+    """Download to a temporary name and rename, so that no other process sees a partial file."""
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=target.parent) as scratch:
         part = Path(scratch) / target.name

@@ -1,4 +1,4 @@
-"""Front ends: from waveforms to log-mel features, as modules with constant buffers."""
+"""Front ends: modules with constant buffers that compute log-mel features of waveforms, and padding masks."""
 
 import contextlib
 import math
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from avex_serve.configs import AudioConfig
-from avex_serve.models.masks import beyond, valid_lengths
-from avex_serve.models.tracing import is_tracing
+from avex_serve.models.hooks import is_tracing
 
 WindowName = Literal["povey", "hanning"]
 
@@ -24,14 +23,13 @@ class KaldiFbank(nn.Module):
     """Kaldi's log-mel filter bank, batched.
 
     Per frame: subtract its mean, pre-emphasise (the first sample is its own predecessor), multiply by the window,
-    power spectrum, triangular mel filters, logarithm. No padding, no dither, no energy coefficient (so that Kaldi's
-    HTK compatibility, which only says where that one stands, makes no difference).
+    power spectrum, triangular mel filters, logarithm. No padding, no dither, no energy coefficient.
     Source: Kaldi, feat/feature-window.cc and feat/mel-computations.cc; defaults as avex 1.4 uses them for BEATs.
 
     Attributes:
-        power: from frames and window to their power spectrum. It is a module of its own, since an exported graph
-            takes the spectrum in another way.
-        fixed_samples: length of the waveforms, if all have the same: a graph is simpler where sizes are numbers.
+        power: computes the power spectrum from frames and window. It is a separate module because an exported graph
+            computes the spectrum differently.
+        fixed_samples: length of the waveforms if all have the same, which makes a graph simpler; else None.
     """
 
     window: Tensor  # (win_length,)
@@ -58,8 +56,8 @@ class KaldiFbank(nn.Module):
             frame_shift: ms.
             preemphasis: coefficient.
             low_frequency: Hz.
-            window: which window.
-            in_state: whether window and filters stand in the state dict, as BEATs' checkpoints have them.
+            window: the window function.
+            in_state: whether window and filters are in the state dict, as in BEATs' checkpoints.
         """
         super().__init__()
         self.win_length = int(sample_frequency * frame_length / 1000)
@@ -68,20 +66,25 @@ class KaldiFbank(nn.Module):
         self.power: nn.Module = FramePower(self.n_fft, preemphasis)
         self.fixed_samples: int | None = None
         mel = kaldi_mel_filters(self.n_fft, num_mel_bins, sample_frequency, low_frequency)
-        # Some of avex's checkpoints hold these two, under these names.
+        # Some of avex's checkpoints hold these two under these names.
         self.register_buffer("window", _WINDOWS[window](self.win_length), persistent=in_state)
         self.register_buffer("mel_fb", mel, persistent=in_state)
 
     def frames(self, samples: int) -> int:
-        """How many frames a waveform of that many samples has."""
+        """Number of frames of a waveform of that many samples."""
         if not is_tracing() and samples < self.win_length:
             return 0
         return 1 + (samples - self.win_length) // self.hop_length
 
+    def unpadded_frames(self, padding_mask: Tensor) -> Tensor:
+        """(B,) int64: number of frames that each clip has alone, from a mask (B, S), True where padded."""
+        beyond_first = valid_lengths(padding_mask) - self.win_length
+        return 1 + beyond_first.div(self.hop_length, rounding_mode="floor")
+
     def forward(self, wave: Tensor) -> Tensor:
         """Log-mel features (B, frames, num_mel_bins), float32, of waveforms (B, S).
 
-        Kaldi's own waveforms are in the range of 16-bit integers, which matters for the floor alone.
+        Kaldi's own waveforms are in the range of 16-bit integers, which matters only for the floor.
         """
         with full_precision(wave):
             power = self.power(self._frame(precise(wave, self.window)), self.window)  # (B, F, n_fft // 2 + 1)
@@ -93,10 +96,10 @@ class KaldiFbank(nn.Module):
 
 
 class FramePower(nn.Module):
-    """Kaldi's power spectrum of a frame: without its mean, pre-emphasised, windowed, by FFT.
+    """Kaldi's power spectrum of a frame: subtract its mean, pre-emphasise, multiply by the window, FFT.
 
-    The log-mel of a nearly empty band is the rounding noise of the transform, so only the same algorithm gives the
-    same numbers as avex there.
+    The log-mel of a nearly empty band is rounding noise of the transform, so only avex's algorithm gives avex's
+    numbers there.
     """
 
     def __init__(self, n_fft: int, preemphasis: float) -> None:
@@ -109,21 +112,21 @@ class FramePower(nn.Module):
         return torch.fft.rfft(self.prepare(frames, window), n=self.n_fft).abs().pow(2.0)
 
     def prepare(self, frames: Tensor, window: Tensor) -> Tensor:
-        """What is transformed: (…, win_length) of the same shape."""
+        """The input of the transform, (…, win_length) → (…, win_length)."""
         return self.emphasise(frames) * window
 
     def emphasise(self, frames: Tensor) -> Tensor:
-        """Frames (…, win_length) without their mean, and with less of what is low."""
+        """Subtract the mean of frames (…, win_length) and attenuate their low frequencies."""
         frames = frames - frames.mean(dim=-1, keepdim=True)
         previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
         return frames - self.preemphasis * previous
 
 
 class EATFrontEnd(nn.Module):
-    """EAT's features: Kaldi's filter bank on a centred waveform, brought to one length, then normalised.
+    """EAT's features: Kaldi's filter bank on a centred waveform, padded or cut to one length, then normalised.
 
-    Features of shorter clips are padded with zeros *before* they are normalised, so that padding is
-    ``-mean / (2 std)``; of longer clips the start is heard. The waveform isn't scaled to 16-bit integers.
+    Features of shorter clips are padded with zeros *before* they are normalised, so padding becomes
+    ``-mean / (2 std)``. Longer clips are cut at their end. The waveform isn't scaled to 16-bit integers.
     Source: avex 1.4, which follows EAT (Chen et al., arXiv 2401.03497).
     """
 
@@ -149,7 +152,7 @@ class EATFrontEnd(nn.Module):
 
     @property
     def longest_samples(self) -> int:
-        """Samples that fill all frames: what it hears of a clip at most."""
+        """Samples that fill all frames; it ignores the rest of a longer clip."""
         return self.fbank.win_length + (self.frames - 1) * self.fbank.hop_length
 
     def forward(self, wave: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -157,49 +160,47 @@ class EATFrontEnd(nn.Module):
 
         Args:
             wave: the waveforms.
-            padding_mask: (B, S) bool, True where padded: to give each clip the features that it has alone.
+            padding_mask: (B, S) bool, True where padded. With it, each clip gets the features that it has alone.
 
         Raises:
-            AssertionError: less than one window; the type that avex raises.
+            AssertionError: less than one window; avex raises the same type.
         """
         if not is_tracing() and wave.shape[-1] < self.fbank.win_length:
             raise AssertionError(
                 f"{wave.shape[-1]} samples are too few: one frame takes {self.fbank.win_length}; pad the clip"
             )
         wave = precise(wave, self.fbank.window)
-        # Every frame loses its own mean later: this only makes the rounding avex's, as nearly empty bands need it.
+        # The filter bank subtracts each frame's mean again. This step only reproduces avex's rounding, which
+        # determines nearly empty bands.
         if padding_mask is None:
             wave = wave - wave.mean(dim=-1, keepdim=True)
         else:
             samples = valid_lengths(padding_mask)[:, None]
             wave = wave - wave.masked_fill(padding_mask, 0).sum(dim=-1, keepdim=True) / samples.clamp(min=1)
         features = self.fbank(wave[:, : self.longest_samples])
-        # Padded by as much as could lack and then cut: a traced graph can't ask for the number of frames.
+        # Pad by the largest possible lack, then cut: in a traced graph the number of frames is not a number.
         features = nn.functional.pad(features, (0, 0, 0, self.frames - 1))[:, : self.frames]
         if padding_mask is not None:
             features = features.masked_fill(self.padded_frames(padding_mask)[..., None], 0)
         return (features - self.mean) / (2 * self.std)
 
     def padded_frames(self, padding_mask: Tensor) -> Tensor:
-        """Frames (B, frames) bool that the clips alone wouldn't have, of a mask (B, S), True where padded."""
-        frames = 1 + (valid_lengths(padding_mask) - self.fbank.win_length).div(
-            self.fbank.hop_length, rounding_mode="floor"
-        )
-        return beyond(frames, self.frames)
+        """(B, frames) bool: the frames that the clips alone wouldn't have, from a mask (B, S), True where padded."""
+        return beyond(self.fbank.unpadded_frames(padding_mask), self.frames)
 
 
 class AudioProcessor:
-    """What an `AudioConfig` asks for of a waveform, under the name that avex's models have it.
+    """Applies an `AudioConfig` to waveforms, under the name that it has in avex's models.
 
     Attributes:
         cfg: the configuration.
-        spectrogram: the module that makes the spectrogram, or None for raw audio.
+        spectrogram: the module that computes the spectrogram, or None for raw audio.
         sr, n_fft, hop_length, win_length, window_type, n_mels, representation, normalize, target_length_seconds,
-        window_selection, center: of the configuration, its defaults filled in.
+        window_selection, center: from the configuration, with defaults filled in.
     """
 
     def __init__(self, cfg: AudioConfig) -> None:
-        """Prepare it; errors as in `Spectrogram`."""
+        """Build it; errors as in `Spectrogram`."""
         self.cfg = cfg
         self.sr = cfg.sample_rate
         self.n_fft = cfg.n_fft
@@ -215,22 +216,22 @@ class AudioProcessor:
         self.spectrogram = None if cfg.representation == "raw" else Spectrogram(cfg)
 
     def __call__(self, wave: Tensor) -> Tensor:
-        """(B, S) or (S,), which becomes (1, S), to (B, S) if raw, else to (B, F, frames)."""
+        """(B, S) → (B, S) if raw, else (B, F, frames); (S,) counts as (1, S)."""
         wave = wave[None] if wave.ndim == 1 else wave
         return wave if self.spectrogram is None else self.spectrogram(wave)
 
 
 class Spectrogram(nn.Module):
-    """Spectrogram of a clip, with mel filters or without, scaled to [0, 1], batched.
+    """Spectrogram of a clip, with or without mel filters, scaled to [0, 1], batched.
 
-    Power of the short-time Fourier transform, triangular mel filters if asked for, logarithm, then the clip's own
-    minimum and maximum become 0 and 1; digital silence is 0 throughout. Source: avex 1.4 (AudioProcessor), which
-    takes the filters of torchaudio's MelScale with its defaults.
+    Power of the short-time Fourier transform, optionally triangular mel filters, logarithm; then the clip's minimum
+    and maximum become 0 and 1. Digital silence is 0 everywhere. Source: avex 1.4 (AudioProcessor), with the filters
+    of torchaudio's MelScale and its defaults.
 
     Attributes:
-        power: from windowed frames to their power spectrum, as `KaldiFbank.power`.
+        power: computes the power spectrum of windowed frames; see `KaldiFbank`.
         fixed_samples: see `KaldiFbank`.
-        settings: what makes the features, as text.
+        settings: everything that determines the features, as text.
     """
 
     window: Tensor  # (n_fft,)
@@ -240,11 +241,11 @@ class Spectrogram(nn.Module):
         """Build the constant buffers.
 
         Args:
-            config: ``representation``, ``sample_rate``, ``n_fft``, ``hop_length``, ``win_length``, ``window``,
-                ``n_mels``, ``normalize`` and ``center`` are what it is made of.
+            config: its ``representation``, ``sample_rate``, ``n_fft``, ``hop_length``, ``win_length``, ``window``,
+                ``n_mels``, ``normalize`` and ``center`` are used.
 
         Raises:
-            ValueError: raw audio asked for, or a window longer than the transform.
+            ValueError: raw representation, or a window longer than the transform.
         """
         super().__init__()
         if config.representation == "raw":
@@ -267,7 +268,7 @@ class Spectrogram(nn.Module):
         self.power: nn.Module = Power()
         self.fixed_samples: int | None = None
         window = {"hann": torch.hann_window, "hamming": torch.hamming_window}[config.window](win_length)
-        left = (self.n_fft - win_length) // 2  # a shorter window sits in the middle, as in torch.stft
+        left = (self.n_fft - win_length) // 2  # a shorter window is centred, as in torch.stft
         window = nn.functional.pad(window, (left, self.n_fft - win_length - left))
         filters = htk_mel_filters(self.n_fft, config.n_mels, config.sample_rate) if mel else None
         self.register_buffer("window", window, persistent=False)
@@ -275,20 +276,19 @@ class Spectrogram(nn.Module):
 
     @property
     def shortest_samples(self) -> int:
-        """The least samples that make a frame: more than are reflected at an end, or a window."""
+        """Samples that make one frame: one more than are reflected at an end, or one window."""
         return self.n_fft // 2 + 1 if self.center else self.n_fft
 
     def frames(self, samples: int) -> int:
-        """How many frames a waveform of that many samples has."""
+        """Number of frames of a waveform of that many samples."""
         reflected = 2 * (self.n_fft // 2) if self.center else 0
         return 1 + (samples + reflected - self.n_fft) // self.hop_length
 
     def forward(self, wave: Tensor) -> Tensor:
         """Features (B, F, frames) of waveforms (B, S) in [-1, 1], in float32."""
         with full_precision(wave):
-            features = self._filtered(self._frame(precise(wave, self.window)) * self.window).transpose(
-                1, 2
-            )  # (B, F, frames)
+            power = self.power(self._frame(precise(wave, self.window)) * self.window)  # (B, frames, n_fft // 2 + 1)
+            features = (power if self.filters is None else power @ self.filters).transpose(1, 2)  # (B, F, frames)
         if not self.normalize:
             return features
         features = (features + _LOG_OFFSET).log()
@@ -302,10 +302,6 @@ class Spectrogram(nn.Module):
             wave = nn.functional.pad(wave, (reflected, reflected), mode="reflect")
         return cut_frames(wave, count, self.n_fft, self.hop_length)
 
-    def _filtered(self, frames: Tensor) -> Tensor:
-        power = self.power(frames)
-        return power if self.filters is None else power @ self.filters
-
 
 class Power(nn.Module):
     """Power spectrum of windowed frames, by FFT."""
@@ -316,7 +312,7 @@ class Power(nn.Module):
 
 
 def full_precision(wave: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Without autocast, under which features would drift; outside of it no context is needed in a graph."""
+    """Disable autocast, which would change the features. Without autocast no context is added to a graph."""
     kind = wave.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -324,18 +320,18 @@ def full_precision(wave: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def precise(wave: Tensor, like: Tensor) -> Tensor:
-    """The waveform in float32, or in float64 if the module, of which `like` is a buffer, was brought to that."""
+    """The waveform in float32, or in float64 if the module was converted to that; `like` is one of its buffers."""
     return wave.to(torch.promote_types(like.dtype, torch.float32))
 
 
 def cut_frames(wave: Tensor, count: int, length: int, hop: int) -> Tensor:
     """The first `count` frames (B, count, length) of a waveform (B, S), a hop apart.
 
-    A frame is a few hops side by side: reshape and concatenate instead of `unfold`, which exports as a gather over
-    every sample.
+    A frame is a few hops side by side. So reshaping and concatenating is enough, while `unfold` exports as a gather
+    over every sample.
     """
     hops = -(-length // hop)
-    wave = nn.functional.pad(wave, (0, hops * hop - length))  # the last hop of the last frame may begin in it
+    wave = nn.functional.pad(wave, (0, hops * hop - length))  # the last hop may be incomplete
     pieces = [wave[:, i * hop : (i + count) * hop].reshape(-1, count, hop) for i in range(hops)]
     return torch.cat(pieces, dim=-1)[..., :length]
 
@@ -357,8 +353,8 @@ def kaldi_mel_filters(n_fft: int, n_mels: int, sample_rate: float, low: float) -
     """Kaldi's triangular mel filters (n_fft // 2 + 1, n_mels) from `low` Hz to half the sample rate.
 
     The triangles are straight on the mel scale 1127 ln(1 + f/700), not on the frequency axis, and the Nyquist
-    bin belongs to none (mel-computations.cc). In float32 throughout, as avex makes them: narrow filters made in
-    float64 differ by up to 5e-5 in the features.
+    bin belongs to none (mel-computations.cc). Computed in float32 as in avex: with narrow filters computed in
+    float64, features differ by up to 5e-5.
     """
     bins = torch.arange(n_fft // 2) * (sample_rate / n_fft)  # Hz
     step = (_mel(sample_rate / 2) - _mel(low)) / (n_mels + 1)
@@ -373,8 +369,8 @@ def htk_mel_filters(n_fft: int, n_mels: int, sample_rate: int) -> Tensor:
     """HTK's triangular mel filters (n_fft // 2 + 1, n_mels) from 0 Hz to half the sample rate.
 
     Each peaks at 1. Corners are evenly spaced on the mel scale 2595 log10(1 + f/700) (The HTK Book, section 5.4),
-    the triangles are straight on the frequency axis, as in torchaudio. In float32 throughout, as there: with filters
-    made in float64, features differ from avex's by 1e-5 instead of not at all.
+    the triangles are straight on the frequency axis, as in torchaudio. Computed in float32 as there: with filters
+    computed in float64, features differ from avex's by 1e-5, with these not at all.
     """
     bins = torch.linspace(0, sample_rate / 2, n_fft // 2 + 1)[:, None]  # Hz
     mels = torch.linspace(0, 2595.0 * math.log10(1.0 + (sample_rate / 2) / 700.0), n_mels + 2)
@@ -386,3 +382,19 @@ def htk_mel_filters(n_fft: int, n_mels: int, sample_rate: int) -> Tensor:
 
 def _mel(hertz: float) -> float:
     return 1127.0 * math.log(1.0 + hertz / 700.0)
+
+
+# -- padding masks: bool, True where padded; clips are padded at their end ---------------------------------------
+# Positions are counted with cumsum: arange would tie a traced graph to its device.
+
+
+def valid_lengths(padding_mask: Tensor) -> Tensor:
+    """(B,) int64: samples of each clip up to the last one that is not padded, from a mask (B, S)."""
+    samples = torch.ones_like(padding_mask, dtype=torch.int64).cumsum(dim=1)
+    return (samples * ~padding_mask.bool()).amax(dim=1)
+
+
+def beyond(lengths: Tensor, steps: int) -> Tensor:
+    """(B, steps) bool: True for the steps after a length (B,)."""
+    positions = torch.ones_like(lengths)[:, None].expand(-1, steps).cumsum(dim=1)  # from 1
+    return positions > lengths[:, None]

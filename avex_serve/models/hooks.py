@@ -1,7 +1,7 @@
-"""Forward passes: frozen ones, and ones that listen to a module's layers without changing the module.
+"""Forward passes of a module: frozen, traced, and with outputs of its submodules captured by hooks.
 
-Hooks live here and nowhere else. They are registered and removed within one call, and what they hear goes into that
-call's own dictionary; so nothing stays on a module that several probes share. The one exception is `keep_listening`,
+Only this module registers hooks. They are removed within the same call, and what they capture goes into a dictionary
+of that call. So no state stays on a module that several probes share. The one exception is `capture_until_removed`,
 for models written for avex that handle hooks themselves.
 """
 
@@ -19,7 +19,7 @@ from avex_serve.models.layers import BACKBONE
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Run a module in eval mode and without gradients; its modes are restored, each part's own."""
+    """Run a module in eval mode and without gradients. Afterwards each part has its own mode back."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -28,6 +28,11 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+
+
+def is_tracing() -> bool:
+    """Whether torch.jit.trace records this pass. Sizes are not numbers then, so they can't be checked."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def tap_by_hooks(
@@ -39,21 +44,22 @@ def tap_by_hooks(
 ) -> dict[str, Tensor]:
     """Outputs of submodules in one forward pass, batch first.
 
-    A tuple or list counts as its first element, a mapping as its ``x``, both as in avex. A submodule that runs
-    several times counts as its last run. An output that the model changes in place afterwards is seen changed.
+    Of a tuple or list the first element counts, of a mapping the value of ``x``, both as in avex. Of a submodule
+    that runs several times the last run counts. If the model changes an output in place later, the change is
+    visible.
 
     Args:
-        module: called as ``module(wave)``, or ``module(wave, padding_mask)`` if there is a mask or none may be left
-            out.
+        module: called as ``module(wave)``, or as ``module(wave, padding_mask)`` if there is a mask or the module
+            requires one.
         wave: (B, S).
         layers: names of submodules, or ``backbone`` for the output of a module that has no part of that name.
         padding_mask: (B, S) bool, True where padded.
-        batch_axes: axis of the batch by layer, from `measure_batch_axes`; None: found from the sizes.
+        batch_axes: axis of the batch by layer, from `measure_batch_axes`; None: inferred from the sizes.
 
     Raises:
-        ValueError: a layer that the pass doesn't reach, or whose output is no tensor with a batch axis.
+        ValueError: a layer that the pass doesn't reach, or whose output is not a tensor with a batch axis.
     """
-    found = _listen(module, wave, layers, padding_mask)
+    found = _capture(module, wave, layers, padding_mask)
     if batch_axes is None:
         batch_axes = _batch_axes(module, wave, found)
     return {name: output.transpose(0, 1) if batch_axes[name] else output for name, output in found.items()}
@@ -62,7 +68,7 @@ def tap_by_hooks(
 def measure_batch_axes(module: nn.Module, wave: Tensor, layers: Sequence[str]) -> dict[str, int]:
     """The axis, 0 or 1, that grows with the batch in each layer's output.
 
-    Sizes alone can't tell when a batch has as many clips as the layer has time steps.
+    Sizes alone are ambiguous when a batch has as many clips as the layer has time steps.
 
     Args:
         module: see `tap_by_hooks`.
@@ -73,12 +79,12 @@ def measure_batch_axes(module: nn.Module, wave: Tensor, layers: Sequence[str]) -
         ValueError: see `tap_by_hooks`.
     """
     with frozen(module):
-        one, two = (_listen(module, wave.expand(rows, *wave.shape[1:]), layers, None) for rows in (1, 2))
+        one, two = (_capture(module, wave.expand(rows, *wave.shape[1:]), layers, None) for rows in (1, 2))
     return {name: _only_change(name, one[name].shape, two[name].shape) for name in layers}
 
 
-def keep_listening(module: nn.Module, name: str, outputs: dict[str, Tensor]) -> RemovableHandle:
-    """Put the output of a submodule into `outputs` at every pass, until the handle is removed.
+def capture_until_removed(module: nn.Module, name: str, outputs: dict[str, Tensor]) -> RemovableHandle:
+    """Put the output of a submodule into `outputs` at every pass, until the returned handle is removed.
 
     Raises:
         ValueError: no submodule of that name.
@@ -94,7 +100,7 @@ def keep_listening(module: nn.Module, name: str, outputs: dict[str, Tensor]) -> 
 
 
 def input_lengths(module: nn.Module, wave: Tensor, parts: Sequence[nn.Module]) -> list[int | None]:
-    """Samples of the waveforms (B, S) that reach these parts in a pass of the module; None where none does."""
+    """Samples that reach each of these parts in a pass on waveforms (B, S); None for a part that isn't run."""
     found: dict[nn.Module, int] = {}
 
     def hook(part: nn.Module, arguments: tuple[Tensor]) -> None:
@@ -110,41 +116,41 @@ def input_lengths(module: nn.Module, wave: Tensor, parts: Sequence[nn.Module]) -
     return [found.get(part) for part in parts]
 
 
-def _listen(
+def _capture(
     module: nn.Module, wave: Tensor, layers: Sequence[str], padding_mask: Tensor | None
 ) -> dict[str, Tensor]:
     parts = dict(module.named_modules())
-    heard: dict[str, Any] = {}
+    captured: dict[str, Any] = {}
     handles = [
-        parts[name].register_forward_hook(_hearing(name, heard))
+        parts[name].register_forward_hook(_capturing(name, captured))
         for name in layers
         if name != BACKBONE or name in parts
     ]
     try:
-        output = module(wave, padding_mask) if padding_mask is not None or _wants_mask(module) else module(wave)
+        output = module(wave, padding_mask) if padding_mask is not None or _requires_mask(module) else module(wave)
     finally:
         for handle in handles:
             handle.remove()
     if BACKBONE not in parts:
-        heard[BACKBONE] = output
-    unheard = [name for name in layers if name not in heard]
-    if unheard:
+        captured[BACKBONE] = output
+    missing = [name for name in layers if name not in captured]
+    if missing:
         raise ValueError(
-            f"a forward pass of {type(module).__name__} doesn't reach {', '.join(unheard)}; choose layers that it "
+            f"a forward pass of {type(module).__name__} doesn't reach {', '.join(missing)}; choose layers that it "
             "runs, see list_model_layers()"
         )
-    return {name: _tensor(name, heard[name]) for name in layers}
+    return {name: _tensor(name, captured[name]) for name in layers}
 
 
-def _wants_mask(module: nn.Module) -> bool:
+def _requires_mask(module: nn.Module) -> bool:
     # A forward pass written for avex may have no default for its mask.
     parameters = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
     return len([p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]) > 1
 
 
-def _hearing(name: str, heard: dict[str, Any]) -> Callable[[nn.Module, Any, Any], None]:
+def _capturing(name: str, captured: dict[str, Any]) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-        heard[name] = output
+        captured[name] = output
 
     return hook
 
@@ -156,7 +162,9 @@ def _tensor(name: str, output: Any) -> Tensor:
         output = output.get("x")
     if not isinstance(output, Tensor) or output.ndim < 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"layer {name} gives {shape}; expected a tensor with batch and features, so tap another")
+        raise ValueError(
+            f"the output of layer {name} is {shape}; expected a tensor with batch and features: tap another layer"
+        )
     return output
 
 
@@ -171,7 +179,8 @@ def _axis_of_size(name: str, output: Tensor, rows: int) -> int:
     axes = [axis for axis in (0, 1) if output.shape[axis] == rows and (axis == 0 or output.ndim > 2)]
     if not axes:
         raise ValueError(
-            f"layer {name} gives {tuple(output.shape)} for a batch of {rows}; expected it on axis 0 or 1"
+            f"the output of layer {name} is {tuple(output.shape)} for a batch of {rows}; expected the batch on axis "
+            "0 or 1"
         )
     return axes[0]
 
@@ -180,6 +189,7 @@ def _only_change(name: str, one: Sequence[int], two: Sequence[int]) -> int:
     changed = [axis for axis, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
     if changed not in ([0], [1]):
         raise ValueError(
-            f"layer {name} gives {tuple(one)} for one clip, {tuple(two)} for two; expected the batch on axis 0 or 1"
+            f"the output of layer {name} is {tuple(one)} for one clip and {tuple(two)} for two; expected the batch "
+            "on axis 0 or 1"
         )
     return changed[0]

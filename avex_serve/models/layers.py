@@ -1,4 +1,4 @@
-"""Layers by name: resolving what a user writes, and collecting what a forward pass computes."""
+"""Layers by name: what a selector means, and how a forward pass hands out its layers."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ BACKBONE = "backbone"  # the model's own output
 
 
 def resolve_layers(selectors: Sequence[str | int], layers: Sequence[str], tappable: Iterable[str]) -> list[str]:
-    """Concrete layer names for what a user wrote, without duplicates, in avex's order.
+    """Layer names for the selectors that a user wrote, without duplicates, in avex's order.
 
     Args:
         selectors: names, indices into `layers`, ``all`` (appended after the others), ``last_layer``.
@@ -18,7 +18,7 @@ def resolve_layers(selectors: Sequence[str | int], layers: Sequence[str], tappab
 
     Raises:
         TypeError: a bool among the selectors.
-        ValueError: nothing selected, an index out of range, or a name that is not there.
+        ValueError: no selector, an index out of range, or an unknown name.
     """
     if not selectors:
         raise ValueError("target_layers is empty; name at least one layer, such as 'last_layer'")
@@ -38,7 +38,7 @@ def resolve_layers(selectors: Sequence[str | int], layers: Sequence[str], tappab
 
 
 def last_layer(layers: Sequence[str]) -> str:
-    """The last layer that is not a classification head; of nothing but heads the last, as in avex.
+    """The last layer that is not a classification head; if all are heads the last one, as in avex.
 
     Raises:
         ValueError: the model has no layers.
@@ -67,10 +67,10 @@ def _closest(name: str, known: set[str]) -> str:
 
 
 class Taps:
-    """Collects the outputs of the layers asked for while a forward pass goes by.
+    """Collects the outputs of the requested layers during a forward pass.
 
-    It is handed down the modules, which offer their outputs to it; so there is no state on shared modules, and
-    a pass can stop once everything asked for is there.
+    A pass hands it down to its modules, and they offer their outputs to it. So shared modules hold no state, and a
+    pass can stop as soon as every requested layer is there.
     """
 
     def __init__(self, wanted: Iterable[str]) -> None:
@@ -84,10 +84,10 @@ class Taps:
             self.found[name] = tensor
 
     def wants(self, *names: str) -> bool:
-        """Whether any of these layers is asked for and not there yet."""
+        """Whether any of these layers is requested and still missing."""
         return not self._missing.isdisjoint(names)
 
     @property
     def complete(self) -> bool:
-        """Whether everything asked for is there."""
+        """Whether every requested layer is there."""
         return not self._missing

@@ -8,8 +8,7 @@ from torch import Tensor
 from avex_export.architectures import architecture_of
 from avex_serve.errors import ExportError
 from avex_serve.models.base_model import ModelBase
-from avex_serve.models.probes import Probe
-from avex_serve.models.probes.heads import LSTMProbe, SequenceProbe
+from avex_serve.models.probes import LSTMProbe, Probe, SequenceProbe
 
 # What a probe raises that can't be built or can't process a clip, including networks of the user's own.
 ERRORS = (ValueError, LookupError, RuntimeError, AssertionError, TypeError, ArithmeticError)

@@ -213,7 +213,7 @@ class Silent(ModelBase):
     [
         (Network, "unused", "doesn't reach unused"),
         (Network, "nothing", "Layer 'nothing' not found in model"),
-        (Silent, "backbone", "layer backbone gives NoneType"),
+        (Silent, "backbone", "output of layer backbone is NoneType"),
         (lambda: nn.Linear(1, 1), "backbone", r"must be an instance of ModelBase.*get_model_layers"),
     ],
 )
@@ -352,7 +352,7 @@ def test_a_class_gets_the_fields_of_avexs_spec_that_it_takes(clean_registry, cap
     spec = ModelSpec(name="speaking", text_model_name="roberta", audio_config=AudioConfig(**AUDIO))
     assert avex_serve.build_model_from_spec(spec, "cpu").text_model_name == "roberta"
     avex_serve.build_model_from_spec(spec.model_copy(update={"temperature": 0.1}), "cpu")
-    assert "temperature=0.1 is nothing that model class 'speaking' takes" in caplog.text
+    assert "model class 'speaking' does not accept temperature=0.1" in caplog.text
 
 
 class Hooked(Network):

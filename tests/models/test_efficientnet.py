@@ -273,7 +273,7 @@ def test_other_types_and_one_dimension_are_taken(model, convert):
 @pytest.mark.parametrize(
     ("wave", "error", "message"),
     [
-        (torch.zeros(1, 400), RuntimeError, "the spectrogram takes 401"),
+        (torch.zeros(1, 400), RuntimeError, "the spectrogram needs 401"),
         (torch.zeros(1, 0), ValueError, "cannot be empty"),
         (torch.zeros(1, 1, RATE), ValueError, "expected \\(batch, samples\\)"),
         (None, ValueError, "cannot be None"),

@@ -341,7 +341,7 @@ def test_what_a_file_is_is_told_by_its_beginning(tmp_path, model, spec):
         with pytest.raises(ValueError, match=message):
             avex_serve.load_model(spec, checkpoint_path=str(path))
     torch.save({**state(model), "lr": 0.1}, tmp_path / "mixed.pt")
-    with pytest.raises(ValueError, match=r"beside tensors there are lr; expected tensors only"):
+    with pytest.raises(ValueError, match=r"next to tensors it has lr; expected tensors only"):
         avex_serve.load_model(spec, checkpoint_path=str(tmp_path / "mixed.pt"))
     with pytest.raises(ValueError, match=r"names a host; expected file:///absolute/path"):
         avex_serve.load_model(spec, checkpoint_path="file://weights.bin")

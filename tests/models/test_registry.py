@@ -178,13 +178,13 @@ def test_classes_are_given_what_they_name(classes):
     assert avex_serve.build_model_from_spec(ModelSpec(name="nameless"), "cpu", num_classes=4).head.out_features == 4
 
 
-def test_fields_of_other_architectures_are_left_out_with_a_warning_unless_they_say_nothing(classes, caplog):
+def test_fields_of_other_architectures_are_ignored_with_a_warning_unless_they_are_defaults(classes, caplog):
     avex_serve.build_model_from_spec(
         ModelSpec(name="my_simple", efficientnet_variant="b0", eat_norm_mean=-4.268), "cpu"
     )
     assert not caplog.text
     avex_serve.build_model_from_spec(ModelSpec(name="my_simple", use_naturelm=True), "cpu")
-    assert "use_naturelm=True is nothing that model class 'my_simple' takes, and is left out" in caplog.text
+    assert "model class 'my_simple' does not accept use_naturelm=True, which is ignored" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -203,10 +203,10 @@ def test_what_can_not_be_built(build, error, message):
         build()
 
 
-def test_a_keyword_that_the_class_does_not_take_is_left_out_and_told(caplog):
+def test_a_keyword_that_the_class_does_not_accept_is_ignored_with_a_warning(caplog):
     model = avex_serve.build_model("avex_demo", "cpu", num_class=3)
     assert model.classifier is None
-    assert "has no argument 'num_class', which is left out; did you mean 'num_classes'?" in caplog.text
+    assert "has no argument 'num_class', which is ignored; did you mean 'num_classes'?" in caplog.text
 
 
 def test_the_official_models_can_be_registered_again(clean_registry):

@@ -255,7 +255,7 @@ def test_a_clip_has_the_same_logits_padded_and_alone_if_padding_is_excluded(kind
         ({"input_dim": 8, "base": True}, ValueError, "Cannot specify both"),
         ({}, ValueError, "Must specify either"),
         ({"input_dim": 8, "arguments": {"hiden_dims": [3]}}, TypeError, "'hiden_dims'.*did you mean 'hidden_dims'"),
-        ({"input_dim": 8, "arguments": {"zzz": 1}}, TypeError, "'zzz'.*it takes no options"),
+        ({"input_dim": 8, "arguments": {"zzz": 1}}, TypeError, "'zzz'.*it accepts no options"),
         ({"base": True, "target_layers": ["layer_12"]}, ValueError, "'layer_12' not found"),
         ({"base": True, "target_layers": [9]}, ValueError, "out of range for 3 layers"),
         ({"base": True, "target_layers": []}, ValueError, "target_layers is empty"),
@@ -294,7 +294,7 @@ def test_a_keyword_fills_in_what_the_configuration_leaves_open(caplog):
     with caplog.at_level(logging.WARNING):
         probe = build("mlp", input_dim=4, arguments={"hidden_dims": [9]})
     assert probe.mlp[0].out_features == 12
-    assert "keyword hidden_dims=[9] loses" in caplog.text
+    assert "keyword hidden_dims=[9] is ignored" in caplog.text
 
 
 def test_positions_bound_the_sequence():

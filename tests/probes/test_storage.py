@@ -163,7 +163,7 @@ def test_what_can_not_be_loaded(tmp_path, backbone):
     with pytest.raises(FileNotFoundError, match="holds no probe"):
         load_probe(folder)
     save_probe(build(base=model), folder)
-    with pytest.raises(ValueError, match="doesn't say which backbone"):
+    with pytest.raises(ValueError, match="doesn't name its backbone"):
         load_probe(folder)
     save_probe(build(base=model), folder, model=source)
     whole = (folder / "probe.yml").read_text()

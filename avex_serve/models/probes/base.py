@@ -1,8 +1,8 @@
-"""What all probes share: embeddings in, tapped layers combined, a head's verdict out.
+"""The common part of all probes: from embeddings to the features that a head classifies.
 
-A probe is *combine* (aggregate and merge the tapped layers) and *head*. The five heads say what they build and how
-they classify; the rest is here. Parameters have avex's names: ``layer_weights``, ``embedding_projectors.{i}``, the
-head's own, and ``base_model.…`` of a probe that is attached to a backbone.
+A probe *combines* the tapped layers (aggregates and merges them), and its *head* classifies the result. A head is a
+subclass that builds its layers and computes logits; everything else is here. Parameters have avex's names:
+``layer_weights``, ``embedding_projectors.{i}``, the head's own, and ``base_model.…`` for the backbone.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from avex_serve.configs import Aggregation, InputProcessing, ProbeConfig
 from avex_serve.models.aggregation import aggregate, concatenate, time_steps
 from avex_serve.models.base_model import ModelBase, unpack_audio
-from avex_serve.models.hooks import frozen
-from avex_serve.models.tracing import is_tracing
+from avex_serve.models.hooks import frozen, is_tracing
 
 Shape = tuple[int, ...]  # of one clip's embedding, without the batch: (D,), (T, D) or (C, H, W)
 InputDim = int | tuple[int, ...] | list[tuple[int, ...]]
-Combined = tuple[Tensor, Tensor | None]  # features (B, D) or (B, T, D), and the padding (B, T) of the latter
+Combined = tuple[Tensor, Tensor | None]  # features (B, D) or (B, T, D), and the padding (B, T) of a sequence
 ProbeInput = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
-# Keys of a batch of stored embeddings that are no embeddings.
+# Keys in a batch of stored embeddings that don't hold embeddings.
 _NOT_EMBEDDINGS = ("label", "padding_mask")
+_DEFAULT_POSITIONS = 1000  # steps with positions if max_sequence_length is not set
 
 
 class Probe(nn.Module, ABC):
@@ -35,13 +35,13 @@ class Probe(nn.Module, ABC):
     Attributes:
         base_model: the backbone, or None offline.
         layers: names of the tapped layers.
-        config: the ProbeConfig it was built from; None if its class was called directly.
-        input_dim: shapes that it was built for, one a layer.
+        config: the ProbeConfig that it was built from; None if its class was called directly.
+        input_dim: the shapes that it was built for, one per layer.
         labels: names of the classes, if known.
     """
 
     options: ClassVar[Mapping[str, Any]]  # the head's own arguments with their defaults
-    without_effect: ClassVar[frozenset[str]] = frozenset()  # those accepted as in avex, but unused
+    without_effect: ClassVar[frozenset[str]] = frozenset()  # options that are accepted, as in avex, but not used
     takes_sequence: ClassVar[bool]  # whether the head reads (B, T, D) rather than (B, D)
 
     def __init__(
@@ -67,18 +67,18 @@ class Probe(nn.Module, ABC):
             num_classes: width of the logits.
             device: where to put the probe.
             feature_mode: whether the input is embeddings instead of audio.
-            input_dim: offline, the shape of a clip's embedding: its width, a shape, or a list of shapes, one a
+            input_dim: offline, the shape of a clip's embedding: its width, a shape, or a list with one shape per
                 layer.
             aggregation: how the time axis of each layer is reduced.
-            target_length: samples of a clip, of which the shapes follow online; None: the backbone's own.
-            freeze_backbone: whether the backbone is left alone.
-            input_processing: see `ProbeConfig`; None: as avex does.
-            exclude_padding: keep padded steps out of the head and of means over time.
+            target_length: online, samples of a clip, which determine the shapes; None: the backbone's clip length.
+            freeze_backbone: whether the backbone is not trained.
+            input_processing: see `ProbeConfig`; None: as in avex.
+            exclude_padding: keep padded steps out of the head and out of means over time.
             **options: of the head.
 
         Raises:
             TypeError: an option that the head doesn't have.
-            ValueError: shapes or processing that don't go together.
+            ValueError: incompatible shapes or processing.
         """
         super().__init__()
         unknown = options.keys() - self.options.keys()
@@ -123,29 +123,29 @@ class Probe(nn.Module, ABC):
         """Logits (B, classes).
 
         Args:
-            x: online (B, S) or ``{"raw_wav": (B, S), "padding_mask": (B, S)}``; offline an embedding, a list of
-                them, one a layer, or a mapping with one a key (and ``padding_mask``).
+            x: online (B, S) or ``{"raw_wav": (B, S), "padding_mask": (B, S)}``; offline an embedding, a list with
+                one embedding per layer, or a mapping with one per key (and ``padding_mask``).
             padding_mask: bool, True where padded: (B, S) online, (B, T) offline.
 
         Raises:
             RuntimeError: embeddings of another shape than the probe was built for.
-            ValueError: no audio or no embeddings, or a mask of another shape where padding is excluded.
+            ValueError: no audio, no embeddings, or a mask of the wrong shape where padding is excluded.
         """
         return self.classify(*self.combine(x, padding_mask))
 
     def combine(self, x: ProbeInput, padding_mask: Tensor | None = None) -> Combined:
-        """What the head sees: features (B, width) or (B, T, width), and the padding (B, T) of the latter.
+        """The head's input: features (B, width) or (B, T, width), and the padding (B, T) of a sequence.
 
         Arguments and errors as in `forward`.
         """
         return self._combined(*self._embeddings(x, padding_mask))
 
     def combine_taps(self, tapped: Mapping[str, Tensor], padding_mask: Tensor | None = None) -> Combined:
-        """What `combine` gives, of layers of its backbone that were tapped already, for several probes at once.
+        """The result of `combine` from layers that were tapped before, so that several probes share one pass.
 
         Args:
-            tapped: by name, what `ModelBase.taps` gives.
-            padding_mask: (B, S) bool, True where padded; given only if the probe excludes padding.
+            tapped: layers by name, as `ModelBase.taps` returns them.
+            padding_mask: (B, S) bool, True where padded; only for a probe that excludes padding.
         """
         return self._combined(*self._from_taps(tapped, padding_mask))
 
@@ -158,9 +158,8 @@ class Probe(nn.Module, ABC):
                 f"{features.shape[-1]}, but the probe was built for {self.input_width}; build it for this shape, or "
                 "aggregate"
             )
-        # The mask of a layer that is as long as the sequence, to which the others were resized. avex drops a mask
-        # of another length, and so do we.
-        # Sizes are no numbers while a graph is traced; clips that a model fills up have one length in all layers.
+        # Layers are resized to the shortest, so the mask of a layer of that length fits. As in avex, a mask of
+        # another length is dropped. Traced lengths can't be compared; a model that pads clips has equal lengths.
         given = [p for p in paddings if p is not None and features.ndim == 3]
         fitting = given if is_tracing() else [p for p in given if p.shape[1] == features.shape[1]]
         return features, fitting[0] if fitting else None
@@ -170,18 +169,18 @@ class Probe(nn.Module, ABC):
         return aggregate(features, "mean", padding if self.exclude_padding else None)
 
     def train(self, mode: bool = True) -> "Probe":
-        """Set the training mode; a frozen backbone stays in eval mode, statistics and dropout included."""
+        """Set the training mode. A frozen backbone stays in eval mode, including batch statistics and dropout."""
         super().train(mode)
         if self.base_model is not None and self.freeze_backbone:
             self.base_model.eval()
         return self
 
     def head_state(self) -> dict[str, Tensor]:
-        """The state dict without the backbone's."""
+        """The state dict without the backbone's tensors."""
         return {name: t for name, t in self.state_dict().items() if not name.startswith("base_model.")}
 
     def debug_info(self) -> dict[str, Any]:
-        """What the probe is made of, by avex's keys; ``layer_weights`` are there if layers are merged by them."""
+        """The probe's settings under avex's keys; with ``layer_weights`` if it merges layers by weights."""
         info = {
             "probe_type": type(self).__name__.removesuffix("Probe").lower(),
             "layers": self.layers,
@@ -196,7 +195,7 @@ class Probe(nn.Module, ABC):
         return {**info, "layer_weights": self.layer_weights.tolist()} if hasattr(self, "layer_weights") else info
 
     def get_learned_weights_table(self) -> str:
-        """The weights that unaggregated layers are merged by, as a table to print; a sentence if there are none."""
+        """A printable table of the weights that merge unaggregated layers, or a sentence if there are none."""
         if not hasattr(self, "layer_weights"):
             return "No learned weights: the probe doesn't merge layers by weights."
         raw = self.layer_weights.detach()
@@ -209,14 +208,14 @@ class Probe(nn.Module, ABC):
     # -- from the input to embeddings ------------------------------------------------------------------------
 
     def _embeddings(self, x: ProbeInput, padding_mask: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Embeddings, and of each the padding (B, T): to be excluded online, as it was given offline."""
+        """The embeddings, and the padding (B, T) of each: online only if it is excluded, offline as given."""
         if self.base_model is None or self.feature_mode:
             embeddings, padding = _stored_embeddings(x, padding_mask)
             return embeddings, [padding] * len(embeddings)
         if not isinstance(x, Tensor | Mapping):
             raise ValueError(f"the input is a {type(x).__name__}; expected a waveform (batch, samples)")
         wave, mask = unpack_audio(x, padding_mask)
-        # avex gives the mask to the backbone alone.
+        # In avex only the backbone gets the mask.
         if not self.exclude_padding or (mask is None and not self.base_model.fills_clips):
             embeddings = self._embed(wave, mask)
             return embeddings, [None] * len(embeddings)
@@ -258,7 +257,7 @@ class Probe(nn.Module, ABC):
     # -- from embeddings to features -------------------------------------------------------------------------
 
     def _process(self, embedding: Tensor, padding: Tensor | None) -> Tensor:
-        """What `input_processing` does, if it was set."""
+        """Apply `input_processing`, if it was set."""
         if self.input_processing == "pooled":
             return aggregate(embedding, "mean", padding if self.exclude_padding else None)
         if self.input_processing == "flatten":
@@ -266,7 +265,7 @@ class Probe(nn.Module, ABC):
         return embedding
 
     def _shape(self, embedding: Tensor) -> Tensor:
-        """Bring an embedding to the head's rank, as avex does."""
+        """Reshape an embedding to the head's rank, as avex does."""
         if not self.takes_sequence:
             return embedding.flatten(1)
         if embedding.ndim == 2:
@@ -280,15 +279,15 @@ class Probe(nn.Module, ABC):
             return embeddings[0]
         if len(embeddings) != len(self.input_dim):
             raise RuntimeError(
-                f"{len(embeddings)} embeddings for a probe built for {len(self.input_dim)}; give each"
+                f"{len(embeddings)} embeddings for a probe built for {len(self.input_dim)}; give one per layer"
             )
         projected = [
             embedding if projector is None else projector(embedding)
             for embedding, projector in zip(embeddings, self.embedding_projectors, strict=True)
         ]
         if self.takes_sequence:
-            # Sizes are no numbers while a graph is made; there the same layers are resized as of the clips that the
-            # probe was built for.
+            # In a graph, lengths are not numbers that can be compared. There the same layers are resized as for the
+            # clips that the probe was built for.
             graph = is_tracing() or torch.compiler.is_exporting()
             steps = self.built_steps if graph else [p.shape[1] for p in projected]
             fewest = min(steps)
@@ -315,14 +314,14 @@ class Probe(nn.Module, ABC):
         return [tuple(embedding.shape[1:]) for embedding in found]
 
     def _build_combination(self) -> int:
-        """Create what merging several layers needs, and return the width of the features."""
+        """Create the parameters that merge several layers, and return the width of the features."""
         meta = [torch.empty(1, *shape, device="meta") for shape in self.input_dim]
         self._check_processing()
         shapes = [self._shape(self._process(embedding, None)).shape[1:] for embedding in meta]
         if len(shapes) == 1:
             return shapes[0][-1]
         target = tuple(_vote([shape[axis] for shape in shapes]) for axis in range(len(shapes[0])))
-        # avex projects a layer whose length differs too, even if its width is right.
+        # avex also projects a layer of the right width if its length differs.
         projectors = [None if shape == target else nn.Linear(shape[-1], target[-1]) for shape in shapes]
         self.embedding_projectors = nn.ModuleList(projectors)  # type: ignore[arg-type]
         self.layer_weights = nn.Parameter(torch.zeros(len(shapes)))
@@ -342,6 +341,53 @@ class Probe(nn.Module, ABC):
                 )
 
 
+class SequenceProbe(Probe):
+    """A head that reads a sequence: positions before its encoder, and the mean over time before its classifier."""
+
+    takes_sequence = True
+    dropout_rate: float
+    max_sequence_length: int | None
+    use_positional_encoding: bool
+    pos_encoding: Tensor | None
+
+    def build_head(self, width: int) -> None:
+        """See `Probe.build_head`."""
+        self.dropout = nn.Dropout(self.dropout_rate) if self.dropout_rate > 0 else None
+        classifier_width = self.build_encoder(width)
+        if self.use_positional_encoding:
+            self.build_positions(self.max_sequence_length or _DEFAULT_POSITIONS, width)
+        else:
+            self.pos_encoding = None
+        self.classifier = nn.Linear(classifier_width, self.num_classes)
+
+    def build_encoder(self, width: int) -> int:
+        """Build the encoder for sequences of that width, and return the width of its output."""
+        raise NotImplementedError
+
+    def encode(self, features: Tensor, padding: Tensor | None) -> Tensor:
+        """(B, T, width) → (B, T, encoder width)."""
+        raise NotImplementedError
+
+    def build_positions(self, steps: int, width: int) -> None:
+        """Create `pos_encoding` (1, steps, width); here it is learned."""
+        self.pos_encoding = nn.Parameter(torch.randn(1, steps, width))
+
+    def classify(self, features: Tensor, padding: Tensor | None = None) -> Tensor:
+        """See `Probe.classify`."""
+        if self.pos_encoding is not None:
+            steps, longest = features.shape[1], self.pos_encoding.shape[1]
+            if not is_tracing() and steps > longest > 1:  # a single position is added to every step, as in avex
+                raise RuntimeError(
+                    f"a sequence of {steps} steps is longer than the {longest} positions; raise max_sequence_length"
+                )
+            features = features + self.pos_encoding[:, :steps]
+        return self.classifier(self.drop(self.pool(self.encode(features, padding), padding)))
+
+    def drop(self, features: Tensor) -> Tensor:
+        """Apply dropout, if there is any."""
+        return features if self.dropout is None else self.dropout(features)
+
+
 def _stored_embeddings(x: ProbeInput, padding_mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     if isinstance(x, Mapping):
         padding_mask = x.get("padding_mask", padding_mask)
@@ -350,7 +396,7 @@ def _stored_embeddings(x: ProbeInput, padding_mask: Tensor | None) -> tuple[list
         x = [value for key, value in x.items() if key not in _NOT_EMBEDDINGS]
     embeddings = [x] if isinstance(x, Tensor) else list(x)
     if not embeddings:
-        raise ValueError("the input holds no embeddings; give a tensor, or one a layer")
+        raise ValueError("the input holds no embeddings; give a tensor, or one per layer")
     return embeddings, padding_mask
 
 

@@ -1,7 +1,7 @@
 """A probe as a folder: ``probe.yml``, ``model.safetensors``, ``labels.json``.
 
-The head alone if the backbone was frozen, everything if it was fine-tuned. The fingerprint of the backbone is
-recorded, and checked when the head meets a backbone again.
+The weights are the head's if the backbone was frozen, else those of head and backbone. The folder records the
+fingerprint of a frozen backbone, which is checked when the head is put on a backbone again.
 """
 
 import logging
@@ -32,20 +32,19 @@ from avex_serve.models.checkpoints import (
 from avex_serve.models.custom import Backbone, adapt
 from avex_serve.models.probes.base import Probe, Shape
 from avex_serve.models.probes.utils.factory import build_probe_from_config
-from avex_serve.models.utils.factory import build_model_from_spec
 from avex_serve.models.utils.load import find_entry, load_model
-from avex_serve.models.utils.registry import ModelEntry, get_entry
+from avex_serve.models.utils.registry import ModelEntry, build_model_from_spec, get_entry
 
 logger = logging.getLogger(__name__)
 
 PROBE = "probe.yml"
 WEIGHTS = "model.safetensors"
-# A backbone's own classifier is no part of a probe.
+# A probe doesn't include the backbone's own classifier.
 _UNUSED = ("base_model.classifier.", "base_model.model.classifier.")
 
 
 class ModelSource(BaseModel):
-    """A backbone that is no registered one: how to build it, and where its weights are."""
+    """A backbone that is not registered: how to build it, and where its weights are."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,10 +62,10 @@ class SavedProbe(BaseModel):
     format: Literal[1]
     probe_config: ProbeConfig
     num_classes: int
-    model: str | ModelSource | None = None  # a registered name, or how to build it; None: not said
+    model: str | ModelSource | None = None  # a registered name, or how to build it; None: unknown
     backbone_fingerprint: str | None = None  # None: trained offline
-    checkpoint: str | None = None  # URI of the backbone's weights, with their revision; None: local or not said
-    layers: list[str] | None = None  # online: the names that target_layers meant
+    checkpoint: str | None = None  # URI of the backbone's weights, with revision; None: local or unknown
+    layers: list[str] | None = None  # online: the names for target_layers
     input_dim: list[Shape] | None = None  # offline only
     target_length: int | None = None  # online only, in samples
 
@@ -77,23 +76,23 @@ def save_probe(
     labels: Sequence[str] | Mapping[str, int] | None = None,
     model: str | Path | ModelSpec | None = None,
 ) -> None:
-    """Write a probe to a folder, whole or not at all; a probe that is there is replaced.
+    """Write a probe to a folder, completely or not at all. A probe that is there is replaced.
 
     Args:
         probe: made by `build_probe_from_config`.
-        directory: where to.
+        directory: the folder.
         labels: names of the classes in the order of the logits, or ``{label: index}``; None: the probe's own.
-        model: what its backbone was loaded from, so that `load_probe` and the exporter find it again.
+        model: the argument with which its backbone was loaded, so that `load_probe` and the exporter can load it.
 
     Raises:
-        ValueError: a probe without its configuration, or labels that are not as many as the classes.
-        FileExistsError: the folder holds something else.
+        ValueError: a probe without its configuration, or another number of labels than of classes.
+        FileExistsError: the folder holds something other than a probe.
     """
     if probe.config is None:
         raise ValueError("this probe has no configuration; build it with build_probe_from_config()")
     names = probe.labels if labels is None else _in_order(labels)
     if names is not None and len(names) != probe.num_classes:
-        raise ValueError(f"{len(names)} labels for a probe with {probe.num_classes} classes; give one a class")
+        raise ValueError(f"{len(names)} labels for a probe with {probe.num_classes} classes; give one per class")
     online = probe.base_model is not None
     saved = SavedProbe(
         format=1,
@@ -129,12 +128,12 @@ def load_probe(
 
     Args:
         directory: written by `save_probe`.
-        base_model: the backbone, see `build_probe_from_config`; None: loaded as the folder says.
+        base_model: the backbone, see `build_probe_from_config`; None: the one that the folder names is loaded.
         device: where to put the probe and the backbone.
-        checkpoint_path: where the backbone's weights are, if not where its model says.
+        checkpoint_path: the backbone's weights, instead of those that its model names.
 
     Raises:
-        FileNotFoundError: no probe there, or the backbone's weights are not there.
+        FileNotFoundError: no probe in the folder, or the backbone's weights are missing.
         ValueError: a damaged folder, weights that don't fit, or another backbone than the head was trained on.
     """
     folder = Path(directory)
@@ -160,11 +159,11 @@ def load_probe(
 
 
 def read_saved(folder: Path) -> SavedProbe:
-    """What ``probe.yml`` says.
+    """The content of ``probe.yml``.
 
     Raises:
-        FileNotFoundError: no probe there.
-        ValueError: it says something else.
+        FileNotFoundError: no probe in the folder.
+        ValueError: a damaged ``probe.yml``.
     """
     if not (folder / PROBE).is_file() or not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no probe ({PROBE} and {WEIGHTS}); make one with save_probe()")
@@ -175,10 +174,10 @@ def read_saved(folder: Path) -> SavedProbe:
 
 
 def backbone_of(saved: SavedProbe) -> tuple[str, ModelEntry] | None:
-    """Name of the backbone and how to get it, in the revision of the training; None if the probe doesn't say.
+    """Name of the backbone, and its model with the checkpoint of the training; None if the probe names no backbone.
 
     Raises:
-        ValueError: a registered model that isn't there any more.
+        ValueError: a model that is no longer registered.
     """
     if saved.model is None:
         return None
@@ -191,7 +190,7 @@ def backbone_of(saved: SavedProbe) -> tuple[str, ModelEntry] | None:
 
 
 def read_labels(folder: Path, num_classes: int) -> tuple[str, ...] | None:
-    """The labels of a saved probe, or None if it has none; ValueError if they don't fit."""
+    """The labels of a saved probe, or None if it has none. ValueError if their number isn't `num_classes`."""
     path = folder / LABELS
     if not path.is_file():
         return None
@@ -202,9 +201,10 @@ def read_labels(folder: Path, num_classes: int) -> tuple[str, ...] | None:
 
 
 def load_head(probe: Probe, state: StateDict, source: str) -> None:
-    """Load weights into a probe, strictly: of the head alone if its backbone is frozen, else of everything.
+    """Load weights into a probe, strictly: the head's if its backbone is frozen, else all.
 
-    A state dict saved by avex holds the backbone too (``base_model.…``): of a frozen one it must be the probe's.
+    A state dict saved by avex has the backbone's weights too (``base_model.…``). If the backbone is frozen, they
+    must equal the probe's.
 
     Raises:
         ValueError: names or shapes that don't fit, or another backbone than the probe's.
@@ -218,22 +218,22 @@ def load_head(probe: Probe, state: StateDict, source: str) -> None:
             raise ValueError(
                 f"{source} was trained on another backbone than the probe's: {len(others)} of its tensors differ: "
                 f"{some(others)}; load the backbone with the weights of the training, or set freeze_backbone=False "
-                "in the probe's configuration to take them from here (in avex training changes the batch statistics "
-                "of a frozen EfficientNet)"
+                "in the probe's configuration to use the backbone in this file (in avex, training changes the batch "
+                "statistics of a frozen EfficientNet)"
             )
         state = {**{n: t for n, t in state.items() if not n.startswith("base_model.")}, **own}
     load_strictly(probe, state, source)
 
 
 def check_backbone(saved: SavedProbe, base_model: ModelBase, folder: Path) -> None:
-    """Raise ValueError if a head was trained on another backbone than this."""
+    """Raise ValueError if the head was trained on another backbone than `base_model`."""
     if saved.backbone_fingerprint is None:
         return
     found = fingerprint(base_model)
     if found != saved.backbone_fingerprint:
         raise ValueError(
             f"{folder} was trained on a backbone with fingerprint {saved.backbone_fingerprint[:12]}…, this one has "
-            f"{found[:12]}…: its logits would mean nothing; load the backbone with the weights of the training"
+            f"{found[:12]}…, so its logits would be meaningless; load the backbone with the weights of the training"
         )
 
 
@@ -242,7 +242,7 @@ def _load_backbone(
 ) -> ModelBase:
     backbone = backbone_of(saved)
     if backbone is None:
-        raise ValueError(f"{folder / PROBE} doesn't say which backbone it belongs to; give base_model")
+        raise ValueError(f"{folder / PROBE} doesn't name its backbone; give base_model")
     _, entry = backbone
     if trained_too:  # its weights are in the probe's own file
         return build_model_from_spec(entry.spec, device, return_features_only=True)

@@ -12,7 +12,7 @@ from avex_serve.models.probes.utils.registry import get_probe_class, list_probe_
 
 logger = logging.getLogger(__name__)
 
-# Fields of ProbeConfig that belong to heads, each to some of them.
+# Fields of ProbeConfig that only some heads use.
 _HEAD_FIELDS = (
     "hidden_dims",
     "dropout_rate",
@@ -43,16 +43,16 @@ def build_probe_from_config(
         probe_config: what to build.
         num_classes: width of the logits.
         device: where to put it, such as ``cpu`` or ``cuda``.
-        base_model: the backbone, for online mode. It is frozen or not as the configuration says. A model that
-            isn't a `ModelBase`, such as avex's own, is adapted (`avex_serve.models.custom`).
-        input_dim: for offline mode, the shape of a clip's embedding: its width, a shape, or a list of shapes, one
-            a layer.
-        target_length: samples of a clip; before the configuration's and the backbone's own.
+        base_model: the backbone, for online mode. The configuration determines whether it is frozen. A model that
+            isn't a `ModelBase`, such as one of avex, is adapted (`avex_serve.models.custom`).
+        input_dim: for offline mode, the shape of a clip's embedding: its width, a shape, or a list with one shape
+            per layer.
+        target_length: samples of a clip; overrides the configuration's, which overrides the backbone's.
         **kwargs: options of the head that the configuration doesn't set.
 
     Raises:
-        ValueError: both or neither of `base_model` and `input_dim`, no backbone, layers that are not there, shapes
-            or processing that don't go together.
+        ValueError: both or neither of `base_model` and `input_dim`, a `base_model` that is no backbone, unknown
+            layers, or incompatible shapes or processing.
         TypeError: an unknown keyword.
         RuntimeError: a clip too short for the backbone.
     """
@@ -96,7 +96,7 @@ def _head_options(config: ProbeConfig, kwargs: dict[str, Any], cls: type[Probe])
 
 
 def _with_options(config: ProbeConfig, kwargs: dict[str, Any]) -> ProbeConfig:
-    """The configuration with what keywords filled in, so that a saved probe is built again as it was."""
+    """The configuration with the keywords in its unset fields, so that a saved probe is built the same again."""
     filled = {n: v for n, v in kwargs.items() if n in ProbeConfig.model_fields and not _is_set(config, n)}
     return ProbeConfig(**config.model_dump(exclude_unset=True), **filled) if filled else config
 
@@ -109,7 +109,7 @@ def _refuse_unknown(kwargs: dict[str, Any], kind: str, cls: type[Probe]) -> None
                 "ProbeConfig"
             )
         close = difflib.get_close_matches(name, [*cls.options, *ProbeConfig.model_fields], n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"it takes {sorted(cls.options) or 'no options'}"
+        hint = f"did you mean '{close[0]}'?" if close else f"it accepts {sorted(cls.options) or 'no options'}"
         raise TypeError(f"build_probe_from_config() got an unexpected keyword '{name}' for a {kind} probe; {hint}")
 
 
@@ -120,11 +120,13 @@ def _warn_of_unused(config: ProbeConfig, kwargs: dict[str, Any], cls: type[Probe
             value = getattr(config, name)
             logger.warning("%s=%r has no effect on probe_type=%r", name, value, config.probe_type)
     for name in sorted(kwargs.keys() & config.model_fields_set):
-        logger.warning("keyword %s=%r loses to the configuration's %r", name, kwargs[name], getattr(config, name))
+        logger.warning(
+            "keyword %s=%r is ignored: the configuration sets %r", name, kwargs[name], getattr(config, name)
+        )
     for name in (config.extra_config or {}).keys() - set(_EXTRA_FIELDS):
         logger.warning("extra_config[%r] has no effect; known: %s", name, ", ".join(_EXTRA_FIELDS))
     if config.online_training is not None and config.online_training != online:
-        mode = "online, on a base_model" if online else "offline, on embeddings"
+        mode = "online, on a base_model" if online else "offline, on stored embeddings"
         logger.warning("online_training=%s, but the probe is built %s", config.online_training, mode)
 
 

@@ -6,8 +6,12 @@ from pathlib import Path
 import yaml
 
 from avex_serve.configs import ProbeConfig
+from avex_serve.models.probes.attention_probe import AttentionProbe
 from avex_serve.models.probes.base import Probe
-from avex_serve.models.probes.heads import AttentionProbe, LinearProbe, LSTMProbe, MLPProbe, TransformerProbe
+from avex_serve.models.probes.linear_probe import LinearProbe
+from avex_serve.models.probes.lstm_probe import LSTMProbe
+from avex_serve.models.probes.mlp_probe import MLPProbe
+from avex_serve.models.probes.transformer_probe import TransformerProbe
 
 _PROBE_CLASSES: dict[str, type[Probe]] = {
     "linear": LinearProbe,
@@ -19,7 +23,7 @@ _PROBE_CLASSES: dict[str, type[Probe]] = {
 
 
 def get_probe_class(name: str) -> type[Probe] | None:
-    """The probe class of that name (case doesn't matter), or None."""
+    """The probe class of that name (in upper or lower case), or None."""
     return _PROBE_CLASSES.get(name.lower())
 
 
@@ -29,7 +33,7 @@ def list_probe_classes() -> list[str]:
 
 
 def register_probe_class(name: str, cls: type[Probe]) -> None:
-    """Let ``probe_type=name`` build a class of your own; `name` must be a probe type of `ProbeConfig`.
+    """Make ``probe_type=name`` build your own class; `name` must be a probe type of `ProbeConfig`.
 
     Raises:
         TypeError: not a subclass of `Probe`.
@@ -40,11 +44,11 @@ def register_probe_class(name: str, cls: type[Probe]) -> None:
 
 
 def load_probe_config(yaml_path: str | Path) -> ProbeConfig:
-    """A probe configuration from YAML: its fields at the top, or under ``probe_config:``.
+    """A probe configuration from YAML, with its fields at the top level or under ``probe_config:``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no such mapping, or fields that make no ProbeConfig.
+        ValueError: no such mapping, or fields that are no ProbeConfig.
     """
     path = Path(yaml_path)
     try:
