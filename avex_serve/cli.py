@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,22 +67,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _predict(arguments: argparse.Namespace) -> int:
     """Answer for each file; one that can't be read doesn't keep the others from being answered."""
-    from avex_serve.audio.reader import decode
+    from avex_serve.audio.reader import open_audio
+    from avex_serve.inference import pipeline
     from avex_serve.inference.opening import open_bundle
+    from avex_serve.inference.query import Query
 
+    query = Query(
+        threshold=arguments.threshold, top_k=arguments.top_k, overlap=arguments.overlap, probe=arguments.probe
+    )
     code = 0
     with open_bundle(arguments.bundle, arguments.device, precision=arguments.precision) as engine:
         if not engine.manifest.trained:
             print("avex-serve: the head has random weights: its answers mean nothing", file=sys.stderr)
         for path in arguments.files:
             try:
-                prediction = engine.predict(
-                    *decode(path),
-                    threshold=arguments.threshold,
-                    top_k=arguments.top_k,
-                    overlap=arguments.overlap,
-                    probe=arguments.probe,
-                )
+                prediction = pipeline.predict(engine, partial(open_audio, path), query)
             except AvexServeError as error:
                 code = _fail(error)
                 continue

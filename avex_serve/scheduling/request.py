@@ -97,10 +97,11 @@ class Timings:
 
 
 class Memory:
-    """The bytes that all requests together may hold: their bodies, and what making their answers takes."""
+    """The bytes that all requests together may hold, for their bodies or for making their answers."""
 
-    def __init__(self, total: float = math.inf) -> None:
+    def __init__(self, total: float = math.inf, use: str = "requests") -> None:
         self.total = total
+        self._use = use
         self._held = 0
         self._lock = threading.Lock()
 
@@ -109,7 +110,7 @@ class Memory:
         if self._held + size > self.total:
             raise OverloadError(
                 f"the service is busy: other requests hold all but {self.total - self._held} of its {self.total} "
-                "bytes for requests; try again later"
+                f"bytes for {self._use}; try again later"
             )
 
     def reserve(self, size: int) -> None:
@@ -128,7 +129,12 @@ class Request:
     """One request. `Admission` sets `yield_slot` while the request has a slot."""
 
     def __init__(
-        self, id: str = "", limits: Limits | None = None, seconds: float = math.inf, memory: Memory | None = None
+        self,
+        id: str = "",
+        limits: Limits | None = None,
+        seconds: float = math.inf,
+        bodies: Memory | None = None,
+        answers: Memory | None = None,
     ) -> None:
         """A request that arrives now.
 
@@ -136,7 +142,8 @@ class Request:
             id: what logs, spans and the client call it.
             limits: how much it may ask for; None: anything.
             seconds: until its answer is due.
-            memory: what it shares with all other requests; None: as much as it needs.
+            bodies: memory for the bodies of all requests; None: as much as it needs.
+            answers: memory for the answers to all requests; None: as much as it needs.
         """
         self.id = id
         self.limits = limits or Limits()
@@ -145,8 +152,9 @@ class Request:
         self._due = time.monotonic() + seconds
         self._abandoned = False
         self._wake: Callable[[], object] | None = None
-        self._memory = memory or Memory()
-        self._held_bytes = 0
+        self._bodies = bodies or Memory()
+        self._answers = answers or Memory()
+        self._body_bytes = 0
         self._answer_bytes = 0
 
     # -- until when -----------------------------------------------------------------------------------------------
@@ -188,19 +196,14 @@ class Request:
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
-    def check_memory(self, size: int) -> None:
-        """Raise OverloadError if the request could not hold this many bytes now."""
-        self._memory.check_room(size)
+    def check_body(self, size: int) -> None:
+        """Raise OverloadError if there is no room now for a body of this many bytes."""
+        self._bodies.check_room(size)
 
-    def reserve_memory(self, size: int) -> None:
-        """Hold this many more bytes until `release_memory`; OverloadError if all requests together hold too many."""
-        self._memory.reserve(size)
-        self._held_bytes += size
-
-    def release_memory(self) -> None:
-        """Give back all bytes, once the answer is sent."""
-        self._memory.release(self._held_bytes)
-        self._held_bytes = 0
+    def extend_body(self, size: int) -> None:
+        """Reserve memory for this many more bytes of the body; raises as `check_body`."""
+        self._bodies.reserve(size)
+        self._body_bytes += size
 
     def extend_answer(self, size: int, remedy: str) -> None:
         """Before a part of the answer is made: reserve the memory that it takes.
@@ -209,13 +212,19 @@ class Request:
             TooLargeError: the answer becomes too large; the message ends with the remedy.
             OverloadError: all requests together hold too many bytes.
         """
-        self._answer_bytes += size
-        if self._answer_bytes > self.limits.answer_bytes:
+        total = self._answer_bytes + size
+        if total > self.limits.answer_bytes:
             raise TooLargeError(
-                f"the answer takes {self._answer_bytes} bytes of memory; expected at most "
-                f"{self.limits.answer_bytes}: {remedy}"
+                f"the answer takes {total} bytes of memory; expected at most {self.limits.answer_bytes}: {remedy}"
             )
-        self.reserve_memory(size)
+        self._answers.reserve(size)
+        self._answer_bytes = total
+
+    def release_memory(self) -> None:
+        """Give back what body and answer take, once the answer is sent."""
+        self._bodies.release(self._body_bytes)
+        self._answers.release(self._answer_bytes)
+        self._body_bytes = self._answer_bytes = 0
 
     # -- timings --------------------------------------------------------------------------------------------------
 

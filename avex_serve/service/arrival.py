@@ -66,16 +66,19 @@ class Body:
 
     def check_length(self, length: int) -> None:
         """Refuse a body by the length that its head declares; errors as of `receive`."""
-        if length > self._max_bytes:
+        self._check_size(length)
+        self._request.check_body(length)
+
+    def _count(self, size: int) -> None:
+        self._check_size(self._size + size)
+        self._request.extend_body(size)
+        self._size += size
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
             raise TooLargeError(
                 f"the body is too large; expected at most {self._max_bytes} bytes: send the recording in pieces"
             )
-        self._request.check_memory(length)
-
-    def _count(self, size: int) -> None:
-        self.check_length(self._size + size)
-        self._request.reserve_memory(size)
-        self._size += size
 
 
 class Messages:

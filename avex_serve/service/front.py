@@ -90,7 +90,8 @@ class Front:
     keys: Keys
     admission: Admission
     limits: Limits
-    memory: Memory
+    bodies: Memory
+    answers: Memory
     telemetry: Telemetry
     drain: Drain
 
@@ -101,7 +102,7 @@ class Front:
     @contextmanager
     def record(self, exchange: Exchange, headers: Mapping[str, str]) -> Iterator[Request]:
         """Record the request that the block answers. It arrives now, and its context is current in the block."""
-        request = Request(request_id(headers), self.limits, self.settings.timeout_seconds, self.memory)
+        request = Request(request_id(headers), self.limits, self.settings.timeout_seconds, self.bodies, self.answers)
         with self.telemetry.record(exchange, request, headers):
             try:
                 yield request
@@ -324,7 +325,7 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         settings = front.settings
         # The size of a message is known only after it has arrived. So up to as many may be slow as fit if all are of
         # the largest size. Those of other methods are small and arrive in one packet with the call.
-        slow = max(1, int(front.memory.total // settings.max_body_bytes))
+        slow = max(1, int(front.bodies.total // settings.max_body_bytes))
         self._work = Messages(settings.read_timeout_seconds, slow)
         self._rest = Messages(settings.read_timeout_seconds, 1)
 
@@ -388,7 +389,7 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         data = await (self._work if method == INFER else self._rest).next(context.read)
         if method != INFER and len(data) > CONTROL_BYTES:
             raise TooLargeError(f"the message has {len(data)} bytes; expected at most {CONTROL_BYTES} here")
-        request.reserve_memory(len(data))
+        request.extend_body(len(data))
         answer = handler.unary_stream if handler.response_streaming else handler.unary_unary
         try:
             async with asyncio.timeout(None if method in HEALTH else request.remaining):

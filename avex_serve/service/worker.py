@@ -102,7 +102,8 @@ class AvexService:
                 json_bytes=settings.max_json_bytes,
                 answer_bytes=settings.max_answer_bytes,
             ),
-            memory=Memory(settings.max_held_bytes),
+            bodies=Memory(settings.max_held_bytes, "bodies"),
+            answers=Memory(slots * settings.max_answer_bytes, "answers"),
             telemetry=Telemetry(metrics, Spans.configured(bento.tracer_provider)),
             drain=Drain(settings.drain_seconds),
         )

@@ -11,7 +11,7 @@ import soundfile
 import soxr
 
 from avex_serve.audio.reader import decode
-from avex_serve.audio.waveform import RATES, resample, resampled_size
+from avex_serve.audio.waveform import RATES, resample, resample_blocks, resampled_size
 from avex_serve.errors import AudioError, InputError, NotFoundError
 
 CONTAINERS = {
@@ -130,6 +130,17 @@ def test_resamples_as_soxr_hq(rate, target):
     np.testing.assert_allclose(resampled[middle], tone(0.5, target, 1)[middle, 0], atol=1e-3)
 
 
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 96000, 192_000, 250_000, 312_500])
+def test_a_stream_is_resampled_as_the_whole(rate):
+    random = np.random.default_rng(rate)
+    for size in (20, 1000, 54_321, 400_000):
+        wave = random.normal(size=size).astype(np.float32)
+        expected = soxr.resample(wave, rate, 16000, quality="HQ")
+        for count in (1, 2, 30):
+            blocks = np.split(wave, np.sort(random.integers(0, size + 1, count)))
+            np.testing.assert_array_equal(np.concatenate(list(resample_blocks(blocks, rate, 16000))), expected)
+
+
 def test_the_same_rate_is_left_alone():
     wave = tone(0.1, 16000, 1)[:, 0].astype(np.float32)
     assert resample(wave, 16000, 16000) is wave
@@ -142,7 +153,7 @@ def test_refuses_a_rate_that_no_recorder_has(rate):
 
 
 def test_refuses_less_than_a_sample():
-    with pytest.raises(AudioError, match="1 samples at 96000 Hz are nothing at 16000 Hz"):
+    with pytest.raises(AudioError, match="1 samples at 96000 Hz are less than one at 16000 Hz"):
         resample(np.zeros(1, np.float32), 96000, 16000)
 
 

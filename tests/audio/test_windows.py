@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from avex_serve.audio.windows import plan_windows
+from avex_serve.audio.windows import batch_windows, cut_windows, hop_samples, plan_windows
 from avex_serve.errors import InputError
 
 RATE = 16000
@@ -88,3 +88,42 @@ def test_overlap_is_rounded_to_samples():
 def test_refuses_an_overlap_that_leads_nowhere(overlap):
     with pytest.raises(InputError, match=rf"overlap is {overlap} s; .* window of 0\.1 s"):
         plan_windows(16000, 1600, RATE, overlap)
+
+
+def blocks_of(wave, random):
+    """The wave in blocks of random sizes, empty ones among them."""
+    ends = np.sort(random.integers(0, wave.size + 1, random.integers(0, 12)))
+    return np.split(wave, ends)
+
+
+def test_a_stream_is_cut_as_the_whole():
+    random = np.random.default_rng(1)
+    for total, length, overlap, rate in CASES:
+        shortest = int(random.integers(1, length + 1))
+        wave = random.normal(size=total).astype(np.float32)
+        plan = plan_windows(total, length, rate, overlap / rate, shortest)
+        windows = list(
+            cut_windows(blocks_of(wave, random), length, hop_samples(length, rate, overlap / rate), shortest)
+        )
+        assert [window.start for window in windows] == list(plan.starts)
+        np.testing.assert_array_equal([(w.start, w.stop) for w in windows] / np.float64(rate), plan.spans)
+        for window in windows:
+            size = window.stop - window.start
+            np.testing.assert_array_equal(window.samples[:size], wave[window.start : window.stop])
+            assert not window.samples[size:].any()
+            assert window.samples.size == max(size, shortest)
+
+
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_batches_hold_windows_of_one_length_with_their_padding(most):
+    wave = np.arange(1, 24, dtype=np.float32)
+    for masked in (False, True):
+        batches = list(batch_windows(cut_windows([wave], 5, 4, 4), most, masked=masked))
+        assert [len(batch.bounds) for batch in batches] == {1: [1] * 6, 3: [3, 2, 1], 100: [5, 1]}[most]
+        bounds = np.concatenate([batch.bounds for batch in batches])
+        assert bounds.tolist() == [[0, 5], [4, 9], [8, 13], [12, 17], [16, 21], [20, 23]]
+        assert batches[-1].inputs[0].tolist() == [[21, 22, 23, 0]]
+        if masked:
+            assert not any(batch.inputs[1].any() for batch in batches[:-1])
+            assert batches[-1].inputs[1].tolist() == [[False, False, False, True]]
+        assert all(len(batch.inputs) == 1 + masked for batch in batches)

@@ -17,9 +17,11 @@ import torch
 from avex_serve import open_bundle
 from avex_serve.bundles.reading import read_bundle
 from avex_serve.errors import AudioError, InputError, NotFoundError, TensorError, UnsupportedError
+from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.results import Selection, activate
-from tests.answers import as_json
+from avex_serve.inference.query import Query
+from avex_serve.inference.scores import Selection, activate
+from tests.answers import as_json, in_memory
 from tests.bundles import DIM, HEAD, LABELS, PROBE, SAMPLE_RATE, WINDOW, copy_bundle, replace_file, weights
 
 ACTIVATIONS = {
@@ -259,7 +261,7 @@ def test_numbers_of_any_kind_become_json(engine, wave):
 
 def test_embedding_document(engine, wave):
     embedded = engine.embed(wave, SAMPLE_RATE, overlap=0.05)
-    document = asdict(engine.embedding_document(wave, SAMPLE_RATE, overlap=0.05))
+    document = asdict(pipeline.embed(engine, lambda: in_memory(wave), Query(overlap=0.05)))
     assert document == {
         "bundle": "tiny",
         "version": "1",

@@ -74,7 +74,7 @@ def test_clips_of_any_length_from_the_shortest_on(measuring, shortest):
     with pytest.raises(TensorError) as error:
         measuring.infer(np.zeros((2, SHORTEST - 1), np.float32))
     if shortest:
-        assert "clips of 599 samples; the shortest that the model takes has 600 (0.0375 s); pad" in str(error.value)
+        assert "clips of 599 samples; expected at least 600 (0.0375 s): pad" in str(error.value)
     else:
         assert "shape [2, 599]; expected [-1, 1600]" in str(error.value)
     with pytest.raises(TensorError, match="is empty"):
@@ -86,7 +86,7 @@ def test_clips_of_any_length_from_the_shortest_on(measuring, shortest):
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (np.zeros((2, WINDOW - 1), bool), r"shape \[2, 1599\] and type bool; expected \[2, 1600\]"),
+        (np.zeros((2, WINDOW - 1), bool), r"shape \[2, 1599\] and type bool; expected .* \[2, 1600\]"),
         (np.zeros((1, WINDOW), bool), r"shape \[1, 1600\]"),
         (np.zeros((2, WINDOW), np.float32), "type float32; .* bool"),
         (np.arange(2)[:, None] >= np.ones((1, WINDOW)), "marks every sample of a clip as padding"),

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from avex_serve import open_bundle
-from avex_serve.audio.waveform import Recording
 from avex_serve.errors import InputError, NotFoundError, UnsupportedError
-from avex_serve.inference import pipeline as linked
+from avex_serve.inference import pipeline
+from avex_serve.inference.query import Query
 from avex_serve.inference.repository import Repository
+from tests.answers import in_memory
 from tests.bundles import SAMPLE_RATE, change_manifest, make_audio_bundle, make_embedding_bundle
 
 READS, OTHER = "a1" * 32, "b2" * 32
@@ -17,7 +18,7 @@ WAVE = np.random.default_rng(0).uniform(-0.5, 0.5, 5000).astype(np.float32)
 
 
 def record():
-    return Recording(WAVE, SAMPLE_RATE)
+    return in_memory(WAVE, frames=WAVE.size)
 
 
 def never():
@@ -79,17 +80,17 @@ def test_a_head_hears_by_an_audio_bundle(tmp_path, options):
     audio_bundle(tmp_path / "tiny")
     head_bundle(tmp_path / "head")
     with repository(tmp_path) as (opened, runs):
-        prediction = linked.predict(opened, record, model="head", **options)
+        prediction = pipeline.predict(opened, record, Query(model="head", **options))
         windows = runs["tiny"]
         assert detections(prediction) == expected(tmp_path, "head", **options)
         assert (prediction.bundle, prediction.probe, prediction.score_scale) == ("head", "linear", "softmax")
-        own = linked.predict(opened, record, model="tiny", **options)
+        own = pipeline.predict(opened, record, Query(model="tiny", **options))
         assert (prediction.duration, prediction.window) == (own.duration, own.window)
         assert runs == {"tiny": 2 * windows, "head": windows}
         with pytest.raises(NotFoundError, match="no probe 'nothing'"):
-            linked.predict(opened, record, model="head", probe="nothing")
+            pipeline.predict(opened, record, Query(model="head", probe="nothing"))
         with pytest.raises(InputError, match="top_k is 0"):
-            linked.predict(opened, record, model="head", top_k=0)
+            pipeline.predict(opened, record, Query(model="head", top_k=0))
         assert runs["tiny"] == 2 * windows
 
 
@@ -101,27 +102,29 @@ def test_all_heads_in_one_pass_of_the_backbone(tmp_path):
     head_bundle(tmp_path / "stranger", name="stranger", reads=OTHER)
     head_bundle(tmp_path / "unknown", name="unknown", reads=None)
     with repository(tmp_path) as (opened, runs):
-        predictions = linked.predict_all(opened, record, top_k=2).predictions
+        predictions = pipeline.predict_all(opened, record, Query(top_k=2)).predictions
         assert runs == dict.fromkeys(("tiny", "head", "second"), 4)
         assert [(each.bundle, each.version) for each in predictions] == [
             ("tiny", "1"),
             ("head", "1"),
             ("second", "1"),
         ]
-        assert predictions[0] == linked.predict(opened, record, model="tiny", top_k=2)
-        assert predictions[1] == linked.predict(opened, record, model="head", top_k=2)
-        assert linked.predict_all(opened, record, model="tiny", version="1", top_k=2).predictions == (predictions)
+        assert predictions[0] == pipeline.predict(opened, record, Query(model="tiny", top_k=2))
+        assert predictions[1] == pipeline.predict(opened, record, Query(model="head", top_k=2))
+        assert pipeline.predict_all(opened, record, Query(model="tiny", version="1", top_k=2)).predictions == (
+            predictions
+        )
         with pytest.raises(UnsupportedError, match="bundle head takes embeddings, not audio"):
-            linked.predict_all(opened, record, model="head")
+            pipeline.predict_all(opened, record, Query(model="head"))
 
 
 def test_a_bundle_without_heads_lends_its_embeddings(tmp_path):
     audio_bundle(tmp_path / "tiny", probes=[])
     with repository(tmp_path) as (opened, _), pytest.raises(UnsupportedError, match="answers embeddings alone"):
-        linked.predict_all(opened, record)
+        pipeline.predict_all(opened, record, Query())
     head_bundle(tmp_path / "head")
     with repository(tmp_path) as (opened, runs):
-        predictions = linked.predict_all(opened, record).predictions
+        predictions = pipeline.predict_all(opened, record, Query()).predictions
         assert [each.bundle for each in predictions] == ["head"]
         assert runs == {"tiny": 4, "head": 4}
 
@@ -131,7 +134,7 @@ def test_a_bundle_without_heads_lends_its_embeddings(tmp_path):
     [
         ({"reads": OTHER}, {}, f"with the fingerprint {OTHER[:12]} .*: tiny makes {READS[:12]} "),
         ({}, {"fingerprint": None}, f"with the fingerprint {READS[:12]} .*: tiny makes unknown "),
-        ({"reads": None}, {}, "doesn't know which backbone makes those that its probe linear reads"),
+        ({"reads": None}, {}, "does not say which backbone makes the embeddings that its probe linear reads"),
         (
             {},
             {"embeddings": [{"output": "logits", "layers": ["last"], "fingerprint": READS}], "probes": []},
@@ -144,7 +147,7 @@ def test_embeddings_that_do_not_fit(tmp_path, head, audio, reason):
     head_bundle(tmp_path / "head", **head)
     with repository(tmp_path) as (opened, runs):
         with pytest.raises(UnsupportedError, match=f"^bundle head takes embeddings, not audio, .*{reason}"):
-            linked.predict(opened, record, model="head")
+            pipeline.predict(opened, record, Query(model="head"))
         assert runs == {}
 
 
@@ -152,9 +155,9 @@ def test_no_audio_bundle_at_all(tmp_path):
     head_bundle(tmp_path / "head")
     with repository(tmp_path) as (opened, _):
         with pytest.raises(UnsupportedError, match=f"{READS[:12]} .*: there is none; use classify"):
-            linked.predict(opened, record)
+            pipeline.predict(opened, record, Query())
         with pytest.raises(UnsupportedError, match="takes embeddings, not audio"):
-            linked.predict_all(opened, record)
+            pipeline.predict_all(opened, record, Query())
 
 
 def test_several_audio_bundles_need_a_name(tmp_path):
@@ -162,8 +165,8 @@ def test_several_audio_bundles_need_a_name(tmp_path):
     audio_bundle(tmp_path / "other", name="other")
     with repository(tmp_path) as (opened, _):
         with pytest.raises(InputError, match="several models are served: 'other', 'tiny'; name one"):
-            linked.predict_all(opened, record)
-        (answer,) = linked.predict_all(opened, record, model="other").predictions
+            pipeline.predict_all(opened, record, Query())
+        (answer,) = pipeline.predict_all(opened, record, Query(model="other")).predictions
         assert answer.bundle == "other"
 
 
@@ -173,15 +176,15 @@ def test_nothing_is_decoded_in_vain(tmp_path):
     head_bundle(tmp_path / "stranger", name="stranger", reads=OTHER)
     with repository(tmp_path) as (opened, _), opened.lease("tiny") as tiny, opened.lease("head") as head:
         for ask, options, error in (
-            (linked.predict, {"model": "nothing"}, NotFoundError),
-            (linked.predict, {"model": "tiny", "version": "2"}, NotFoundError),
-            (linked.predict, {"model": "stranger"}, UnsupportedError),
-            (linked.predict_all, {"model": "head"}, UnsupportedError),
-            (linked.embed, {"model": "head"}, UnsupportedError),
-            (linked.embed, {"model": "tiny", "output": "nothing"}, NotFoundError),
-            (linked.embed, {"model": "tiny", "overlap": -1}, InputError),
+            (pipeline.predict, {"model": "nothing"}, NotFoundError),
+            (pipeline.predict, {"model": "tiny", "version": "2"}, NotFoundError),
+            (pipeline.predict, {"model": "stranger"}, UnsupportedError),
+            (pipeline.predict_all, {"model": "head"}, UnsupportedError),
+            (pipeline.embed, {"model": "head"}, UnsupportedError),
+            (pipeline.embed, {"model": "tiny", "output": "nothing"}, NotFoundError),
+            (pipeline.embed, {"model": "tiny", "overlap": -1}, InputError),
             *(
-                (linked.predict, {"model": model, **wrong}, error)
+                (pipeline.predict, {"model": model, **wrong}, error)
                 for model in ("tiny", "head")
                 for wrong, error in (
                     ({"probe": "nothing"}, NotFoundError),
@@ -192,7 +195,7 @@ def test_nothing_is_decoded_in_vain(tmp_path):
             ),
         ):
             with pytest.raises(error):
-                ask(opened, never, **options)
+                ask(opened, never, Query(**options))
         for engine in (tiny, head):
             with pytest.raises(InputError, match="overlap is -1"):
-                linked.infer_recording(opened, engine, never, overlap=-1)
+                pipeline.infer_recording(opened, engine, never, Query(overlap=-1))

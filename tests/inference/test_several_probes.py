@@ -5,7 +5,7 @@ import pytest
 
 from avex_serve import open_bundle
 from avex_serve.errors import NotFoundError, UnsupportedError
-from avex_serve.inference.results import activate
+from avex_serve.inference.scores import activate
 from tests.bundles import DIM, LABELS, NOISES, SAMPLE_RATE, make_backbone_bundle, make_probes_bundle, weights
 
 
@@ -60,5 +60,7 @@ def test_a_backbone_without_heads_answers_embeddings_alone(backbone, wave):
     assert embeddings.shape == (len(spans), DIM)
     assert list(backbone.infer_recording(wave, SAMPLE_RATE)) == ["embedding"]
     for ask in (backbone.predict, backbone.predict_all, backbone.score):
-        with pytest.raises(UnsupportedError, match=r"bundle tiny-embeddings answers embeddings alone.*use embed"):
+        with pytest.raises(
+            UnsupportedError, match="tiny-embeddings has no probe and answers embeddings alone; use embed"
+        ):
             ask(wave, SAMPLE_RATE)

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import math
 import random
 import threading
 import weakref
@@ -9,12 +10,9 @@ import weakref
 import numpy as np
 import pytest
 
-from avex_serve.audio.waveform import resample
 from avex_serve.errors import AudioError, ClientGoneError, DeadlineError, OverloadError
-from avex_serve.scheduling import allowance
-from avex_serve.scheduling.admission import LARGE_BYTES, Admission, HeldBytes, Ticket, admitted, hold_ticket
-from avex_serve.scheduling.allowance import Deadline, Limits
-from avex_serve.scheduling.stages import recorded
+from avex_serve.scheduling.admission import Admission
+from avex_serve.scheduling.request import Request, answering, current
 
 PATIENCE = 20  # seconds until a test that hangs fails
 
@@ -25,7 +23,7 @@ def open_admission():
     made = []
 
     def make(slots=1, queue=0, **arguments):
-        made.append(Admission(slots, queue, 2**20, Limits(), **arguments))
+        made.append(Admission(slots, queue, **arguments))
         return made[-1]
 
     yield make
@@ -45,8 +43,9 @@ class Work:
         return "done"
 
 
-def start(admission, work, deadline=None):
-    return asyncio.create_task(admission.run(work, deadline or Deadline()))
+def start(admission, work, seconds=math.inf, request=None):
+    with answering(request or Request(seconds=seconds)):
+        return asyncio.create_task(admission.run(work))
 
 
 async def seen(event):
@@ -113,12 +112,11 @@ def test_the_wait_for_a_slot_is_written_down(open_admission):
 
     async def test():
         first, second = Work(), Work()
-        with recorded() as at_once:
-            running = start(admission, first)
-        with recorded() as after_it:
-            waiting = start(admission, second)
-        with recorded() as given_up:
-            leaving = start(admission, Work())
+        requests = Request(), Request(), Request()
+        running, waiting, leaving = (
+            start(admission, work, request=request)
+            for work, request in zip((first, second, Work()), requests, strict=True)
+        )
         await seen(first.began)
         await asyncio.sleep(0.2)
         leaving.cancel()
@@ -126,10 +124,10 @@ def test_the_wait_for_a_slot_is_written_down(open_admission):
         first.end.set()
         second.end.set()
         await asyncio.gather(running, waiting)
-        [(_, short)], [(_, long)], [(_, lost)] = at_once.seconds, after_it.seconds, given_up.seconds
+        [(_, short)], [(_, long)], [(_, lost)] = (request.timings.seconds for request in requests)
         assert short < long
         assert lost > 0.1
-        assert {name for work in (at_once, after_it, given_up) for name, _ in work.seconds} == {"queue"}
+        assert {name for request in requests for name, _ in request.timings.seconds} == {"queue"}
 
     run(test())
 
@@ -191,7 +189,7 @@ def test_cancelled_at_work(open_admission):
         began.set()
         proceed.wait(PATIENCE)
         try:
-            allowance.current().checkpoint()
+            current().checkpoint()
         except ClientGoneError as error:
             ended.append(error)
             raise
@@ -231,7 +229,7 @@ def test_deadline_that_passed_in_the_queue(open_admission):
         first, second = Work(), Work()
         one = start(admission, first)
         await seen(first.began)
-        two = start(admission, second, Deadline(0.01))
+        two = start(admission, second, 0.01)
         await asyncio.sleep(0.02)
         first.end.set()
         await one
@@ -247,11 +245,11 @@ def test_deadline_that_passes_at_work(open_admission):
 
     def work():
         while True:
-            allowance.current().checkpoint()
+            current().checkpoint()
 
     async def test():
         with pytest.raises(DeadlineError):
-            await start(admission, work, Deadline(0.05))
+            await start(admission, work, 0.05)
         await until(lambda: has_room(admission))
 
     run(test())
@@ -264,7 +262,7 @@ def test_short_request_beside_a_long_one_in_the_only_slot(open_admission):
     def long():
         while not short_done.is_set():
             began.set()
-            steps.append(allowance.current().checkpoint())
+            steps.append(current().checkpoint())
         return "long"
 
     began = threading.Event()
@@ -281,76 +279,34 @@ def test_short_request_beside_a_long_one_in_the_only_slot(open_admission):
     assert steps
 
 
-def decode_large():
-    allowance.current().check_recording(LARGE_BYTES, 1, 16000)
-
-
-def resample_to_large():
-    resample(np.zeros(LARGE_BYTES // 4 // 16 + 1, np.float32), 1000, 16000)
-
-
-def answer_much():
-    for _ in range(2):
-        allowance.current().extend_answer(LARGE_BYTES // 2 + 1, "ask for less")
-
-
-def large_until(release, begun, make=decode_large):
-    """Work on a large recording that passes its turns on until it is let go."""
-
-    def work():
-        make()
-        begun.append(1)
-        while not release.is_set():
-            allowance.current().checkpoint()
-        return "large"
-
-    return work
-
-
-@pytest.mark.parametrize("make", [decode_large, resample_to_large, answer_much])
-def test_as_many_large_recordings_at_once_as_slots(open_admission, make):
-    """The others wait for room without a slot, and small ones pass them."""
-    admission = open_admission(2, 20, turn_seconds=0)
-    release, begun = threading.Event(), []
-
-    async def test():
-        tasks = [start(admission, large_until(release, begun, make)) for _ in range(6)]
-        await until(lambda: len(begun) == 2)
-        for _ in range(10):
-            assert await start(admission, lambda: "small") == "small"
-        assert len(begun) == 2
-        release.set()
-        assert await asyncio.gather(*tasks) == ["large"] * 6
-
-    run(test())
-    assert len(begun) == 6
-
-
-def test_waiting_for_room_ends_with_the_client_and_with_the_deadline(open_admission):
+def test_waiting_for_the_next_turn_ends_with_the_client_and_with_the_deadline(open_admission):
+    """The slot is another's meanwhile, and is not given back twice."""
     admission = open_admission(1, 2, turn_seconds=0)
-    release, begun, ended = threading.Event(), [], []
+    begun, ended, others = [], [], Work()
 
-    def second():
-        begun.append(2)
+    def yielding():
+        begun.append(1)
         try:
-            allowance.current().check_recording(LARGE_BYTES, 1, 16000)
+            while True:
+                current().checkpoint()
         except Exception as error:
             ended.append(type(error))
             raise
 
     async def test():
-        first = start(admission, large_until(release, begun))
-        await until(lambda: begun == [1])
-        leaving, late = start(admission, second), start(admission, second, Deadline(0.3))
-        await until(lambda: begun == [1, 2, 2])
+        leaving, late = start(admission, yielding), start(admission, yielding, 0.5)
+        await until(lambda: len(begun) == 2)
+        other = start(admission, others)
+        await seen(others.began)
         leaving.cancel()
         await asyncio.gather(leaving, late, return_exceptions=True)
         await until(lambda: len(ended) == 2)
         assert set(ended) == {ClientGoneError, DeadlineError}
-        await until(lambda: has_room(admission))
-        assert not first.done()
-        release.set()
-        assert await first == "large"
+        assert not other.done()
+        others.end.set()
+        assert await other == "done"
+        with pytest.raises(ZeroDivisionError):
+            await start(admission, lambda: 1 / 0)
 
     run(test())
 
@@ -388,7 +344,7 @@ def refuse():
 
 def go_on():
     while True:
-        allowance.current().checkpoint()
+        current().checkpoint()
 
 
 @pytest.mark.parametrize("leave", [False, True])
@@ -419,7 +375,8 @@ def test_a_request_that_failed_leaves_nothing_in_memory(open_admission, no_colle
             end()
             return recording
 
-        await admission.run(work, Deadline(seconds))
+        with answering(Request(seconds=seconds)):
+            await admission.run(work)
 
     async def test():
         task = asyncio.create_task(ask())
@@ -442,13 +399,12 @@ def test_every_slot_comes_back_after_a_storm(open_admission):
     random_ = random.Random(0)
 
     def work():
-        for size in range(random_.randrange(5)):
-            allowance.current().check_recording(size * LARGE_BYTES // 12, 1, 16000)
-            allowance.current().checkpoint()
+        for _ in range(random_.randrange(5)):
+            current().checkpoint()
 
     async def client():
         await asyncio.sleep(random_.random() / 20)
-        task = start(admission, work, Deadline(random_.random() / 20))
+        task = start(admission, work, random_.random() / 20)
         if random_.random() < 0.5:
             await asyncio.sleep(random_.random() / 50)
             task.cancel()
@@ -527,21 +483,3 @@ def test_no_thread_can_be_started(open_admission, monkeypatch):
 
     run(test())
     assert done == ["later"] * 3
-
-
-def test_ticket_of_the_task(open_admission):
-    async def test():
-        hold_ticket(Ticket(open_admission(), Deadline()))
-        assert await admitted(lambda: 7) == 7
-
-    run(test())
-
-
-def test_held_bytes():
-    held = HeldBytes(10)
-    held.take(6)
-    with pytest.raises(OverloadError, match="all but 4 of the 10 bytes"):
-        held.take(5)
-    held.take(4)
-    held.give_back(6)
-    held.check_room(6)

@@ -14,8 +14,8 @@ from tritonclient.grpc import service_pb2
 
 from avex_serve.audio.reader import decode
 from avex_serve.errors import ClientGoneError
-from avex_serve.inference.results import activate
-from avex_serve.scheduling.allowance import Allowance, Deadline, Limits, granted
+from avex_serve.inference.scores import activate
+from avex_serve.scheduling.request import Request, answering
 from avex_serve.service.grpc_messages import message_class
 from avex_serve.service.oip import from_raw
 
@@ -262,12 +262,13 @@ def fields(descriptor):
 
 def test_many_recordings_are_told_apart_in_steps():
     """So that a request that nobody waits for ends, and others get their turn meanwhile."""
-    deadline, steps = Deadline(), []
+    request, steps = Request(), []
 
-    def take_turns():
+    def yield_slot():
         steps.append(1)
         if len(steps) == 3:
-            deadline.abandon()
+            request.abandon()
 
-    with granted(Allowance(Limits(), deadline, take_turns, lambda _: None)), pytest.raises(ClientGoneError):
+    request.yield_slot = yield_slot
+    with answering(request), pytest.raises(ClientGoneError):
         from_raw("waveform", "BYTES", [10_000], b"\x01\0\0\0a" * 10_000)

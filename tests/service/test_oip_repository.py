@@ -22,7 +22,7 @@ from tritonclient.utils import InferenceServerException
 from avex_serve import open_bundle
 from avex_serve.audio.reader import decode
 from avex_serve.bundles.manifest import ONNX
-from avex_serve.inference.results import activate
+from avex_serve.inference.scores import activate
 from avex_serve.service.grpc_health import MAX_WATCHERS
 from avex_serve.service.grpc_messages import SERVICE, message_class
 from tests.answers import as_json
