@@ -4,6 +4,7 @@ This is the only place that decodes them. What a document may cost is checked he
 """
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -41,7 +42,7 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
     try:
         return msgspec.json.decode(data, type=kind, strict=strict)
     except msgspec.ValidationError as error:
-        reason, _, place = str(error).partition(" - at `$.")
+        reason, _, place = _plain(error).partition(" - at `$.")
         if "unknown field" in reason:
             reason += f"; known: {', '.join(get_type_hints(kind))}"
         raise InputError(f"{place.rstrip('`')[:QUOTED]}: {reason}".lstrip(": ")) from None
@@ -65,7 +66,8 @@ def value(name: str, given: object, kind: Any) -> Any:
     try:
         return msgspec.convert(number, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise InputError(f"{name[:QUOTED]} is {_shortened(given)}: {error}") from None
+        expected = _plain(error).partition(", got")[0]
+        raise InputError(f"{name[:QUOTED]} is {_shortened(given)}; {expected}") from None
 
 
 def query(given: Mapping[str, object], names: Collection[str]) -> Query:
@@ -111,6 +113,26 @@ def _unquoted(text: str) -> str:
         with suppress(msgspec.DecodeError):
             return msgspec.json.decode(text, type=str)
     return text
+
+
+_PLAIN: Final = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "object": "an object",
+    "array": "a list",
+}
+
+
+def _plain(error: msgspec.ValidationError) -> str:
+    """msgspec's message with plain words for its types."""
+
+    def words(types: re.Match[str]) -> str:
+        return " or ".join(_PLAIN.get(each, each) for each in types[1].split(" | "))
+
+    text = re.sub(r"`((?:int|float|str|bool|object|array|null| \| )+)`", words, str(error))
+    return text[:1].lower() + text[1:]
 
 
 def _shortened(given: object) -> str:
