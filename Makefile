@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test bench bench-overhead format train-demo clean
+.PHONY: help demo test bench bench-overhead format proto train-demo clean
 
 help:
 	@echo "make demo        export the demo probe, serve it and ask it over HTTP and gRPC"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench       speed and memory against avex (installs it: gigabytes)"
 	@echo "make bench-overhead  what HTTP and gRPC cost beside the engine"
 	@echo "make format      rewrite the code in the project's format"
+	@echo "make proto       compile the messages of gRPC"
 	@echo "make train-demo  train the demo model and its probes anew (minutes)"
 	@echo "make clean       remove .venv and caches"
 
@@ -46,6 +47,10 @@ bench-overhead: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+proto: $(INSTALLED)
+	$(BIN)/python -m grpc_tools.protoc --proto_path avex_serve/service/grpc \
+		--descriptor_set_out avex_serve/service/grpc/open_inference.binpb open_inference.proto
 
 train-demo: $(INSTALLED)
 	$(BIN)/python scripts/train_demo.py

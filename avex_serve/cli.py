@@ -103,7 +103,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> int:
-    from avex_serve.service.settings_list import list_settings, table
+    from avex_serve.service.settings import list_settings, table
 
     settings = list_settings()
     print(json.dumps([setting._asdict() for setting in settings], indent=2) if arguments.json else table(settings))

@@ -1,24 +1,25 @@
 """The errors of the serving and exporting side, as one tree.
 
     AvexServeError
-    ├── InputError            what the client sent is wrong        400  INVALID_ARGUMENT     exit 2
+    ├── InputError            the client sent something wrong      400  INVALID_ARGUMENT     exit 2
     │   ├── AudioError        the bytes are not usable audio       400  INVALID_ARGUMENT     exit 2
     │   ├── TensorError       a tensor's shape, type or values     400  INVALID_ARGUMENT     exit 2
-    │   └── TooLargeError     more than the service takes          413  INVALID_ARGUMENT     exit 2
+    │   └── TooLargeError     more than the service allows         413  INVALID_ARGUMENT     exit 2
     ├── NotFoundError         no such model, version, probe, file  404  NOT_FOUND            exit 2
     ├── UnsupportedError      this bundle can't answer that        400  UNIMPLEMENTED        exit 2
-    ├── AuthenticationError   no key, or one that isn't known      401  UNAUTHENTICATED
-    ├── OverloadError         no place for the request now         503  RESOURCE_EXHAUSTED
+    ├── AuthenticationError   no key, or an invalid one            401  UNAUTHENTICATED
+    ├── OverloadError         no room for the request now          503  RESOURCE_EXHAUSTED
     ├── StorageError          no room on disk for the request      507  RESOURCE_EXHAUSTED
     ├── SlowRequestError      the request didn't arrive in time    408  DEADLINE_EXCEEDED
     ├── DeadlineError         the answer would come too late       504  DEADLINE_EXCEEDED
-    ├── ClientGoneError       nobody waits for the answer          499  CANCELLED
+    ├── ClientGoneError       the client has gone                  499  CANCELLED
     ├── ForbiddenError        the service's settings forbid it     403  PERMISSION_DENIED    exit 2
-    ├── UnavailableError      known, and not served at present     503  UNAVAILABLE          exit 3
+    ├── UnavailableError      known, but not served at present     503  UNAVAILABLE          exit 3
+    │   └── ShuttingDownError the service is shutting down         503  UNAVAILABLE          exit 3
     ├── BundleError           the folder is no whole bundle        422  FAILED_PRECONDITION  exit 3
     ├── DependencyError       an optional package is missing       500  FAILED_PRECONDITION  exit 3
-    ├── ExportError           the exporter can't or won't go on    500  INTERNAL             exit 4
-    └── VerificationError     a bundle answers otherwise here      500  INTERNAL             exit 5
+    ├── ExportError           the exporter can't continue          500  INTERNAL             exit 4
+    └── VerificationError     a bundle's answers differ here       500  INTERNAL             exit 5
 
 Each knows its HTTP status, its gRPC status (by name, so that grpc need not be imported) and the exit code of a
 command. A message says what was wrong, what was expected and the remedy. The probe API mirrors avex instead
@@ -39,7 +40,7 @@ class AvexServeError(Exception):
 
 
 class InputError(AvexServeError):
-    """What the client sent is wrong."""
+    """The client sent something wrong."""
 
     http_status = 400
     grpc_status = "INVALID_ARGUMENT"
@@ -55,7 +56,7 @@ class TensorError(InputError):
 
 
 class TooLargeError(InputError):
-    """A body, a recording or a document is larger than the service takes."""
+    """A body, a recording or a document is larger than the service allows."""
 
     http_status = 413
 
@@ -69,7 +70,7 @@ class NotFoundError(AvexServeError):
 
 
 class UnsupportedError(AvexServeError):
-    """The loaded bundle can't answer that kind of request."""
+    """This bundle or service can't answer that kind of request."""
 
     http_status = 400
     grpc_status = "UNIMPLEMENTED"
@@ -77,7 +78,7 @@ class UnsupportedError(AvexServeError):
 
 
 class AuthenticationError(AvexServeError):
-    """The request carries no key, or one that isn't known."""
+    """The request has no key, or an invalid one."""
 
     http_status = 401
     http_headers: ClassVar[Mapping[str, str]] = {"WWW-Authenticate": "Bearer"}
@@ -85,7 +86,7 @@ class AuthenticationError(AvexServeError):
 
 
 class OverloadError(AvexServeError):
-    """The service has no place for the request now; it may be sent again."""
+    """The service has no room for the request now; it may be sent again."""
 
     http_status = 503
     http_headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
@@ -115,9 +116,9 @@ class DeadlineError(AvexServeError):
 
 
 class ClientGoneError(AvexServeError):
-    """The client has gone: nobody waits for the answer."""
+    """The client has gone."""
 
-    http_status = 499  # nginx's number for it; nobody receives it, and logs show it
+    http_status = 499  # nginx's number for it, seen in logs alone
     grpc_status = "CANCELLED"
 
 
@@ -130,18 +131,26 @@ class ForbiddenError(AvexServeError):
 
 
 class UnavailableError(AvexServeError):
-    """The service, or a model that it knows, doesn't answer at present."""
+    """The service, or a model that it knows, can't answer at present."""
 
     http_status = 503
-    http_headers: ClassVar[Mapping[str, str]] = {"Retry-After": "10"}  # the disk is looked at so often by default
+    http_headers: ClassVar[Mapping[str, str]] = {
+        "Retry-After": "10"
+    }  # the default interval between two looks at the disk
     grpc_status = "UNAVAILABLE"
     exit_code = 3
+
+
+class ShuttingDownError(UnavailableError):
+    """The service is shutting down; another replica may answer."""
+
+    http_headers: ClassVar[Mapping[str, str]] = {"Connection": "close", "Retry-After": "1"}
 
 
 class BundleError(AvexServeError):
     """A folder is not a whole, readable bundle."""
 
-    http_status = 422  # to who asks that it be loaded; the service goes on as before
+    http_status = 422  # for a request to load it
     grpc_status = "FAILED_PRECONDITION"
     exit_code = 3
 
@@ -154,12 +163,12 @@ class DependencyError(AvexServeError):
 
 
 class ExportError(AvexServeError):
-    """The exporter can't, or for good reason won't, go on."""
+    """The exporter can't continue, or refuses to for good reason."""
 
     exit_code = 4
 
 
 class VerificationError(AvexServeError):
-    """A bundle doesn't answer on this machine as its evidence says."""
+    """On this machine a bundle's answers differ from its evidence."""
 
     exit_code = 5

@@ -17,7 +17,7 @@ import grpc
 import numpy as np
 from worker import serve
 
-from avex_serve.service.grpc_messages import SERVICE, message_class
+from avex_serve.service.grpc.messages import SERVICE, message_class
 
 IDLE_SECONDS = 2.0  # while others have their turn; the server closes what has been idle for 5
 Send = Callable[[np.ndarray], object]  # an encoded recording, (bytes,) uint8; raises unless it is answered

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 with warnings.catch_warnings():
     # BentoML itself uses what pydantic and pathspec call deprecated, when it is imported and a service is defined.
     warnings.simplefilter("ignore", DeprecationWarning)
-    import avex_serve.service.api  # noqa: F401
+    import avex_serve.service.worker  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,16 @@
 import json
 import re
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from avex_serve.audio.reader import decode
+from avex_serve.audio.reader import decode, open_audio
+from avex_serve.inference import pipeline
 from avex_serve.inference.opening import open_bundle
+from avex_serve.inference.query import Query
 from tests.answers import as_json
 from tests.bundles import make_audio_bundle
 from tests.service.conftest import encode, running_server
@@ -66,7 +69,7 @@ def test_curl(server, workplace, engine):
     expected = [
         engine.predict(*recording, top_k=1),
         engine.predict(*recording, threshold=0.3, overlap=0.05),
-        engine.embedding_document(*recording, overlap=0.0),
+        pipeline.embed(engine, partial(open_audio, Path("recording.wav")), Query()),
     ]
     assert answers == [as_json(each) for each in expected]
 

@@ -25,7 +25,7 @@ from avex_serve.errors import AvexServeError, DependencyError
 from avex_serve.inference.opening import open_bundle
 from avex_serve.inference.results import Detection, Prediction, detect
 from avex_serve.inference.scores import Selection, score_scale
-from avex_serve.service.grpc_messages import SERVICE, message_class
+from avex_serve.service.grpc.messages import SERVICE, message_class
 from avex_serve.synthetic import Event, make_recording
 
 PROBE = "linear_last"

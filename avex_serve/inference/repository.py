@@ -26,7 +26,7 @@ from avex_serve.bundles.reading import read_manifest
 from avex_serve.errors import AvexServeError, BundleError, InputError, NotFoundError, UnavailableError
 from avex_serve.inference.engine import Engine
 
-logger = logging.getLogger("bentoml.avex_serve")  # BentoML drops the information of loggers that are not its own
+logger = logging.getLogger(__name__)
 
 UNLOADED: Final = "unloaded; load it to serve it again"
 

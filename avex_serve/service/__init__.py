@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avex_serve.service.api import AvexService
+    from avex_serve.service.worker import AvexService
 
 __all__ = ["AvexService"]
 
@@ -11,7 +11,7 @@ __all__ = ["AvexService"]
 def __getattr__(name: str) -> Any:
     """`AvexService` on first use: BentoML takes a second to import, and the settings do without."""
     if name == "AvexService":
-        from avex_serve.service.api import AvexService
+        from avex_serve.service.worker import AvexService
 
         return AvexService
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,28 +1,28 @@
-"""Every setting of the service: one environment variable each, read at start."""
+"""Every setting of the service: one environment variable each, read at start; `avex-serve settings` lists them."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, SecretStr, ValidationError, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from avex_serve.errors import InputError
 
 PREFIX: Final = "AVEX_"
 DEMO_BUNDLE: Final = Path(__file__).parents[1] / "demo" / "bundle"
 
-# What keeps strangers out: set and empty, by a variable that was not filled in, they are no leave to serve all.
+# These keep strangers out. If one is set and empty, because its value was forgotten, the service must not be open.
 GUARDS: Final = ("api_keys", "api_keys_file", "grpc_certificate", "grpc_key", "grpc_client_ca")
 
-ModelControl = Literal["none", "explicit"]
+REDACTED: Final = "(set)"  # in place of a secret
 
 
 class Settings(BaseModel):
     """What `bentoml serve` reads: the field ``bundle`` is the variable ``AVEX_BUNDLE``, and so on.
 
-    Other variables that begin with ``AVEX_`` are left alone: Kubernetes sets such ones for a Service named avex.
+    Other variables that begin with ``AVEX_`` are ignored: Kubernetes sets some for a Service named avex.
     """
 
     model_config = ConfigDict(frozen=True, validate_default=True)
@@ -42,7 +42,7 @@ class Settings(BaseModel):
     reload_seconds: float = Field(
         10, ge=0, le=86_400, description="between two looks for new bundles on disk; 0: never"
     )
-    model_control: ModelControl = Field(
+    model_control: Literal["none", "explicit"] = Field(
         "none", description="whether clients may load and unload models (explicit) or not (none)"
     )
     # All interfaces, as BentoML's HTTP does by default.
@@ -54,12 +54,12 @@ class Settings(BaseModel):
         description="threads that infer in each worker; by default the usable cores divided by the workers",
     )
     log_format: Literal["text", "json"] = Field("text", description="text as BentoML's, or a JSON document a line")
-    drain_seconds: float = Field(
-        30.0, gt=0, description="the most that running requests get after SIGTERM, in seconds"
-    )
+    drain_seconds: float = Field(30.0, gt=0, description="for running requests after SIGTERM, in seconds")
 
     concurrency: int | None = Field(
-        None, ge=1, description="requests at work at once in a worker, of all transports; by default one a thread"
+        None,
+        ge=1,
+        description="requests at work at once in a worker, over HTTP and gRPC together; by default one a thread",
     )
     queue: int | None = Field(
         None, ge=0, description="requests that wait for those at work; by default 16 times as many"
@@ -71,25 +71,27 @@ class Settings(BaseModel):
         60,
         gt=0,
         le=86_400,
-        description="for a body to arrive, in seconds; over HTTP one more for every 8 KiB that have come",
+        description="for a body to arrive, in seconds; over HTTP one more for each 8 KiB received",
     )
     max_body_bytes: int = Field(128 * 2**20, ge=1, lt=2**31, description="of one HTTP body or gRPC message")
     max_held_bytes: int = Field(2**30, ge=1, description="of all bodies that a worker holds at once")
     max_json_bytes: int = Field(16 * 2**20, ge=1, description="of JSON in one body; binary tensors don't count")
     max_seconds: float = Field(3600, gt=0, description="length of a recording, in seconds")
     max_clip_seconds: float = Field(
-        30, gt=0, description="of a clip that is inferred in one piece, where a bundle takes clips of any length"
+        30, gt=0, description="length of a clip that is inferred in one piece, for bundles of clips of any length"
     )
-    max_steps: int = Field(4096, ge=1, description="of a sequence of embeddings that a head reads")
+    max_steps: int = Field(
+        4096, ge=1, description="length of a sequence of embeddings, for heads that read sequences"
+    )
     max_decoded_bytes: int = Field(
         2 * 2**30, ge=1, description="of a recording once decoded: 4 for each sample of each channel"
     )
-    max_channels: int = Field(64, ge=1, description="of a recording")
-    max_windows: int = Field(10_000, ge=1, description="into which a recording is cut; more with more overlap")
+    max_channels: int = Field(64, ge=1, description="channels of a recording")
+    max_windows: int = Field(10_000, ge=1, description="windows of a recording; more with more overlap")
     max_answer_bytes: int = Field(
         256 * 2**20,
         ge=1,
-        description="of memory that making an answer takes: 512 for each detection, 96 for each number as JSON, "
+        description="of memory for making an answer: 512 for each detection, 96 for each number as JSON, "
         "16 in binary",
     )
 
@@ -116,10 +118,10 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Self:
-        """The settings; an empty variable counts as unset, but for those of keys and TLS, which are refused.
+        """The settings; an empty variable counts as unset, but those of keys and TLS are refused.
 
         Raises:
-            InputError: a value that makes no sense.
+            InputError: a value that can't be used.
         """
         names = {field: PREFIX + field.upper() for field in cls.model_fields}
         given = {field: environment[name] for field, name in names.items() if environment.get(name)}
@@ -138,3 +140,50 @@ class Settings(BaseModel):
         """Host and port as gRPC writes them."""
         host = f"[{self.grpc_host}]" if self.grpc_host.version == 6 else str(self.grpc_host)
         return f"{host}:{self.grpc_port}"
+
+
+class Setting(NamedTuple):
+    """One setting; the values are JSON, and secrets say only whether they are set."""
+
+    variable: str
+    default: Any
+    value: Any
+    description: str
+
+
+def list_settings(environment: Mapping[str, str] = os.environ, kind: type[Settings] = Settings) -> list[Setting]:
+    """The settings with the values of the environment; InputError for a value that can't be used."""
+    settings = kind.from_environment(environment)
+    return [
+        Setting(
+            PREFIX + name.upper(),
+            to_jsonable_python(_redacted(field.get_default())),
+            to_jsonable_python(_redacted(getattr(settings, name))),
+            field.description or "",
+        )
+        for name, field in kind.model_fields.items()
+    ]
+
+
+def table(settings: list[Setting]) -> str:
+    """The settings as a table for people."""
+    rows = [("variable", "value", "default", "description")]
+    rows += [(each.variable, _text(each.value), _text(each.default), each.description) for each in settings]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
+    )
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, SecretStr):
+        return REDACTED
+    if isinstance(value, tuple | list | set | frozenset):
+        return [_redacted(each) for each in value]
+    return value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):  # as in the variable
+        return os.pathsep.join(map(str, value))
+    return "none" if value is None else str(value)

@@ -2,11 +2,14 @@
 
 import json
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
 
-from avex_serve.audio.reader import decode
+from avex_serve.audio.reader import open_audio
+from avex_serve.inference import pipeline
+from avex_serve.inference.query import Query
 from avex_serve.service import AvexService
 from tests.answers import as_json
 from tests.service.conftest import bento_client
@@ -49,7 +52,7 @@ def test_body_is_the_audio_whatever_its_type(audio_server, predict, wav, content
 
 
 def test_embed(audio_server, audio_engine, recording):
-    expected = as_json(audio_engine.embedding_document(*decode(recording), overlap=0.02))
+    expected = as_json(pipeline.embed(audio_engine, partial(open_audio, recording), Query(overlap=0.02)))
     assert audio_server.post("/embed", content=recording, params={"overlap": 0.02}).json() == expected
     assert audio_server.post("/embed", files={"audio": recording}, data={"overlap": "0.02"}).json() == expected
 
@@ -76,7 +79,7 @@ def test_bentoml_client_embed_and_classify(
     path = tmp_path / "recording.wav"
     path.write_bytes(wav)
     with bento_client(audio_server) as client:
-        expected = audio_engine.embedding_document(*decode(wav), overlap=0.0)
+        expected = pipeline.embed(audio_engine, partial(open_audio, wav), Query(overlap=0.0))
         assert client.embed(audio=path) == as_json(expected)
     with bento_client(embedding_server) as client:
         expected = embedding_engine.classify(np.eye(4, dtype=np.float32), top_k=1)
@@ -112,4 +115,4 @@ def test_service_within_the_process(audio_bundle, predict, wav, tmp_path, monkey
     monkeypatch.setenv("AVEX_BUNDLE", str(audio_bundle))
     service = AvexService()
     assert as_json(service.predict(audio=path, top_k=1)) == predict(wav, top_k=1)
-    service.desk.repository.close()
+    service.front.repository.close()

@@ -16,9 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2
 
 from avex_serve.errors import AuthenticationError, InputError
-from avex_serve.service.keys import Keys
+from avex_serve.service.credentials import Keys, server_credentials
 from avex_serve.service.settings import Settings
-from avex_serve.service.tls import server_credentials
 from tests.clients import until
 from tests.service.conftest import SERVICE as AVEX_SERVICE
 from tests.service.conftest import encode, running_server

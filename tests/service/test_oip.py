@@ -16,8 +16,8 @@ from avex_serve.audio.reader import decode
 from avex_serve.errors import ClientGoneError
 from avex_serve.inference.scores import activate
 from avex_serve.scheduling.request import Request, answering
-from avex_serve.service.grpc_messages import message_class
-from avex_serve.service.oip import from_raw
+from avex_serve.service.grpc.messages import message_class
+from avex_serve.service.parsing import from_raw
 
 OUTPUTS = ["logits", "embedding", "scores"]
 

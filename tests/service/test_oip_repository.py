@@ -23,8 +23,8 @@ from avex_serve import open_bundle
 from avex_serve.audio.reader import decode
 from avex_serve.bundles.manifest import ONNX
 from avex_serve.inference.scores import activate
-from avex_serve.service.grpc_health import MAX_WATCHERS
-from avex_serve.service.grpc_messages import SERVICE, message_class
+from avex_serve.service.grpc.health import MAX_WATCHERS
+from avex_serve.service.grpc.messages import SERVICE, message_class
 from tests.answers import as_json
 from tests.bundles import (
     DIM,
@@ -332,7 +332,7 @@ def test_bad_bodies(server, path, body):
 def test_large_bodies(server, change):
     answer = server.post(f"/v2/repository/models/tiny/{change}", content=b" " * 2**16 + b"{}")
     assert answer.status_code == 413
-    assert "65536 bytes that are taken here" in answer.json()["error"]
+    assert "expected at most 65536 bytes here" in answer.json()["error"]
 
 
 def test_scores_and_labels_of_each_probe(triton, shelf):

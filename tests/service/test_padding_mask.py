@@ -10,7 +10,7 @@ from tritonclient.utils import InferenceServerException
 
 from avex_serve import open_bundle
 from avex_serve.audio.reader import decode
-from avex_serve.service.grpc_messages import message_class
+from avex_serve.service.grpc.messages import message_class
 from tests.bundles import SAMPLE_RATE, make_measuring_bundle
 from tests.service.conftest import running_server
 
@@ -124,16 +124,19 @@ def test_what_is_wrong_is_told(triton):
     recordings = tensor(module, "waveform", np.array([b"x"], dtype=np.object_), "BYTES")
     masked = tensor(module, "padding_mask", padded, "BOOL")
     for inputs, message in (
-        ([tensor(module, "waveform", wave[:, 1:], "FP32")], "clips of 599 samples; the shortest .* has 600"),
-        ([tensor(module, "waveform", clips(LONGEST + 1), "FP32")], "5001 samples is longer than the 0.3125 s"),
+        ([tensor(module, "waveform", wave[:, 1:], "FP32")], "clips of 599 samples; expected at least 600"),
+        ([tensor(module, "waveform", clips(LONGEST + 1), "FP32")], "5001 samples is longer than 0.3125 s"),
         ([masked], "inputs are 'padding_mask'; expected one, 'waveform', or 'padding_mask' too"),
         ([waveform, waveform], "inputs are 'waveform', 'waveform'"),
         ([waveform, tensor(module, "mask", padded, "BOOL")], "inputs are 'waveform', 'mask'"),
-        ([waveform, tensor(module, "padding_mask", padded[:, 1:], "BOOL")], "expected .3, 600., as the clips"),
-        ([waveform, tensor(module, "padding_mask", padded.astype(np.float32), "FP32")], "type FP32 beside FP32"),
+        (
+            [waveform, tensor(module, "padding_mask", padded[:, 1:], "BOOL")],
+            "the shape of the clips, .3, 600.",
+        ),
+        ([waveform, tensor(module, "padding_mask", padded.astype(np.float32), "FP32")], "type FP32 with FP32"),
         ([waveform, tensor(module, "padding_mask", padded | True, "BOOL")], "every sample of a clip as padding"),
         ([tensor(module, "waveform", padded, "BOOL")], "'waveform' has type BOOL"),
-        ([recordings, masked], "type BOOL beside BYTES; expected BOOL beside FP32"),
+        ([recordings, masked], "type BOOL with BYTES; expected BOOL with FP32"),
     ):
         with pytest.raises(InferenceServerException, match=message) as error:
             client.infer(NAME, inputs)
@@ -143,9 +146,9 @@ def test_what_is_wrong_is_told(triton):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([0] * SHORTEST, "something else than true and false"),
+        ([0] * SHORTEST, "other values than true and false"),
         ([[True], [True, False]], "ragged"),
-        ([True], "comes with 1 elements"),
+        ([True], "has 1 elements"),
     ],
     ids=["numbers", "ragged", "too few"],
 )

@@ -12,9 +12,8 @@ from pydantic import Field, SecretStr
 
 from avex_serve.cli import main
 from avex_serve.errors import InputError, OverloadError
-from avex_serve.service.gate import Gate
-from avex_serve.service.settings import DEMO_BUNDLE, GUARDS, Settings
-from avex_serve.service.settings_list import list_settings, table
+from avex_serve.service import AvexService
+from avex_serve.service.settings import DEMO_BUNDLE, GUARDS, Settings, list_settings, table
 
 
 def test_defaults():
@@ -133,25 +132,20 @@ def test_an_empty_variable_does_not_open_the_service(field):
         Settings.from_environment({variable: ""})
 
 
-def test_gate_of_the_settings():
-    settings = Settings.from_environment({"AVEX_TIMEOUT_SECONDS": "20"})
-    gate = Gate.from_settings(settings, threads=2)
-    assert 19 < gate.deadline(None).remaining <= 20
-    assert 19 < gate.deadline(30).remaining <= 20
-    assert gate.deadline(1).remaining <= 1
-    gate.admission.close()
+def test_as_many_requests_are_at_work_as_threads_infer(monkeypatch, audio_bundle):
+    for name, value in {"AVEX_BUNDLE": str(audio_bundle), "AVEX_THREADS": "2", "AVEX_QUEUE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    front = AvexService().front
 
-
-def test_as_many_requests_are_at_work_as_threads_infer():
     async def test():
-        gate = Gate.from_settings(Settings(queue=0), threads=2)
         done = threading.Event()
-        working = [asyncio.create_task(gate.admission.run(done.wait, gate.deadline(30))) for _ in range(2)]
+        working = [asyncio.create_task(front.infer(done.wait)) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(OverloadError, match="2 requests at work and 0 waiting"):
-            gate.admission.check_room()
+            front.admission.check_room()
         done.set()
         assert await asyncio.gather(*working) == [True, True]
-        gate.admission.close()
 
     asyncio.run(test())
+    front.admission.close()
+    front.repository.close()

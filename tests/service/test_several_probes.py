@@ -1,12 +1,16 @@
 """A bundle of two heads, served."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
 
 from avex_serve import open_bundle
-from avex_serve.audio.reader import decode
+from avex_serve.audio.reader import decode, open_audio
+from avex_serve.inference import pipeline
+from avex_serve.inference.query import Query
 from tests.answers import as_json
 from tests.bundles import make_probes_bundle
 from tests.service.conftest import bento_client, running_server
@@ -44,7 +48,7 @@ def test_each_head_and_all_of_them_over_http(server, engine, wav, tmp_path):
 
 
 def test_which_embedding(server, engine, wav):
-    expected = as_json(engine.embedding_document(*decode(wav), overlap=0.0))
+    expected = as_json(pipeline.embed(engine, partial(open_audio, wav), Query(overlap=0.0)))
     assert server.post("/embed", content=wav, params={"output": "embedding"}).json() == expected
     refused = server.post("/embed", content=wav, params={"output": "birds"})
     assert refused.status_code == 404

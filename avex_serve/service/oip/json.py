@@ -2,25 +2,23 @@
 
 import base64
 import binascii
-from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import numpy as np
-from pydantic import BaseModel, TypeAdapter
 
 from avex_serve.errors import InputError, TensorError
 from avex_serve.inference.results import NUMBER_BYTES
 from avex_serve.scheduling.request import current
-from avex_serve.service import oip
-from avex_serve.service.options import validated
+from avex_serve.service import parsing
+from avex_serve.service.oip import protocol
+from avex_serve.service.parsing import BOOL, BYTES, FP32
 
 # Of the binary tensor extension: how much of the body is JSON.
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
-# Eight times as fast as json's, which would keep the interpreter from everything else for seconds.
-_JSON: Final = TypeAdapter(dict[str, Any])
 
 
-class _Input(BaseModel):
+class _Input(msgspec.Struct):
     name: str
     shape: list[int]
     datatype: str
@@ -28,34 +26,30 @@ class _Input(BaseModel):
     data: Any = None
 
 
-class _Output(BaseModel):
+class _Output(msgspec.Struct):
     name: str
     parameters: dict[str, Any] = {}
 
 
-class _Request(BaseModel):
+class _Request(msgspec.Struct):
+    inputs: list[_Input]
     id: str = ""
     parameters: dict[str, Any] = {}
-    inputs: list[_Input]
     outputs: list[_Output] = []
 
 
-class IndexRequest(BaseModel):
-    """A request for the index of the repository."""
-
-    ready: bool = False  # those alone that are ready
+class _IndexRequest(msgspec.Struct):
+    ready: bool = False
 
 
-class ControlRequest(BaseModel):
-    """A request to load or unload a model."""
-
+class _ControlRequest(msgspec.Struct):
     parameters: dict[str, Any] = {}
 
 
 class JsonRequest(NamedTuple):
-    """A request and how its answer is wanted."""
+    """A request, and the form of its answer."""
 
-    infer: oip.InferRequest
+    infer: protocol.InferRequest
     id: str
     binary: frozenset[str] | None  # outputs wanted in binary; None: all
 
@@ -75,13 +69,13 @@ def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
         json_length: value of the header `JSON_LENGTH`, None without it.
 
     Raises:
-        InputError: a body that is not such a request.
+        InputError: a body that is no such request.
     """
     split = _split(body, json_length)
-    request = validated(_Request, body[:split])
+    request = parsing.document(_Request, body[:split], strict=False)
     inputs, rest = [], body[split:]
     for tensor in request.inputs:
-        oip.refuse_shared_memory(tensor.name, tensor.parameters)
+        protocol.refuse_shared_memory(tensor.name, tensor.parameters)
         if (size := tensor.parameters.get("binary_data_size")) is None:
             data = _from_json(tensor)
         else:
@@ -89,40 +83,40 @@ def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
                 raise TensorError(
                     f"input {tensor.name!r}: binary_data_size is {size!r}; {len(rest)} bytes follow the JSON"
                 )
-            data, rest = oip.from_raw(tensor.name, tensor.datatype, tensor.shape, rest[:size]), rest[size:]
-        inputs.append(oip.InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
+            data, rest = parsing.from_raw(tensor.name, tensor.datatype, tensor.shape, rest[:size]), rest[size:]
+        inputs.append(protocol.InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
     if rest:
-        raise TensorError(f"{len(rest)} bytes follow the JSON that no input lays claim to by binary_data_size")
+        raise TensorError(f"{len(rest)} bytes after the JSON belong to no input; set binary_data_size of each")
     return JsonRequest(
-        oip.InferRequest(
+        protocol.InferRequest(
             inputs=inputs,
-            outputs=[oip.parse_output(output.name, output.parameters) for output in request.outputs],
-            parameters=validated(oip.InferParameters, request.parameters),
+            outputs=[protocol.parse_output(output.name, output.parameters) for output in request.outputs],
+            query=protocol.parse_parameters(request.parameters),
         ),
         request.id,
         _wanted_in_binary(request),
     )
 
 
-def parse_index_request(body: bytes) -> IndexRequest:
-    """The request in a body, which may be empty; InputError if it is something else."""
-    return validated(IndexRequest, body or b"{}")
+def parse_index_request(body: bytes) -> bool:
+    """Whether the index is to hold ready models alone; the body may be empty."""
+    return parsing.document(_IndexRequest, body or b"{}", strict=False).ready
 
 
-def parse_control_request(body: bytes) -> ControlRequest:
-    """The request in a body, which may be empty; InputError if it is something else."""
-    return validated(ControlRequest, body or b"{}")
+def parse_control_request(body: bytes) -> dict[str, Any]:
+    """The parameters of a request to load or unload a model; the body may be empty."""
+    return parsing.document(_ControlRequest, body or b"{}", strict=False).parameters
 
 
-def dump_answer(model: oip.Model, request: JsonRequest, answer: oip.InferAnswer) -> Body:
+def dump_answer(model: protocol.Model, request: JsonRequest, answer: protocol.InferAnswer) -> Body:
     """The body of the response."""
     outputs, tensors = [], []
     for name, tensor in answer.outputs.items():
         output: dict[str, Any] = {"name": name, "datatype": tensor.datatype, "shape": list(tensor.array.shape)}
         if request.binary is None or name in request.binary:
-            tensors.append(oip.to_raw(tensor))
+            tensors.append(protocol.to_raw(tensor))
             output["parameters"] = {"binary_data_size": len(tensors[-1])}
-        elif tensor.datatype == oip.BYTES:
+        elif tensor.datatype == BYTES:
             output["data"] = [each.decode() for each in tensor.array.ravel()]
         else:
             current().extend_answer(
@@ -135,13 +129,8 @@ def dump_answer(model: oip.Model, request: JsonRequest, answer: oip.InferAnswer)
         document["id"] = request.id
     if answer.parameters:
         document["parameters"] = answer.parameters
-    head = _JSON.dump_json({**document, "outputs": outputs})
+    head = msgspec.json.encode({**document, "outputs": outputs})
     return Body(b"".join([head, *tensors]), len(head) if tensors else None)
-
-
-def dump_metadata(metadata: oip.ModelMetadata) -> dict[str, Any]:
-    """The metadata as a JSON document."""
-    return asdict(metadata)
 
 
 def _split(body: bytes, json_length: str | None) -> int:
@@ -157,21 +146,22 @@ def _split(body: bytes, json_length: str | None) -> int:
 
 
 def _from_json(tensor: _Input) -> np.ndarray | list[bytes]:
-    oip.check_datatype(tensor.name, tensor.datatype)
+    name = f"input {tensor.name!r}"
+    parsing.check_datatype(tensor.name, tensor.datatype)
     if tensor.data is None:
-        raise TensorError(f"input {tensor.name!r} has no data")
-    if tensor.datatype == oip.FP32:
-        return oip.from_numbers(f"input {tensor.name!r}", tensor.data).ravel()
-    if tensor.datatype == oip.BOOL:
-        return oip.from_flags(f"input {tensor.name!r}", tensor.data).ravel()
+        raise TensorError(f"{name} has no data")
+    if tensor.datatype == FP32:
+        return parsing.from_numbers(name, tensor.data).ravel()
+    if tensor.datatype == BOOL:
+        return parsing.from_flags(name, tensor.data).ravel()
     if not isinstance(tensor.data, list) or not all(isinstance(text, str) for text in tensor.data):
-        raise TensorError(f"input {tensor.name!r} of type BYTES: expected a list of strings")
+        raise TensorError(f"{name} of type BYTES: expected a list of strings")
     try:
         # JSON can't hold arbitrary bytes.
         return [base64.b64decode(text, validate=True) for text in tensor.data]
     except (binascii.Error, ValueError):
         raise TensorError(
-            f"input {tensor.name!r} of type BYTES: expected each recording as base64, or as a binary tensor"
+            f"{name} of type BYTES: expected each recording as base64, or as a binary tensor"
         ) from None
 
 

@@ -4,32 +4,30 @@ The model takes the input that its manifest names first, in one of two forms:
 
     FP32   the graph's own input, e.g. windows (B, samples)
     BYTES  (recordings,): each element is an encoded recording (WAV, FLAC, OGG, MP3), which is decoded, mixed down,
-           resampled and cut into windows as by ``/predict``; for a bundle that takes embeddings an audio bundle that
-           is served makes them
+           resampled and cut into windows as by ``/predict``; for a bundle that takes embeddings, an audio bundle
+           that is served too makes them
 
-Where the manifest has a second input, ``padding_mask``, it may come with FP32: BOOL of the same shape, true where a
-clip is padded. Without it nothing is.
+If the manifest has a second input, ``padding_mask``, it may be sent with FP32: BOOL of the same shape, true where a
+clip is padded. Without it, nothing is padded.
 
-It answers the outputs of the manifest and, of each probe, ``scores`` (the logits after the activation; NAME.scores
-beside NAME.logits where there are several), one row a window. For BYTES
-the rows of all recordings follow one another, and the response parameter ``windows`` holds a JSON list of how many
-rows each recording has, e.g. ``"[3, 1]"``. The response parameter ``trained`` is there, and false, where a head has
-random weights. Request parameters: ``overlap`` in seconds (for BYTES) and ``probe``; others are ignored, since
-clients add their own.
+The answer has the outputs of the manifest and, for each probe, ``scores``: the logits after the activation, one row
+a window. If there are several probes, they are NAME.scores and NAME.logits. For BYTES the rows of all recordings
+follow one another, and the response parameter ``windows`` holds a JSON list of the number of rows of each recording,
+e.g. ``"[3, 1]"``. The response parameter ``trained`` is present, and false, if a head has random weights. Request
+parameters are ``overlap`` in seconds (for BYTES) and ``probe``; others are ignored, since clients add their own.
 
-An output that is asked for with the parameter ``classification: k`` (Triton's extension) is answered as BYTES, the k
+An output that is requested with the parameter ``classification: k`` (Triton's extension) is answered as BYTES, the k
 largest values of each row as ``value:index:label``.
 """
 
 import json
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
-from pydantic import BaseModel, Field
+from msgspec import Meta
 
 from avex_serve.audio.reader import open_audio
 from avex_serve.errors import InputError, TensorError, UnsupportedError
@@ -39,13 +37,11 @@ from avex_serve.inference.query import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.inference.scores import activate
 from avex_serve.scheduling.request import current
-from avex_serve.service.options import validated
+from avex_serve.service import parsing
+from avex_serve.service.parsing import BOOL, BYTES, FP32, LENGTH_BYTES
 from avex_serve.version import __version__
 
 SERVER: Final = "avex-serve"
-FP32: Final = "FP32"
-BYTES: Final = "BYTES"
-BOOL: Final = "BOOL"
 NO_SHARED_MEMORY: Final = "shared memory is not offered; send the tensor itself"
 # Names as Triton gives them, where it has one.
 PLATFORMS: Final = {
@@ -57,10 +53,9 @@ PLATFORMS: Final = {
 BACKENDS: Final = {"onnxruntime_onnx": "onnxruntime", "pytorch_libtorch": "pytorch"}
 EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters")
 _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
-_LENGTH_BYTES: Final = 4  # before each element of a BYTES tensor, little-endian
-MAX_DIMENSIONS: Final = 64  # as many as numpy has
-STEP: Final = 1000  # elements of BYTES that are found, or made, in about a millisecond
-TEXT_BYTES: Final = 256  # of memory for each text of a classification in an answer: measured, rounded up
+STEP: Final = 1000  # texts of a classification that are made in about a millisecond
+TEXT_BYTES: Final = 256  # of memory for each of these texts in an answer: measured, rounded up
+PARAMETERS: Final = ("overlap", "probe")  # request parameters with a meaning here
 
 
 @dataclass(frozen=True)
@@ -81,7 +76,7 @@ class ModelMetadata:
     platform: str
     inputs: tuple[TensorMetadata, ...]
     outputs: tuple[TensorMetadata, ...]
-    parameters: dict[str, bool]  # over HTTP alone: the message has no place for them
+    parameters: dict[str, bool]  # over HTTP alone: gRPC's message has no field for them
 
 
 @dataclass(frozen=True)
@@ -94,25 +89,12 @@ class InputTensor:
     data: np.ndarray | list[bytes]  # (elements,) float32 for FP32, bool for BOOL; elements for BYTES
 
 
-class InferParameters(BaseModel):
-    """Request parameters that mean something here."""
-
-    overlap: float = 0.0
-    probe: str | None = None
-
-
-class OutputParameters(BaseModel):
-    """Parameters of a requested output that mean something here."""
-
-    classification: int = Field(0, ge=0, description="how many of the largest values to name; 0: the tensor itself")
-
-
 @dataclass(frozen=True)
 class RequestedOutput:
-    """An output as the client asked for it."""
+    """An output that the client requests."""
 
     name: str
-    classification: int = 0  # see `OutputParameters`
+    classification: int = 0  # how many of the largest values to name; 0: the tensor itself
 
 
 @dataclass(frozen=True)
@@ -121,7 +103,7 @@ class InferRequest:
 
     inputs: list[InputTensor]
     outputs: list[RequestedOutput]  # none: all
-    parameters: InferParameters
+    query: Query
 
 
 @dataclass(frozen=True)
@@ -173,9 +155,9 @@ class Model:
         )
 
     def config(self) -> dict[str, Any]:
-        """The configuration as Triton describes it, as far as it means something here.
+        """The configuration as Triton describes it, the fields that have a meaning here.
 
-        The batch is a dimension as any other, which Triton writes as ``max_batch_size`` 0.
+        The batch is an ordinary dimension, which Triton writes as ``max_batch_size`` 0.
         """
         metadata = self.metadata()
         inputs, outputs = (
@@ -200,13 +182,13 @@ class Model:
             NotFoundError: no such probe.
             UnsupportedError: recordings, and no audio bundle that is served makes the embeddings that it takes.
         """
-        if request.parameters.probe is not None:
-            self._engine.probe(request.parameters.probe)
+        if request.query.probe is not None:
+            self._engine.probe(request.query.probe)
         wanted = self._wanted(request.outputs)
         tensor, mask = self._inputs(request.inputs)
         parameters: dict[str, str | bool] = {}
         if isinstance(tensor.data, list):
-            outputs, windows = self._infer_recordings(tensor.data, request.parameters)
+            outputs, windows = self._infer_recordings(tensor.data, request.query)
             parameters["windows"] = json.dumps(windows)
         else:
             outputs = self._engine.infer(_shaped(tensor), mask)
@@ -232,15 +214,15 @@ class Model:
         return outputs or [RequestedOutput(name) for name in known]
 
     def _inputs(self, tensors: list[InputTensor]) -> tuple[InputTensor, np.ndarray | None]:
-        """The input, and the padding mask if one came."""
+        """The input, and the padding mask if there is one."""
         name, *others = (spec.name for spec in self._engine.manifest.inputs)
         given = {tensor.name: tensor for tensor in tensors}
         if len(given) != len(tensors) or name not in given or not given.keys() <= {name, *others}:
             got = ", ".join(repr(tensor.name) for tensor in tensors) or "none"
             raise InputError(f"inputs are {got}; expected one, {name!r}{''.join(f', or {o!r} too' for o in others)}")
         for tensor in tensors:
-            if (count := len(tensor.data)) != _elements(tensor.name, tensor.shape):
-                raise TensorError(f"input {tensor.name!r} of shape {list(tensor.shape)} comes with {count} elements")
+            if (count := len(tensor.data)) != parsing.elements(tensor.name, tensor.shape):
+                raise TensorError(f"input {tensor.name!r} of shape {list(tensor.shape)} has {count} elements")
         tensor = given[name]
         if tensor.datatype == BOOL:
             raise TensorError(f"input {name!r} has type BOOL; expected FP32, or BYTES for encoded recordings")
@@ -251,20 +233,16 @@ class Model:
             return tensor, None
         if mask.datatype != BOOL or tensor.datatype != FP32:
             raise TensorError(
-                f"input {mask.name!r} has type {mask.datatype} beside {tensor.datatype}; expected BOOL beside FP32: "
-                "of recordings it is made here"
+                f"input {mask.name!r} has type {mask.datatype} with {tensor.datatype}; expected BOOL with FP32: the "
+                "service makes the mask of recordings"
             )
         return tensor, _shaped(mask)
 
-    def _infer_recordings(
-        self, recordings: list[bytes], parameters: InferParameters
-    ) -> tuple[dict[str, np.ndarray], list[int]]:
+    def _infer_recordings(self, recordings: list[bytes], query: Query) -> tuple[dict[str, np.ndarray], list[int]]:
         if not recordings:
             raise TensorError("no recordings; send at least one element")
         answers = [
-            pipeline.infer_recording(
-                self._repository, self._engine, partial(open_audio, recording), Query(**parameters.model_dump())
-            )
+            pipeline.infer_recording(self._repository, self._engine, partial(open_audio, recording), query)
             for recording in recordings
         ]
         outputs = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
@@ -276,102 +254,34 @@ def server_metadata() -> dict[str, Any]:
     return {"name": SERVER, "version": __version__, "extensions": list(EXTENSIONS)}
 
 
-def check_datatype(name: str, datatype: str) -> None:
-    """Raise TensorError for types other than FP32, BYTES and BOOL."""
-    if datatype not in (FP32, BYTES, BOOL):
-        raise TensorError(f"input {name!r} has type {datatype!r}; expected FP32, or BYTES for encoded recordings")
-
-
-def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> np.ndarray | list[bytes]:
-    """The data of a tensor from its raw form: little-endian floats, bytes 0 and 1, or elements after their length.
-
-    Raises:
-        TensorError: another type, bytes that don't add up, or BYTES with more elements than the shape says or
-            with empty ones.
-        ClientGoneError, DeadlineError: while there were many elements to find.
-    """
-    check_datatype(name, datatype)
-    if datatype == BYTES:
-        return _split(name, _elements(name, shape), raw)
-    if datatype == BOOL:
-        flags = np.frombuffer(raw, dtype=np.uint8)
-        if (flags > 1).any():
-            raise TensorError(f"input {name!r} of type BOOL holds bytes other than 0 and 1")
-        return flags.astype(bool)
-    if len(raw) % 4:
-        raise TensorError(f"input {name!r} has {len(raw)} bytes of data; FP32 needs a multiple of 4")
-    # A copy, since a view of the request is neither writable nor aligned.
-    return np.frombuffer(raw, dtype="<f4").astype(np.float32)
-
-
-def from_flags(name: str, data: object) -> np.ndarray:
-    """A bool array of the shape in which truth values are nested in lists; TensorError for anything else."""
-    array = _array(name, data)
-    if array.size and array.dtype != np.bool_:
-        raise TensorError(f"{name} holds something else than true and false")
-    return array.astype(bool)
-
-
-def from_numbers(name: str, data: object) -> np.ndarray:
-    """A float32 array of the shape in which numbers are nested in lists.
-
-    Raises:
-        TensorError: something else than numbers, or lists of unequal lengths or nested deeper than tensors are.
-    """
-    array = _array(name, data)
-    if array.size and array.dtype.kind not in "iuf":
-        raise TensorError(f"{name} holds something else than numbers")
-    with np.errstate(over="ignore"):  # the engine refuses what is infinite
-        return array.astype(np.float32)
-
-
-def _array(name: str, data: object) -> np.ndarray:
-    try:
-        return np.asarray(data)
-    except ValueError:
-        depth, inner = 0, data
-        while isinstance(inner, list) and inner:
-            depth, inner = depth + 1, inner[0]
-        if depth > MAX_DIMENSIONS:
-            raise TensorError(
-                f"{name} has lists in lists, {depth} deep; expected at most {MAX_DIMENSIONS}"
-            ) from None
-        raise TensorError(f"{name} is ragged: lists beside one another differ in length") from None
-
-
 def to_raw(tensor: OutputTensor) -> bytes:
     """The raw form of a tensor, row by row: see `from_raw`."""
     if tensor.datatype == FP32:
         return tensor.array.astype("<f4").tobytes()
-    return b"".join(len(each).to_bytes(_LENGTH_BYTES, "little") + each for each in tensor.array.ravel())
+    return b"".join(len(each).to_bytes(LENGTH_BYTES, "little") + each for each in tensor.array.ravel())
 
 
 def parse_output(name: str, parameters: dict[str, Any]) -> RequestedOutput:
-    """An output that a client asks for.
+    """An output that a client requests.
 
     Raises:
-        InputError: parameters that make no sense.
+        InputError: a parameter of another type or value.
         UnsupportedError: shared memory.
     """
     refuse_shared_memory(name, parameters)
-    return RequestedOutput(name, validated(OutputParameters, parameters).classification)
+    count = parameters.get("classification", 0)
+    return RequestedOutput(name, parsing.value("classification", count, Annotated[int, Meta(ge=0)]))
+
+
+def parse_parameters(parameters: Mapping[str, Any]) -> Query:
+    """The query that request parameters describe; InputError for values of another type."""
+    return parsing.query({name: parameters[name] for name in PARAMETERS if name in parameters}, PARAMETERS)
 
 
 def refuse_shared_memory(name: str, parameters: Collection[str]) -> None:
-    """Raise UnsupportedError if a tensor's parameters say that it lies in shared memory."""
+    """Raise UnsupportedError if a tensor's parameters name a region of shared memory."""
     if "shared_memory_region" in parameters:
         raise UnsupportedError(f"{name!r}: {NO_SHARED_MEMORY}")
-
-
-def _elements(name: str, shape: Sequence[int]) -> int:
-    """How many elements a tensor of that shape has; TensorError for what is no shape."""
-    # Numbers of any size may stand there, and the product of a million of them takes minutes.
-    if len(shape) > MAX_DIMENSIONS or any(size < 0 for size in shape):
-        raise TensorError(
-            f"input {name!r} has a shape of {len(shape)} dimensions that no tensor has; expected at most "
-            f"{MAX_DIMENSIONS}, none of them negative"
-        )
-    return math.prod(shape)
 
 
 def _shaped(tensor: InputTensor) -> np.ndarray:
@@ -379,8 +289,8 @@ def _shaped(tensor: InputTensor) -> np.ndarray:
     assert isinstance(tensor.data, np.ndarray)
     try:
         return tensor.data.reshape(tensor.shape)
-    except ValueError:  # of no elements: as many as came, in larger dimensions than numpy has
-        raise TensorError(f"input {tensor.name!r} has a shape that no tensor has") from None
+    except ValueError:  # no elements, and a dimension larger than numpy allows
+        raise TensorError(f"input {tensor.name!r} has an impossible shape") from None
 
 
 def _classified(values: np.ndarray, count: int, labels: tuple[str, ...] | None) -> OutputTensor:
@@ -394,21 +304,3 @@ def _classified(values: np.ndarray, count: int, labels: tuple[str, ...] | None) 
         text = f"{values[(*place[:-1], index)]:f}:{index}"  # a value as Triton writes it
         best[place] = (f"{text}:{labels[index]}" if labels is not None else text).encode()
     return OutputTensor(BYTES, best)
-
-
-def _split(name: str, count: int, raw: bytes) -> list[bytes]:
-    elements: list[bytes] = []
-    position = 0
-    while position < len(raw):
-        if len(elements) == count:
-            raise TensorError(f"input {name!r} comes with more than the {count} elements that its shape says")
-        if len(elements) % STEP == 0:
-            current().checkpoint()
-        start = position + _LENGTH_BYTES
-        position = start + int.from_bytes(raw[position:start], "little")
-        if position > len(raw):
-            raise TensorError(f"input {name!r}: an element of BYTES is longer than the data that came")
-        if position == start:
-            raise TensorError(f"input {name!r}: an element of BYTES is empty; expected an encoded recording")
-        elements.append(raw[start:position])
-    return elements

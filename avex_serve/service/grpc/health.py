@@ -1,7 +1,7 @@
-"""The standard health service over gRPC: what `/readyz` says, for those who ask and those who watch.
+"""The standard health service over gRPC: what `/readyz` reports, for single checks and for watchers.
 
-It asks at each call, since models come and go: gRPC's own servicer only knows what it was told. It knows no single
-models, for it is answered without a key: whoever has one asks `ModelReady`.
+It checks at each call, since models come and go, while gRPC's own servicer would have to be notified. It knows no
+single models, because it needs no key: clients with a key ask `ModelReady`.
 """
 
 import asyncio
@@ -12,10 +12,12 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health, health_pb2
 
-from avex_serve.service.grpc_messages import SERVICE, decoded
+from avex_serve.errors import NotFoundError, OverloadError
+from avex_serve.service import parsing
+from avex_serve.service.grpc.messages import SERVICE
 
 SERVICES: Final = ("", SERVICE)  # "" is the server as a whole
-LOOK_SECONDS: Final = 1.0  # between two looks for those who watch
+CHECK_SECONDS: Final = 1.0  # between two checks for watchers
 MAX_WATCHERS: Final = 256  # of a worker: they need no key
 
 _Answer = health_pb2.HealthCheckResponse
@@ -25,13 +27,13 @@ class Health:
     """The service; used on the event loop alone."""
 
     def __init__(self, ready: Callable[[], bool]) -> None:
-        """`ready` says whether the service takes requests."""
+        """`ready` says whether the service accepts requests."""
         self._ready = ready
         self._wake = asyncio.Event()
         self._watchers = 0
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """What the server answers calls by."""
+        """The handlers of its calls."""
         serializer = _Answer.SerializeToString
         return grpc.method_handlers_generic_handler(
             health.SERVICE_NAME,
@@ -41,40 +43,44 @@ class Health:
             },
         )
 
-    def look(self) -> None:
-        """Tell those who watch now what has changed."""
-        self._wake.set()  # wakes all who wait
+    def announce(self) -> None:
+        """Send watchers what has changed."""
+        self._wake.set()  # wakes all that wait
         self._wake.clear()
 
-    async def _check(self, data: bytes, context: grpc.aio.ServicerContext) -> Any:
-        request: Any = decoded(health_pb2.HealthCheckRequest, data)
-        if request.service not in SERVICES:
+    async def _check(self, data: bytes, _: grpc.aio.ServicerContext) -> Any:
+        service = _service(data)
+        if service not in SERVICES:
             names = " and ".join(map(repr, SERVICES))
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service[:80]!r}; known: {names}")
-        return _Answer(status=self._status(request.service))
+            raise NotFoundError(f"no service {service[:80]!r}; known: {names}")
+        return _Answer(status=self._status(service))
 
     async def _watch(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
-        request: Any = decoded(health_pb2.HealthCheckRequest, data)
+        service = _service(data)
         if self._watchers == MAX_WATCHERS:
-            reason = f"{MAX_WATCHERS} streams watch already; call Check"
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, reason)
+            raise OverloadError(f"{MAX_WATCHERS} streams watch already; call Check instead")
         self._watchers += 1
         try:
-            await self._tell(request, context)
+            await self._send_changes(service, context)
         finally:
             self._watchers -= 1
 
-    async def _tell(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        told = None
+    async def _send_changes(self, service: str, context: grpc.aio.ServicerContext) -> None:
+        sent = None
         while True:
-            if (status := self._status(request.service)) != told:
+            if (status := self._status(service)) != sent:
                 await context.write(_Answer(status=status))
-                told = status
+                sent = status
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
+                async with asyncio.timeout(CHECK_SECONDS):
                     await self._wake.wait()
 
     def _status(self, service: str) -> int:
         if service not in SERVICES:
             return int(_Answer.SERVICE_UNKNOWN)
         return int(_Answer.SERVING if self._ready() else _Answer.NOT_SERVING)
+
+
+def _service(data: bytes) -> str:
+    request: Any = parsing.message(health_pb2.HealthCheckRequest, data)
+    return str(request.service)

@@ -1,0 +1,207 @@
+"""API keys and gRPC's certificates, from files that are read again when they change."""
+
+import base64
+import hmac
+import logging
+import re
+import ssl
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, Generic, Self, TypeVar
+
+import grpc
+
+from avex_serve.errors import AuthenticationError, InputError
+from avex_serve.service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+CHECK_SECONDS: Final = 1.0  # at least, between two checks whether files have changed
+
+
+class Watched(Generic[Value]):
+    """A value that is read from files. If they change to what can't be used, the log says so and the value stays."""
+
+    def __init__(self, files: Sequence[Path], read: Callable[[], Value]) -> None:
+        """Read it.
+
+        Args:
+            files: the files.
+            read: reads them; raises InputError if they can't be used.
+
+        Raises:
+            InputError: as raised by `read`.
+        """
+        self._files = files
+        self._read = read
+        self._checked = time.monotonic()
+        self._states = self._look()
+        self._value = read()
+
+    def current(self) -> Value:
+        """The value, read again if a file has changed."""
+        if time.monotonic() - self._checked >= CHECK_SECONDS:
+            self._checked = time.monotonic()
+            if (states := self._look()) != self._states:
+                self._states = states  # from before the reading: the next check notices changes made meanwhile
+                self._read_again()
+        return self._value
+
+    def _read_again(self) -> None:
+        try:
+            self._value = self._read()
+        except InputError as error:
+            logger.error("%s; what was read before stays in use", error)
+        else:
+            logger.info("%s changed and was read again", ", ".join(map(str, self._files)))
+
+    def _look(self) -> list[tuple[int, int, int] | None]:
+        return [_state(file) for file in self._files]
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+# -- keys -----------------------------------------------------------------------------------------------------------
+
+SCHEME: Final = "bearer"  # of the Authorization header, RFC 6750
+_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # a bearer token by RFC 6750
+
+
+class Keys:
+    """The valid keys; if there are none, everybody may ask."""
+
+    def __init__(self, valid: Callable[[], frozenset[bytes]]) -> None:
+        """`valid` returns them at each request."""
+        self._valid = valid
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """The keys of AVEX_API_KEYS and AVEX_API_KEYS_FILE, which is read again when it changes.
+
+        Raises:
+            InputError: a file that can't be read, a setting without a key, or a key that no client could send.
+        """
+        fixed: frozenset[bytes] = frozenset()
+        if settings.api_keys is not None:
+            fixed = _parsed("AVEX_API_KEYS", settings.api_keys.get_secret_value().split(","))
+        if (path := settings.api_keys_file) is None:
+            return cls(lambda: fixed)
+        return cls(Watched([path], lambda: fixed | _read_keys(path)).current)
+
+    def check(self, authorization: str | None) -> None:
+        """Check an Authorization header, or the metadata of that name.
+
+        Raises:
+            AuthenticationError: keys are required, and it holds none of them.
+        """
+        if not (keys := self._valid()):
+            return
+        scheme, _, key = (authorization or "").strip().partition(" ")
+        if scheme.lower() != SCHEME:
+            raise AuthenticationError("this service requires a key; send it as Authorization: Bearer KEY")
+        sent = key.strip().encode("utf-8", "surrogateescape")
+        # Against every key, and in a time that doesn't depend on how much of a key is right.
+        if not sum(hmac.compare_digest(sent, valid) for valid in keys):
+            raise AuthenticationError("the key is not valid here; send one of the keys of this service")
+
+
+def _read_keys(path: Path) -> frozenset[bytes]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise InputError(f"AVEX_API_KEYS_FILE: {path} can't be read: {reason}") from None
+    return _parsed("AVEX_API_KEYS_FILE", lines)
+
+
+def _parsed(name: str, texts: list[str]) -> frozenset[bytes]:
+    """The keys; messages never repeat them."""
+    texts = [text.strip() for text in texts]
+    if not any(texts):
+        raise InputError(f"{name} is set and holds no key; unset it to let everybody ask")
+    for number, text in enumerate(texts, 1):
+        if text and not _TOKEN.fullmatch(text):
+            raise InputError(f"{name}: entry {number} is no key; expected letters, digits and any of -._~+/")
+    return frozenset(text.encode() for text in texts if text)
+
+
+# -- gRPC over TLS --------------------------------------------------------------------------------------------------
+
+# The kinds of keys that gRPC's TLS library, BoringSSL, signs with as a server, as certificates name them in DER
+# (the AlgorithmIdentifiers of RFC 3279, 2.3.1, and RFC 5480, 2.1.1).
+KEY_KINDS: Final = {
+    "RSA": bytes.fromhex("300d 0609 2a864886f70d010101 0500"),
+    "P-256": bytes.fromhex("3013 0607 2a8648ce3d0201 0608 2a8648ce3d030107"),
+    "P-384": bytes.fromhex("3010 0607 2a8648ce3d0201 0605 2b81040022"),
+}
+
+
+def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
+    """GRPC's credentials for TLS; None: no certificate is set.
+
+    Raises:
+        InputError: a file that can't be read or used, or one that needs another.
+    """
+    certificate, key, client_ca = settings.grpc_certificate, settings.grpc_key, settings.grpc_client_ca
+    if certificate is None and key is None:
+        if client_ca is not None:
+            raise InputError("AVEX_GRPC_CLIENT_CA is set without AVEX_GRPC_CERTIFICATE and AVEX_GRPC_KEY")
+        return None
+    if certificate is None or key is None:
+        raise InputError("set AVEX_GRPC_CERTIFICATE and AVEX_GRPC_KEY together, or neither of them")
+    files = [certificate, key, *([client_ca] if client_ca is not None else [])]
+    watched = Watched(files, lambda: _read_certificates(certificate, key, client_ca))
+    used = watched.current()
+
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        """GRPC calls this before each handshake; None: unchanged."""
+        nonlocal used
+        before, used = used, watched.current()
+        return None if used is before else used
+
+    return grpc.dynamic_ssl_server_credentials(used, renewed, require_client_authentication=client_ca is not None)
+
+
+def _read_certificates(certificate: Path, key: Path, client_ca: Path | None) -> grpc.ServerCertificateConfiguration:
+    chain, private = _read("AVEX_GRPC_CERTIFICATE", certificate), _read("AVEX_GRPC_KEY", key)
+    roots = None if client_ca is None else _read("AVEX_GRPC_CLIENT_CA", client_ca)
+    # gRPC doesn't report what is wrong with them; OpenSSL does.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key, password="")
+        if client_ca is not None:
+            context.load_verify_locations(client_ca)
+    except (ssl.SSLError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise InputError(
+            f"AVEX_GRPC_CERTIFICATE, AVEX_GRPC_KEY or AVEX_GRPC_CLIENT_CA can't be used ({reason}); "
+            "expected a certificate chain and its key, without a password, in PEM"
+        ) from None
+    if not _can_sign(chain):
+        raise InputError(
+            f"gRPC can't sign with the key of AVEX_GRPC_CERTIFICATE; expected one of {', '.join(KEY_KINDS)}"
+        )
+    return grpc.ssl_server_certificate_configuration([(private, chain)], roots)
+
+
+def _can_sign(chain: bytes) -> bool:
+    """Whether gRPC can use the kind of key of a PEM file's first certificate; OpenSSL accepts more kinds."""
+    found = re.search(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----(.*?)-----END", chain, re.DOTALL)
+    der = base64.b64decode(found[1]) if found else b""
+    return any(kind in der for kind in KEY_KINDS.values())
+
+
+def _read(name: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{name}: {path} can't be read: {error.strerror}") from None

@@ -1,0 +1,260 @@
+"""The HTTP routes, in one table. Metrics, logs, spans, OpenAPI document and start page take their names from it.
+
+    POST /predict, /predict_all,    the audio as the body, or as the file ``audio`` of a multipart form
+         /embed
+    POST /classify                  JSON, for embedding bundles
+    /v2…                            the Open Inference Protocol
+    /, /metrics, /docs.json         about the service itself
+
+What isn't here, or has no handler here, BentoML answers. Its own handlers of `/predict` and so on are never reached
+over the network: see docs/decisions/serving-own-routes.md.
+"""
+
+from collections.abc import Awaitable, Callable, Collection
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from avex_serve.audio.reader import open_audio
+from avex_serve.errors import NotFoundError, UnsupportedError
+from avex_serve.inference import pipeline
+from avex_serve.inference.query import Query
+from avex_serve.inference.repository import Repository
+from avex_serve.service import parsing
+from avex_serve.service.front import METRICS, OTHER, Found, Front
+from avex_serve.service.http import openapi, pages
+from avex_serve.service.http.requests import ClassifyRequest, read_body, read_recording, read_small_body
+from avex_serve.service.oip import json, protocol, repository
+
+Answer = TypeVar("Answer")
+Handler = Callable[[Front, Request], Awaitable[Response]]
+
+
+class Endpoint(NamedTuple):
+    """A row of the table."""
+
+    methods: tuple[str, ...]
+    path: str
+    handler: Handler | None  # None: BentoML's
+    operation: dict[str, Any] | None  # for the OpenAPI document; None: it leaves the endpoint out
+
+
+class Routes:
+    """Finds what answers a request.
+
+    It matches by Starlette's routes, as BentoML does behind it, so that no spelling of a path gets past them to the
+    handlers of BentoML that they cover.
+    """
+
+    def __init__(self, front: Callable[[], Front], bentoml: ASGIApp) -> None:
+        """`front` is called with each request; `bentoml` is BentoML's application."""
+        self._bentoml = bentoml
+        self._routes = [
+            (_route(endpoint, front, bentoml), OTHER if endpoint.operation is None else endpoint.path)
+            for endpoint in ENDPOINTS
+        ]
+
+    def find(self, scope: Scope) -> Found:
+        """What answers the request; a route of another method answers 405."""
+        another_method: tuple[Found, Scope] | None = None
+        for route, name in self._routes:
+            match, child = route.matches(scope)
+            if match is Match.FULL:
+                scope.update(child)
+                return Found(name, route.handle)
+            if match is Match.PARTIAL and another_method is None:
+                another_method = Found(name, route.handle), child
+        if another_method is not None:
+            found, child = another_method
+            scope.update(child)
+            return found
+        return Found(OTHER, _not_in_protocol if scope["path"].startswith("/v2/") else self._bentoml)
+
+
+def _route(endpoint: Endpoint, front: Callable[[], Front], bentoml: ASGIApp) -> Route:
+    if (handler := endpoint.handler) is None:
+        return Route(endpoint.path, bentoml)
+
+    async def answer(request: Request) -> Response:
+        return await handler(front(), request)
+
+    return Route(endpoint.path, answer, methods=endpoint.methods)
+
+
+async def _not_in_protocol(scope: Scope, _: Receive, __: Send) -> None:
+    raise NotFoundError(f"no {scope['path']} in the Open Inference Protocol as served here; see /docs.json")
+
+
+def _json(document: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(document), status, media_type="application/json")
+
+
+# -- recordings and embeddings --------------------------------------------------------------------------------------
+
+Question = Callable[[Repository, pipeline.Audio, Query], object]
+
+
+async def _ask(question: Question, options: Collection[str], front: Front, request: Request) -> Response:
+    audio, query = await read_recording(request, options)
+
+    def answer() -> bytes:
+        # Encoded in the thread as well: the embeddings of a long recording take seconds.
+        return msgspec.json.encode(question(front.repository, partial(open_audio, audio), query))
+
+    return Response(await front.infer(answer), media_type="application/json")
+
+
+async def _classify(front: Front, request: Request) -> Response:
+    body = await read_body(request)
+
+    def classify() -> bytes:
+        asked = parsing.document(ClassifyRequest, body)
+        embeddings = parsing.from_numbers("embeddings", asked.embeddings)
+        return msgspec.json.encode(pipeline.classify(front.repository, embeddings, asked.query()))
+
+    return Response(await front.infer(classify), media_type="application/json")
+
+
+# -- the Open Inference Protocol ------------------------------------------------------------------------------------
+
+
+def _model(front: Front, request: Request) -> Any:
+    path = request.path_params
+    return repository.leased_model(front.repository, path["name"], path.get("version"))
+
+
+async def _server_metadata(_: Front, __: Request) -> Response:
+    return _json(protocol.server_metadata())
+
+
+async def _live(_: Front, __: Request) -> Response:
+    return _json({"live": True})
+
+
+async def _ready(front: Front, _: Request) -> Response:
+    ready = front.ready()
+    return _json({"ready": ready}, 200 if ready else 503)
+
+
+async def _model_metadata(front: Front, request: Request) -> Response:
+    with _model(front, request) as model:
+        return _json(model.metadata())
+
+
+async def _model_ready(front: Front, request: Request) -> Response:
+    with _model(front, request) as model:
+        ready = front.ready()
+        return _json({"name": model.name, "ready": ready}, 200 if ready else 503)
+
+
+async def _model_config(front: Front, request: Request) -> Response:
+    with _model(front, request) as model:
+        return _json(model.config())
+
+
+async def _infer(front: Front, request: Request) -> Response:
+    body = await read_body(request)
+
+    def infer() -> json.Body:
+        with _model(front, request) as model:
+            asked = json.parse_request(body, request.headers.get(json.JSON_LENGTH))
+            return json.dump_answer(model, asked, model.infer(asked.infer))
+
+    answer = await front.infer(infer)
+    if answer.json_length is None:
+        return Response(answer.content, media_type="application/json")
+    headers = {json.JSON_LENGTH: str(answer.json_length)}
+    return Response(answer.content, media_type="application/octet-stream", headers=headers)
+
+
+async def _index(front: Front, request: Request) -> Response:
+    ready = json.parse_index_request(await read_small_body(request))
+    return _json(repository.index(front.repository, ready=ready))
+
+
+async def _load(front: Front, request: Request) -> Response:
+    front.check_control()
+    repository.check_load_parameters(json.parse_control_request(await read_small_body(request)))
+    await front.load(request.path_params["name"])
+    return _json({})
+
+
+async def _unload(front: Front, request: Request) -> Response:
+    front.check_control()
+    json.parse_control_request(await read_small_body(request))
+    await front.unload(request.path_params["name"])
+    return _json({})
+
+
+async def _refuse(reason: str, _: Front, __: Request) -> Response:
+    raise UnsupportedError(reason)
+
+
+# -- the table ------------------------------------------------------------------------------------------------------
+
+
+async def _document(_: Front, __: Request) -> Response:
+    paths = {e.path: {e.methods[0].lower(): e.operation} for e in ENDPOINTS if e.operation is not None}
+    return _json(openapi.document(paths))
+
+
+def _recordings(path: str, question: Question, options: openapi.Options, summary: str, answer: str) -> Endpoint:
+    operation = openapi.recording(summary, options, answer)
+    return Endpoint(("POST",), path, partial(_ask, question, options), operation)
+
+
+def _get(path: str, handler: Handler | None, operation: dict[str, Any]) -> Endpoint:
+    return Endpoint(("GET",), path, handler, operation)
+
+
+def _post(path: str, handler: Handler, operation: dict[str, Any]) -> Endpoint:
+    return Endpoint(("POST",), path, handler, operation)
+
+
+def _models(path: str, *names: str) -> list[Endpoint]:
+    return [
+        _get(path, _model_metadata, openapi.model("Inputs and outputs of a model", "ModelMetadata", names)),
+        _get(f"{path}/ready", _model_ready, openapi.model("Whether a model is ready", "ModelReady", names)),
+        _get(f"{path}/config", _model_config, openapi.model("How a model is served", None, names)),
+        _post(f"{path}/infer", _infer, openapi.infer(names)),
+    ]
+
+
+REPOSITORY: Final = "/v2/repository/models/{name}"
+ENDPOINTS: Final = (
+    _get("/", pages.home, openapi.home()),
+    _recordings(pages.PREDICT, pipeline.predict, openapi.PREDICT, "Name the sounds in a recording", "Prediction"),
+    _recordings(
+        "/predict_all",
+        pipeline.predict_all,
+        openapi.PREDICT_ALL,
+        "The sounds that all heads of a bundle find in a recording",
+        "Predictions",
+    ),
+    _recordings(pages.EMBED, pipeline.embed, openapi.EMBED, "Embeddings of a recording, one a window", "Embedding"),
+    _post(pages.CLASSIFY, _classify, openapi.classify()),
+    _get("/v2", _server_metadata, openapi.get("Name, version and extensions of the server", "ServerMetadata")),
+    _get("/v2/health/live", _live, openapi.flag("Whether the process is alive", "live")),
+    _get("/v2/health/ready", _ready, openapi.flag("Whether requests are accepted", "ready", unready=True)),
+    _post("/v2/repository/index", _index, openapi.index()),
+    _post(f"{REPOSITORY}/load", _load, openapi.control("Load a model, or load it again")),
+    _post(f"{REPOSITORY}/unload", _unload, openapi.control("Stop serving a model")),
+    # Before the models: one of these paths looks like a model's.
+    *(
+        Endpoint(("GET", "POST"), f"/v2{path}", partial(_refuse, reason), None)
+        for path, reason in repository.REFUSED_PATHS.items()
+    ),
+    *_models(pages.MODEL, "name"),
+    *_models(f"{pages.MODEL}/versions/{{version}}", "name", "version"),
+    _get("/livez", None, openapi.text("Whether the process is alive")),
+    _get("/healthz", None, openapi.text("As /livez")),
+    _get("/readyz", None, openapi.text("As /v2/health/ready", unready=True)),
+    _get(METRICS, pages.metrics, openapi.text("Metrics in Prometheus' text format")),
+    _get("/docs.json", _document, openapi.get("This document", None)),
+    _get("/schema.json", None, openapi.get("The schema that BentoML's client reads", None)),
+)

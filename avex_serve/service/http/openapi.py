@@ -1,0 +1,245 @@
+"""The OpenAPI document: what every route takes and answers.
+
+It replaces BentoML's, which knows neither the Open Inference Protocol nor bodies that are a recording.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields, is_dataclass, make_dataclass
+from typing import Any, Final
+
+import msgspec
+
+from avex_serve.inference.results import Classification, Detection, Embedding, LabelScore, Prediction, Predictions
+from avex_serve.service.http.requests import ClassifyRequest
+from avex_serve.version import __version__
+
+Schema = dict[str, Any]
+Options = Mapping[str, tuple[str, Schema]]  # name: description and schema
+
+VERSION: Final = "3.1.0"
+
+
+_STRING: Final[Schema] = {"type": "string"}
+_BOOLEAN: Final[Schema] = {"type": "boolean"}
+_ANY: Final[Schema] = {"type": "object"}
+_BINARY: Final[Schema] = {"type": "string", "contentMediaType": "application/octet-stream"}
+# Empty text and "null" stand for the default.
+_NUMBER: Final[Schema] = {"anyOf": [{"type": "number"}, {"enum": ["", "null"]}]}
+_COUNT: Final[Schema] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["", "null"]}]}
+
+# Options of the routes that take a recording.
+_RECORDING: Final[Options] = {
+    "model": ("which model to ask; needed if several are served", _STRING),
+    "version": ("of the model; by default its newest one", _STRING),
+    "overlap": ("seconds that neighbouring windows share; less than a window", _NUMBER),
+}
+PREDICT_ALL: Final[Options] = {
+    "threshold": ("lowest score to report; 0.5 unless top_k is given", _NUMBER),
+    "top_k": ("report at most this many labels a window", _COUNT),
+    **_RECORDING,
+}
+PREDICT: Final[Options] = {
+    **PREDICT_ALL,
+    "probe": ("which head of the bundle to ask; by default its first one", _STRING),
+}
+EMBED: Final[Options] = {
+    **_RECORDING,
+    "output": ("which embedding of the bundle; by default its first one", _STRING),
+}
+
+
+def document(paths: dict[str, Any]) -> Schema:
+    """The OpenAPI document of these paths, each with its operations by method."""
+    return {
+        "openapi": VERSION,
+        "info": {
+            "title": "avex-serve",
+            "version": __version__,
+            "description": 'Names the sounds in recordings. Every error of these routes is `{"error": "…"}`.',
+            "license": {"name": "MIT"},
+        },
+        "servers": [{"url": "/"}],
+        "paths": paths,
+        "components": {"schemas": {**_documents(), **_PROTOCOL}},
+    }
+
+
+def _documents() -> dict[str, Schema]:
+    """The schemas of our own documents, with the descriptions of their fields."""
+    # msgspec supports no union of two lists.
+    vectors = {"anyOf": [_list(_list(_NUMBERS)), _list(_NUMBERS)]}
+    known = field(metadata={**Embedding.__dataclass_fields__["embeddings"].metadata, **vectors})
+    embedding = make_dataclass(
+        "Embedding",
+        [("embeddings", Any, known)],
+        bases=(Embedding,),
+        kw_only=True,
+        namespace={"__doc__": Embedding.__doc__},
+    )
+    kinds = (Prediction, Detection, Predictions, embedding, Classification, LabelScore, ClassifyRequest)
+    _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    for kind in kinds:
+        schema = schemas[kind.__name__]
+        schema["additionalProperties"] = False
+        for each in fields(kind) if is_dataclass(kind) else ():
+            schema["properties"][each.name].update(each.metadata)
+    return schemas
+
+
+# -- operations -----------------------------------------------------------------------------------------------------
+
+
+def get(summary: str, answer: str | None) -> Schema:
+    """A question without parameters, answered by that component; None: by any object."""
+    return _operation(summary, _json(_component(answer)))
+
+
+def flag(summary: str, name: str, *, unready: bool = False) -> Schema:
+    """A question answered by a flag of that name."""
+    content = _json(_object({name: _BOOLEAN}))
+    return _operation(summary, content, others=_unready(content) if unready else None)
+
+
+def text(summary: str, *, unready: bool = False) -> Schema:
+    """A question answered by plain text."""
+    return _operation(summary, _TEXT, others=_unready(_TEXT) if unready else None)
+
+
+def home() -> Schema:
+    """The start page."""
+    content = {"text/html": {"schema": _STRING}, "application/json": {"schema": _ANY}}
+    return _operation("What is served, for people (HTML) and programs (JSON)", content)
+
+
+def recording(summary: str, options: Options, answer: str) -> Schema:
+    """A question about a recording, with options in the query or in a form."""
+    parameters = [
+        {"name": name, "in": "query", "description": description, "schema": schema}
+        for name, (description, schema) in options.items()
+    ]
+    described = {name: {**schema, "description": description} for name, (description, schema) in options.items()}
+    form = _object({"audio": {**_BINARY, "description": "the recording, as a file"}}, described)
+    form["additionalProperties"] = False
+    content = {"application/octet-stream": {"schema": _BINARY}, "multipart/form-data": {"schema": form}}
+    return {
+        **_operation(summary, _json(_component(answer)), parameters, {"required": True, "content": content}),
+        "description": "The recording (WAV, FLAC, OGG, MP3) is the body, whatever its type, or a file of a form. "
+        "Options may be in the query or in the form; send each once.",
+    }
+
+
+def classify() -> Schema:
+    """A question about embeddings."""
+    summary = "Ask an embedding bundle about embeddings, (batch, dim) or (batch, time, dim)"
+    body = {"required": True, "content": _json(_component("ClassifyRequest"))}
+    return _operation(summary, _json(_component("Classification")), None, body)
+
+
+def model(summary: str, answer: str | None, names: Sequence[str]) -> Schema:
+    """A question about the model that these parameters of the path name."""
+    missing = {"404": {"description": "no such model or version", "content": _json(_component("Error"))}}
+    return _operation(summary, _json(_component(answer)), _path(names), others=missing)
+
+
+def infer(names: Sequence[str]) -> Schema:
+    """Inference by the protocol."""
+    binary = {"application/octet-stream": {"schema": _BINARY}}
+    length = {
+        "name": "Inference-Header-Content-Length",
+        "in": "header",
+        "description": "bytes of JSON before the binary tensors; without it the body is all JSON",
+        "schema": {"type": "integer", "minimum": 0},
+    }
+    body = {"required": True, "content": {**_json(_component("InferRequest")), **binary}}
+    answer = {**_json(_component("InferResponse")), **binary}
+    return _operation("Infer: windows as FP32, or recordings as BYTES", answer, [*_path(names), length], body)
+
+
+def index() -> Schema:
+    """The index of the repository."""
+    line = _object({"name": _STRING, "version": _STRING, "state": _STRING, "reason": _STRING})
+    body = {"content": _json(_object({}, {"ready": _BOOLEAN}))}
+    return _operation("The bundles on disk, and why some are not served", _json(_list(line)), [], body)
+
+
+def control(summary: str) -> Schema:
+    """Load or unload a model."""
+    return _operation(summary, _json(_ANY), _path(["name"]), {"content": _json(_ANY)})
+
+
+def _operation(
+    summary: str,
+    answer: Schema,
+    parameters: list[Schema] | None = None,
+    body: Schema | None = None,
+    others: dict[str, Schema] | None = None,
+) -> Schema:
+    operation: Schema = {"summary": summary}
+    if parameters is not None:
+        operation["parameters"] = parameters
+    if body is not None:
+        operation["requestBody"] = body
+    operation["responses"] = {
+        "200": {"description": "the answer", "content": answer},
+        **(others or {}),
+        "default": {"description": "what was wrong, and what was expected", "content": _json(_component("Error"))},
+    }
+    return operation
+
+
+def _unready(content: Schema) -> dict[str, Schema]:
+    return {"503": {"description": "not ready", "content": content}}
+
+
+def _path(names: Sequence[str]) -> list[Schema]:
+    return [{"name": name, "in": "path", "required": True, "schema": _STRING} for name in names]
+
+
+def _component(name: str | None) -> Schema:
+    return _ANY if name is None else {"$ref": f"#/components/schemas/{name}"}
+
+
+def _json(schema: Schema) -> Schema:
+    return {"application/json": {"schema": schema}}
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _object(required: Schema, optional: Schema | None = None) -> Schema:
+    return {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
+
+
+_TEXT: Final[Schema] = {"text/plain": {"schema": _STRING}}
+_NUMBERS: Final[Schema] = _list({"type": "number"})
+_STRINGS: Final[Schema] = _list(_STRING)
+_SHAPE: Final[Schema] = _list({"type": "integer"})
+_TENSORS: Final[Schema] = _list(_object({"name": _STRING, "datatype": _STRING, "shape": _SHAPE}))
+_INPUT: Final[Schema] = _object(
+    {"name": _STRING, "shape": _SHAPE, "datatype": {"enum": ["FP32", "BYTES", "BOOL"]}},
+    {"parameters": _ANY, "data": {"description": "numbers, nested as the shape or flat; for BYTES base64"}},
+)
+# The messages of the protocol, and errors.
+_PROTOCOL: Final[dict[str, Schema]] = {
+    "Error": _object({"error": _STRING}),
+    "ServerMetadata": _object({"name": _STRING, "version": _STRING, "extensions": _STRINGS}),
+    "ModelMetadata": _object(
+        {"name": _STRING, "versions": _STRINGS, "platform": _STRING, "inputs": _TENSORS, "outputs": _TENSORS}
+    ),
+    "ModelReady": _object({"name": _STRING, "ready": _BOOLEAN}),
+    "InferRequest": _object(
+        {"inputs": _list(_INPUT)},
+        {
+            "id": _STRING,
+            "parameters": _ANY,
+            "outputs": _list(_object({"name": _STRING}, {"parameters": _ANY})),
+        },
+    ),
+    "InferResponse": _object(
+        {"model_name": _STRING, "model_version": _STRING, "outputs": _list(_object(
+            {"name": _STRING, "datatype": _STRING, "shape": _SHAPE}, {"parameters": _ANY, "data": _NUMBERS}
+        ))},
+        {"id": _STRING, "parameters": _ANY},
+    ),
+}  # fmt: skip

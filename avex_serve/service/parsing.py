@@ -1,0 +1,335 @@
+"""What clients send, from bytes and text to checked values: JSON, options, tensors and gRPC messages.
+
+This is the only place that decodes them. What a document may cost is checked here, before it is decoded.
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any, Final, TypeAlias, TypeVar, get_args, get_type_hints
+
+import msgspec
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from avex_serve.errors import InputError, TensorError, TooLargeError
+from avex_serve.inference.query import Query
+from avex_serve.scheduling.request import current
+
+Value = TypeVar("Value")
+MessageType = TypeVar("MessageType", bound=Message)
+
+QUOTED: Final = 80  # characters of a client's value that an error message repeats
+
+# -- JSON and options -----------------------------------------------------------------------------------------------
+
+
+def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
+    """The value of that type in a JSON document.
+
+    Args:
+        kind: a Struct.
+        data: the document.
+        strict: otherwise numbers and flags may be written as text.
+
+    Raises:
+        InputError: no JSON, or no such value; the message names the first fault.
+        TooLargeError: more JSON than the current request may send.
+    """
+    current().limits.check_json(len(data))
+    try:
+        return msgspec.json.decode(data, type=kind, strict=strict)
+    except msgspec.ValidationError as error:
+        reason, _, place = _plain(error).partition(" - at `$.")
+        if "unknown field" in reason:
+            reason += f"; known: {', '.join(get_type_hints(kind))}"
+        raise InputError(f"{place.rstrip('`')[:QUOTED]}: {reason}".lstrip(": ")) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"the body is not valid JSON: {error}") from None
+    except RecursionError:
+        raise InputError("the JSON has too many lists or objects in one another") from None
+
+
+def value(name: str, given: object, kind: Any) -> Any:
+    """An option or parameter as a value of that type; numbers may be written as text.
+
+    Raises:
+        InputError: it is none.
+    """
+    number = given
+    if isinstance(given, str | bool):
+        for convert in {int, float} & {kind, *get_args(kind)}:
+            with suppress(ValueError):
+                number = convert(given)
+    try:
+        return msgspec.convert(number, kind, strict=False)
+    except msgspec.ValidationError as error:
+        expected = _plain(error).partition(", got")[0]
+        raise InputError(f"{name[:QUOTED]} is {_shortened(given)}; {expected}") from None
+
+
+def query(given: Mapping[str, object], names: Collection[str]) -> Query:
+    """The query that options describe.
+
+    Args:
+        given: the options by name.
+        names: the options that may be given.
+
+    Raises:
+        InputError: an unknown option, or a value of another type.
+    """
+    for name in given:
+        if name not in names:
+            raise InputError(f"unknown option {name[:QUOTED]!r}; known: {', '.join(names)}")
+    return Query(**{name: value(name, text, _query_types()[name]) for name, text in given.items()})
+
+
+def query_from_text(pairs: Iterable[tuple[str, str]], names: Collection[str]) -> Query:
+    """The query that query parameters and form fields describe.
+
+    BentoML's client writes form fields as JSON (``null``, ``0.5``, ``"name"``), people write plain text. An empty
+    value and ``null`` stand for the default.
+
+    Raises:
+        InputError: as of `query`, or an option that is given more than once.
+    """
+    texts: dict[str, str] = {}
+    for name, text in pairs:
+        if name in texts:
+            raise InputError(f"{name[:QUOTED]} is given more than once; send it once")
+        texts[name] = text
+    return query({name: _unquoted(text) for name, text in texts.items() if text not in ("", "null")}, names)
+
+
+@cache
+def _query_types() -> dict[str, Any]:
+    return get_type_hints(Query)
+
+
+def _unquoted(text: str) -> str:
+    if text.startswith('"'):
+        with suppress(msgspec.DecodeError):
+            return msgspec.json.decode(text, type=str)
+    return text
+
+
+_PLAIN: Final = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "object": "an object",
+    "array": "a list",
+}
+
+
+def _plain(error: msgspec.ValidationError) -> str:
+    """msgspec's message with plain words for its types."""
+
+    def words(types: re.Match[str]) -> str:
+        return " or ".join(_PLAIN.get(each, each) for each in types[1].split(" | "))
+
+    text = re.sub(r"`((?:int|float|str|bool|object|array|null| \| )+)`", words, str(error))
+    return text[:1].lower() + text[1:]
+
+
+def _shortened(given: object) -> str:
+    # A list may be a whole recording: its type is enough.
+    text = type(given).__name__ if isinstance(given, list | dict) else repr(given)
+    return text if len(text) <= QUOTED else text[:QUOTED] + "…"
+
+
+# -- tensors --------------------------------------------------------------------------------------------------------
+
+FP32: Final = "FP32"
+BYTES: Final = "BYTES"
+BOOL: Final = "BOOL"
+MAX_DIMENSIONS: Final = 64  # numpy's limit
+STEP: Final = 1000  # elements of BYTES that are found in about a millisecond
+LENGTH_BYTES: Final = 4  # before each element of a BYTES tensor, little-endian
+
+
+def check_datatype(name: str, datatype: str) -> None:
+    """Raise TensorError for types other than FP32, BYTES and BOOL."""
+    if datatype not in (FP32, BYTES, BOOL):
+        raise TensorError(f"input {name!r} has type {datatype!r}; expected FP32, or BYTES for encoded recordings")
+
+
+def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> np.ndarray | list[bytes]:
+    """The data of a tensor from its raw form: little-endian floats, bytes 0 and 1, or elements after their length.
+
+    Raises:
+        TensorError: another type, bytes that don't add up, or BYTES with empty elements or more of them than the
+            shape says.
+        ClientGoneError, DeadlineError: between many elements.
+    """
+    check_datatype(name, datatype)
+    if datatype == BYTES:
+        return _split(name, elements(name, shape), raw)
+    if datatype == BOOL:
+        flags = np.frombuffer(raw, dtype=np.uint8)
+        if (flags > 1).any():
+            raise TensorError(f"input {name!r} of type BOOL holds bytes other than 0 and 1")
+        return flags.astype(bool)
+    if len(raw) % 4:
+        raise TensorError(f"input {name!r} has {len(raw)} bytes of data; FP32 needs a multiple of 4")
+    # A copy, since a view of the request is neither writable nor aligned.
+    return np.frombuffer(raw, dtype="<f4").astype(np.float32)
+
+
+def from_flags(name: str, data: object) -> np.ndarray:
+    """A bool array of the shape in which truth values are nested in lists; TensorError for anything else."""
+    array = _array(name, data)
+    if array.size and array.dtype != np.bool_:
+        raise TensorError(f"{name} holds other values than true and false")
+    return array.astype(bool)
+
+
+def from_numbers(name: str, data: object) -> np.ndarray:
+    """A float32 array of the shape in which numbers are nested in lists.
+
+    Raises:
+        TensorError: other values than numbers, lists of unequal lengths, or more lists in one another than a tensor
+            has dimensions.
+    """
+    array = _array(name, data)
+    if array.size and array.dtype.kind not in "iuf":
+        raise TensorError(f"{name} holds other values than numbers")
+    with np.errstate(over="ignore"):  # the engine refuses infinite values
+        return array.astype(np.float32)
+
+
+def elements(name: str, shape: Sequence[int]) -> int:
+    """How many elements a tensor of that shape has; TensorError for an impossible shape."""
+    # A client may write any numbers here, and the product of a million of them takes minutes.
+    if len(shape) > MAX_DIMENSIONS or any(size < 0 for size in shape):
+        raise TensorError(
+            f"input {name!r} has an impossible shape of {len(shape)} dimensions; expected at most "
+            f"{MAX_DIMENSIONS}, none of them negative"
+        )
+    return math.prod(shape)
+
+
+def _array(name: str, data: object) -> np.ndarray:
+    try:
+        return np.asarray(data)
+    except ValueError:
+        depth, inner = 0, data
+        while isinstance(inner, list) and inner:
+            depth, inner = depth + 1, inner[0]
+        if depth > MAX_DIMENSIONS:
+            raise TensorError(
+                f"{name} has lists in lists, {depth} deep; expected at most {MAX_DIMENSIONS}"
+            ) from None
+        raise TensorError(f"{name} is ragged: lists at the same depth differ in length") from None
+
+
+def _split(name: str, count: int, raw: bytes) -> list[bytes]:
+    """The elements of a BYTES tensor in its raw form."""
+    found: list[bytes] = []
+    position = 0
+    while position < len(raw):
+        if len(found) == count:
+            raise TensorError(f"input {name!r} has more than the {count} elements of its shape")
+        if len(found) % STEP == 0:
+            current().checkpoint()
+        start = position + LENGTH_BYTES
+        position = start + int.from_bytes(raw[position:start], "little")
+        if position > len(raw):
+            raise TensorError(f"input {name!r}: an element of BYTES is longer than the data that was sent")
+        if position == start:
+            raise TensorError(f"input {name!r}: an element of BYTES is empty; expected an encoded recording")
+        found.append(raw[start:position])
+    return found
+
+
+# -- gRPC messages --------------------------------------------------------------------------------------------------
+
+# Decoded, a part of a message takes tens of bytes, even if it was sent in two. A message of the allowed size could
+# grow to gigabytes, and take as long. Sensible messages have a handful of parts.
+MAX_PARTS: Final = 2**14  # fields, also of inner messages, and numbers of the lists that grow when decoded
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+_SKIPPED: Final = {_FIXED64: 8, _FIXED32: 4}
+_LONGEST_TAG: Final = 2**32
+_LONGEST_VARINT: Final = 64  # bits
+
+# Where to count further, by number of the field: in an inner message, or (None) in a packed list of integers.
+# A parameter counts as one part; packed floats and flags don't grow.
+_Fields: TypeAlias = "dict[int, _Fields | None]"
+_CONTENTS: Final[_Fields] = {2: None, 3: None, 4: None, 5: None}
+_INPUT: Final[_Fields] = {3: None, 5: _CONTENTS}
+_OUTPUT: Final[_Fields] = {}
+_REQUEST: Final[_Fields] = {5: _INPUT, 6: _OUTPUT}
+
+
+def message(kind: type[MessageType], data: bytes) -> MessageType:
+    """The message of that kind in bytes. If gRPC decoded it, it would log a traceback for bytes that are none.
+
+    Raises:
+        InputError: the bytes are no such message.
+    """
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise InputError(f"the request is no {kind.DESCRIPTOR.name}") from None
+
+
+def check_parts(data: bytes) -> None:
+    """Check that a ModelInferRequest, before it is decoded, has at most `MAX_PARTS`.
+
+    Raises:
+        TooLargeError: it has more.
+        InputError: the bytes are no such message.
+    """
+    _count(data, 0, len(data), _REQUEST, 0)
+
+
+def _count(data: bytes, at: int, end: int, fields: _Fields, parts: int) -> int:
+    """The parts so far, and those of the message between two positions of the data."""
+    while at < end:
+        tag, at = _varint(data, at, end)
+        if tag >= _LONGEST_TAG:
+            raise _malformed()
+        number, wire_type = tag >> 3, tag & 7
+        parts += 1
+        if wire_type == _VARINT:
+            _, at = _varint(data, at, end)
+        elif wire_type == _BYTES:
+            length, at = _varint(data, at, end)
+            if length > end - at:
+                raise _malformed()
+            if number in fields:
+                inner = fields[number]
+                parts = parts + length if inner is None else _count(data, at, at + length, inner, parts)
+            at += length
+        elif wire_type in _SKIPPED:
+            at += _SKIPPED[wire_type]
+        else:
+            raise _malformed()
+        if parts > MAX_PARTS:
+            raise TooLargeError(
+                f"the message has more than {MAX_PARTS} fields and numbers; send tensors in raw_input_contents"
+            )
+    if at > end:
+        raise _malformed()
+    return parts
+
+
+def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
+    """The number at a position of the data, and the position after it."""
+    number = shift = 0
+    while at < end and shift < _LONGEST_VARINT:
+        byte = data[at]
+        at += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, at
+        shift += 7
+    raise _malformed()
+
+
+def _malformed() -> InputError:
+    return InputError("the request is no ModelInferRequest")

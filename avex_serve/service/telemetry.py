@@ -1,0 +1,244 @@
+"""What is recorded of each request, over HTTP and gRPC: its id, a line in the log, metrics and a span.
+
+Spans are sent in one of two ways, otherwise none are made:
+
+    OTEL_EXPORTER_OTLP_ENDPOINT   and OpenTelemetry's other variables: spans of HTTP and gRPC are made here and sent
+                                  by OTLP over HTTP; this needs ``avex-serve[tracing]``
+    BENTOML_CONFIG                with ``tracing``: BentoML makes the spans of HTTP; those of gRPC are made here and
+                                  sent the same way
+"""
+
+import logging
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Final, Literal
+
+from opentelemetry import propagate, trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
+from pythonjsonlogger.core import RESERVED_ATTRS
+from pythonjsonlogger.json import JsonFormatter
+
+from avex_serve.errors import DependencyError
+from avex_serve.scheduling.request import Request, answering, current
+from avex_serve.service.metrics import Metrics
+
+access_log = logging.getLogger("avex_serve.access")
+
+Transport = Literal["http", "grpc"]
+
+REQUEST_ID: Final = "x-request-id"
+# Ids that clients may choose: they are repeated in a header and in logs.
+_ACCEPTED_ID: Final = re.compile(r"[\w.:/+=@-]{1,128}", re.ASCII)
+MAX_PATH: Final = 200  # characters of a path that the log repeats
+
+_ids = random.Random()  # seeded by the kernel once; uuid4 would ask it for each request
+
+
+@dataclass
+class Exchange:
+    """A request and its answer, as metrics, logs and spans name them."""
+
+    transport: Transport
+    route: str  # template of the path, or full name of the gRPC method
+    method: str  # of HTTP; empty for gRPC
+    path: str  # as the client sent it
+    quiet: bool  # a successful one is neither logged nor traced: probes and scrapes come every few seconds
+    status: str = ""  # "200", "NOT_FOUND"; empty until it is answered
+
+
+class Telemetry:
+    """Records requests; one for a process, shared by both transports."""
+
+    def __init__(self, metrics: Metrics, spans: "Spans") -> None:
+        self.metrics = metrics
+        self._spans = spans
+
+    @contextmanager
+    def record(self, exchange: Exchange, request: Request, headers: Mapping[str, str]) -> Iterator[None]:
+        """Record the request that the block answers; the block sets the status.
+
+        Args:
+            exchange: what to record.
+            request: its context, current during the block.
+            headers: by lower-case name; metadata for gRPC.
+        """
+        start = perf_counter()
+        with (
+            answering(request),
+            self._spans.span(exchange, headers) as span,
+            self.metrics.in_progress(exchange.transport),
+        ):
+            try:
+                yield
+            finally:
+                seconds = perf_counter() - start
+                self.metrics.observe(exchange.transport, exchange.route, exchange.status, seconds, request.timings)
+                _complete(span, exchange, request)
+                if not (exchange.quiet and exchange.status in ("200", "OK")):
+                    _log(exchange, request, seconds)
+
+    def close(self) -> None:
+        """Send the spans that are not sent yet."""
+        self._spans.close()
+
+
+def request_id(headers: Mapping[str, str]) -> str:
+    """The id that the client chose, or a new one."""
+    given = headers.get(REQUEST_ID, "")
+    return given if _ACCEPTED_ID.fullmatch(given) else f"{_ids.getrandbits(128):032x}"
+
+
+# -- the log --------------------------------------------------------------------------------------------------------
+
+_ADDED_BY_BENTOML: Final = ("levelname_bracketed", "component", "trace_msg", "service_name")
+
+
+def configure_logs(log_format: Literal["text", "json"], handlers: Iterable[logging.Handler]) -> None:
+    """Log everything as BentoML's text with the id of the request, or as one JSON document a line."""
+    for handler in handlers:
+        handler.addFilter(_add_ids)
+        if log_format == "json":
+            handler.setFormatter(
+                JsonFormatter(
+                    ("levelname", "name", "message"),
+                    rename_fields={"levelname": "level", "name": "logger", "exc_info": "exception"},
+                    reserved_attrs=(*RESERVED_ATTRS, *_ADDED_BY_BENTOML),
+                    timestamp="time",
+                    json_ensure_ascii=False,
+                )
+            )
+
+
+def _add_ids(record: logging.LogRecord) -> bool:
+    """Add the request and its span to a record, after BentoML's filter has added its own."""
+    record.__dict__.pop("request_id", None)  # BentoML's is the number of a span
+    if identity := current().id:
+        record.request_id = identity
+        # BentoML's text ends with this field.
+        record.trace_msg = f"{getattr(record, 'trace_msg', '')} (request_id={identity})"
+    span = trace.get_current_span().get_span_context()
+    if span.trace_flags.sampled:
+        record.trace_id, record.span_id = trace.format_trace_id(span.trace_id), trace.format_span_id(span.span_id)
+    return True
+
+
+def _log(exchange: Exchange, request: Request, seconds: float) -> None:
+    timings = request.timings
+    fields: dict[str, Any] = {
+        "transport": exchange.transport,
+        "method": exchange.method,
+        "route": exchange.route,
+        "path": exchange.path[:MAX_PATH],
+        "status": exchange.status,
+        "duration_ms": round(1000 * seconds, 3),
+        "model": ",".join(sorted(set(timings.models))),
+        "batches": len(timings.batches),
+        **{f"{stage}_ms": round(1000 * part, 3) for stage, part in timings.totals().items()},
+    }
+    asked = f"{exchange.method} {exchange.path[:MAX_PATH]}".lstrip()
+    access_log.info(
+        "%s %s %s %.1f ms",
+        exchange.transport,
+        asked,
+        exchange.status,
+        1000 * seconds,
+        extra={name: value for name, value in fields.items() if value not in ("", 0)},
+    )
+
+
+# -- spans ----------------------------------------------------------------------------------------------------------
+
+ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+
+
+class Spans:
+    """Makes the span of each request."""
+
+    def __init__(
+        self, tracer: Tracer, transports: Iterable[Transport], provider: TracerProvider | None = None
+    ) -> None:
+        """`transports` are those whose spans are made here; `provider` is shut down with `close`."""
+        self._tracer = tracer
+        self._transports = frozenset(transports)
+        self._provider = provider
+
+    @classmethod
+    def configured(
+        cls, bentoml: Callable[[], TracerProvider | None], environment: Mapping[str, str] = os.environ
+    ) -> "Spans":
+        """Spans as the standard variables say, otherwise as BentoML is configured.
+
+        Args:
+            bentoml: returns BentoML's provider; None: BentoML sends no spans.
+            environment: the variables.
+
+        Raises:
+            DependencyError: spans are to be exported, and the exporter isn't installed.
+        """
+        if environment.get("OTEL_SDK_DISABLED") != "true" and any(environment.get(name) for name in ENDPOINTS):
+            exporting = _exporting_provider()
+            return cls(exporting.get_tracer("avex_serve"), ("http", "grpc"), exporting)
+        if (provider := bentoml()) is not None:
+            return cls(provider.get_tracer("avex_serve"), ("grpc",))
+        return cls(trace.NoOpTracer(), ())
+
+    @contextmanager
+    def span(self, exchange: Exchange, headers: Mapping[str, str]) -> Iterator[Span]:
+        """The span of the request that the block answers; a child of the client's, if it sent one."""
+        if exchange.transport not in self._transports or exchange.quiet:
+            yield trace.INVALID_SPAN
+            return
+        if exchange.transport == "http":
+            attributes = {"http.request.method": exchange.method, "http.route": exchange.route}
+        else:
+            attributes = {"rpc.system.name": "grpc", "rpc.method": exchange.route}
+        with self._tracer.start_as_current_span(
+            f"{exchange.method} {exchange.route}".lstrip(),
+            context=propagate.extract(dict(headers)),
+            kind=SpanKind.SERVER,
+            attributes=attributes,
+        ) as span:
+            yield span
+
+    def close(self) -> None:
+        """Send the spans that are not sent yet."""
+        if self._provider is not None:
+            self._provider.shutdown()
+
+
+def _complete(span: Span, exchange: Exchange, request: Request) -> None:
+    """Add the status, the id and the seconds of each stage to the span."""
+    if not span.is_recording():
+        return
+    status = exchange.status
+    name = "http.response.status_code" if exchange.transport == "http" else "rpc.response.status_code"
+    span.set_attribute(name, int(status) if status.isdecimal() else status)
+    span.set_attribute("avex.request_id", request.id)
+    for stage, seconds in request.timings.totals().items():
+        span.set_attribute(f"avex.{stage}.seconds", seconds)
+    if status.startswith("5") or status in ("INTERNAL", "UNKNOWN", "UNAVAILABLE", "DEADLINE_EXCEEDED"):
+        span.set_status(StatusCode.ERROR)
+
+
+def _exporting_provider() -> TracerProvider:
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    except ImportError:
+        raise DependencyError(
+            f"{' or '.join(ENDPOINTS)} is set, and OpenTelemetry's exporter for OTLP over HTTP is not installed; "
+            "pip install 'avex-serve[tracing]'"
+        ) from None
+    from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES take precedence over our name.
+    resource = Resource.create({SERVICE_NAME: "avex-serve"}).merge(OTELResourceDetector().detect())
+    provider = TracerProvider(resource=resource)  # sampled as OTEL_TRACES_SAMPLER says
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return provider
