@@ -1,19 +1,23 @@
-# `make demo` and `make test` need nothing but Python 3.11 or newer: they make .venv themselves.
+# Every target needs nothing but Python 3.11 or newer: they set up .venv themselves.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: help demo test bench bench-overhead format proto train-demo clean
+.PHONY: help demo lint test-fast test test-all bench bench-overhead format proto train-demo clean
 
 help:
-	@echo "make demo        export the demo probe, serve it and ask it over HTTP and gRPC"
-	@echo "make test        format, lint, types, import contracts and tests"
+	@echo "make demo        export the demo probe, serve it and query it over HTTP and gRPC"
+	@echo "make lint        format, lint, types and import contracts"
+	@echo "make test-fast   the tests that take little: under two minutes on two cores"
+	@echo "make test        what CI runs: make lint, and all tests but the nightly ones"
+	@echo "make test-all    make test, with the nightly tests"
 	@echo "make bench       speed and memory against avex (installs it: gigabytes)"
-	@echo "make bench-overhead  what HTTP and gRPC cost beside the engine"
+	@echo "make bench-overhead  what HTTP and gRPC cost on top of the engine"
 	@echo "make format      rewrite the code in the project's format"
 	@echo "make proto       compile the messages of gRPC"
-	@echo "make train-demo  train the demo model and its probes anew (minutes)"
+	@echo "make train-demo  train the demo model and its probes again (minutes)"
 	@echo "make clean       remove .venv and caches"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -24,14 +28,22 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/avex-serve demo
 
-test: $(INSTALLED)
+lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest --numprocesses auto --dist worksteal
 
-# avex needs gigabytes of its own; a Python that has it already can be named: make bench AVEX=…/bin/python
+test-fast: $(INSTALLED)
+	$(PYTEST) -m "not slow and not nightly"
+
+test: lint
+	$(PYTEST) -m "not nightly"
+
+test-all: lint
+	$(PYTEST)
+
+# avex needs gigabytes. To use a Python that already has it: make bench AVEX=…/bin/python
 AVEX ?= .bench/avex/bin/python
 
 .bench/avex/bin/python:

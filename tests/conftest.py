@@ -1,8 +1,11 @@
 """Fixtures that every part uses."""
 
+import functools
+import hashlib
 import os
 import warnings
 
+import filelock
 import pytest
 
 from tests.bundles import make_audio_bundle, make_embedding_bundle
@@ -14,6 +17,39 @@ with warnings.catch_warnings():
     # BentoML itself uses what pydantic and pathspec call deprecated, when it is imported and a service is defined.
     warnings.simplefilter("ignore", DeprecationWarning)
     import avex_serve.service.worker  # noqa: F401
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory):
+    """Folders that are made once for all tests and processes of a run: `made_once(key, make)`.
+
+    ``make(folder)`` creates the folder of the key, unless another test has done so. Tests only read it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    # Under pytest-xdist each process has its own folder within that of the run.
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made_once"
+    root.mkdir(exist_ok=True)
+
+    def folder(key, make):
+        path = root / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        with filelock.FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                unfinished = path.with_suffix(".unfinished")
+                make(unfinished)
+                unfinished.rename(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def one_operator_table():
+    """Let torch build its table of ONNX operators once a process. It does so in each export, for a second."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,7 @@ _PLAIN: Final = {
 
 
 def _plain(error: msgspec.ValidationError) -> str:
-    """msgspec's message with plain words for its types."""
+    """Msgspec's message with plain words for its types."""
 
     def words(types: re.Match[str]) -> str:
         return " or ".join(_PLAIN.get(each, each) for each in types[1].split(" | "))

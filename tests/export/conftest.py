@@ -1,9 +1,19 @@
-"""A backbone as users have theirs: a YAML file and a checkpoint beside it."""
+"""A backbone as users have theirs: a YAML file with a checkpoint next to it. And exports of probes on it."""
+
+import contextlib
+import io
+import shutil
 
 import pytest
+import torch
 
 from avex_export.cli import main
 from avex_export.graph import Head
+from avex_export.recipes import find_recipe
+from avex_serve.bundles.manifest import ONNX, TORCHSCRIPT
+from avex_serve.configs import ProbeConfig
+from avex_serve.models.probes import build_probe_from_config, save_probe
+from tests.bundles import replace_file
 from tests.models.backbones import tiny_beats, tiny_spec, write_model
 
 UNTRAINED = "avex-export: the head has random weights: its answers mean nothing\n"
@@ -36,7 +46,7 @@ def labels(tmp_path_factory):
 
 
 @pytest.fixture
-def export(capsys):
+def export(capsys, one_operator_table):
     """Run `avex-export` in this process: its exit code, standard output and standard error."""
 
     def run(*arguments):
@@ -44,3 +54,41 @@ def export(capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+def trained_probe(name="linear_last", **changes):
+    """A probe of a recipe's kind on `tiny_beats(seed=5)`, with the same weights at each call."""
+    fields = find_recipe(name).config.model_dump(exclude_unset=True)
+    torch.manual_seed(1)
+    config = ProbeConfig(**{**fields, **changes})
+    probe = build_probe_from_config(config, 5, "cpu", base_model=tiny_beats(seed=5)).eval()
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return probe
+
+
+@pytest.fixture(scope="session")
+def exported(made_once, model, one_operator_table):
+    """The bundle of `trained_probe(name)` with some options, and what its export printed. Tests only read it."""
+
+    def make(folder, name, options):
+        save_probe(trained_probe(name), folder / "probe", labels=LABELS, model=model)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            code = main(["--probe", str(folder / "probe"), "--output", str(folder / "bundle"), *options])
+        assert code == 0
+        (folder / "printed.txt").write_text(printed.getvalue())
+
+    def bundle(name, *options):
+        folder = made_once((name, options), lambda folder: make(folder, name, options))
+        return folder / "bundle", (folder / "printed.txt").read_text()
+
+    return bundle
+
+
+def with_one_format(bundle, form, target):
+    """A copy of a bundle in ONNX and TorchScript that has one of them."""
+    shutil.copytree(bundle, target)
+    return replace_file(target, {"onnx": TORCHSCRIPT, "torchscript": ONNX}[form], None)

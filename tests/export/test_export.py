@@ -26,10 +26,11 @@ from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, save_probe
-from tests.export.conftest import LABELS, UNTRAINED, head, row
+from tests.export.conftest import LABELS, UNTRAINED, head, row, trained_probe, with_one_format
 from tests.models.backbones import RATE, noise, tiny_beats
 
 VARIANTS = sorted(variants())
+HEAD_ALONE = ("--offline", "--input-dim", "32", "--format", "onnx")
 ALONE = ["--probe", "linear_last", "--offline", "--input-dim", "128", "--format", "onnx"]
 
 
@@ -38,17 +39,7 @@ def trained(tmp_path, model):
     """Write a saved probe of a recipe's kind and return it with its folder."""
 
     def save(name="linear_last", **changes):
-        from avex_export.recipes import find_recipe
-
-        fields = find_recipe(name).config.model_dump(exclude_unset=True)
-        torch.manual_seed(1)
-        probe = build_probe_from_config(
-            ProbeConfig(**{**fields, **changes}), 5, "cpu", base_model=tiny_beats(seed=5)
-        ).eval()
-        with torch.no_grad():
-            for parameter in probe.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
+        probe = trained_probe(name, **changes)
         save_probe(probe, tmp_path / name, labels=LABELS, model=model)
         return probe, tmp_path / name
 
@@ -71,11 +62,9 @@ def test_there_are_ten_variants():
 
 
 @pytest.mark.parametrize("name", ["linear_all", "lstm_last", "transformer_all"])
-def test_variants_answer_as_the_eager_module_in_both_formats(tmp_path, export, trained, name):
-    probe, folder = trained(name)
-    output = tmp_path / "bundle"
-    code, out, err = export("--probe", folder, "--output", output)
-    assert (code, err) == (0, "")
+def test_variants_answer_as_the_eager_module_in_both_formats(tmp_path, exported, name):
+    probe = trained_probe(name)
+    bundle, out = exported(name)
     assert "✗" not in out
     assert out.count("✓") == 23  # five kinds of clips, noise in three batches, four recordings, and the meta device
     assert "not compared" not in out  # with float64 either
@@ -88,22 +77,10 @@ def test_variants_answer_as_the_eager_module_in_both_formats(tmp_path, export, t
     ):
         assert part in out
     for form in ("onnx", "torchscript"):
-        only_keep(output, form)
-        with open_bundle(output, "cpu") as engine:
+        with open_bundle(with_one_format(bundle, form, tmp_path / form), "cpu") as engine:
             assert engine.backend.format == form
             for rows in (1, 2, 48):
                 same_as_eager(engine, probe, noise(rows, seed=rows))
-
-
-def only_keep(output, form):
-    """Take the other format out of the manifest, so that this one is served."""
-    path = output / "manifest.json"
-    backup = path.with_name(".manifest")
-    if not backup.exists():
-        backup.write_text(path.read_text())
-    manifest = json.loads(backup.read_text())
-    del manifest["files"]["model.torchscript.pt" if form == "onnx" else "model.onnx"]
-    path.write_text(json.dumps(manifest))
 
 
 def test_a_bundle_holds_what_it_should(tmp_path, export, trained, model):
@@ -158,15 +135,13 @@ def test_a_bundle_holds_what_it_should(tmp_path, export, trained, model):
     assert [path.name for path in output.parent.iterdir()] == ["bundle"]
 
 
-def test_what_was_verified_is_verified_again(tmp_path, export, trained, capsys):
-    probe, folder = trained("lstm_all")
-    export("--probe", folder, "--output", tmp_path / "bundle")
+def test_what_was_verified_is_verified_again(tmp_path, exported, capsys):
+    probe, (bundle, _) = trained_probe("lstm_last"), exported("lstm_last")
     for form in ("onnx", "torchscript"):
-        only_keep(tmp_path / "bundle", form)
-        assert serve(["verify", str(tmp_path / "bundle")]) == 0
+        assert serve(["verify", str(with_one_format(bundle, form, tmp_path / form))]) == 0
         out = capsys.readouterr().out
         assert (out.count("✓"), out.count(f" {form}  "), "✗" in out) == (11, 11, False)
-    with np.load(tmp_path / "bundle" / "verification.npz") as evidence:
+    with np.load(bundle / "verification.npz") as evidence:
         clips = torch.from_numpy(evidence["0/input"] / np.float32(32768))
         with torch.no_grad():
             np.testing.assert_allclose(evidence["0/eager/logits"], probe(clips), rtol=0, atol=1e-5)
@@ -223,10 +198,8 @@ def test_a_backbone_that_computes_in_float32_alone_is_compared_in_that():
     assert skipped[0].startswith("not compared with float64: ")
 
 
-def test_the_onnx_file_says_what_other_tools_ask(tmp_path, export, trained):
-    _, folder = trained()
-    export("--probe", folder, "--output", tmp_path / "bundle", "--format", "onnx", "--format", "onnx")
-    path = tmp_path / "bundle" / "model.onnx"
+def test_the_onnx_file_says_what_other_tools_ask(exported):
+    path = exported("linear_last", "--format", "onnx")[0] / "model.onnx"
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     session = onnxruntime.InferenceSession(path)
@@ -237,13 +210,18 @@ def test_the_onnx_file_says_what_other_tools_ask(tmp_path, export, trained):
         output.name for output in session.get_outputs()
     }
     assert session.get_inputs()[0].shape[1:] == [RATE]
-    assert not (tmp_path / "bundle" / "model.torchscript.pt").exists()
+    assert not path.with_name("model.torchscript.pt").exists()
 
 
-def test_a_duration_gives_all_samples_when_a_reader_rounds_down(tmp_path, export, trained):
-    _, folder = trained()
+def test_clips_of_another_length(tmp_path, export, trained):
+    probe, folder = trained()
+    arguments = ("--clip-seconds", "2.01", "--format", "onnx", "--format", "onnx")
+    assert export("--probe", folder, "--output", tmp_path / "bundle", *arguments)[0] == 0
+    with open_bundle(tmp_path / "bundle") as engine:
+        assert engine.manifest.audio.window_samples == 32160
+        same_as_eager(engine, probe, noise(3, seconds=2.01))
+    # A reader that rounds the duration down gets all samples.
     assert int(32160 / RATE * RATE) == 32159
-    export("--probe", folder, "--clip-seconds", "2.01", "--output", tmp_path / "bundle", "--format", "onnx")
     metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / "bundle" / "model.onnx").metadata_props}
     assert int(float(metadata["sample_duration"]) * RATE) == 32160
 
@@ -265,22 +243,14 @@ def test_the_traced_module_names_no_device(tmp_path, export, trained):
         assert 'value="cpu"' not in str(module.inlined_graph)
 
 
-def test_a_bundle_says_nothing_of_the_machine_that_made_it(tmp_path, export, trained):
-    _, folder = trained()
-    assert export("--probe", folder, "--output", tmp_path / "bundle")[0] == 0
-    places = [str(place).encode() for place in (Path(avex_serve.__file__).parents[1], tmp_path, Path.home())]
-    with zipfile.ZipFile(tmp_path / "bundle" / "model.torchscript.pt") as archive:
+def test_a_bundle_says_nothing_of_the_machine_that_made_it(exported):
+    bundle, _ = exported("linear_all")
+    paths = (Path(avex_serve.__file__).parents[1], bundle.parents[2], Path.home())
+    places = [str(place).encode() for place in paths]
+    with zipfile.ZipFile(bundle / "model.torchscript.pt") as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
-    contents |= {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()}
+    contents |= {path.name: path.read_bytes() for path in bundle.iterdir()}
     assert [(name, place) for name, content in contents.items() for place in places if place in content] == []
-
-
-def test_clips_of_another_length(tmp_path, export, trained):
-    probe, folder = trained()
-    export("--probe", folder, "--output", tmp_path / "bundle", "--clip-seconds", "0.5", "--format", "onnx")
-    with open_bundle(tmp_path / "bundle") as engine:
-        assert engine.manifest.audio.window_samples == RATE // 2
-        same_as_eager(engine, probe, noise(3, seconds=0.5))
 
 
 def test_a_fine_tuned_probe_is_exported_with_its_own_backbone(tmp_path, export, model):
@@ -323,32 +293,31 @@ def test_heads_alone_take_embeddings(tmp_path, export, name, dimension, shape):
                 np.testing.assert_allclose(engine.infer(batch.numpy())["logits"], probe(batch), atol=1e-5)
 
 
-def test_audio_and_head_alone_agree_on_what_makes_the_embedding(tmp_path, export, trained):
-    _, folder = trained()
-    export("--probe", folder, "--output", tmp_path / "audio", "--format", "onnx")
-    export("--probe", folder, "--output", tmp_path / "head", "--format", "onnx", "--offline", "--input-dim", "32")
-    audio, alone = read_bundle(tmp_path / "audio").manifest, read_bundle(tmp_path / "head").manifest
+def test_audio_and_head_alone_agree_on_what_makes_the_embedding(exported):
+    audio_bundle, _ = exported("linear_last", "--format", "onnx")
+    head_bundle, _ = exported("linear_last", *HEAD_ALONE)
+    audio, alone = read_bundle(audio_bundle).manifest, read_bundle(head_bundle).manifest
     assert audio.probes[0].input_fingerprint == alone.probes[0].input_fingerprint is not None
-    with open_bundle(tmp_path / "audio") as whole, open_bundle(tmp_path / "head") as rest:
+    with open_bundle(audio_bundle) as whole, open_bundle(head_bundle) as rest:
         outputs = whole.infer(noise(2).numpy())
         np.testing.assert_allclose(rest.infer(outputs["embedding"])["logits"], outputs["logits"], atol=1e-5)
 
 
-def test_the_licence_of_the_backbone_holds_for_all_that_is_made_of_it(tmp_path, export, trained):
-    _, folder = trained()
+def test_the_licence_of_the_backbone_holds_for_all_that_is_made_of_it(tmp_path, export, exported):
     head = build_probe_from_config(ProbeConfig(target_layers=["last_layer"]), 5, "cpu", input_dim=32)
     save_probe(head, tmp_path / "any_head", labels=LABELS)
-    for name, probe, more, licence in (
-        ("audio", folder, (), "CC0-1.0"),
-        ("head", folder, ("--offline", "--input-dim", "32"), "CC0-1.0"),
-        ("anyones", tmp_path / "any_head", ("--offline",), "unknown"),
+    anyones = tmp_path / "anyones"
+    export("--probe", tmp_path / "any_head", "--output", anyones, "--format", "onnx", "--offline")
+    for bundle, licence in (
+        (exported("linear_last", "--format", "onnx")[0], "CC0-1.0"),
+        (exported("linear_last", *HEAD_ALONE)[0], "CC0-1.0"),
+        (anyones, "unknown"),
     ):
-        export("--probe", probe, "--output", tmp_path / name, "--format", "onnx", *more)
-        assert read_bundle(tmp_path / name).manifest.licence == licence
-        assert f"Licence of the weights: {licence}" in (tmp_path / name / "README.md").read_text()
-        metadata = {entry.key: entry.value for entry in onnx.load(tmp_path / name / "model.onnx").metadata_props}
+        assert read_bundle(bundle).manifest.licence == licence
+        assert f"Licence of the weights: {licence}" in (bundle / "README.md").read_text()
+        metadata = {entry.key: entry.value for entry in onnx.load(bundle / "model.onnx").metadata_props}
         assert metadata["avex_serve.licence"] == licence
-    assert read_bundle(tmp_path / "anyones").manifest.model == "unknown"
+    assert read_bundle(anyones).manifest.model == "unknown"
 
 
 def test_the_description_of_a_saved_probe_is_read_once(tmp_path, export, trained, monkeypatch):
@@ -438,7 +407,7 @@ def test_a_format_that_differs_leaves_nothing_behind(tmp_path, export, trained, 
 
 def test_a_bundle_is_replaced_and_other_folders_are_not(tmp_path, export, trained):
     _, folder = trained()
-    arguments = ["--probe", folder, "--output", tmp_path / "bundle", "--format", "onnx"]
+    arguments = ["--probe", folder, "--output", tmp_path / "bundle", *HEAD_ALONE]
     export(*arguments)
     before = read_bundle(tmp_path / "bundle").digest
     assert export(*arguments, "--activation", "softmax")[0] == 0

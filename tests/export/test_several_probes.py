@@ -58,12 +58,14 @@ def asked_for(root, names):
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory, saved):
+def bundle(made_once, saved, one_operator_table):
     """All three in one bundle, in each format."""
-    target = tmp_path_factory.mktemp("bundle") / "bundle"
     formats = ["--format", "onnx", "--format", "torchscript", "--format", "pt2"]
-    assert main([str(a) for a in (*asked_for(saved[0], NAMES), *formats, "--output", target)]) == 0
-    return target
+
+    def make(folder):
+        assert main([str(a) for a in (*asked_for(saved[0], NAMES), *formats, "--output", folder)]) == 0
+
+    return made_once("three probes", make)
 
 
 @pytest.mark.parametrize("format_", ["onnx", "torchscript"])
@@ -324,6 +326,9 @@ def test_a_bundle_has_the_name_and_version_that_it_is_given(tmp_path, export, sa
     code, _, _ = export(
         "--probe",
         saved[0] / "birds",
+        "--offline",
+        "--input-dim",
+        32,
         "--format",
         "onnx",
         "--output",

@@ -38,7 +38,22 @@ BACKBONES = {
     "eat": (tiny_eat, tiny_eat_spec, {}),
     "efficientnet": (effnet, effnet_spec, {"n_mels": 32}),
 }
-CASES = [(model, name) for model in ("beats", *BACKBONES) for name in sorted(variants())]
+# Each backbone and each kind of head, from all layers and from the last. Every other pair of the two is nightly.
+PAIRS = {
+    ("beats", "linear_last"),
+    ("beats", "mlp_last"),
+    ("beats", "transformer_all"),
+    ("eat", "attention_last"),
+    ("eat", "linear_all"),
+    ("eat", "lstm_last"),
+    ("eat", "transformer_all"),
+    ("efficientnet", "transformer_all"),
+}
+CASES = [
+    pytest.param(model, name, marks=() if (model, name) in PAIRS else pytest.mark.nightly)
+    for model in ("beats", *BACKBONES)
+    for name in sorted(variants())
+]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +129,7 @@ def assert_agrees(document, probe, path, threshold=0.5):
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory, saved):
+def bundles(tmp_path_factory, saved, one_operator_table):
     """Bundles by backbone, variant and format, exported when they are asked for."""
     root = tmp_path_factory.mktemp("bundles")
 

@@ -89,7 +89,7 @@ def test_fairseqs_names_carry_the_same_weights(tmp_path):
     assert all(torch.equal(native[name], fairseq[name]) for name in native)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # the same code as in the groups above, with the sizes of official models
 @pytest.mark.parametrize("model", ["beats_full_naturelm", "eat_full_sl"])
 def test_the_official_model_at_full_size(model):
     result = run_check("--only", model)
