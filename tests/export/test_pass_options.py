@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
+from avex_export import formats
 from avex_export.cli import main
 from avex_export.passes import CONSTANTS, EXTERNAL_DATA, PASSES
 from avex_serve import open_bundle
