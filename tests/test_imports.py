@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,12 @@ def loaded(script, *arguments):
 def no_torch(monkeypatch, blocker):
     """The environment of a process where torch can't be imported."""
     monkeypatch.setenv("PYTHONPATH", str(blocker))
+
+
+def test_one_module_knows_the_inside_of_bentoml():
+    package = Path(avex_serve.__file__).parent
+    knowing = [path.name for path in package.rglob("*.py") if "bentoml._internal" in path.read_text("utf-8")]
+    assert knowing == ["bento.py"]
 
 
 def test_importing_the_package_loads_nothing_heavy():
