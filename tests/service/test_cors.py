@@ -1,0 +1,84 @@
+"""BentoML's section `http` of BENTOML_CONFIG holds for our routes too, or stops the start."""
+
+import subprocess
+
+import pytest
+import yaml
+
+from tests.service.conftest import SERVICE, free_ports, running_server, serve_command, server_environment
+
+ORIGIN, KEY = "http://localhost:5173", "a-key"
+PREFLIGHT = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x"}
+CORS = {
+    "enabled": True,
+    "access_control_allow_origins": [ORIGIN],
+    "access_control_allow_methods": ["GET", "POST"],
+    "access_control_allow_headers": ["*"],
+}
+
+
+def configuration(folder, http):
+    path = folder / "bentoml.yaml"
+    path.write_text(yaml.safe_dump({"services": {"AvexService": {"http": http}}}))
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=[None, KEY], ids=["open", "with keys"])
+def server(request, tmp_path_factory, audio_bundle):
+    folder = tmp_path_factory.mktemp("cors")
+    keys = {} if request.param is None else {"AVEX_API_KEYS": request.param}
+    config = configuration(folder, {"cors": CORS, "response": {"trace_id": False}})
+    with running_server(folder / "server", AVEX_BUNDLE=str(audio_bundle), BENTOML_CONFIG=config, **keys) as server:
+        yield server, request.param
+
+
+@pytest.mark.parametrize("path", ["/predict", "/embed", "/v2/models/tiny/infer", "/", "/schema.json"])
+def test_preflights_need_no_key(server, path):
+    answer = server[0].client.options(path, headers=PREFLIGHT)
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
+    refused = server[0].client.options(path, headers={**PREFLIGHT, "Origin": "http://elsewhere"})
+    assert refused.status_code == 400
+    assert "access-control-allow-origin" not in refused.headers
+
+
+def test_answers_and_refusals_name_the_origin(server, wav):
+    server, key = server
+    headers = {"Origin": ORIGIN} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+    for path, content, status in (("/predict", wav, 200), ("/predict", b"no audio", 400), ("/v2/nothing", b"", 404)):
+        answer = server.client.post(path, content=content, headers=headers)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, ORIGIN)
+        assert (
+            "access-control-allow-origin"
+            not in server.client.post(
+                path, content=content, headers={**headers, "Origin": "http://elsewhere"}
+            ).headers
+        )
+    if key is not None:
+        answer = server.client.post("/predict", content=wav, headers={"Origin": ORIGIN})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, ORIGIN)
+
+
+@pytest.mark.parametrize(
+    ("http", "message"),
+    [
+        ({"proxy_port": 9000}, "sets http.proxy_port to 9000"),
+        ({"cors": {"enabled": True}}, "enables http.cors without an origin"),
+    ],
+    ids=["proxy port", "no origin"],
+)
+def test_settings_without_effect_stop_the_start(tmp_path, audio_bundle, http, message):
+    http_port, grpc_port = free_ports(2)
+    environment = server_environment(
+        tmp_path / "home",
+        AVEX_BUNDLE=str(audio_bundle),
+        AVEX_GRPC_HOST="127.0.0.1",
+        AVEX_GRPC_PORT=str(grpc_port),
+        BENTOML_CONFIG=configuration(tmp_path, http),
+    )
+    result = subprocess.run(
+        serve_command(http_port, SERVICE), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
