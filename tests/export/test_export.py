@@ -170,7 +170,7 @@ def test_several_recordings_and_those_too_long_to_keep(tmp_path, export, trained
     for name, message in (
         ("nowhere.wav", "nowhere.wav: no such file"),
         ("labels.json", "can't be decoded"),
-        ("slow.wav", "slow.wav: sample rate 50; expected 100 to"),
+        ("slow.wav", "slow.wav: the sample rate is 50; expected 100 to"),
     ):
         code, out, err = export("--probe", folder, "--output", tmp_path / "b", "--verify-audio", tmp_path / name)
         assert (code, "write ONNX" in out) == (2, False)
