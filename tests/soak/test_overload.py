@@ -1,7 +1,5 @@
 import os
 
-import pytest
-
 from tests.bundles import make_slow_bundle
 from tests.clients import REFUSED, RIGHT
 from tests.soak.overload import overload
