@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import warnings
+from pathlib import Path
 
 import filelock
 import pytest
@@ -17,6 +18,14 @@ with warnings.catch_warnings():
     # BentoML itself uses what pydantic and pathspec call deprecated, when it is imported and a service is defined.
     warnings.simplefilter("ignore", DeprecationWarning)
     import avex_serve.service.worker  # noqa: F401
+
+
+def pytest_collection_modifyitems(items):
+    """Mark the tests in slow.txt, in which the times of all tests are seen together."""
+    slow = set(Path(__file__).with_name("slow.txt").read_text().splitlines())
+    for item in items:
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

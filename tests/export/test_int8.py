@@ -454,7 +454,6 @@ def test_recordings_that_are_all_the_same_are_at_fault_and_not_the_model(tmp_pat
     assert "can't be served" not in err
 
 
-@pytest.mark.slow
 def test_a_trained_model_calibrated_on_real_recordings(tmp_path, export):
     output = tmp_path / "bundle"
     code, _, err = export(

@@ -20,7 +20,6 @@ from tests.service.conftest import running_server
 CHECKOUT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
 def test_the_demo_goes_the_whole_way(tmp_path):
     command = [Path(sys.executable).with_name("avex-serve"), "demo"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)

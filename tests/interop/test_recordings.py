@@ -145,7 +145,6 @@ def bundles(tmp_path_factory, saved, one_operator_table):
     return bundle
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("model", "name"), CASES)
 def test_every_way_names_what_the_eager_module_names(tmp_path, recordings, saved, bundles, model, name):
     probe = eager_probe(saved(model, name))

@@ -50,7 +50,6 @@ def test_nothing_else_is_listed():
     assert avex_serve.list_models().keys() == {*OFFICIAL, "avex_demo"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_models_build(name):
     if OFFICIAL[name][0] not in avex_serve.list_model_classes():
@@ -60,7 +59,6 @@ def test_official_models_build(name):
     assert avex_serve.list_model_layers(model) == avex_serve.list_model_layers(name)
 
 
-@pytest.mark.slow
 def test_an_official_classifier_loads_offline_from_a_filled_cache(tmp_path, monkeypatch, caplog):
     name, repository = "esp_aves2_sl_beats_bio", "EarthSpeciesProject/esp-aves2-sl-beats-bio"
     saved = avex_serve.build_model(name, "cpu", num_classes=3)

@@ -99,7 +99,6 @@ def test_the_page_has_its_snippets():
         assert part in code
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("code", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_the_snippet_runs(code, hub, tmp_path, monkeypatch):
     use_cache(monkeypatch, hub)

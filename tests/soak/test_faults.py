@@ -24,7 +24,6 @@ def question(audio_bundle):
         return Question(engine, RECORDING)
 
 
-@pytest.mark.slow
 def test_worker_killed(tmp_path, audio_bundle, question):
     """BentoML starts another one within seconds; what was with the dead one is lost, and nothing else."""
     with running_server(tmp_path / "server", AVEX_BUNDLE=str(audio_bundle)) as server:
@@ -40,7 +39,6 @@ def test_worker_killed(tmp_path, audio_bundle, question):
         until(lambda: 'avex_requests_in_progress{transport="http"} 1.0' in server.get("/metrics").text)  # the scrape
 
 
-@pytest.mark.slow
 def test_worker_killed_in_a_container(tmp_path, audio_bundle):
     """There BentoML starts none: the container ends, for whoever watches over it to start another one."""
     # The supervisor tells it by a traceback.

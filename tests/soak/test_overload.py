@@ -1,7 +1,5 @@
 import os
 
-import pytest
-
 from tests.bundles import make_slow_bundle
 from tests.clients import REFUSED, RIGHT
 from tests.soak.overload import overload
@@ -10,7 +8,6 @@ SECONDS = float(os.environ.get("AVEX_SOAK_SECONDS", "5"))
 MEMORY_GROWTH = 1.3
 
 
-@pytest.mark.slow
 def test_ten_times_what_it_can_answer(tmp_path):
     """What is accepted is answered rightly, the rest refused, and nothing grows."""
     result = overload(tmp_path / "server", make_slow_bundle(tmp_path / "bundle"), SECONDS)
