@@ -1,4 +1,4 @@
-"""The service answers as it was recorded; see `record` for how to record anew."""
+"""The service answers as it was recorded; see `record` for how to record again."""
 
 import pytest
 
