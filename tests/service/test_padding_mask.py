@@ -70,6 +70,9 @@ def test_metadata_names_the_mask(triton):
         ("waveform", "FP32", [-1, -1]),
         ("padding_mask", "BOOL", [-1, -1]),
     ]
+    config = client.get_model_config(NAME, "1", **as_json)
+    types = [each["data_type"] for each in config.get("config", config)["input"]]
+    assert types == ["TYPE_FP32", "TYPE_BOOL"]
 
 
 @pytest.mark.parametrize("binary", [True, False])
