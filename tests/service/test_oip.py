@@ -3,12 +3,15 @@
 import base64
 import json
 import struct
+import subprocess
+import sys
 
 import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc
 import tritonclient.http
+from google.protobuf import descriptor_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2
 
@@ -16,7 +19,7 @@ from avex_serve.audio.reader import decode
 from avex_serve.errors import ClientGoneError
 from avex_serve.inference.scores import activate
 from avex_serve.scheduling.request import Request, answering
-from avex_serve.service.grpc.messages import message_class
+from avex_serve.service.grpc.messages import DESCRIPTORS, message_class
 from avex_serve.service.parsing import from_raw
 
 OUTPUTS = ["logits", "embedding", "scores"]
@@ -272,3 +275,15 @@ def test_many_recordings_are_told_apart_in_steps():
     request.yield_slot = yield_slot
     with answering(request), pytest.raises(ClientGoneError):
         from_raw("waveform", "BYTES", [10_000], b"\x01\0\0\0a" * 10_000)
+
+
+def test_the_committed_descriptors_are_those_of_the_proto(tmp_path):
+    """`make proto` has been run since the file of the messages changed."""
+    source, compiled = DESCRIPTORS.with_name("open_inference.proto"), tmp_path / "compiled.binpb"
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"--proto_path={source.parent}"]
+    subprocess.run([*command, f"--descriptor_set_out={compiled}", source.name], check=True)
+    found, expected = (
+        descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()) for path in (DESCRIPTORS, compiled)
+    )
+    assert found == expected
+    assert found.file[0].message_type
