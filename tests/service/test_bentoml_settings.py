@@ -59,6 +59,21 @@ def test_answers_and_refusals_name_the_origin(server, wav):
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (401, ORIGIN)
 
 
+def test_the_id_of_the_span_is_sent(tmp_path, audio_bundle, wav):
+    config = configuration(tmp_path, {"response": {"trace_id": True}})
+    traced = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_BSP_SCHEDULE_DELAY": "3600000"}
+    with running_server(
+        tmp_path / "server", AVEX_BUNDLE=str(audio_bundle), BENTOML_CONFIG=config, **traced
+    ) as server:
+        parent = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
+        for answer in (
+            server.client.post("/predict", content=wav, headers=parent),
+            server.client.post("/predict", content=b"no audio", headers=parent),
+        ):
+            assert answer.headers.get_list("x-bentoml-trace-id") == ["ab" * 16]
+        assert "x-bentoml-trace-id" not in server.get("/livez").headers, "probes have no span"
+
+
 @pytest.mark.parametrize(
     ("http", "message"),
     [
