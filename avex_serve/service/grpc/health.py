@@ -13,8 +13,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2
 
 from avex_serve.errors import NotFoundError, OverloadError
-from avex_serve.service import parsing
-from avex_serve.service.grpc.messages import SERVICE
+from avex_serve.service.grpc.messages import SERVICE, message
 
 SERVICES: Final = ("", SERVICE)  # "" is the server as a whole
 CHECK_SECONDS: Final = 1.0  # between two checks for watchers
@@ -82,5 +81,5 @@ class Health:
 
 
 def _service(data: bytes) -> str:
-    request: Any = parsing.message(health_pb2.HealthCheckRequest, data)
+    request: Any = message(health_pb2.HealthCheckRequest, data)
     return str(request.service)

@@ -16,8 +16,8 @@ from avex_serve.service import parsing
 from avex_serve.service.credentials import server_credentials
 from avex_serve.service.front import Call, Front, GrpcFront
 from avex_serve.service.grpc.health import Health
-from avex_serve.service.grpc.messages import SERVICE, message_class
-from avex_serve.service.oip import protocol, repository
+from avex_serve.service.grpc.messages import SERVICE, check_parts, message, message_class
+from avex_serve.service.oip import protocol
 from avex_serve.service.parsing import BOOL, BYTES
 from avex_serve.service.settings import Settings
 
@@ -112,8 +112,8 @@ class _Methods:
             for name, method in methods.items()
         }
         handlers["ModelInfer"] = _handler("ModelInfer", self._infer)
-        handlers["ModelStreamInfer"] = grpc.stream_unary_rpc_method_handler(_refused(repository.NO_STREAM))
-        for name, reason in repository.REFUSED_METHODS.items():
+        handlers["ModelStreamInfer"] = grpc.stream_unary_rpc_method_handler(_refused(protocol.NO_STREAM))
+        for name, reason in protocol.REFUSED_METHODS.items():
             handlers[name] = grpc.unary_unary_rpc_method_handler(_refused(reason))
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
@@ -127,7 +127,7 @@ class _Methods:
         return message_class("ServerMetadataResponse")(**protocol.server_metadata())
 
     async def _model_ready(self, request: Any) -> Message:
-        ready = repository.model_ready(self._repository, request.name, request.version)
+        ready = protocol.model_ready(self._repository, request.name, request.version)
         return message_class("ModelReadyResponse")(ready=ready and self._front.ready())
 
     async def _model_metadata(self, request: Any) -> Message:
@@ -141,11 +141,11 @@ class _Methods:
             return message_class("ModelConfigResponse")(config=model.config())
 
     async def _index(self, request: Any) -> Message:
-        index = repository.index(self._repository, ready=request.ready)
+        index = protocol.index(self._repository, ready=request.ready)
         return message_class("RepositoryIndexResponse")(models=index)
 
     async def _load(self, request: Any) -> Message:
-        repository.check_load_parameters(request.parameters)
+        protocol.check_load_parameters(request.parameters)
         await self._front.load(request.model_name)
         return message_class("RepositoryModelLoadResponse")()
 
@@ -159,8 +159,8 @@ class _Methods:
         return response
 
     def _infer_now(self, data: bytes) -> Any:
-        parsing.check_parts(data)
-        request: Any = parsing.message(message_class("ModelInferRequest"), data)
+        check_parts(data)
+        request: Any = message(message_class("ModelInferRequest"), data)
         with self._model(request.model_name, request.model_version) as model:
             answer = model.infer(_parse(request))
         response: Any = message_class("ModelInferResponse")(
@@ -175,7 +175,7 @@ class _Methods:
         return response
 
     def _model(self, name: str, version: str) -> AbstractContextManager[protocol.Model]:
-        return repository.leased_model(self._repository, name, version)
+        return protocol.leased_model(self._repository, name, version)
 
 
 def _parse(request: Any) -> protocol.InferRequest:
@@ -222,7 +222,7 @@ def _parsed(
     kind: type[Message], method: Callable[[Any], Awaitable[Message]]
 ) -> Callable[[bytes], Awaitable[Message]]:
     async def call(data: bytes) -> Message:
-        return await method(parsing.message(kind, data))
+        return await method(message(kind, data))
 
     return call
 
