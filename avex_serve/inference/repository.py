@@ -156,6 +156,10 @@ class Repository:
         with self._lock:
             return self._versions(name)
 
+    def serves(self) -> bool:
+        """Whether any model is served."""
+        return bool(self._served)
+
     def index(self) -> list[ModelState]:
         """Every bundle on disk, those that are not served with the reason."""
         with self._lock:

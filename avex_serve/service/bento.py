@@ -5,6 +5,8 @@ BentoML has no public way to what is here. Written for BentoML 1.4 and uvicorn 0
 
 import json
 import logging
+import shutil
+import tempfile
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
@@ -12,6 +14,7 @@ import bentoml
 import click  # BentoML's command is made with it
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.resource import system_resources
+from bentoml._internal.utils import circus
 from opentelemetry.sdk.trace import TracerProvider
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -148,6 +151,25 @@ def http_configuration() -> HttpConfiguration:
 def _listed(name: str, setting: Any) -> Any:
     """A setting as CORSMiddleware expects it: BentoML accepts a text for a list of one."""
     return [setting] if isinstance(setting, str) and name != "allow_origin_regex" else setting
+
+
+class _Supervisor(circus.Arbiter):
+    """BentoML's supervisor, controlled by sockets in a folder that no other user can open.
+
+    BentoML makes it listen on two TCP ports of loopback. Whoever can connect there, other users of the machine or
+    containers of the same pod, can make it run any command.
+    """
+
+    def __init__(self, watchers: list[Any], **options: Any) -> None:
+        folder = tempfile.mkdtemp(prefix="avex-serve-")  # only its owner can open it
+        options["endpoint"], options["pubsub_endpoint"] = f"ipc://{folder}/control", f"ipc://{folder}/events"
+        super().__init__(watchers, **options)
+        self.exit_stack.callback(shutil.rmtree, folder, ignore_errors=True)
+
+
+def close_control_port() -> None:
+    """Make `_Supervisor` supervise the workers that this process starts."""
+    circus.Arbiter = _Supervisor  # type: ignore[misc]
 
 
 # -- spans ----------------------------------------------------------------------------------------------------------

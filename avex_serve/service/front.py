@@ -53,7 +53,6 @@ from avex_serve.service.arrival import Body, Messages
 from avex_serve.service.credentials import Keys
 from avex_serve.service.drain import Drain
 from avex_serve.service.grpc.messages import SERVICE
-from avex_serve.service.oip.protocol import server_ready
 from avex_serve.service.settings import Settings
 from avex_serve.service.telemetry import REQUEST_ID, Exchange, Telemetry, request_id
 
@@ -97,7 +96,7 @@ class Front:
 
     def ready(self) -> bool:
         """Whether requests are accepted: models are served, each has answered once, and it isn't shutting down."""
-        return not self.drain.draining and server_ready(self.repository)
+        return not self.drain.draining and self.repository.serves()
 
     @contextmanager
     def record(self, exchange: Exchange, headers: Mapping[str, str]) -> Iterator[Request]:

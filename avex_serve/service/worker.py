@@ -178,6 +178,7 @@ class AvexService:
             configure_logs(settings.log_format, bento.share_log("avex_serve"))
             check_any(settings.bundle)
             bento.http_configuration()
+            bento.close_control_port()
             _check_ports_differ(settings)
             check_port_is_free(settings)
             Keys.from_settings(settings)
@@ -197,6 +198,8 @@ class AvexService:
             # Starlette and uvicorn would each log the traceback of an exception.
             os._exit(STARTUP_FAILED)
         front.drain.on_signals(self._grpc.announce_end)
+        if bentoml.server_context.worker_index is not None:
+            front.drain.watch_supervisor()
         if settings.reload_seconds:
             front.repository.watch(settings.reload_seconds)
         logger.info(

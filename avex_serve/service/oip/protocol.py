@@ -357,11 +357,6 @@ def leased_model(repository: Repository, name: str, version: str | None) -> Iter
         yield Model(engine, repository)
 
 
-def server_ready(repository: Repository) -> bool:
-    """Whether a model is served."""
-    return any(state.ready for state in repository.index())
-
-
 def model_ready(repository: Repository, name: str, version: str | None) -> bool:
     """Whether a model is served; NotFoundError for an unknown name or version."""
     try:
