@@ -5,7 +5,7 @@ It replaces BentoML's, which knows neither the Open Inference Protocol nor bodie
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
@@ -53,7 +53,7 @@ class ClassifyRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     model: str | None = None
     version: str | None = None
-    embeddings: list[Any]
+    embeddings: Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "array", "items": {}})]
     threshold: float | None = None
     top_k: int | None = None
     probe: str | None = None
