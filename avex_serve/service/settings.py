@@ -76,7 +76,7 @@ class Settings(BaseModel):
     )
     max_body_bytes: int = Field(128 * 2**20, ge=1, lt=2**31, description="of one HTTP body or gRPC message")
     max_held_bytes: int = Field(2**30, ge=1, description="of all bodies that a worker holds at once")
-    max_json_bytes: int = Field(16 * 2**20, ge=1, description="of JSON in one body; binary tensors don't count")
+    max_json_bytes: int = Field(8 * 2**20, ge=1, description="of JSON in one body; binary tensors don't count")
     max_seconds: float = Field(3600, gt=0, description="length of a recording, in seconds")
     max_clip_seconds: float = Field(
         30, gt=0, description="length of a clip that is inferred in one piece, for bundles of clips of any length"

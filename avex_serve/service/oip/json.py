@@ -76,7 +76,7 @@ def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
     """
     split = _split(body, json_length)
     request = parsing.document(_Request, body[:split], strict=False)
-    inputs, rest = [], body[split:]
+    inputs, rest = [], memoryview(body)[split:]
     for tensor in request.inputs:
         parameters = parsing.parameters(tensor.parameters)
         protocol.refuse_shared_memory(tensor.name, parameters)
