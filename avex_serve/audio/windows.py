@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from avex_serve.audio.waveform import Wave
+from avex_serve.audio.reader import Wave
 from avex_serve.errors import InputError
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from avex_serve.audio.waveform import AudioStream, check_wave
+from avex_serve.audio.reader import AudioStream, check_wave
 from avex_serve.bundles.manifest import AudioSpec, EmbeddingInfo, Manifest, ProbeInfo
 from avex_serve.bundles.reading import Bundle
 from avex_serve.errors import NotFoundError, TensorError, UnsupportedError

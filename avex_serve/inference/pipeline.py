@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, TypedDict
 
 import numpy as np
 
-from avex_serve.audio.waveform import AudioStream, resample_blocks, resampled_size
+from avex_serve.audio.reader import AudioStream, resample_blocks, resampled_size
 from avex_serve.audio.windows import batch_windows, cut_windows, hop_samples, plan_windows
 from avex_serve.bundles.manifest import Manifest, ProbeInfo
 from avex_serve.errors import UnsupportedError
