@@ -1,6 +1,7 @@
 """Writing a bundle: in a temporary folder next to the target and renamed at the end, so it is complete or absent."""
 
 import contextlib
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -8,9 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from avex_serve.bundles.labels import dump_labels
 from avex_serve.bundles.manifest import FILE_NAME_PATTERN, MANIFEST, Manifest
-from avex_serve.bundles.reading import Bundle, read_manifest, sha256_of
+from avex_serve.bundles.reading import Bundle, read_manifest, repeated, sha256_of
 from avex_serve.errors import BundleError
 
 
@@ -75,3 +75,10 @@ def seal_bundle(folder: Path, labels: Mapping[str, tuple[str, ...]], manifest: M
     sealed = msgspec.structs.replace(manifest, files=files)
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(sealed), indent=1) + b"\n")
     return read_manifest(folder)  # a bundle that can't be read is not sealed
+
+
+def dump_labels(labels: tuple[str, ...]) -> str:
+    """The text of ``labels.json``; BundleError for a label given twice."""
+    if twice := repeated(labels):
+        raise BundleError(f"labels must differ from one another; more than once: {twice}")
+    return json.dumps({label: index for index, label in enumerate(labels)}, indent=1, ensure_ascii=False) + "\n"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from avex_serve.bundles.manifest import Activation, Manifest, ProbeInfo
-from avex_serve.bundles.reading import check_files, read_manifest
+from avex_serve.bundles.reading import read_bundle
 from avex_serve.errors import BundleError, TensorError
 from avex_serve.evidence.cases import Case, Check, Decisions, Errors, Outputs, read_evidence
 from avex_serve.evidence.machine import Machine, this_machine
@@ -50,7 +50,7 @@ def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu") -> tup
         DependencyError: torch or CUDA is needed and missing.
         InputError: an unknown device.
     """
-    check_files(read_manifest(directory))  # opening checks only the files that it loads
+    read_bundle(directory)  # opening checks only the files that it loads
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(open_bundle(directory, device, precision="float32"))]
         record, cases = read_evidence(engines[0].bundle)
