@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avex_serve import __version__
 from avex_serve.errors import AvexServeError, VerificationError
 from avex_serve.terminal import drop_output, escape_unprintable
-from avex_serve.version import __version__
 
 if TYPE_CHECKING:
     from avex_serve.inference.results import Prediction

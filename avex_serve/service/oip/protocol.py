@@ -29,6 +29,7 @@ from typing import Annotated, Any, Final
 import numpy as np
 from msgspec import Meta
 
+from avex_serve import __version__
 from avex_serve.audio.reader import open_audio
 from avex_serve.errors import InputError, TensorError, UnsupportedError
 from avex_serve.inference import pipeline
@@ -39,7 +40,6 @@ from avex_serve.inference.scores import activate
 from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
 from avex_serve.service.parsing import BOOL, BYTES, FP32, LENGTH_BYTES
-from avex_serve.version import __version__
 
 SERVER: Final = "avex-serve"
 NO_SHARED_MEMORY: Final = "shared memory is not offered; send the tensor itself"
