@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from avex_serve.inference.backend import open_bundle
     from avex_serve.inference.engine import Engine
-    from avex_serve.inference.opening import open_bundle
     from avex_serve.models.utils.load import load_label_mapping, load_model
     from avex_serve.models.utils.registry import (
         build_model,
@@ -49,7 +49,7 @@ __all__ = [
 _REGISTRY = "avex_serve.models.utils.registry"
 _ELSEWHERE = {
     "Engine": "avex_serve.inference.engine",
-    "open_bundle": "avex_serve.inference.opening",
+    "open_bundle": "avex_serve.inference.backend",
     "load_label_mapping": "avex_serve.models.utils.load",
     "load_model": "avex_serve.models.utils.load",
 }

@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--probe", help="which head of the bundle to run")
     predict.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     predict.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
-    predict.add_argument("--json", action="store_true", help="one line of JSON for each file: the service's answer, and the file")
+    predict.add_argument(
+        "--json", action="store_true", help="a line of JSON for each file: the service's, with the file"
+    )
     verify = commands.add_parser("verify", help="run the bundle's evidence again, on this machine")
     verify.add_argument("bundle", type=Path, help="made by avex-export")
     verify.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
@@ -81,7 +83,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     """Print an answer for each file; continue after a file that can't be read."""
     from avex_serve.audio.reader import open_audio
     from avex_serve.inference import pipeline
-    from avex_serve.inference.opening import open_bundle
+    from avex_serve.inference.backend import open_bundle
     from avex_serve.inference.query import Query
 
     query = Query(

@@ -22,7 +22,7 @@ from avex_serve.audio.windows import plan_windows
 from avex_serve.bundles.reading import read_manifest
 from avex_serve.demo.server import running_server
 from avex_serve.errors import AvexServeError, DependencyError
-from avex_serve.inference.opening import open_bundle
+from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.results import Detection, Prediction, detect
 from avex_serve.inference.scores import Selection, score_scale
 from avex_serve.service.grpc.messages import SERVICE, message_class

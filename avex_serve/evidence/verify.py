@@ -16,8 +16,8 @@ from avex_serve.bundles.reading import read_bundle
 from avex_serve.errors import BundleError, TensorError
 from avex_serve.evidence.cases import Case, Check, Decisions, Errors, Outputs, read_evidence
 from avex_serve.evidence.machine import Machine, this_machine
+from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.opening import open_bundle
 from avex_serve.inference.results import Prediction
 from avex_serve.inference.scores import Selection, score_scale
 

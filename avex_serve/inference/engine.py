@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
@@ -15,11 +15,13 @@ from avex_serve.bundles.manifest import AudioSpec, EmbeddingInfo, Manifest, Prob
 from avex_serve.bundles.reading import Bundle
 from avex_serve.errors import NotFoundError, TensorError, UnsupportedError
 from avex_serve.inference import pipeline
-from avex_serve.inference.backend import Backend
 from avex_serve.inference.query import Query
 from avex_serve.inference.results import Classification, Prediction
 from avex_serve.scheduling.cores import FairSemaphore, usable_cores
 from avex_serve.scheduling.request import INFER, QUEUE, current
+
+if TYPE_CHECKING:
+    from avex_serve.inference.backend import Backend
 
 # One batch (B, …) of each input of the graph.
 Inputs = tuple[np.ndarray, ...]
@@ -48,7 +50,7 @@ class Engine:
     Use it as a context manager, or call `close`. Calls from several threads at once are allowed.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, backend: "Backend", threads: int | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
         # One call of the backend uses one core; the batches of a recording spread over the cores here.
