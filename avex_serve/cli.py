@@ -84,7 +84,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     from avex_serve.audio.reader import open_audio
     from avex_serve.inference import pipeline
     from avex_serve.inference.backend import open_bundle
-    from avex_serve.inference.query import Query
+    from avex_serve.inference.pipeline import Query
 
     query = Query(
         threshold=arguments.threshold, top_k=arguments.top_k, overlap=arguments.overlap, probe=arguments.probe

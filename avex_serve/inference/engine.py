@@ -15,8 +15,9 @@ from avex_serve.bundles.manifest import AudioSpec, EmbeddingInfo, Manifest, Prob
 from avex_serve.bundles.reading import Bundle
 from avex_serve.errors import NotFoundError, TensorError, UnsupportedError
 from avex_serve.inference import pipeline
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, Prediction
+from avex_serve.inference.scores import activate
 from avex_serve.scheduling.cores import FairSemaphore, usable_cores
 from avex_serve.scheduling.request import INFER, QUEUE, current
 
@@ -178,8 +179,8 @@ class Engine:
     ) -> WindowScores:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
         head = self.probe(probe)
-        windows = pipeline.score(self, _opener(wave, sample_rate), Query(overlap=overlap, probe=probe))
-        return WindowScores(windows.spans, windows.outputs[head.scores])
+        windows = pipeline.run_recording(self, _opener(wave, sample_rate), Query(overlap=overlap), [head.logits])
+        return WindowScores(windows.spans, activate(windows.outputs[head.logits], head.activation))
 
     def embed(
         self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, output: str | None = None
@@ -259,23 +260,32 @@ class Engine:
             TensorError: results that are not finite.
             ClientGoneError, DeadlineError: the answer is no longer wanted.
         """
-        for outputs in self._run(batches):
-            chosen = {name: outputs[name] for name in names}
-            for name, output in chosen.items():
-                # Finite samples of 1e38 overflow in any model, and JSON has no word for the result.
-                if not np.isfinite(output).all():
-                    raise TensorError(
-                        f"output {name!r} is not finite for this input; expected audio samples in [-1, 1]"
-                    )
-            yield chosen
+        batches = iter(batches)
+        first, second = next(batches), next(batches, None)
+        request = current()
+        if second is None:  # starting a thread for one batch would only cost time
+            request.checkpoint()
+            yield self._job(names)(*first)
+            return
+        # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
+        ahead = 2 * self.threads
+        waiting: deque[Future[Outputs]] = deque()
+        try:
+            for batch in chain((first, second), batches):
+                request.checkpoint()
+                waiting.append(self._pool.submit(self._job(names), *batch))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # none, unless an error ended the loop
+                future.cancel()
 
     def check_input(self, batch: np.ndarray) -> None:
         """Raise TensorError unless the graph takes the batch."""
         spec = self.manifest.inputs[0]
-        fits = batch.ndim == len(spec.shape) and all(
-            want in (-1, got) for want, got in zip(spec.shape, batch.shape, strict=True)
-        )
-        if not fits:
+        if not spec.fits(batch.shape):
             raise TensorError(f"input {spec.name!r} has shape {list(batch.shape)}; expected {list(spec.shape)}")
         audio = self.manifest.audio
         if audio is not None and audio.shortest_samples is not None and 0 < batch.shape[1] < audio.shortest_samples:
@@ -311,31 +321,8 @@ class Engine:
         if mask.all(axis=1).any():
             raise TensorError(f"input {name!r} marks every sample of a clip as padding; leave out such clips")
 
-    def _run(self, batches: Iterable[Inputs]) -> Iterator[Outputs]:
-        batches = iter(batches)
-        first, second = next(batches), next(batches, None)
-        request = current()
-        if second is None:  # a thread of its own would only have to wake up
-            request.checkpoint()
-            yield self._job()(*first)
-            return
-        # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
-        ahead = 2 * self.threads
-        waiting: deque[Future[Outputs]] = deque()
-        try:
-            for batch in chain((first, second), batches):
-                request.checkpoint()
-                waiting.append(self._pool.submit(self._job(), *batch))
-                if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:  # none, unless an error ended the loop
-                future.cancel()
-
-    def _job(self) -> Callable[..., Outputs]:
-        """Runs one batch in any thread, once fewer than `threads` batches run; the current request is charged."""
+    def _job(self, names: Sequence[str]) -> Callable[..., Outputs]:
+        """A function that runs one batch, in any thread, and notes its times in the current request."""
         request = current()  # a thread of the pool has none
         end_wait = request.begin(QUEUE)
 
@@ -346,11 +333,18 @@ class Engine:
                 end_wait()
                 end = request.begin(INFER)
                 try:
-                    return self.backend.run(*inputs)
+                    outputs = self.backend.run(*inputs)
                 finally:
                     end()
                     request.timings.batches.append(len(inputs[0]))
                     request.timings.models.append(self.manifest.name)
+            for name in names:
+                # Finite samples of 1e38 overflow in any model, and JSON has no word for the result.
+                if not np.isfinite(outputs[name]).all():
+                    raise TensorError(
+                        f"output {name!r} is not finite for this input; expected audio samples in [-1, 1]"
+                    )
+            return {name: outputs[name] for name in names}
 
         return run
 
@@ -365,10 +359,6 @@ class Engine:
     def lease_those(self, wanted: Callable[[Manifest], bool]) -> "Iterator[list[Engine]]":
         """This engine, if it is wanted."""
         yield [self] if wanted(self.manifest) else []
-
-    def manifests(self) -> list[Manifest]:
-        """The manifest of this engine's bundle."""
-        return [self.manifest]
 
 
 def _opener(wave: np.ndarray, sample_rate: int) -> pipeline.Audio:

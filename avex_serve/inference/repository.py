@@ -146,11 +146,6 @@ class Repository:
             for served in leased:
                 self._give_back(served)
 
-    def manifests(self) -> list[Manifest]:
-        """What is served now, by name with the newest version first."""
-        with self._lock:
-            return [served.engine.manifest for served in self._newest_first()]
-
     def versions(self, name: str) -> list[str]:
         """The versions of a model that are served, the newest one last."""
         with self._lock:

@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from avex_serve.errors import InputError, TensorError, TooLargeError
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.scheduling.request import current
 
 Value = TypeVar("Value")

@@ -11,7 +11,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 
 from avex_serve.errors import InputError, StorageError, TooLargeError
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.service import parsing
 from avex_serve.service.front import CONTROL_BYTES
 

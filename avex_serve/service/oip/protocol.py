@@ -34,7 +34,7 @@ from avex_serve.audio.reader import open_audio
 from avex_serve.errors import InputError, TensorError, UnsupportedError
 from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.inference.scores import activate
 from avex_serve.scheduling.request import current
