@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import chain
-from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
@@ -63,9 +62,7 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -241,11 +238,7 @@ class Engine:
         size = self.backend.max_batch
         chunks = (tuple(each[start : start + size] for each in inputs) for start in range(0, len(batch), size))
         names = [spec.name for spec in self.manifest.outputs]
-        rows = []
-        for row in self.run(chunks, names):
-            pipeline.count_outputs(row)
-            rows.append(row)
-        return {name: np.concatenate([row[name] for row in rows]) for name in names}
+        return pipeline.collect(self.run(chunks, names))
 
     def graph_inputs(self, batch: np.ndarray, padding_mask: np.ndarray | None) -> Inputs:
         """The inputs of the graph: the batch and, if the graph takes one, the mask, by default of no padding."""

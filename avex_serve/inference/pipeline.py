@@ -9,8 +9,7 @@ when the head's input fingerprint equals one of the bundle's embedding fingerpri
 recording is opened last, after model, head and options have been checked.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
@@ -68,15 +67,15 @@ class Models(Protocol):
 
 
 class WindowOutputs(NamedTuple):
-    """The outputs of a graph for neighbouring windows of a recording."""
+    """The outputs of a graph for the windows of a recording."""
 
     window_seconds: float
     spans: np.ndarray  # (N, 2) float64, start and end of each window in seconds
     outputs: dict[str, np.ndarray]  # by name, each (N, …) float32 with one row for each window
 
     @property
-    def end(self) -> float:
-        """Seconds to the end of the last window; for a whole recording, its duration."""
+    def duration(self) -> float:
+        """Of the recording, in seconds: the last window reaches its end."""
         return float(self.spans[-1, 1])
 
 
@@ -141,7 +140,7 @@ def embed(models: Models, audio: Audio, query: Query) -> Embedding:
             bundle=engine.manifest.name,
             version=engine.manifest.version,
             output=name,
-            duration=windows.end,
+            duration=windows.duration,
             window=windows.window_seconds,
             overlap=float(query.overlap),
             spans=[(start, end) for start, end in windows.spans.tolist()],
@@ -194,7 +193,7 @@ def _prediction(
         version=engine.manifest.version,
         probe=head.name,
         trained=head.trained,
-        duration=windows.end,
+        duration=windows.duration,
         window=windows.window_seconds,
         overlap=float(query.overlap),
         score_scale=score_scale(head.activation),
@@ -205,29 +204,28 @@ def _prediction(
 # -- the stream -----------------------------------------------------------------------------------------------------
 
 
-def stream_recording(
-    engine: "Engine", audio: AudioStream, query: Query, names: Sequence[str]
-) -> Iterator[WindowOutputs]:
-    """Run an audio bundle on a recording while it is read; yields the rows of a few windows at a time.
+def run_recording(
+    engine: "Engine", audio: Audio, query: Query, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
+) -> WindowOutputs:
+    """Run an audio bundle on a recording while it is read; the outputs of these names.
+
+    Each value will take `value_bytes` of memory until the answer is sent.
 
     Raises:
         AudioError: the recording can't be used.
         InputError: an overlap that windows of this bundle can't have.
         TensorError: results that are not finite.
-        TooLargeError: more windows than the current request may ask for.
+        TooLargeError: more windows, or a larger answer, than the current request may ask for.
     """
     spec = engine.audio_spec
-    shortest = spec.shortest_samples or spec.window_samples
-    hop = hop_samples(spec.window_samples, spec.sample_rate, query.overlap)
+    length, rate = spec.window_samples, spec.sample_rate
+    hop = hop_samples(length, rate, query.overlap)  # raises before the recording is opened
     limits = current().limits
-    if audio.frames:  # a header that promises too much is refused before the work begins
-        total = resampled_size(audio.frames, audio.sample_rate, spec.sample_rate)
-        limits.check_windows(len(plan_windows(total, spec.window_samples, spec.sample_rate, query.overlap).starts))
-    wave = resample_blocks(audio.blocks, audio.sample_rate, spec.sample_rate)
-    windows = cut_windows(wave, spec.window_samples, hop, shortest)
-    bounds: deque[np.ndarray] = deque()  # of the batches on their way through the engine
+    bounds: list[np.ndarray] = []  # of the windows of each batch
 
-    def inputs() -> Iterator[tuple[np.ndarray, ...]]:
+    def batches(stream: AudioStream) -> Iterator[tuple[np.ndarray, ...]]:
+        wave = resample_blocks(stream.blocks, stream.sample_rate, rate)
+        windows = cut_windows(wave, length, hop, spec.shortest_samples or length)
         count = 0
         for batch in batch_windows(windows, engine.backend.max_batch, masked=engine.manifest.takes_padding_mask):
             count += len(batch.bounds)
@@ -235,36 +233,22 @@ def stream_recording(
             bounds.append(batch.bounds)
             yield batch.inputs
 
-    for outputs in engine.run(inputs(), names):
-        spans = bounds.popleft() / float(spec.sample_rate)
-        yield WindowOutputs(spec.window_samples / spec.sample_rate, spans, outputs)
-
-
-def run_recording(
-    engine: "Engine", audio: Audio, query: Query, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
-) -> WindowOutputs:
-    """The outputs of these names for a whole recording; errors as of `stream_recording`.
-
-    Each value will take `value_bytes` of memory until the answer is sent.
-    """
-    spec = engine.audio_spec
-    hop_samples(spec.window_samples, spec.sample_rate, query.overlap)  # raises before the recording is opened
     with audio() as stream:
-        rows = []
-        for row in stream_recording(engine, stream, query, names):
-            count_outputs(row.outputs, value_bytes)
-            rows.append(row)
-    return WindowOutputs(
-        rows[0].window_seconds,
-        np.concatenate([row.spans for row in rows]),
-        {name: np.concatenate([row.outputs[name] for row in rows]) for name in names},
-    )
+        if stream.frames:  # a header that promises too much is refused before the work begins
+            total = resampled_size(stream.frames, stream.sample_rate, rate)
+            limits.check_windows(len(plan_windows(total, length, rate, query.overlap).starts))
+        outputs = collect(engine.run(batches(stream), names), value_bytes)
+    return WindowOutputs(length / rate, np.concatenate(bounds) / float(rate), outputs)
 
 
-def count_outputs(outputs: dict[str, np.ndarray], value_bytes: int = OUTPUT_BYTES) -> None:
-    """Count the memory that these rows take in the answer; TooLargeError if it becomes too large."""
-    values = sum(output.size for output in outputs.values())
-    current().extend_answer(value_bytes * values, "send the recording in pieces, or fewer rows at once")
+def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYTES) -> dict[str, np.ndarray]:
+    """Put the outputs of batches together; TooLargeError if the answer takes too much memory."""
+    kept = []
+    for row in rows:
+        values = sum(output.size for output in row.values())
+        current().extend_answer(value_bytes * values, "send the recording in pieces, or fewer rows at once")
+        kept.append(row)
+    return {name: np.concatenate([row[name] for row in kept]) for name in kept[0]}
 
 
 # -- heads that read embeddings of another bundle -------------------------------------------------------------------

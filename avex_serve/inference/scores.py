@@ -12,9 +12,7 @@ from avex_serve.errors import InputError
 from avex_serve.scheduling.request import current
 
 STEP: Final = 1000  # labels that are reported in a few milliseconds
-SCORE_BYTES: Final = (
-    512  # memory for each score with its label, until the answer's text is made; measured, rounded up
-)
+SCORE_BYTES: Final = 512  # memory for a score with its label until the answer's text is made; measured, rounded up
 
 ScoreScale = Literal["sigmoid", "softmax", "logits"]
 
