@@ -74,6 +74,14 @@ def open_audio(source: bytes | str | os.PathLike[str]) -> Iterator[AudioStream]:
         yield stream
 
 
+@contextmanager
+def open_wave(wave: np.ndarray, sample_rate: int) -> Iterator[AudioStream]:
+    """Read a waveform in memory, (S,) floating point in [-1, 1], as a stream; AudioError as of `_check_wave`."""
+    wave = _check_wave(wave)
+    blocks = (wave[start : start + BLOCK_SAMPLES] for start in range(0, wave.size, BLOCK_SAMPLES))
+    yield AudioStream(blocks, sample_rate, wave.size)
+
+
 def decode(source: bytes | str | os.PathLike[str]) -> Recording:
     """Decode an encoded recording and mix it down to mono; arguments and errors as of `open_audio`.
 
@@ -118,7 +126,7 @@ def _read_blocks(sound: soundfile.SoundFile, name: str) -> Iterator[Wave]:
                 return
             frames += len(samples)
             request.limits.check_recording(frames, sound.channels, sound.samplerate)
-            wave = check_wave(_downmix(samples), name)
+            wave = _check_wave(_downmix(samples), name)
         yield wave
 
 
@@ -150,12 +158,12 @@ class _Bytes(io.BytesIO):
 
 def _downmix(samples: np.ndarray) -> Wave:
     """Mean over channels: (S, channels) → (S,) float32."""
-    with np.errstate(over="ignore", invalid="ignore"):  # `check_wave` refuses the result
+    with np.errstate(over="ignore", invalid="ignore"):  # `_check_wave` refuses the result
         mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
-def check_wave(wave: np.ndarray, name: str = "the waveform") -> Wave:
+def _check_wave(wave: np.ndarray, name: str = "the waveform") -> Wave:
     """The waveform as (S,) float32.
 
     Raises:

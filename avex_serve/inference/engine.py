@@ -3,13 +3,14 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
-from avex_serve.audio.reader import AudioStream, check_wave
+from avex_serve.audio.reader import open_wave
 from avex_serve.bundles.manifest import AudioSpec, EmbeddingInfo, Manifest, ProbeInfo
 from avex_serve.bundles.reading import Bundle
 from avex_serve.errors import NotFoundError, TensorError, UnsupportedError
@@ -23,11 +24,8 @@ from avex_serve.scheduling.request import INFER, QUEUE, current
 if TYPE_CHECKING:
     from avex_serve.inference.backend import Backend
 
-# One batch (B, …) of each input of the graph.
-Inputs = tuple[np.ndarray, ...]
+Inputs = tuple[np.ndarray, ...]  # one batch (B, …) of each input of the graph
 Outputs = dict[str, np.ndarray]  # by name, each (B, …) float32
-
-BLOCK_SAMPLES = 2**18  # of a waveform in memory, resampled at once
 
 
 class WindowScores(NamedTuple):
@@ -148,7 +146,7 @@ class Engine:
             threshold: lowest score to report.
             top_k: most labels to report for a window; see `scores.Selection` for the defaults.
             overlap: of neighbouring windows, in seconds.
-            probe: name of the head to ask; the bundle's first one by default.
+            probe: name of the head to run; the bundle's first one by default.
 
         Raises:
             InputError: audio, threshold, top_k or overlap that can't be used, or a result that is not finite.
@@ -156,7 +154,7 @@ class Engine:
             UnsupportedError: the bundle takes embeddings, not audio, or has no head.
         """
         query = Query(threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
-        return pipeline.predict(self, _opener(wave, sample_rate), query)
+        return pipeline.predict(self, partial(open_wave, wave, sample_rate), query)
 
     def predict_all(
         self,
@@ -167,16 +165,16 @@ class Engine:
         top_k: int | None = None,
         overlap: float = 0.0,
     ) -> list[Prediction]:
-        """Ask all heads in one pass of the backbone; arguments and errors as in `predict`."""
+        """Run all heads in one pass of the backbone; arguments and errors as in `predict`."""
         query = Query(threshold=threshold, top_k=top_k, overlap=overlap)
-        return pipeline.predict_all(self, _opener(wave, sample_rate), query).predictions
+        return pipeline.predict_all(self, partial(open_wave, wave, sample_rate), query).predictions
 
     def score(
         self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, probe: str | None = None
     ) -> WindowScores:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
         head = self.probe(probe)
-        windows = pipeline.run_recording(self, _opener(wave, sample_rate), Query(overlap=overlap), [head.logits])
+        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, [head.logits])
         return WindowScores(windows.spans, activate(windows.outputs[head.logits], head.activation))
 
     def embed(
@@ -184,20 +182,16 @@ class Engine:
     ) -> WindowEmbeddings:
         """The embeddings of a recording; arguments and errors as in `predict`.
 
-        Args:
-            wave: see `predict`.
-            sample_rate: see `predict`.
-            overlap: see `predict`.
-            output: name of the output that is the embedding; the bundle's first one by default.
+        `output` names the output that is the embedding; the bundle's first one by default.
         """
         name = self.embedding(output).output
-        windows = pipeline.run_recording(self, _opener(wave, sample_rate), Query(overlap=overlap), [name])
+        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, [name])
         return WindowEmbeddings(windows.spans, windows.outputs[name])
 
     def infer_recording(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> Outputs:
         """The graph's raw outputs for a recording, each (N, …) with one row for each window; see `predict`."""
         names = [spec.name for spec in self.manifest.outputs]
-        return pipeline.run_recording(self, _opener(wave, sample_rate), Query(overlap=overlap), names).outputs
+        return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, names).outputs
 
     # -- tensors --------------------------------------------------------------------------------------------------
 
@@ -209,7 +203,7 @@ class Engine:
         top_k: int | None = None,
         probe: str | None = None,
     ) -> Classification:
-        """Ask a head about embeddings, (B, D) or (B, T, D) as the manifest says.
+        """Run a head on embeddings, (B, D) or (B, T, D) as the manifest says.
 
         Raises:
             InputError: embeddings, threshold or top_k that can't be used.
@@ -247,7 +241,7 @@ class Engine:
         return batch, np.zeros(batch.shape, bool) if padding_mask is None else padding_mask
 
     def run(self, batches: Iterable[Inputs], names: Sequence[str]) -> Iterator[Outputs]:
-        """The outputs of these names for each batch, in order; a few batches run side by side.
+        """The outputs of these names for each batch, in order; a few batches run at the same time.
 
         Raises:
             TensorError: results that are not finite.
@@ -352,14 +346,3 @@ class Engine:
     def lease_those(self, wanted: Callable[[Manifest], bool]) -> "Iterator[list[Engine]]":
         """This engine, if it is wanted."""
         yield [self] if wanted(self.manifest) else []
-
-
-def _opener(wave: np.ndarray, sample_rate: int) -> pipeline.Audio:
-    """Opens a waveform in memory as a stream."""
-
-    def open_wave() -> nullcontext[AudioStream]:
-        checked = check_wave(wave)
-        blocks = (checked[start : start + BLOCK_SAMPLES] for start in range(0, checked.size, BLOCK_SAMPLES))
-        return nullcontext(AudioStream(blocks, sample_rate, checked.size))
-
-    return open_wave

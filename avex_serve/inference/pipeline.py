@@ -121,7 +121,7 @@ def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
         if not heads:
             source.probe(None)  # raises, with the reason
         selections = [_selection(head, query) for _, head, _ in heads]
-        windows = run_recording(source, audio, query, list(dict.fromkeys(output for _, _, output in heads)))
+        windows = run_recording(source, audio, query.overlap, list(dict.fromkeys(output for _, _, output in heads)))
         predictions = []
         for (engine, head, output), selection in zip(heads, selections, strict=True):
             logits = windows.outputs[output]
@@ -135,7 +135,7 @@ def embed(models: Models, audio: Audio, query: Query) -> Embedding:
     """The embeddings of a recording from an audio bundle; errors as of `predict`."""
     with models.lease(query.model, query.version) as engine:
         name = engine.embedding(query.output).output
-        windows = run_recording(engine, audio, query, [name], OUTPUT_BYTES + NUMBER_BYTES)
+        windows = run_recording(engine, audio, query.overlap, [name], OUTPUT_BYTES + NUMBER_BYTES)
         return Embedding(
             bundle=engine.manifest.name,
             version=engine.manifest.version,
@@ -205,7 +205,7 @@ def _prediction(
 
 
 def run_recording(
-    engine: "Engine", audio: Audio, query: Query, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
+    engine: "Engine", audio: Audio, overlap: float, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
 ) -> WindowOutputs:
     """Run an audio bundle on a recording while it is read; the outputs of these names.
 
@@ -219,7 +219,7 @@ def run_recording(
     """
     spec = engine.audio_spec
     length, rate = spec.window_samples, spec.sample_rate
-    hop = hop_samples(length, rate, query.overlap)  # raises before the recording is opened
+    hop = hop_samples(length, rate, overlap)  # raises before the recording is opened
     limits = current().limits
     bounds: list[np.ndarray] = []  # of the windows of each batch
 
@@ -236,7 +236,7 @@ def run_recording(
     with audio() as stream:
         if stream.frames:  # a header that promises too much is refused before the work begins
             total = resampled_size(stream.frames, stream.sample_rate, rate)
-            limits.check_windows(len(plan_windows(total, length, rate, query.overlap).starts))
+            limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
         outputs = collect(engine.run(batches(stream), names), value_bytes)
     return WindowOutputs(length / rate, np.concatenate(bounds) / float(rate), outputs)
 
@@ -258,14 +258,14 @@ def _run_either(models: Models, engine: "Engine", audio: Audio, query: Query, na
     """The outputs of a bundle of either kind; one that takes embeddings gets them from an audio bundle."""
     reader = engine.manifest
     if reader.kind == "audio":
-        return run_recording(engine, audio, query, names)
+        return run_recording(engine, audio, query.overlap, names)
     head = engine.probe(query.probe)
     with models.lease_those(lambda source: _link(source, reader, head) is not None) as sources:
         if not sources:
             raise UnsupportedError(_why_none(models, reader, head))
         output = _link(sources[0].manifest, reader, head)
         assert output is not None
-        windows = run_recording(sources[0], audio, query, [output])
+        windows = run_recording(sources[0], audio, query.overlap, [output])
     return windows._replace(outputs=engine.infer(windows.outputs[output]))
 
 
