@@ -19,7 +19,7 @@ def atomic_directory(target: Path, *, marker: str) -> Iterator[Path]:
     """A new folder to fill. Leaving the block moves it to `target`; an error in the block removes it.
 
     An existing target is replaced only if it is empty or holds the file `marker`, so that a mistyped path never
-    deletes somebody's folder. Parents that had to be made are removed after an error, unless they are in use.
+    deletes another folder. After an error, parents that were made here are removed too, unless they are in use.
 
     Raises:
         FileExistsError: the target, or one of its parents, is something else.
@@ -32,24 +32,18 @@ def atomic_directory(target: Path, *, marker: str) -> Iterator[Path]:
         raise FileExistsError(f"{missing[-1]} is a file, not a folder; choose another place for {target}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(target) as fresh:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            fresh = Path(scratch) / "new"
+            fresh.mkdir()
             yield fresh
+            if target.exists():
+                target.rename(Path(scratch) / "old")
+            fresh.rename(target)
     except BaseException:
         for parent in missing:
             with contextlib.suppress(OSError):  # never made, or in use by another program
                 parent.rmdir()
         raise
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        fresh = Path(scratch) / "new"
-        fresh.mkdir()
-        yield fresh
-        if target.exists():
-            target.rename(Path(scratch) / "old")
-        fresh.rename(target)
 
 
 def seal_bundle(folder: Path, labels: Mapping[str, tuple[str, ...]], manifest: Manifest) -> Bundle:

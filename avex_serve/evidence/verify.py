@@ -19,7 +19,7 @@ from avex_serve.evidence.machine import Machine, this_machine
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.results import Prediction
-from avex_serve.inference.scores import Selection, score_scale
+from avex_serve.inference.scores import Selection
 
 # Errors are relative to the largest expected value or to 1, whichever is larger. This one passes: float32 through a
 # transformer, and two ways to compute a spectrum.
@@ -277,7 +277,7 @@ def _is_noise(errors: Errors, tolerance: float) -> bool:
 def _threshold(activation: Activation, end_to_end: bool) -> float | None:
     """The threshold of scores or, for clips, of logits; None: only the best label counts."""
     if end_to_end:
-        return Selection.of(score_scale(activation), None, None).threshold
+        return Selection.of(activation, None, None).threshold
     return None if activation == "softmax" else 0.0
 
 

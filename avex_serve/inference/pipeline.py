@@ -91,7 +91,7 @@ def predict(models: Models, audio: Audio, query: Query) -> Prediction:
     """
     with models.lease(query.model, query.version) as engine:
         head = engine.probe(query.probe)
-        selection = _selection(head, query)
+        selection = Selection.of(head.activation, query.threshold, query.top_k)
         windows = _run_either(models, engine, audio, query, [head.logits])
         return _prediction(engine, head, windows, windows.outputs[head.logits], selection, query)
 
@@ -120,7 +120,7 @@ def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
             heads += [(reader, head, output) for head, output in _links(source.manifest, reader.manifest)]
         if not heads:
             source.probe(None)  # raises, with the reason
-        selections = [_selection(head, query) for _, head, _ in heads]
+        selections = [Selection.of(head.activation, query.threshold, query.top_k) for _, head, _ in heads]
         windows = run_recording(source, audio, query.overlap, list(dict.fromkeys(output for _, _, output in heads)))
         predictions = []
         for (engine, head, output), selection in zip(heads, selections, strict=True):
@@ -162,7 +162,7 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
                 f"bundle {engine.manifest.name} takes audio, not embeddings; use predict, or export with --offline"
             )
         head = engine.probe(query.probe)
-        selection = _selection(head, query)
+        selection = Selection.of(head.activation, query.threshold, query.top_k)
         scores = activate(engine.infer(embeddings)[head.logits], head.activation)
         return Classification(
             bundle=engine.manifest.name,
@@ -177,10 +177,6 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
 def infer_recording(models: Models, engine: "Engine", audio: Audio, query: Query) -> dict[str, np.ndarray]:
     """All outputs of a bundle of either kind for a recording, each (N, …) with one row for each window."""
     return _run_either(models, engine, audio, query, [spec.name for spec in engine.manifest.outputs]).outputs
-
-
-def _selection(head: ProbeInfo, query: Query) -> Selection:
-    return Selection.of(score_scale(head.activation), query.threshold, query.top_k)
 
 
 def _prediction(
