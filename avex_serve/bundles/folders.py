@@ -65,10 +65,8 @@ def is_gone(folder: Path) -> bool:
     """Whether the folder doesn't exist; False also if the disk can't be read at the moment."""
     try:
         folder.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
     return False
 
 

@@ -222,12 +222,12 @@ def run_recording(
     def batches(stream: AudioStream) -> Iterator[tuple[np.ndarray, ...]]:
         wave = resample_blocks(stream.blocks, stream.sample_rate, rate)
         windows = cut_windows(wave, length, hop, spec.shortest_samples or length)
-        count = 0
-        for batch in batch_windows(windows, engine.backend.max_batch, masked=engine.manifest.takes_padding_mask):
-            count += len(batch.bounds)
+        count, mask = 0, engine.manifest.takes_padding_mask
+        for neighbours, inputs in batch_windows(windows, engine.backend.max_batch, padding_mask=mask):
+            count += len(neighbours)
             limits.check_windows(count)
-            bounds.append(batch.bounds)
-            yield batch.inputs
+            bounds.append(neighbours)
+            yield inputs
 
     with audio() as stream:
         if stream.frames:  # a header that promises too much is refused before the work begins

@@ -38,33 +38,34 @@ class ModelState:
     name: str
     version: str  # "" where the bundle can't be read
     ready: bool
-    reason: str  # why what lies on disk is not served; "" if it is
+    reason: str  # why the files on disk are not served; "" if they are
 
 
+@dataclass(eq=False)
 class _Served:
     """An engine in service. It is closed when its last lease ends; the repository holds one until the exchange."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.leases = 1
+    engine: Engine
+    leases: int = 1
 
     @property
     def key(self) -> tuple[str, str]:
         return self.engine.manifest.name, self.engine.manifest.version
 
 
+@dataclass(eq=False)
 class _Place:
     """A folder with a bundle: what is served from it, and what is known of its present files."""
 
-    def __init__(self, folder: Path, name: str, version: str) -> None:
-        self.folder = folder
-        self.name, self.version = name, version  # of the present files
-        self.served: _Served | None = None
-        self.reason = ""  # why the present files are not served
-        self.logged = ""  # the last reason in the log
-        self.seen: Stamp | None = None  # at the last look
-        self.settled: Stamp | None = None  # of the files that were opened, or refused for good
-        self.gone = False  # at the last look
+    folder: Path
+    name: str  # of the present files, as `version`
+    version: str
+    served: _Served | None = None
+    reason: str = ""  # why the present files are not served
+    logged: str = ""  # the last reason in the log
+    seen: Stamp | None = None  # at the last look
+    settled: Stamp | None = None  # of the files that were opened, or refused for good
+    gone: bool = False  # at the last look
 
 
 class Repository:
