@@ -7,10 +7,9 @@ import shutil
 import msgspec
 import pytest
 
-from avex_serve.bundles.labels import dump_labels, parse_labels
 from avex_serve.bundles.manifest import LABELS, MANIFEST, ONNX, ONNX_INT8, TORCHSCRIPT, Manifest
-from avex_serve.bundles.reading import read_bundle, sha256_of
-from avex_serve.bundles.sealing import atomic_directory, seal_bundle
+from avex_serve.bundles.reading import parse_labels, read_bundle, sha256_of
+from avex_serve.bundles.sealing import atomic_directory, dump_labels, seal_bundle
 from avex_serve.errors import BundleError
 from tests.bundles import DIM, PROBE, WINDOW, copy_bundle, replace_file
 from tests.bundles import LABELS as NAMES

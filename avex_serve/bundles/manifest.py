@@ -14,6 +14,7 @@
 The manifest lists every file but itself, with its digest.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct, field
@@ -57,6 +58,12 @@ class TensorSpec(_Strict, frozen=True, kw_only=True):
     name: str
     dtype: Literal["float32", "bool"] = "float32"
     shape: Annotated[tuple[int, ...], Meta(min_length=1)]
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it describes an array of that shape, or tensors of that shape in another manifest."""
+        return len(shape) == len(self.shape) and all(
+            size in (-1, given) for size, given in zip(self.shape, shape, strict=True)
+        )
 
 
 class AudioSpec(_Strict, frozen=True, kw_only=True):

@@ -22,9 +22,9 @@ from avex_serve.audio.windows import plan_windows
 from avex_serve.bundles.reading import read_manifest
 from avex_serve.demo.server import running_server
 from avex_serve.errors import AvexServeError, DependencyError
-from avex_serve.inference.opening import open_bundle
+from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.results import Detection, Prediction, detect
-from avex_serve.inference.scores import Selection, score_scale
+from avex_serve.inference.scores import Selection
 from avex_serve.service.grpc.messages import SERVICE, message_class
 from avex_serve.synthetic import Event, make_recording
 
@@ -108,7 +108,7 @@ def _detections(bundle: Path, recording: Path, scores: np.ndarray) -> list[Detec
     assert spec is not None
     plan = plan_windows(soundfile.info(recording).frames, spec.window_samples, spec.sample_rate, overlap=0.0)
     (probe,) = opened.manifest.probes
-    selection = Selection.of(score_scale(probe.activation), threshold=None, top_k=None)
+    selection = Selection.of(probe.activation, threshold=None, top_k=None)
     return detect(plan.spans, scores, opened.labels[probe.name], selection)
 
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from avex_serve.bundles.manifest import Activation, Manifest, ProbeInfo
-from avex_serve.bundles.reading import check_files, read_manifest
+from avex_serve.bundles.reading import read_bundle
 from avex_serve.errors import BundleError, TensorError
 from avex_serve.evidence.cases import Case, Check, Decisions, Errors, Outputs, read_evidence
 from avex_serve.evidence.machine import Machine, this_machine
+from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.opening import open_bundle
 from avex_serve.inference.results import Prediction
-from avex_serve.inference.scores import Selection, score_scale
+from avex_serve.inference.scores import Selection
 
 # Errors are relative to the largest expected value or to 1, whichever is larger. This one passes: float32 through a
 # transformer, and two ways to compute a spectrum.
@@ -50,7 +50,7 @@ def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu") -> tup
         DependencyError: torch or CUDA is needed and missing.
         InputError: an unknown device.
     """
-    check_files(read_manifest(directory))  # opening checks only the files that it loads
+    read_bundle(directory)  # opening checks only the files that it loads
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(open_bundle(directory, device, precision="float32"))]
         record, cases = read_evidence(engines[0].bundle)
@@ -277,7 +277,7 @@ def _is_noise(errors: Errors, tolerance: float) -> bool:
 def _threshold(activation: Activation, end_to_end: bool) -> float | None:
     """The threshold of scores or, for clips, of logits; None: only the best label counts."""
     if end_to_end:
-        return Selection.of(score_scale(activation), None, None).threshold
+        return Selection.of(activation, None, None).threshold
     return None if activation == "softmax" else 0.0
 
 

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from avex_serve.errors import InputError, TensorError, TooLargeError
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.scheduling.request import current
 
 Value = TypeVar("Value")

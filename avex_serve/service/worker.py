@@ -23,9 +23,9 @@ from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.folders import check_any
 from avex_serve.errors import AvexServeError, InputError
 from avex_serve.inference import pipeline
+from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.opening import open_bundle
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.inference.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.scheduling.admission import Admission

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from avex_serve.cli import drop_output, escape_unprintable
 from avex_serve.errors import AvexServeError, DependencyError, ExportError, InputError
-from avex_serve.terminal import drop_output, escape_unprintable
 
 # Windows has no SIGHUP.
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]

@@ -20,7 +20,6 @@ from avex_export.progress import Progress
 from avex_export.request import ExportRequest, read_probes
 from avex_export.verify import compare, verify
 from avex_serve.audio import reader as audio
-from avex_serve.audio import waveform
 from avex_serve.bundles.manifest import (
     CARD,
     LABELS,
@@ -117,7 +116,7 @@ def _check_recording(path: Path, assembly: Assembly) -> None:
     assert assembly.sample_rate is not None
     wave, rate = audio.decode(path)
     try:
-        waveform.resample(wave, rate, assembly.sample_rate)
+        audio.resample(wave, rate, assembly.sample_rate)
     except AudioError as error:
         raise AudioError(f"{path}: {error}") from None
 

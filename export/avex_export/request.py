@@ -8,8 +8,8 @@ from pathlib import Path
 import avex_serve
 from avex_export.passes import SUMMARIES
 from avex_export.recipes import Recipe, find_recipe
-from avex_serve.bundles.labels import read_label_file
 from avex_serve.bundles.manifest import LABELS, NAME_PATTERN, Activation
+from avex_serve.bundles.reading import read_label_file
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError, InputError, NotFoundError
 from avex_serve.models.probes.storage import WEIGHTS, SavedProbe, backbone_of, read_labels, read_saved

@@ -10,8 +10,7 @@ import pytest
 import soundfile
 import soxr
 
-from avex_serve.audio.reader import decode
-from avex_serve.audio.waveform import RATES, resample, resample_blocks, resampled_size
+from avex_serve.audio.reader import RATES, decode, resample, resample_blocks, resampled_size
 from avex_serve.errors import AudioError, InputError, NotFoundError
 
 CONTAINERS = {

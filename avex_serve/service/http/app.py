@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from avex_serve.audio.reader import open_audio
 from avex_serve.errors import InputError, NotFoundError, StorageError, TooLargeError, UnsupportedError
 from avex_serve.inference import pipeline
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.service import parsing
 from avex_serve.service.front import CONTROL_BYTES, METRICS, OTHER, Found, Front

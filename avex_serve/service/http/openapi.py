@@ -9,9 +9,9 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
-from avex_serve.inference.query import Query
+from avex_serve import __version__
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, Detection, Embedding, LabelScore, Prediction, Predictions
-from avex_serve.version import __version__
 
 Schema = dict[str, Any]
 Options = Mapping[str, tuple[str, Schema]]  # name: description and schema

@@ -8,7 +8,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from avex_serve.audio import reader as audio
-from avex_serve.audio import waveform
 from avex_serve.audio.windows import plan_windows
 from avex_serve.errors import InputError
 from avex_serve.synthetic import LOWEST_SAMPLE_RATE, make_recording
@@ -75,7 +74,7 @@ def _cut(folder: Path, samples: int, rate: int) -> Iterator[np.ndarray]:
     most = -(-4 * HELD_OUT_CLIPS // max(1, min(len(files), _FILES)))
     for path in _spread(files, _FILES):
         recording = audio.decode(path)
-        wave = waveform.resample(recording.wave, recording.sample_rate, rate)
+        wave = audio.resample(recording.wave, recording.sample_rate, rate)
         yield from _spread(list(plan_windows(wave.size, samples, rate, overlap=0.0).cut(wave)), most)
 
 
@@ -94,7 +93,7 @@ def _sounds(samples: int, rate: int, seeds: range) -> Iterator[np.ndarray]:
         # The clip is the start of a recording that is long enough to hold sounds.
         seconds = max(samples / rate, 2.0)
         wave, _ = make_recording(seed, seconds=seconds, sample_rate=max(rate, LOWEST_SAMPLE_RATE))
-        yield waveform.resample(wave, max(rate, LOWEST_SAMPLE_RATE), rate)[:samples]
+        yield audio.resample(wave, max(rate, LOWEST_SAMPLE_RATE), rate)[:samples]
 
 
 def _noise(samples: int) -> np.ndarray:
