@@ -18,9 +18,9 @@ from torch import nn
 
 from avex_serve.configs import ModelSpec
 from avex_serve.models.base_model import ModelBase
-from avex_serve.models.beats import BEATsModel
+from avex_serve.models.beats_model import BEATsModel
 from avex_serve.models.custom import Backbone, adapt
-from avex_serve.models.eat import EATModel
+from avex_serve.models.eat_hf import EATModel
 from avex_serve.models.efficientnet import EfficientNetModel
 from avex_serve.models.files import count_labels
 
