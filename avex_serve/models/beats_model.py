@@ -20,8 +20,7 @@ from torch.nn.utils import parametrizations
 from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase, refuse_pretrained
 from avex_serve.models.frontends import KaldiFbank, beyond, precise
-from avex_serve.models.hooks import is_tracing
-from avex_serve.models.layers import BACKBONE, Taps
+from avex_serve.models.layers import BACKBONE, Taps, is_tracing
 
 # Kaldi expects waveforms in the range of 16-bit integers.
 _INT16_SCALE = 2**15

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from avex_serve.configs import Aggregation, InputProcessing, ProbeConfig
 from avex_serve.models.aggregation import aggregate, concatenate, time_steps
 from avex_serve.models.base_model import ModelBase, unpack_audio
-from avex_serve.models.hooks import frozen, is_tracing
+from avex_serve.models.layers import frozen, is_tracing
 
 Shape = tuple[int, ...]  # of one clip's embedding, without the batch: (D,), (T, D) or (C, H, W)
 InputDim = int | tuple[int, ...] | list[tuple[int, ...]]

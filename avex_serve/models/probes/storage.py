@@ -19,7 +19,7 @@ from avex_serve.bundles.labels import dump_labels, parse_labels
 from avex_serve.bundles.manifest import LABELS
 from avex_serve.bundles.sealing import atomic_directory
 from avex_serve.configs import ModelSpec, ProbeConfig
-from avex_serve.models.base_model import ModelBase
+from avex_serve.models.base_model import Backbone, ModelBase, adapt
 from avex_serve.models.checkpoints import (
     StateDict,
     brought_to,
@@ -29,7 +29,6 @@ from avex_serve.models.checkpoints import (
     read_state_dict,
     some,
 )
-from avex_serve.models.custom import Backbone, adapt
 from avex_serve.models.probes.base import Probe, Shape
 from avex_serve.models.probes.utils.factory import build_probe_from_config
 from avex_serve.models.utils.load import find_entry, load_model

@@ -5,8 +5,7 @@ import logging
 from typing import Any
 
 from avex_serve.configs import ProbeConfig
-from avex_serve.models.base_model import ModelBase
-from avex_serve.models.custom import Backbone, adapt
+from avex_serve.models.base_model import Backbone, ModelBase, adapt
 from avex_serve.models.probes.base import InputDim, Probe
 from avex_serve.models.probes.utils.registry import get_probe_class, list_probe_classes
 
@@ -44,7 +43,7 @@ def build_probe_from_config(
         num_classes: width of the logits.
         device: where to put it, such as ``cpu`` or ``cuda``.
         base_model: the backbone, for online mode. The configuration determines whether it is frozen. A model that
-            isn't a `ModelBase`, such as one of avex, is adapted (`avex_serve.models.custom`).
+            isn't a `ModelBase`, such as one of avex, is adapted (`avex_serve.models.base_model`).
         input_dim: for offline mode, the shape of a clip's embedding: its width, a shape, or a list with one shape
             per layer.
         target_length: samples of a clip; overrides the configuration's, which overrides the backbone's.
