@@ -31,8 +31,8 @@ def build_probe_from_config(
         device: where to put it, such as ``cpu`` or ``cuda``.
         base_model: the backbone, for online mode. The configuration determines whether it is frozen. A model that
             isn't a `ModelBase`, such as one of avex, is adapted (`avex_serve.models.base_model`).
-        input_dim: for offline mode, the shape of a clip's embedding: its width, a shape, or a list with one shape
-            per layer.
+        input_dim: for offline mode, the shape of a clip's embedding: its width, a shape without the batch, or a list
+            with one shape per layer.
         target_length: samples of a clip; overrides the configuration's, which overrides the backbone's.
         **kwargs: options of the head that the configuration doesn't set.
 
@@ -84,12 +84,11 @@ def build_probe_from_config(
 def _refuse_unknown(kwargs: dict[str, Any], kind: str, cls: type[Probe]) -> None:
     for name in kwargs.keys() - cls.options.keys():
         if name in ProbeConfig.model_fields:
-            raise TypeError(
-                f"build_probe_from_config() got an unexpected keyword '{name}' for a {kind} probe; set it in the "
-                "ProbeConfig"
-            )
-        close = difflib.get_close_matches(name, [*cls.options, *ProbeConfig.model_fields], n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"it accepts {sorted(cls.options) or 'no options'}"
+            hint = "set it in the ProbeConfig"
+        elif close := difflib.get_close_matches(name, [*cls.options, *ProbeConfig.model_fields], n=1):
+            hint = f"did you mean '{close[0]}'?"
+        else:
+            hint = f"it accepts {sorted(cls.options) or 'no options'}"
         raise TypeError(f"build_probe_from_config() got an unexpected keyword '{name}' for a {kind} probe; {hint}")
 
 
