@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase, refuse_pretrained
 from avex_serve.models.frontends import Spectrogram
-from avex_serve.models.hooks import is_tracing
-from avex_serve.models.layers import BACKBONE, Taps
+from avex_serve.models.layers import BACKBONE, Taps, is_tracing
 
 Variant = Literal["b0", "b1"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from avex_serve.configs import AudioConfig
-from avex_serve.models.hooks import is_tracing
+from avex_serve.models.layers import is_tracing
 
 WindowName = Literal["povey", "hanning"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from avex_export.architectures import ARCHITECTURES, architecture_of, names
 from avex_export.architectures.base import Architecture, Pass, Target
 from avex_export.architectures.spectra import front_ends, use_products
-from avex_serve.models.hooks import input_lengths
+from avex_serve.models.layers import input_lengths
 from avex_serve.models.probes import Probe
 
 

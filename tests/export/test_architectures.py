@@ -121,7 +121,7 @@ def test_the_list_of_passes_keeps_the_order_of_each_architecture():
 
 
 def test_no_other_module_of_the_exporter_knows_a_backbone():
-    modules = {f"avex_serve.models.{name}" for name in ("beats", "eat", "efficientnet")}
+    modules = {f"avex_serve.models.{name}" for name in ("beats_model", "eat_hf", "efficientnet")}
     classes = {each.backbone.__name__ for each in architectures.ARCHITECTURES}
     assert {"BEATsModel", "EATModel", "EfficientNetModel"} <= classes
     for path in PACKAGE.rglob("*.py"):

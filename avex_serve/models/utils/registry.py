@@ -17,10 +17,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from avex_serve.configs import ModelSpec
-from avex_serve.models.base_model import ModelBase
-from avex_serve.models.beats import BEATsModel
-from avex_serve.models.custom import Backbone, adapt
-from avex_serve.models.eat import EATModel
+from avex_serve.models.base_model import Backbone, ModelBase, adapt
+from avex_serve.models.beats_model import BEATsModel
+from avex_serve.models.eat_hf import EATModel
 from avex_serve.models.efficientnet import EfficientNetModel
 from avex_serve.models.files import count_labels
 
@@ -242,7 +241,7 @@ def register_model_class(cls: _Class) -> _Class:
 
     Args:
         cls: a subclass of `ModelBase`, or of `torch.nn.Module` with the methods of
-            `avex_serve.models.custom.Backbone`. Its ``__init__`` may accept ``device``, ``audio_config``,
+            `avex_serve.models.base_model.Backbone`. Its ``__init__`` may accept ``device``, ``audio_config``,
             ``num_classes``, ``return_features_only`` and fields of `ModelSpec`.
 
     Raises:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from avex_export.architectures.base import DEAD_LAYERS, NORMS, POOLING, PROJECTIONS, Architecture, Pass, Target
 from avex_export.architectures.spectra import FRONT_ENDS
 from avex_export.architectures.transformers import Blocks, MergedAttention, Pool, Then, rows_of
-from avex_serve.models.beats import BEATsModel, Encoder, SelfAttention, relative_distances
+from avex_serve.models.beats_model import BEATsModel, Encoder, SelfAttention, relative_distances
 from avex_serve.models.layers import BACKBONE, Taps
 
 POSITIONS = Pass("position-bias", "bake the relative position bias and the positional convolution's norm")
@@ -105,7 +105,7 @@ class BEATsAttention(MergedAttention):
     def forward(
         self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None, taps: Taps, name: str
     ) -> Tensor:
-        """As `avex_serve.models.beats.SelfAttention.forward`."""
+        """As `avex_serve.models.beats_model.SelfAttention.forward`."""
         query, key, value, gates = self.project(x)
         bias = position_bias
         if bias is not None and self.gate is not None:

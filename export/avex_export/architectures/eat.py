@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from avex_export.architectures.base import DEAD_LAYERS, NORMS, POOLING, PROJECTIONS, Architecture, Target
 from avex_export.architectures.spectra import FRONT_ENDS
 from avex_export.architectures.transformers import Blocks, MergedAttention, Pool, Then, rows_of
-from avex_serve.models.eat import EATModel, SelfAttention
+from avex_serve.models.eat_hf import EATModel, SelfAttention
 from avex_serve.models.layers import BACKBONE, Taps
 
 _NETWORK = "backbone.model"
@@ -54,7 +54,7 @@ class EATAttention(MergedAttention):
         super().__init__([query, others], attention.proj, attention.heads)
 
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
-        """As `avex_serve.models.eat.SelfAttention.forward`."""
+        """As `avex_serve.models.eat_hf.SelfAttention.forward`."""
         query, key, value, _ = self.project(x)
         output = self.out(self.attend(query, key, value, None))
         taps(f"{name}.proj", output)

@@ -20,6 +20,7 @@ _PROBE_CLASSES: dict[str, type[Probe]] = {
     "attention": AttentionProbe,
     "transformer": TransformerProbe,
 }
+HEAD_OPTIONS = {option for cls in _PROBE_CLASSES.values() for option in cls.options}
 
 
 def get_probe_class(name: str) -> type[Probe] | None:
