@@ -3,8 +3,10 @@
 BentoML has no public way to what is here. Written for BentoML 1.4 and uvicorn 0.54.
 """
 
+import asyncio
 import json
 import logging
+import re
 import shutil
 import tempfile
 from functools import cached_property
@@ -12,79 +14,140 @@ from typing import Any, Final, NamedTuple
 
 import bentoml
 import click  # BentoML's command is made with it
+import h11  # uvicorn reads HTTP with it
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.resource import system_resources
+from bentoml._internal.server.http import traffic
 from bentoml._internal.utils import circus
 from opentelemetry.sdk.trace import TracerProvider
+from starlette.types import ASGIApp
 from uvicorn.config import HTTP_PROTOCOLS
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from avex_serve.errors import InputError
 
 # -- HTTP connections -----------------------------------------------------------------------------------------------
 
 MAX_HEAD_BYTES: Final = 2**16
+MAX_HEADERS: Final = 256
+MAX_FAULT: Final = 100  # characters of what h11 says of bytes that it can't parse
 
 _LINE_BYTES: Final = len(b": \r\n")  # of a header, besides its name and value
-_REFUSAL: Final = json.dumps({"error": f"the request's head is too large; expected at most {MAX_HEAD_BYTES} bytes"})
+_ORIGIN: Final = re.compile(rb"https?://[^/?]*", re.IGNORECASE)
 
 
-class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with a bound on the head of a request: its line, its headers and its trailers.
+class BoundedConnection(h11.Connection):
+    """h11's parser, with bounds on a head that arrives at once, and with one way to tell where a body ends."""
 
-    The parser collects each header until it is complete. That takes time by the square of its size, before any
-    application sees the request: a header of 200 MiB blocked the event loop for a minute, and it took no key.
-    Too large a head is answered 431, and the connection is closed.
+    fault: h11.RemoteProtocolError | None = None  # why the client's bytes can't be parsed
+
+    def next_event(self) -> Any:
+        """The next part of a request, see h11; RemoteProtocolError for what is refused."""
+        try:
+            event = super().next_event()
+            return _checked(event) if isinstance(event, h11.Request) else event
+        except h11.RemoteProtocolError as error:
+            self.fault = error
+            raise
+
+
+def _checked(request: h11.Request) -> h11.Request:
+    size = len(request.target) + sum(len(name) + len(value) + _LINE_BYTES for name, value in request.headers)
+    if size > MAX_HEAD_BYTES or len(request.headers) > MAX_HEADERS:
+        raise h11.RemoteProtocolError("the head is too large", error_status_hint=431)
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
+        # A proxy that reads the other one would find another request in the body.
+        raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding exclude each other")
+    if (origin := _ORIGIN.match(request.target)) is None:
+        return request
+    target = b"/" + request.target[origin.end() :].removeprefix(b"/")  # as proxies are asked, RFC 9112, 3.2.2
+    return h11.Request(
+        method=request.method, headers=request.headers, target=target, http_version=request.http_version
+    )
+
+
+class BoundedFlow(FlowControl):
+    """uvicorn's flow control, which reads nothing more while a request waits for the answer to the one before it."""
+
+    def __init__(self, transport: asyncio.Transport, connection: h11.Connection) -> None:
+        super().__init__(transport)
+        self._connection = connection
+
+    def resume_reading(self) -> None:
+        """Read again, unless a request waits."""
+        if self._connection.their_state is not h11.DONE or not self._connection.trailing_data[0]:
+            super().resume_reading()
+
+
+class BoundedHttp(H11Protocol):
+    """uvicorn's HTTP protocol on h11, which reads one request after another, with bounds on each connection.
+
+    A head has at most `MAX_HEAD_BYTES` and `MAX_HEADERS`. What follows the request in work stays unread, except for
+    what the last read returned. An upgrade is ignored: the request is answered as any other (RFC 9110, 7.8). Bytes
+    that are no request are answered 400, and too large a head 431, both as JSON; then the connection is closed.
     """
 
-    _incomplete = 0  # bytes since the last complete part: a head, a piece of a body, a request
-    _too_large = False
+    conn: BoundedConnection
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn = BoundedConnection(h11.SERVER, MAX_HEAD_BYTES)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Accept a connection."""
+        super().connection_made(transport)
+        self.flow = BoundedFlow(transport, self.conn)
 
     def data_received(self, data: bytes) -> None:
-        """Parse data from the client."""
-        self._incomplete += len(data)
-        super().data_received(data)
-        if self._incomplete > MAX_HEAD_BYTES and not self._too_large:
-            self._refuse()
+        """Parse data from the client, unless its connection ends with the request in work."""
+        if not self.transport.is_closing() and self.conn.their_state is not h11.MUST_CLOSE:
+            super().data_received(data)
 
-    def on_headers_complete(self) -> None:
-        """Check the size of a complete head, which may have arrived at once."""
-        self._incomplete = 0
-        size = len(self.url) + sum(len(name) + len(value) + _LINE_BYTES for name, value in self.headers)
-        if size > MAX_HEAD_BYTES:
-            self._too_large = True
-            raise ValueError("the head is too large")  # ends the parser, see `send_400_response`
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        """Accept a piece of a body."""
-        self._incomplete = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        """Accept the end of a request."""
-        self._incomplete = 0
-        super().on_message_complete()
+    def on_response_complete(self) -> None:
+        """Turn to the next request."""
+        super().on_response_complete()
+        self.flow.resume_reading()  # its head may be incomplete
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what the parser can't parse."""
-        if self._too_large:
-            self._refuse()
-        else:
-            super().send_400_response(msg)
-
-    def _refuse(self) -> None:
-        self._too_large = True
-        # While another request is being answered, this would look like its answer.
-        if self.cycle is None or self.cycle.response_complete:
-            head = f"content-type: application/json\r\ncontent-length: {len(_REFUSAL)}\r\nconnection: close\r\n\r\n"
-            self.transport.write(STATUS_LINE[431] + (head + _REFUSAL).encode())
+        """Answer what the parser refuses, if no part of another answer has been sent, and close the connection."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # the application can't answer any more
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.write(_refusal(self.conn.fault))
         self.transport.close()
 
+    def _should_upgrade(self) -> bool:
+        return False
 
-def bound_heads() -> None:
+
+def _refusal(fault: h11.RemoteProtocolError | None) -> bytes:
+    if fault is not None and fault.error_status_hint == 431:
+        status = "431 Request Header Fields Too Large"
+        error = f"the request's head is too large; expected at most {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers"
+    else:
+        status, error = "400 Bad Request", f"this is no valid HTTP request: {str(fault)[:MAX_FAULT]}"
+    body = json.dumps({"error": error})
+    head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    return f"HTTP/1.1 {status}\r\n{head}{body}".encode()
+
+
+def bound_connections() -> None:
     """Make the servers of this process use `BoundedHttp`: BentoML lets uvicorn choose its protocol."""
     HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedHttp.__name__}"
+
+
+def keep_no_timers() -> None:
+    """Keep BentoML from limiting the time of each HTTP request, which `front` does.
+
+    BentoML has no setting for this. Its timers hold the memory of requests that have long been answered.
+    """
+    traffic.TimeoutMiddleware = _untimed  # type: ignore[assignment,misc]
+
+
+def _untimed(app: ASGIApp, timeout: float) -> ASGIApp:
+    return app
 
 
 # -- configuration --------------------------------------------------------------------------------------------------
