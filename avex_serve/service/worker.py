@@ -7,8 +7,10 @@ are answered by `avex_serve.service.http`.
 # mypy: disable-error-code="untyped-decorator,attr-defined"
 # BentoML resolves its decorators lazily, so mypy sees no types of them.
 
+import asyncio
 import logging
 import os
+import signal
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +45,7 @@ logger = logging.getLogger(__name__)
 ALL_INTERFACES: Final = {"0.0.0.0", "::"}
 QUEUE_FACTOR: Final = 16  # waiting requests for each at work
 TIMEOUT_MARGIN: Final = 10.0  # seconds
+CHECK_SECONDS: Final = 1.0  # between two looks at the background tasks
 STARTUP_FAILED: Final = 3  # exit code, uvicorn's for this case
 
 
@@ -65,6 +68,7 @@ class AvexService:
     """Names the sounds in recordings, with the bundles that AVEX_BUNDLE points at."""
 
     _grpc: GrpcServer | None = None
+    _watch: asyncio.Task[None] | None = None
 
     def __init__(self) -> None:
         if bentoml.server_context.worker_index is not None:  # in BentoML's server, not in another program
@@ -199,6 +203,8 @@ class AvexService:
         front.drain.on_signals(self._grpc.announce_end)
         if settings.reload_seconds:
             front.repository.watch(settings.reload_seconds)
+            front.alive.append(front.repository.is_watching)
+        self._watch = asyncio.create_task(_end_when_broken(front))
         logger.info(
             "gRPC listens on %s; to serve another bundle: "
             "AVEX_BUNDLE=dir bentoml serve avex_serve.service:AvexService",
@@ -208,12 +214,22 @@ class AvexService:
     @bentoml.on_shutdown
     async def stop(self) -> None:
         """End gRPC and the engines, after HTTP has ended."""
+        if self._watch is not None:
+            self._watch.cancel()
         if self._grpc is not None:
             await self._grpc.stop()
         front = self.front
         front.admission.close()
         front.repository.close()
         await to_thread.run_sync(front.telemetry.close)
+
+
+async def _end_when_broken(front: Front) -> None:
+    """End the worker in order once one of its background tasks has ended, so that BentoML starts another worker."""
+    while front.is_whole():
+        await asyncio.sleep(CHECK_SECONDS)
+    logger.critical("a background task of this worker has ended; the worker ends, to be replaced")
+    signal.raise_signal(signal.SIGTERM)
 
 
 def _check_ports_differ(settings: Settings) -> None:
