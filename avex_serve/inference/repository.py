@@ -108,6 +108,10 @@ class Repository:
         self._watcher = threading.Thread(target=self._watch, args=(seconds,), name="avex-reload", daemon=True)
         self._watcher.start()
 
+    def is_watching(self) -> bool:
+        """Whether the thread of `watch` still runs."""
+        return self._watcher is not None and self._watcher.is_alive()
+
     @contextmanager
     def lease(self, name: str | None = None, version: str | None = None) -> Iterator[Engine]:
         """The engine of a model, open until the block ends.

@@ -21,7 +21,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
@@ -93,10 +93,15 @@ class Front:
     answers: Memory
     telemetry: Telemetry
     drain: Drain
+    alive: list[Callable[[], bool]] = field(default_factory=list)  # whether each background task still runs
 
     def ready(self) -> bool:
-        """Whether requests are accepted: models are served, each has answered once, and it isn't shutting down."""
-        return not self.drain.draining and self.repository.serves()
+        """Whether requests are accepted: models are served, each has answered once, and no part has ended."""
+        return not self.drain.draining and self.is_whole() and self.repository.serves()
+
+    def is_whole(self) -> bool:
+        """Whether all background tasks of the worker run."""
+        return all(runs() for runs in self.alive)
 
     @contextmanager
     def record(self, exchange: Exchange, headers: Mapping[str, str]) -> Iterator[Request]:
@@ -344,21 +349,21 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return grpc.stream_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
 
     def _behind(self, handler: Any, method: str, headers: Mapping[str, str]) -> Call:
-        route = OTHER if handler is None else method[1:]
+        route = method.removeprefix("/")
         exchange = Exchange("grpc", route, "", method, quiet=method in QUIET)
         # Those of the health service may last for days, and are not recorded.
         is_stream = handler is not None and handler.response_streaming
 
         async def call(messages: Any, context: grpc.aio.ServicerContext) -> Any:
             with nullcontext(Request()) if is_stream else self._front.record(exchange, headers) as request:
-                if not is_stream:
-                    await context.send_initial_metadata(((REQUEST_ID, request.id),))
                 try:
+                    if not is_stream:
+                        await context.send_initial_metadata(((REQUEST_ID, request.id),))
                     with self._front.running(quiet=exchange.quiet):
                         answer = await self._answer(handler, method, headers, request, messages, context)
                     exchange.status = (context.code() or grpc.StatusCode.OK).name
                     return answer
-                except asyncio.CancelledError:
+                except (asyncio.CancelledError, grpc.aio.BaseError):  # gRPC has ended the call
                     exchange.status = grpc.StatusCode.CANCELLED.name
                     raise
                 except Exception as error:  # noqa: BLE001 - logged if it is unexpected

@@ -7,9 +7,11 @@ are answered by `avex_serve.service.http`.
 # mypy: disable-error-code="untyped-decorator,attr-defined"
 # BentoML resolves its decorators lazily, so mypy sees no types of them.
 
+import asyncio
 import ctypes
 import logging
 import os
+import signal
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -46,6 +48,7 @@ logger = logging.getLogger(__name__)
 ALL_INTERFACES: Final = {"0.0.0.0", "::"}
 QUEUE_FACTOR: Final = 16  # waiting requests for each at work
 ARENAS: Final = -8, 2  # M_ARENA_MAX of glibc: see `_keep_less_memory`
+CHECK_SECONDS: Final = 1.0  # between two looks at the background tasks
 STARTUP_FAILED: Final = 3  # exit code, uvicorn's for this case
 
 
@@ -55,6 +58,7 @@ class AvexService:
     """Names the sounds in recordings, with the bundles that AVEX_BUNDLE points at."""
 
     _grpc: GrpcServer | None = None
+    _watch: asyncio.Task[None] | None = None
 
     def __init__(self) -> None:
         if bentoml.server_context.worker_index is not None:  # in BentoML's server, not in another program
@@ -193,6 +197,8 @@ class AvexService:
             front.drain.watch_supervisor()
         if settings.reload_seconds:
             front.repository.watch(settings.reload_seconds)
+            front.alive.append(front.repository.is_watching)
+        self._watch = asyncio.create_task(_end_when_broken(front))
         logger.info(
             "gRPC listens on %s; to serve another bundle: "
             "AVEX_BUNDLE=dir bentoml serve avex_serve.service:AvexService",
@@ -202,6 +208,8 @@ class AvexService:
     @bentoml.on_shutdown
     async def stop(self) -> None:
         """End gRPC and the engines, after HTTP has ended."""
+        if self._watch is not None:
+            self._watch.cancel()
         if self._grpc is not None:
             await self._grpc.stop()
         front = self.front
@@ -214,6 +222,14 @@ def _keep_less_memory() -> None:
     """Share freed memory between threads. By default glibc keeps it for each of them: up to twice what is in use."""
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(*ARENAS)
+
+
+async def _end_when_broken(front: Front) -> None:
+    """End the worker in order once one of its background tasks has ended, so that BentoML starts another worker."""
+    while front.is_whole():
+        await asyncio.sleep(CHECK_SECONDS)
+    logger.critical("a background task of this worker has ended; the worker ends, to be replaced")
+    signal.raise_signal(signal.SIGTERM)
 
 
 def _check_ports_differ(settings: Settings) -> None:
