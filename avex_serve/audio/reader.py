@@ -5,6 +5,7 @@ libsndfile decodes, channels are mixed down by their mean, and soxr resamples.
 
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,11 @@ STREAMED: Final = 0x7FFF0000
 # Recorders have rates well within these, from infrasound to sonar. A damaged header may say anything, and a rate of
 # 1 Hz would make a small upload grow 16,000-fold when it is resampled.
 RATES: Final = (100, 10_000_000)  # Hz
+# The first bytes of WAV and its relatives (RF64, Wave64, AIFF, AU, CAF), FLAC, OGG, and a frame of MP3.
+FORMATS: Final = re.compile(
+    rb"RIFF|RIFX|RF64|riff|FORM....AIF[FC]|\.snd|dns\.|caff|fLaC|OggS|\xff[\xe0-\xff]", re.DOTALL
+)
+MAX_TAGS: Final = 8  # ID3 tags in front of these
 QUALITY: Final = "HQ"  # soxr's recipe, which the manifest names
 Wave = np.ndarray[tuple[int], np.dtype[np.float32]]
 
@@ -96,7 +102,9 @@ def decode(source: bytes | str | os.PathLike[str]) -> Recording:
 def _opened(file: io.BytesIO | int, name: str, size: int) -> Iterator[AudioStream]:
     if size == 0:
         raise AudioError(f"{name} is empty (0 bytes); expected an encoded recording such as WAV or FLAC")
-    head = file.getvalue()[:8] if isinstance(file, io.BytesIO) else os.pread(file, 8, 0)
+    head = _read_at(file, 0, 8)
+    if not _is_known(file):
+        raise _undecodable(name, "unknown format")
     if (declared := _declared_size(head)) is not None and declared > size:
         raise AudioError(f"{name} is truncated: it has {size} bytes, its header says {declared}; send all of it")
     with stage(DECODE):
@@ -108,6 +116,24 @@ def _opened(file: io.BytesIO | int, name: str, size: int) -> Iterator[AudioStrea
         frames = None if sound.frames == UNKNOWN_FRAMES else sound.frames
         current().limits.check_recording(frames or 0, sound.channels, sound.samplerate)
         yield AudioStream(_read_blocks(sound, name), int(sound.samplerate), frames)
+
+
+def _read_at(file: io.BytesIO | int, start: int, size: int) -> bytes:
+    return file.getvalue()[start : start + size] if isinstance(file, io.BytesIO) else os.pread(file, size, start)
+
+
+def _is_known(file: io.BytesIO | int) -> bool:
+    """Whether a file begins as one of the formats that we document.
+
+    libsndfile opens many more, and prints what it finds in some of them on the standard output.
+    """
+    start = 0
+    for _ in range(MAX_TAGS):
+        head = _read_at(file, start, 12)
+        if not head.startswith(b"ID3"):
+            return FORMATS.match(head) is not None
+        start += 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
+    return False
 
 
 def _read_blocks(sound: soundfile.SoundFile, name: str) -> Iterator[Wave]:
@@ -130,7 +156,7 @@ def _read_blocks(sound: soundfile.SoundFile, name: str) -> Iterator[Wave]:
         yield wave
 
 
-def _undecodable(name: str, error: Exception) -> AudioError:
+def _undecodable(name: str, error: Exception | str) -> AudioError:
     reason = getattr(error, "error_string", error)  # without the address of a BytesIO
     return AudioError(f"{name} can't be decoded ({reason}); expected WAV, FLAC, OGG (Vorbis, Opus) or MP3")
 

@@ -1,6 +1,7 @@
 """From logits to scores, and which scores are reported."""
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -59,7 +60,7 @@ class Selection:
         if threshold is None:
             default = 0.0 if activation == "none" else 0.5
             threshold = default if top_k is None else -math.inf
-        return cls(threshold, top_k)
+        return cls(threshold, None if top_k is None else min(top_k, sys.maxsize))  # numpy knows no larger numbers
 
     def best(self, scores: np.ndarray) -> list[int]:
         """Indices into scores (C,) that pass, the highest first and equals in the order of the labels."""
