@@ -152,9 +152,10 @@ class Manifest(_Strict, frozen=True, kw_only=True):
             raise _Misfit(f"kind {self.kind!r} and audio {self.audio!r} don't fit together")
         if not self.probes and not self.embeddings:
             raise _Misfit("neither probes nor embeddings: the bundle would return nothing")
-        names = [probe.name for probe in self.probes]
-        if len(set(names)) < len(names):
-            raise _Misfit(f"probes of the same name: {names}")
+        for kind, named in (("probes", self.probes), ("outputs", self.outputs)):
+            names = [each.name for each in named]
+            if len(set(names)) < len(names):
+                raise _Misfit(f"{kind} of the same name: {names}")
         for probe in self.probes:
             width = self.output(probe.logits).shape[-1]
             if width != probe.classes:

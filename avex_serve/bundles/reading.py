@@ -6,15 +6,20 @@ the schema version must be known. Digests take as long as loading a graph, so `c
 
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from avex_serve.bundles.manifest import MANIFEST, SCHEMA_VERSION, Manifest, ProbeInfo
 from avex_serve.errors import BundleError, InputError, NotFoundError
+
+# What stands before the place of weights outside of an ONNX graph, and its length, as protobuf writes them:
+# StringStringEntryProto(key="location", value=…).
+EXTERNAL_DATA: Final = b"\x0a\x08location\x12"
 
 
 class Bundle(NamedTuple):
@@ -55,7 +60,9 @@ def check_files(bundle: Bundle, but: Collection[str] = ()) -> None:
         for name, expected in bundle.manifest.files.items():
             if name not in but:
                 _check_file(bundle.directory / name, expected)
-    except OSError as error:
+            if name.endswith(".onnx"):
+                _check_external_data(bundle, name)
+    except (OSError, ValueError) as error:  # the latter: an empty file can't be mapped
         raise BundleError(f"{bundle.directory} can't be read as a bundle: {error}") from None
 
 
@@ -64,7 +71,23 @@ def _check_file(path: Path, expected: str) -> None:
         raise BundleError(f"{path} was changed after the export (its sha256 differs); copy the bundle again")
 
 
+def _check_external_data(bundle: Bundle, name: str) -> None:
+    """Raise BundleError if an ONNX graph has weights in a file whose digest the manifest doesn't hold."""
+    with (bundle.directory / name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as graph:
+        start = 0
+        while (start := graph.find(EXTERNAL_DATA, start) + len(EXTERNAL_DATA)) >= len(EXTERNAL_DATA):
+            place = graph[start + 1 : start + 1 + graph[start]].decode("utf-8", "replace")
+            if place not in bundle.manifest.files:
+                raise BundleError(
+                    f"{bundle.directory / name} reads {place!r}, which the manifest doesn't list; export again"
+                )
+
+
 def _read(root: Path) -> Bundle:
+    try:
+        str(root).encode()
+    except UnicodeEncodeError:
+        raise BundleError(f"{str(root)!a}: the path is not UTF-8; rename the folder") from None
     if not root.is_dir():
         raise BundleError(f"{root} is not a folder; expected a bundle made by avex-export")
     try:
@@ -117,7 +140,7 @@ def parse_labels(text: str | bytes, *, source: str) -> tuple[str, ...]:
     """
     try:
         mapping = json.loads(text, object_pairs_hook=_unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{source} is not JSON of labels: {error}") from None
     if not isinstance(mapping, dict) or not all(type(index) is int for index in mapping.values()):
         raise BundleError(f"{source} must be one JSON object {{label: index}}")
@@ -130,6 +153,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     mapping = dict(pairs)
     if len(mapping) != len(pairs):  # json silently keeps the last one
         raise ValueError("a label is given more than once")
+    "".join(mapping).encode()  # UnicodeEncodeError for half a surrogate pair, which no answer could repeat
     return mapping
 
 

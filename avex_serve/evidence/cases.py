@@ -23,6 +23,7 @@ from avex_serve.errors import BundleError
 from avex_serve.evidence.machine import Machine
 
 EVIDENCE_VERSION: Final = 1
+MAX_BYTES: Final = 2**30  # of the arrays, which a small file can hold compressed
 INT16_SCALE: Final = 32768.0
 
 Outputs = Mapping[str, np.ndarray]
@@ -144,9 +145,20 @@ def read_evidence(bundle: Bundle) -> tuple[Record, list[Case]]:
                 "or install the avex-serve that made it"
             )
         record = msgspec.convert(raw, Record)
+        with zipfile.ZipFile(arrays) as archive:
+            if (size := sum(info.file_size for info in archive.infolist())) > MAX_BYTES:
+                raise BundleError(f"{arrays} would take {size} bytes of memory; expected at most {MAX_BYTES}")
         with arrays.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return record, [_case(entry, i, stored) for i, entry in enumerate(record.cases)]
-    except (msgspec.MsgspecError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+    except (
+        msgspec.MsgspecError,
+        ValueError,
+        KeyError,
+        EOFError,
+        RecursionError,
+        MemoryError,
+        zipfile.BadZipFile,
+    ) as error:
         raise BundleError(f"the evidence in {bundle.directory} can't be read ({error}); export again") from None
 
 

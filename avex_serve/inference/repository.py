@@ -228,7 +228,7 @@ class Repository:
                 nested = folder not in self._roots and folder.parent not in self._roots
                 name, version = (folder.parent.name, folder.name) if nested else (folder.name, "")
                 with self._lock:
-                    self._places[folder] = _Place(folder, name, version)
+                    self._places[folder] = _Place(folder, _as_utf8(name), _as_utf8(version))
         return found
 
     def _called(self, name: str) -> list[_Place]:
@@ -313,7 +313,7 @@ class Repository:
 
     def _refuse(self, place: _Place, reason: str, settled: Stamp | None) -> None:
         with self._lock:
-            place.reason, place.settled = reason, settled
+            place.reason, place.settled = _as_utf8(reason), settled
         if settled is None or reason == place.logged:
             return
         place.logged = reason
@@ -401,3 +401,8 @@ def _order(version: str) -> list[tuple[int, str]]:
     """Sorts versions by the numbers in them, so that 10 comes after 9 and 1.10 after 1.9."""
     parts = re.split(r"([0-9]+)", version)  # text and numbers take turns
     return [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)]
+
+
+def _as_utf8(text: str) -> str:
+    """The text, with question marks for the bytes of a path that are no UTF-8: they can't be sent."""
+    return text.encode("utf-8", "replace").decode()

@@ -335,6 +335,18 @@ def test_damaged_evidence_with_the_right_digest(bundle, case, content):
         verify_bundle(bundle)
 
 
+def test_evidence_that_grows_when_it_is_unpacked(bundle, case, monkeypatch):
+    """A small file may hold gigabytes of zeros."""
+    with_evidence(bundle, case("silence", SILENCE))
+    monkeypatch.setattr("avex_serve.evidence.cases.MAX_BYTES", 10**6)
+    file = io.BytesIO()
+    np.savez_compressed(file, **{"0/input": np.zeros(10**6)})
+    assert file.tell() < 10**4
+    replace_file(bundle, EVIDENCE, file.getvalue())
+    with pytest.raises(BundleError, match="would take 8000128 bytes of memory; expected at most 1000000"):
+        verify_bundle(bundle)
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
