@@ -410,6 +410,15 @@ def unpack_audio(x: Tensor | Mapping[str, Tensor], padding_mask: Tensor | None) 
     return x, padding_mask
 
 
+def require_raw(audio_config: AudioConfig | None, name: str) -> None:
+    """Raise ValueError for audio_config that asks for a spectrogram, if the model of that name computes its own."""
+    if audio_config is not None and audio_config.representation != "raw":
+        raise ValueError(
+            f"audio_config.representation is {audio_config.representation!r}, but {name} has its own front end; "
+            "set 'raw'"
+        )
+
+
 def refuse_pretrained(pretrained: bool) -> None:
     """Raise ValueError if a model class is called with ``pretrained=True``. avex's classes download weights then."""
     if pretrained:
