@@ -77,11 +77,8 @@ def load_backbone(model: ModelBase, state: StateDict, source: str, *, keep_class
     """Load a checkpoint into a backbone, completely or not at all.
 
     Names are adapted to the module's, see `brought_to`. Constant buffers of the front end may be missing. Unless
-    `keep_classifier`, a classifier is loaded if it fits the module's, and ignored otherwise.
-
-    Raises:
-        ValueError: tensors without values, only zeros, or missing names, unexpected names or other shapes, which the
-            message lists.
+    `keep_classifier`, a classifier is loaded if it fits the module's, and ignored otherwise. Raises ValueError for
+    tensors without values, for zeros alone, and as `load_strictly`.
     """
     _refuse_placeholder(state, source)
     module = model.called_module

@@ -204,7 +204,7 @@ class AudioProcessor:
 class Spectrogram(nn.Module):
     """Spectrogram of a clip, with or without mel filters, scaled to [0, 1], batched.
 
-    Power of the short-time Fourier transform, optionally triangular mel filters, logarithm; then the clip's minimum
+    Power of the short-time Fourier transform, optionally triangular mel filters, logarithm. Then the clip's minimum
     and maximum become 0 and 1. Digital silence is 0 everywhere. Source: avex 1.4 (AudioProcessor), with the filters
     of torchaudio's MelScale and its defaults.
 
@@ -230,6 +230,7 @@ class Spectrogram(nn.Module):
                 f"audio_config has n_fft {self.n_fft} and win_length {win_length}; expected at most n_fft"
             )
         self.center = config.center
+        self.reflected = self.n_fft // 2 if self.center else 0  # samples at each end
         self.normalize = config.normalize
         mel = config.representation == "mel_spectrogram"
         bins = f"{config.n_mels} mel bins" if mel else "all bins"
@@ -249,12 +250,11 @@ class Spectrogram(nn.Module):
     @property
     def shortest_samples(self) -> int:
         """Samples that make one frame: one more than are reflected at an end, or one window."""
-        return self.n_fft // 2 + 1 if self.center else self.n_fft
+        return self.reflected + 1 if self.center else self.n_fft
 
     def frames(self, samples: int) -> int:
         """Number of frames of a waveform of that many samples."""
-        reflected = 2 * (self.n_fft // 2) if self.center else 0
-        return 1 + (samples + reflected - self.n_fft) // self.hop_length
+        return 1 + (samples + 2 * self.reflected - self.n_fft) // self.hop_length
 
     def forward(self, wave: Tensor) -> Tensor:
         """Features (B, F, frames) of waveforms (B, S) in [-1, 1], in float32."""
@@ -269,10 +269,9 @@ class Spectrogram(nn.Module):
 
     def _frame(self, wave: Tensor) -> Tensor:
         samples = wave.shape[-1] if self.fixed_samples is None else self.fixed_samples
-        count, reflected = self.frames(samples), self.n_fft // 2 if self.center else 0
-        if reflected:
-            wave = nn.functional.pad(wave, (reflected, reflected), mode="reflect")
-        return cut_frames(wave, count, self.n_fft, self.hop_length)
+        if self.reflected:
+            wave = nn.functional.pad(wave, (self.reflected, self.reflected), mode="reflect")
+        return cut_frames(wave, self.frames(samples), self.n_fft, self.hop_length)
 
 
 class Power(nn.Module):
@@ -299,8 +298,8 @@ def precise(wave: Tensor, like: Tensor) -> Tensor:
 def cut_frames(wave: Tensor, count: int, length: int, hop: int) -> Tensor:
     """The first `count` frames (B, count, length) of a waveform (B, S), a hop apart.
 
-    A frame is a few hops side by side. So reshaping and concatenating is enough, while `unfold` exports as a gather
-    over every sample.
+    A frame is a few hops in a row, so reshaping and concatenating is enough. `unfold` exports as a gather over every
+    sample.
     """
     hops = -(-length // hop)
     wave = nn.functional.pad(wave, (0, hops * hop - length))  # the last hop may be incomplete

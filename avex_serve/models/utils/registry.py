@@ -102,12 +102,7 @@ def list_models() -> dict[str, dict[str, Any]]:
 def describe_model(name: str, verbose: bool = False) -> dict[str, Any]:
     """The fields of a registered model's spec, and further facts under ``_metadata``, without network.
 
-    Args:
-        name: of the model.
-        verbose: also print a description.
-
-    Raises:
-        KeyError: no such model.
+    With `verbose`, also print a description. Raises KeyError if there is no such model.
     """
     entry = _require_entry(name)
     spec = entry.spec
@@ -253,7 +248,7 @@ def register_model_class(cls: _Class) -> _Class:
 
 
 def get_model_class(name: str) -> ModelClass | None:
-    """The architecture of that name, or None."""
+    """The class of that architecture, or None."""
     return _MODEL_CLASSES.get(name)
 
 
