@@ -111,18 +111,8 @@ class ModelBase(nn.Module):
     ) -> list[Tensor]:
         """A probe's input: the aggregated layers side by side, (B, sum of D); for ``none`` one tensor per layer.
 
-        If a subclass has its own `extract_embeddings`, that method is called, as avex's probes do, and its result is
-        used unchanged.
-
-        Args:
-            wave: see `taps`.
-            layers: see `taps`.
-            aggregation: see `avex_serve.models.aggregation.aggregate`; it always includes padding.
-            padding_mask: see `taps`.
-            freeze_backbone: passed to a subclass's own `extract_embeddings`.
-
-        Raises:
-            ValueError: see `taps`.
+        Arguments and errors are those of `taps` and `extract_embeddings`. If a subclass has its own
+        `extract_embeddings`, that method is called, as avex's probes do, and its result is used unchanged.
         """
         if self.has_own_extraction():
             options = {"padding_mask": padding_mask, "aggregation": aggregation, "freeze_backbone": freeze_backbone}
@@ -142,18 +132,12 @@ class ModelBase(nn.Module):
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
         """The padding mask (B, S) converted to the time steps of an embedding, (B, tokens).
 
-        True for steps that the clip alone, without padding, wouldn't have.
-
-        Raises:
-            NotImplementedError: the class doesn't implement it.
+        True for steps that the clip alone, without padding, wouldn't have. Not every class implements it.
         """
         raise NotImplementedError(f"{type(self).__name__} has no padding mask for tokens; override token_mask")
 
     def fix_batch_axes(self, samples: int, layers: Sequence[str]) -> None:
-        """Measure once on which axis the layers have the batch, for clips of that many samples; see `taps`.
-
-        While a graph is traced, the size of the batch is not a number that could be compared.
-        """
+        """Measure once on which axis `taps` finds the batch. A traced pass can't: its sizes are not numbers."""
         if type(self).taps is ModelBase.taps and not self.has_own_extraction():
             silence = self._batch(torch.zeros(1, samples))
             self._batch_axes = measure_batch_axes(self.called_module, silence, layers)
@@ -187,7 +171,7 @@ class ModelBase(nn.Module):
         return last_layer(self.get_model_layers())
 
     def resolve_layers(self, target_layers: Sequence[str | int]) -> list[str]:
-        """Layer names for ``target_layers``; see `avex_serve.models.layers.resolve_layers`."""
+        """Layer names for ``target_layers``; errors as in `avex_serve.models.layers.resolve_layers`."""
         return resolve_layers(target_layers, self.get_model_layers(), self.tappable_layers())
 
     def process_audio(self, x: Tensor) -> Tensor:
@@ -234,12 +218,7 @@ class ModelBase(nn.Module):
         return dict(enumerate(self.get_model_layers()))
 
     def register_hooks_for_layers(self, target_layers: Sequence[str | int]) -> list[str]:
-        """Choose the layers for `extract_embeddings` and return their names. No hook is registered.
-
-        Raises:
-            TypeError: a bool among the layers.
-            ValueError: no layer, an index out of range, or an unknown name.
-        """
+        """Choose the layers for `extract_embeddings` and return their names; errors as in `resolve_layers`."""
         self.deregister_all_hooks()
         self._hook_layers = self.resolve_layers(target_layers)
         return list(self._hook_layers)
@@ -337,14 +316,9 @@ class Backbone(Protocol):
 
 
 class AdaptedBackbone(ModelBase):
-    """Wraps a torch module that isn't a `ModelBase`. The module itself isn't changed; see `ModelBase.taps`.
-
-    Attributes:
-        module: the module.
-    """
+    """Wraps a torch module that fulfils `Backbone` and isn't a `ModelBase`. The module itself isn't changed."""
 
     def __init__(self, module: nn.Module) -> None:
-        """Wrap a module that fulfils `Backbone`."""
         parameter = next(module.parameters(), None)
         device = "cpu" if parameter is None else str(parameter.device)
         super().__init__(device=device, audio_config=_audio_config(module))
@@ -367,11 +341,7 @@ class AdaptedBackbone(ModelBase):
 
 
 def adapt(model: object) -> ModelBase:
-    """The model itself if it is a `ModelBase`, else an `AdaptedBackbone`.
-
-    Raises:
-        ValueError: neither a `ModelBase` nor a torch module that fulfils `Backbone`.
-    """
+    """The model itself if it is a `ModelBase`, else an `AdaptedBackbone`. ValueError if it can't be adapted."""
     if isinstance(model, ModelBase):
         return model
     if not (isinstance(model, nn.Module) and isinstance(model, Backbone)):
@@ -398,16 +368,21 @@ def _audio_config(module: nn.Module) -> AudioConfig | None:
 
 
 def unpack_audio(x: Tensor | Mapping[str, Tensor], padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Waveform and mask of a tensor or of ``{"raw_wav": …, "padding_mask": …}``.
-
-    Raises:
-        ValueError: no audio there.
-    """
+    """Waveform and mask of a tensor or of ``{"raw_wav": …, "padding_mask": …}``. ValueError without audio."""
     if isinstance(x, Mapping):
         if "raw_wav" not in x:
             raise ValueError(f"the input has keys {sorted(x)}; expected 'raw_wav' with the waveform")
         return x["raw_wav"], x.get("padding_mask", padding_mask)
     return x, padding_mask
+
+
+def require_raw(audio_config: AudioConfig | None, name: str) -> None:
+    """Raise ValueError for audio_config that asks for a spectrogram, if the model of that name computes its own."""
+    if audio_config is not None and audio_config.representation != "raw":
+        raise ValueError(
+            f"audio_config.representation is {audio_config.representation!r}, but {name} has its own front end; "
+            "set 'raw'"
+        )
 
 
 def refuse_pretrained(pretrained: bool) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from avex_serve.configs import AudioConfig
-from avex_serve.models.base_model import ModelBase, refuse_pretrained
+from avex_serve.models.base_model import ModelBase, refuse_pretrained, require_raw
 from avex_serve.models.frontends import KaldiFbank, beyond, precise
 from avex_serve.models.layers import BACKBONE, Taps, is_tracing
 
@@ -116,14 +116,14 @@ _BLOCK_PARTS = (*_ATTENTION_PARTS, ".self_attn_layer_norm", ".fc1", ".fc2", ".fi
 
 
 class GatedLinear(nn.Module):
-    """Gated linear unit with a swish gate: (…, in) → (…, out)."""
+    """Gated linear unit with a swish gate."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_features, 2 * out_features)
+        self.linear = nn.Linear(inputs, 2 * outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out)."""
+        """(…, inputs) → (…, outputs)."""
         value, gate = self.linear(x).chunk(2, dim=-1)
         return value * F.silu(gate)
 
@@ -152,17 +152,9 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None, taps: Taps, name: str
     ) -> Tensor:
-        """Attend, and offer the layers to `taps` under `name`.
+        """(B, T, D) → (B, T, D); offers its layers to `taps` under `name`.
 
-        Args:
-            x: (B, T, D).
-            position_bias: (1, heads, T, T), before the gate.
-            padding: (B, T) bool, True for tokens to ignore.
-            taps: collects layers.
-            name: prefix of the layers' names.
-
-        Returns:
-            (B, T, D).
+        The bias is (1, heads, T, T), before the gate. `padding` is (B, T) bool, True for tokens to ignore.
         """
         projected = {part: getattr(self, part)(x) for part in ("q_proj", "k_proj", "v_proj")}
         for part, output in projected.items():
@@ -218,12 +210,12 @@ class Block(nn.Module):
         if self.norm_first:
             normed = self.self_attn_layer_norm(x)
             taps(f"{name}.self_attn_layer_norm", normed)
-            x = x + self._attend(normed, position_bias, padding, taps, name)
+            x = x + self.dropout(self.self_attn(normed, position_bias, padding, taps, f"{name}.self_attn"))
             normed = self.final_layer_norm(x)
             taps(f"{name}.final_layer_norm", normed)
             x = x + self._feed_forward(normed, taps, name)
         else:
-            attended = self._attend(x, position_bias, padding, taps, name)
+            attended = self.dropout(self.self_attn(x, position_bias, padding, taps, f"{name}.self_attn"))
             x = self.self_attn_layer_norm(self._scaled(x) + attended)
             taps(f"{name}.self_attn_layer_norm", x)
             fed = self._feed_forward(x, taps, name)
@@ -236,11 +228,6 @@ class Block(nn.Module):
 
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.residual_scale == 1.0 else x * self.residual_scale
-
-    def _attend(
-        self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None, taps: Taps, name: str
-    ) -> Tensor:
-        return self.dropout(self.self_attn(x, position_bias, padding, taps, f"{name}.self_attn"))
 
     def _feed_forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
         hidden = self.fc1(x)
@@ -273,7 +260,8 @@ class Encoder(nn.Module):
             width, width, kernel_size=cfg.conv_pos, padding=cfg.conv_pos // 2, groups=cfg.conv_pos_groups
         )
         nn.init.normal_(convolution.weight, std=math.sqrt(4 / (cfg.conv_pos * width)))
-        nn.init.zeros_(_bias(convolution))
+        assert convolution.bias is not None
+        nn.init.zeros_(convolution.bias)
         self.pos_conv = nn.Sequential(
             parametrizations.weight_norm(convolution, dim=2), SamePad(cfg.conv_pos), nn.GELU()
         )
@@ -319,11 +307,7 @@ class Encoder(nn.Module):
         )
 
     def position_bias(self, x: Tensor) -> Tensor | None:
-        """The bias of the attention by relative position (1, heads, T, T), before the gate; None without one.
-
-        Args:
-            x: (B, T, D); only the number of tokens matters.
-        """
+        """The bias (1, heads, T, T) of the T positions in x (B, T, D), before the gate; None without one."""
         biases = self.bias_of(relative_distances(x))  # (T, T, heads)
         return None if biases is None else biases.permute(2, 0, 1)[None]
 
@@ -414,19 +398,10 @@ class BEATs(nn.Module):
     def forward(
         self, wave: Tensor, padding: Tensor | None = None, taps: Taps | None = None, name: str = BACKBONE
     ) -> Tensor:
-        """Token features.
+        """Token features (B, T, D) of waveforms (B, S) in [-1, 1].
 
-        Args:
-            wave: (B, S) in [-1, 1].
-            padding: (B, T) bool, True for padded tokens.
-            taps: collects layers; the pass stops as soon as it is complete.
-            name: prefix of the layers' names.
-
-        Returns:
-            (B, T, D).
-
-        Raises:
-            RuntimeError: fewer samples than one patch has.
+        `padding` is (B, T) bool, True for padded tokens. The pass offers its layers to `taps` under `name`, and
+        stops as soon as that is complete. Raises RuntimeError for fewer samples than one patch has.
         """
         if not is_tracing() and wave.shape[-1] < self.shortest_samples:
             raise RuntimeError(
@@ -455,9 +430,7 @@ class BEATs(nn.Module):
         """The mask (B, S) converted to tokens (B, T) by avex's rule: a token is padded if all of its samples are.
 
         First to frames (S // frames samples each), then to tokens (frames // tokens each), without remainders.
-
-        Raises:
-            ValueError: a mask of another length than the waveform.
+        Raises ValueError for a mask of another length than the waveform.
         """
         if not is_tracing() and (padding_mask.ndim != 2 or padding_mask.shape[1] != samples):
             raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}; expected (batch, {samples})")
@@ -473,11 +446,9 @@ class BEATs(nn.Module):
 class BEATsModel(ModelBase):
     """BEATs as a model: waveform to token features, or to logits if it has a classifier.
 
-    Discoverable layers: ``backbone.post_extract_proj`` and ``backbone.encoder.layers.{i}.fc2``. Further layers by
-    name: ``backbone`` and ``backbone.encoder`` (the output), ``backbone.patch_embedding``, ``backbone.layer_norm``,
-    ``backbone.dropout_input``, ``backbone.encoder.pos_conv``, ``backbone.encoder.layer_norm``, and of each block
-    ``backbone.encoder.layers.{i}`` (its output), ``….self_attn`` with its ``.q_proj``, ``.k_proj``, ``.v_proj`` and
-    ``.out_proj``, ``….self_attn_layer_norm``, ``….fc1`` and ``….final_layer_norm``.
+    Discoverable layers: ``backbone.post_extract_proj`` and ``backbone.encoder.layers.{i}.fc2``. `tappable_layers`
+    has the names of all others: the parts of each block (its output is ``backbone.encoder.layers.{i}``), of the
+    encoder and of the patch embedding; ``backbone`` and ``backbone.encoder`` are the output.
     """
 
     def __init__(
@@ -501,8 +472,7 @@ class BEATsModel(ModelBase):
             audio_config: must have the raw representation.
             return_features_only: have no classifier.
             use_naturelm: clamp the waveform to [-1, 1] first.
-            fine_tuned: without `init_config`, use the configuration of the fine-tuned checkpoints (with a
-                predictor).
+            fine_tuned: without `init_config`, use the configuration of the fine-tuned checkpoints, with a predictor.
             init_config: fields of `BEATsConfig`.
 
         Raises:
@@ -510,11 +480,7 @@ class BEATsModel(ModelBase):
         """
         super().__init__(device=device, audio_config=audio_config)
         refuse_pretrained(pretrained)
-        if audio_config is not None and audio_config.representation != "raw":
-            raise ValueError(
-                f"audio_config.representation is {audio_config.representation!r}, but BEATs has its own front end; "
-                "set 'raw'"
-            )
+        require_raw(audio_config, "BEATs")
         if init_config is None:
             init_config = _FINE_TUNED if fine_tuned else {"dropout_input": 0.1, "finetuned_model": use_naturelm}
         cfg = BEATsConfig(**init_config)
@@ -581,7 +547,7 @@ class BEATsModel(ModelBase):
 
         Raises:
             ValueError: a mask of another length than the waveform.
-            RuntimeError: see `BEATs.forward`.
+            RuntimeError: fewer samples than one patch has.
         """
         wave = self.process_audio(x)
         padding = None if padding_mask is None else self.backbone.token_mask(padding_mask, wave.shape[-1])
@@ -608,11 +574,6 @@ def _shrink_gradient(x: Tensor, ratio: float) -> Tensor:
         return x
     held = x.detach()
     return held + ratio * (x - held)
-
-
-def _bias(convolution: nn.Conv1d) -> Tensor:
-    assert convolution.bias is not None
-    return convolution.bias
 
 
 Model = BEATsModel  # avex's name

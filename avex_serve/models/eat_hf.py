@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from avex_serve.configs import AudioConfig
-from avex_serve.models.base_model import ModelBase
+from avex_serve.models.base_model import ModelBase, require_raw
 from avex_serve.models.frontends import EATFrontEnd
 from avex_serve.models.layers import BACKBONE, Taps
 
@@ -35,7 +35,6 @@ _EPS = 1e-6  # of every layer norm. Source: EAT
 _NORM_MEAN = -4.268
 _NORM_STD = 4.569
 
-_BLOCKS = "backbone.model.blocks"
 # The parts of a block that can be tapped, in the order in which they are computed.
 _ATTENTION = (".attn.qkv", ".attn.proj", ".attn")
 _BLOCK_PARTS = (*_ATTENTION, ".norm1", ".mlp.fc1", ".mlp.act", ".mlp.fc2", ".mlp", ".norm2", "")
@@ -110,7 +109,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block: attention and feed-forward, each with its residual and then its norm."""
+    """A transformer block: attention and feed-forward, each followed by its residual and its norm."""
 
     def __init__(self, cfg: EATConfig) -> None:
         super().__init__()
@@ -236,10 +235,9 @@ class EATModel(ModelBase):
 
     Every clip is padded or cut to 10.24 s and has 513 tokens. As in avex, a padding mask doesn't change the tokens.
 
-    Discoverable layers: ``backbone.model.blocks.{i}.attn.proj``. Further layers by name: ``backbone`` and
-    ``backbone.model`` (the output), ``backbone.model.local_encoder`` with its ``.proj``,
-    ``backbone.model.pre_norm``, and of each block ``backbone.model.blocks.{i}`` (its output), ``….attn``,
-    ``….attn.qkv``, ``….norm1``, ``….mlp``, ``….mlp.fc1``, ``….mlp.act``, ``….mlp.fc2`` and ``….norm2``.
+    Discoverable layers: ``backbone.model.blocks.{i}.attn.proj``. `tappable_layers` has the names of all others: the
+    parts of each block (its output is ``backbone.model.blocks.{i}``) and of the patch embedding; ``backbone`` and
+    ``backbone.model`` are the output.
     """
 
     fills_clips: ClassVar[bool] = True
@@ -265,18 +263,14 @@ class EATModel(ModelBase):
             return_features_only: have no classifier.
             init_config: fields of `EATConfig`.
             eat_cfg: the same, under avex's name.
-            eat_norm_mean: subtracted from the log-mel features.
-            eat_norm_std: the result is divided by twice this.
+            eat_norm_mean: see `ModelSpec`.
+            eat_norm_std: see `ModelSpec`.
 
         Raises:
             ValueError: an unsuitable audio_config or geometry.
         """
         super().__init__(device=device, audio_config=audio_config)
-        if audio_config is not None and audio_config.representation != "raw":
-            raise ValueError(
-                f"audio_config.representation is {audio_config.representation!r}, but EAT has its own front end; "
-                "set 'raw'"
-            )
+        require_raw(audio_config, "EAT")
         if init_config and eat_cfg and init_config != eat_cfg:
             raise ValueError(f"init_config {init_config} and eat_cfg {eat_cfg} differ; give the geometry once")
         if (eat_norm_mean, eat_norm_std) != (_NORM_MEAN, _NORM_STD):
@@ -340,12 +334,7 @@ class EATModel(ModelBase):
         return F.pad(padded.repeat_interleave(_BANDS, dim=1), (1, 0), value=False)
 
     def process_audio(self, x: Tensor) -> Tensor:
-        """Normalised log-mel features (B, frames, mel bins) of the waveform (B, S) or (S,), on the model's device.
-
-        Raises:
-            ValueError: see `ModelBase.process_audio`.
-            AssertionError: see `EATFrontEnd.forward`.
-        """
+        """Normalised log-mel features (B, frames, mel bins) of waveforms (B, S) or (S,); errors as in `forward`."""
         return self.front_end(self._waveform(x))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
@@ -356,13 +345,14 @@ class EATModel(ModelBase):
             padding_mask: has no effect, as in avex.
 
         Raises:
-            ValueError, AssertionError: see `process_audio`.
+            ValueError: no audio.
+            AssertionError: less than one frame.
         """
         features = self.backbone(self.process_audio(x))
         return features if self.classifier is None else self.classifier(features[:, 0])
 
     def _blocks(self) -> list[str]:
-        return [f"{_BLOCKS}.{i}" for i in range(len(self.backbone.model.blocks))]
+        return [f"backbone.model.blocks.{i}" for i in range(len(self.backbone.model.blocks))]
 
 
 EATHFModel = EATModel  # avex's names

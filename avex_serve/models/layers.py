@@ -36,7 +36,14 @@ def resolve_layers(selectors: Sequence[str | int], layers: Sequence[str], tappab
     for selector in selectors:
         if isinstance(selector, bool):
             raise TypeError(f"target_layers holds {selector}: a bool is no layer; use a name or an index")
-        named.append(_at(layers, selector) if isinstance(selector, int) else selector)
+        if isinstance(selector, int):
+            if not -len(layers) <= selector < len(layers):
+                raise ValueError(
+                    f"Layer index {selector} is out of range for {len(layers)} layers "
+                    f"(valid indices: 0..{len(layers) - 1} and negative indices like -1)."
+                )
+            selector = layers[selector]
+        named.append(selector)
     if "all" in named:
         named = [name for name in named if name != "all"] + list(layers)
     named = [last_layer(layers) if name == "last_layer" else name for name in named]
@@ -52,24 +59,11 @@ def resolve_layers(selectors: Sequence[str | int], layers: Sequence[str], tappab
 
 
 def last_layer(layers: Sequence[str]) -> str:
-    """The last layer that is not a classification head; if all are heads the last one, as in avex.
-
-    Raises:
-        ValueError: the model has no layers.
-    """
+    """The last layer that is not a classification head; if all are heads the last one, as in avex."""
     if not layers:
         raise ValueError("the model has no layers, so there is no last_layer; name a layer")
     others = [name for name in layers if "classifier" not in name.lower() and "head" not in name.lower()]
     return (others or layers)[-1]
-
-
-def _at(layers: Sequence[str], index: int) -> str:
-    if not -len(layers) <= index < len(layers):
-        raise ValueError(
-            f"Layer index {index} is out of range for {len(layers)} layers "
-            f"(valid indices: 0..{len(layers) - 1} and negative indices like -1)."
-        )
-    return layers[index]
 
 
 class Taps:

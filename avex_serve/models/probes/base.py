@@ -133,18 +133,13 @@ class Probe(nn.Module, ABC):
         return self.classify(*self.combine(x, padding_mask))
 
     def combine(self, x: ProbeInput, padding_mask: Tensor | None = None) -> Combined:
-        """The head's input: features (B, width) or (B, T, width), and the padding (B, T) of a sequence.
-
-        Arguments and errors as in `forward`.
-        """
+        """The head's input, see `classify`; arguments and errors as in `forward`."""
         return self._combined(*self._embeddings(x, padding_mask))
 
     def combine_taps(self, tapped: Mapping[str, Tensor], padding_mask: Tensor | None = None) -> Combined:
-        """The result of `combine` from layers that were tapped before, so that several probes share one pass.
+        """The result of `combine` from the output of `ModelBase.taps`, so that several probes share one pass.
 
-        Args:
-            tapped: layers by name, as `ModelBase.taps` returns them.
-            padding_mask: (B, S) bool, True where padded; only for a probe that excludes padding.
+        The mask (B, S) bool, True where padded, is only for a probe that excludes padding.
         """
         return self._combined(*self._from_taps(tapped, padding_mask))
 

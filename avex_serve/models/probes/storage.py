@@ -133,9 +133,9 @@ def load_probe(
     state = read_state_dict(folder / WEIGHTS)
     backbone = None
     if saved.input_dim is None:
-        backbone = (
-            _load_backbone(saved, folder, device, checkpoint_path) if base_model is None else adapt(base_model)
-        )
+        if base_model is None:
+            base_model = _load_backbone(saved, folder, device, checkpoint_path)
+        backbone = adapt(base_model)
         if saved.probe_config.freeze_backbone:
             check_backbone(saved, backbone, folder)
     probe = build_probe_from_config(
@@ -162,11 +162,7 @@ def read_saved(folder: Path) -> SavedProbe:
 
 
 def backbone_of(saved: SavedProbe) -> tuple[str, ModelEntry] | None:
-    """Name of the backbone, and its model with the checkpoint of the training; None if the probe names no backbone.
-
-    Raises:
-        ValueError: a model that is no longer registered.
-    """
+    """Name of the backbone, and its model with the checkpoint of the training; None if the probe names none."""
     if saved.model is None:
         return None
     if isinstance(saved.model, str):
@@ -192,10 +188,7 @@ def load_head(probe: Probe, state: StateDict, source: str) -> None:
     """Load weights into a probe, strictly: the head's if its backbone is frozen, else all.
 
     A state dict saved by avex has the backbone's weights too (``base_model.…``). If the backbone is frozen, they
-    must equal the probe's.
-
-    Raises:
-        ValueError: names or shapes that don't fit, or another backbone than the probe's.
+    must equal the probe's. Raises ValueError for these, and for names or shapes that don't fit.
     """
     state = brought_to(probe.state_dict(), state)
     if not probe.freeze_backbone:
