@@ -7,9 +7,13 @@
 Audio with the samples of a 16-bit file, as the exporter uses, is stored as 16-bit integers.
 """
 
+import contextlib
+import platform
+import subprocess
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -20,10 +24,14 @@ from msgspec import Meta, Struct, field
 from avex_serve.bundles.manifest import EVIDENCE, VERIFICATION, Positive
 from avex_serve.bundles.reading import Bundle
 from avex_serve.errors import BundleError
-from avex_serve.evidence.machine import Machine
 
 EVIDENCE_VERSION: Final = 1
 INT16_SCALE: Final = 32768.0
+
+# onnxruntime and torch choose their kernels by these.
+_X86 = ("sse4_1", "avx", "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
+_ARM = ("asimd", "asimddp", "bf16", "i8mm", "sve")
+_PACKAGES = ("avex-serve", "numpy", "onnx", "onnxruntime", "torch")
 
 Outputs = Mapping[str, np.ndarray]
 
@@ -91,6 +99,20 @@ class Gain(Struct, frozen=True, kw_only=True):
     name: str
     speedup: float  # time without it over time with it, on the exporting machine
     difference: float  # largest change of the first output, relative to its largest value or to 1
+
+
+class Machine(Struct, frozen=True, kw_only=True):
+    """What affects numbers on a machine; nothing that identifies it."""
+
+    cpu: str
+    features: tuple[str, ...]  # of the processor, by their names in Linux
+    system: str  # system and architecture
+    versions: dict[str, str]  # of Python and of the installed packages
+
+    def lines(self) -> str:
+        """The machine as text, in two lines."""
+        features = f" ({', '.join(self.features)})" if self.features else ""
+        return f"{self.cpu}{features}, {self.system}\n{', '.join(f'{n} {v}' for n, v in self.versions.items())}"
 
 
 class Record(Struct, frozen=True, kw_only=True):
@@ -178,3 +200,42 @@ def _packed(samples: np.ndarray) -> np.ndarray:
 
 def _unpacked(stored: np.ndarray) -> np.ndarray:
     return stored.astype(np.float32) / np.float32(INT16_SCALE) if stored.dtype == np.int16 else stored
+
+
+# -- the machine --------------------------------------------------------------------------------------------------
+
+
+def this_machine() -> Machine:
+    """The machine that this process runs on."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    info = _cpuinfo()
+    has = set(info.get("flags", info.get("Features", "")).split())
+    return Machine(
+        cpu=info.get("model name") or _macos_cpu() or platform.processor() or "unknown processor",
+        features=tuple(feature for feature in (*_X86, *_ARM) if feature in has),
+        system=f"{platform.system()} {platform.machine()}",
+        versions=versions,
+    )
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first core's fields in /proc/cpuinfo; empty on other systems than Linux."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _macos_cpu() -> str | None:
+    if platform.system() != "Darwin":
+        return None
+    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

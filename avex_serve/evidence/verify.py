@@ -14,8 +14,7 @@ import numpy as np
 from avex_serve.bundles.manifest import Activation, Manifest, ProbeInfo
 from avex_serve.bundles.reading import check_files, read_manifest
 from avex_serve.errors import BundleError, TensorError
-from avex_serve.evidence.cases import Case, Check, Decisions, Errors, Outputs, read_evidence
-from avex_serve.evidence.machine import Machine, this_machine
+from avex_serve.evidence.cases import Case, Check, Decisions, Errors, Machine, Outputs, read_evidence, this_machine
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.opening import open_bundle
 from avex_serve.inference.results import Prediction

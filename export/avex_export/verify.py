@@ -12,8 +12,7 @@ from avex_export.graph import Assembly, eager_graph
 from avex_export.progress import bar
 from avex_serve.bundles.manifest import TORCHSCRIPT
 from avex_serve.bundles.reading import Bundle
-from avex_serve.evidence.cases import Case, CaseEntry, Check, Record
-from avex_serve.evidence.machine import this_machine
+from avex_serve.evidence.cases import Case, CaseEntry, Check, Record, this_machine
 from avex_serve.evidence.verify import TOLERANCE, run_case
 from avex_serve.inference.backend import Backend
 from avex_serve.inference.engine import Engine

@@ -20,8 +20,7 @@ from avex_serve.bundles.reading import read_bundle
 from avex_serve.bundles.sealing import seal_bundle
 from avex_serve.cli import main
 from avex_serve.errors import BundleError, TensorError
-from avex_serve.evidence.cases import Case, CaseEntry, Record, read_evidence, write_evidence
-from avex_serve.evidence.machine import this_machine
+from avex_serve.evidence.cases import Case, CaseEntry, Record, read_evidence, this_machine, write_evidence
 from avex_serve.evidence.verify import verify_bundle
 from tests.bundles import SAMPLE_RATE, WINDOW, make_audio_bundle, replace_file, weights
 
