@@ -1,4 +1,4 @@
-"""The evidence in a bundle: inputs along with the eager module's answers to them.
+"""The evidence in a bundle: inputs with the eager module's answers.
 
     verification.json   the cases, the machine that computed them, and the result of each comparison (`Record`)
     verification.npz    for case i: i/input, i/eager/OUTPUT and i/float64/OUTPUT; i/spans for a recording,
@@ -60,7 +60,7 @@ class CaseEntry(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Raise ValueError for clips without a batch size."""
         if self.sample_rate is None and not self.batches:
-            raise ValueError(f"{self.name!r} would not be run: it has no batches")
+            raise ValueError(f"{self.name!r} can't be run: it has no batch sizes")
 
 
 class Errors(Struct, frozen=True, kw_only=True):
@@ -102,7 +102,7 @@ class Gain(Struct, frozen=True, kw_only=True):
 
 
 class Machine(Struct, frozen=True, kw_only=True):
-    """What affects numbers on a machine; nothing that identifies it."""
+    """The properties of a machine that affect numbers; none that identifies it."""
 
     cpu: str
     features: tuple[str, ...]  # of the processor, by their names in Linux
@@ -126,7 +126,7 @@ class Record(Struct, frozen=True, kw_only=True):
     # Those with arrays in verification.npz.
     cases: Annotated[tuple[CaseEntry, ...], Meta(min_length=1)]
     checks: tuple[Check, ...]
-    skipped: tuple[str, ...]  # what was not compared or not stored, and why
+    skipped: tuple[str, ...]  # cases that were not compared or not stored, with the reason
     passes: tuple[Gain, ...] = ()  # if they were profiled
 
 
@@ -138,10 +138,8 @@ def write_evidence(folder: Path, record: Record, cases: Sequence[Case]) -> None:
         arrays[f"{i}/input"] = _packed(case.input)
         arrays |= {f"{i}/eager/{name}": value for name, value in case.eager.items()}
         arrays |= {f"{i}/float64/{name}": value for name, value in (case.exact or {}).items()}
-        if case.spans is not None:
-            arrays[f"{i}/spans"] = case.spans
-        if case.padding_mask is not None:
-            arrays[f"{i}/padding_mask"] = case.padding_mask
+        extra = {"spans": case.spans, "padding_mask": case.padding_mask}
+        arrays |= {f"{i}/{name}": value for name, value in extra.items() if value is not None}
     np.savez_compressed(folder / EVIDENCE, allow_pickle=False, **arrays)
 
 
@@ -149,13 +147,13 @@ def read_evidence(bundle: Bundle) -> tuple[Record, list[Case]]:
     """The record and the cases of a bundle.
 
     Raises:
-        BundleError: the bundle has no evidence, as bundles once had none, or it is damaged.
+        BundleError: the bundle has no evidence, or it is damaged.
     """
     text, arrays = bundle.path(VERIFICATION), bundle.path(EVIDENCE)
     if text is None or arrays is None:
         raise BundleError(
-            f"{bundle.directory} holds no {EVIDENCE if text else VERIFICATION} to verify it by: it was made before "
-            "bundles had evidence; export it again"
+            f"{bundle.directory} holds no {EVIDENCE if text else VERIFICATION}, which its verification needs: it "
+            "was made before bundles had evidence; export it again"
         )
     try:
         raw = msgspec.json.decode(text.read_bytes())

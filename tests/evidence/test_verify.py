@@ -248,11 +248,11 @@ def test_embeddings_are_verified_as_well(tmp_path, embedding_bundle):
 
 def test_bundles_from_before_there_was_evidence(bundle, capsys):
     assert main(["verify", str(bundle)]) == 3
-    assert f"holds no {VERIFICATION} to verify it by" in capsys.readouterr().err
+    assert f"holds no {VERIFICATION}, which its verification needs" in capsys.readouterr().err
     replace_file(bundle, VERIFICATION, b'{"tolerance": 0.0001, "passed": true, "checks": [], "skipped": []}')
     read_bundle(bundle)
     assert main(["verify", str(bundle)]) == 3
-    assert f"holds no {EVIDENCE} to verify it by: it was made before" in capsys.readouterr().err
+    assert f"holds no {EVIDENCE}, which its verification needs: it was made before" in capsys.readouterr().err
 
 
 def rewritten(bundle, change):
