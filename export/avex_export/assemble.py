@@ -1,14 +1,16 @@
-"""Assembling: from what was asked for to probes with their weights on one backbone."""
+"""From the request to probes with their weights on one backbone."""
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 
+import msgspec
 from torch import Tensor
 
 from avex_export.graph import Assembly, Head
 from avex_export.lengths import ERRORS, check_clip, check_mask, shortest_clip
 from avex_export.request import ExportRequest, ProbeSource
+from avex_serve.bundles.manifest import AudioSpec
 from avex_serve.errors import ExportError
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import StateDict, brought_to, fingerprint, read_state_dict
@@ -32,12 +34,12 @@ def assemble(request: ExportRequest, sources: Sequence[ProbeSource]) -> Assembly
     Raises:
         ExportError: weights that don't fit, or probes that can't be built or exported together.
     """
+    audio = None
     try:
         if request.offline:
             probes = [_offline_probe(request, source) for source in sources]
-            clip_samples, sample_rate = None, None
         else:
-            probes, clip_samples, sample_rate = _online_probes(request, sources)
+            probes, audio = _online_probes(request, sources)
         for probe, source in zip(probes, sources, strict=True):
             if source.weights is not None:
                 state = read_state_dict(resolve_file(str(source.weights)))
@@ -49,25 +51,26 @@ def assemble(request: ExportRequest, sources: Sequence[ProbeSource]) -> Assembly
         raise ExportError(f"the probe {names} can't be built on {sources[0].model}: {error}") from error
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise ExportError(str(error)) from error
-    shortest = None
-    if clip_samples is not None:
-        shortest = shortest_clip(probes, clip_samples, request.embeddings) if request.dynamic_length else None
-        if request.padding_mask:
-            check_mask(probes, clip_samples)
-    backbone = sources[0].backbone
+    if audio is not None and request.dynamic_length:
+        shortest = shortest_clip(probes, audio.window_samples, request.embeddings)
+        audio = msgspec.structs.replace(audio, shortest_samples=shortest)
+    if audio is not None and request.padding_mask:
+        check_mask(probes, audio.window_samples)
+    first, base = sources[0], probes[0].base_model
+    checkpoint = None if base is None else base.checkpoint_uri
+    if checkpoint is None and first.saved is not None:
+        checkpoint = first.saved.checkpoint
     return Assembly(
         name=bundle_name(request, sources),
         version=request.bundle_version,
         heads=tuple(_head(request, source, probe) for source, probe in zip(sources, probes, strict=True)),
-        model=sources[0].model,
-        checkpoint=_checkpoint(probes[0], sources[0]),
-        licence="unknown" if backbone is None else backbone.licence,
-        clip_samples=clip_samples,
-        sample_rate=sample_rate,
+        model=first.model,
+        checkpoint=checkpoint,
+        licence="unknown" if first.backbone is None else first.backbone.licence,
+        audio=audio,
         half=request.half,
         headless=request.embeddings,
-        shortest_samples=shortest,
-        masked=request.padding_mask,
+        takes_padding_mask=request.padding_mask,
     )
 
 
@@ -83,8 +86,8 @@ def bundle_name(request: ExportRequest, sources: Sequence[ProbeSource]) -> str:
 # -- the probes ------------------------------------------------------------------------------------------------
 
 
-def _online_probes(request: ExportRequest, sources: Sequence[ProbeSource]) -> tuple[list[Probe], int, int]:
-    """The probes on one backbone, the samples of a clip, and the sample rate in Hz."""
+def _online_probes(request: ExportRequest, sources: Sequence[ProbeSource]) -> tuple[list[Probe], AudioSpec]:
+    """The probes on one backbone, and their clips."""
     entry = sources[0].backbone
     assert entry is not None
     tuned = [source.name for source in sources if source.fine_tuned]
@@ -111,7 +114,7 @@ def _online_probes(request: ExportRequest, sources: Sequence[ProbeSource]) -> tu
         build_probe_from_config(s.config, len(s.labels), "cpu", base_model=base, target_length=samples)
         for s in sources
     ]
-    return probes, samples, rate
+    return probes, AudioSpec(sample_rate=rate, window_samples=samples)
 
 
 def _clip_samples(
@@ -165,16 +168,10 @@ def _head(request: ExportRequest, source: ProbeSource, probe: Probe) -> Head:
             f"{source.name} merges its layers by weights that are trained with the head; give the saved probe "
             "(--probe FOLDER)"
         )
-    reads = _input_fingerprint(probe, source)
-    pooled = _digest_of([reads, "mean over time"]) if reads is not None and probe.takes_sequence else reads
+    digest = _input_fingerprint(probe, source)
+    pooled = _digest_of([digest, "mean over time"]) if digest is not None and probe.takes_sequence else digest
     trained = source.weights is not None or (request.embeddings and not merges)
-    return Head(source.name, probe.eval(), source.labels, trained, reads, pooled)
-
-
-def _checkpoint(probe: Probe, source: ProbeSource) -> str | None:
-    if probe.base_model is not None and probe.base_model.checkpoint_uri is not None:
-        return probe.base_model.checkpoint_uri
-    return source.saved.checkpoint if source.saved is not None else None
+    return Head(source.name, probe.eval(), source.labels, trained, digest, pooled)
 
 
 def _input_fingerprint(probe: Probe, source: ProbeSource) -> str | None:

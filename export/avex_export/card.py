@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from avex_export.int8 import gates
+from avex_export.int8 import agreement_text
 from avex_serve.bundles.manifest import Manifest, ProbeInfo
 from avex_serve.bundles.reading import Bundle
 from avex_serve.configs import ProbeConfig
@@ -69,7 +69,7 @@ def model_card(bundle: Bundle, record: Record, embeddings: Mapping[str, str]) ->
         example=lambda spec: tuple(2 if size == -1 else size for size in spec.shape),
         table=table(record.checks, record.skipped),
         machine=record.machine.lines(),
-        agreement=None if manifest.quantisation is None else gates.text(manifest.quantisation.agreement),
+        agreement=None if manifest.quantisation is None else agreement_text(manifest.quantisation.agreement),
     )
 
 

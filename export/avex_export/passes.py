@@ -4,7 +4,7 @@ A pass makes the graph faster, changes the numbers by rounding only, and can be 
 backbone has its passes in the order in which they are applied: later ones build on the results of earlier ones.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from avex_export.architectures import ARCHITECTURES, architecture_of, names
 from avex_export.architectures.base import Architecture, Pass, Target
 from avex_export.architectures.spectra import front_ends, use_products
+from avex_serve.errors import ExportError
 from avex_serve.models.layers import input_lengths
-from avex_serve.models.probes import Probe
 
 
 def in_order(architectures: Iterable[Architecture]) -> tuple[Pass, ...]:
@@ -81,29 +81,25 @@ class _Half(nn.Module):
         return self.module(x.half(), *others)
 
 
-def halve(probes: Sequence[Probe]) -> None:
-    """Convert rewritten copies of probes on one backbone to float16, in place, for TorchScript on CUDA.
+def halve(target: Target) -> None:
+    """Convert rewritten copies of probes to float16, in place, for TorchScript on CUDA.
 
     Front ends stay in float32: their features have the range of 16-bit integers squared.
 
     Raises:
-        ValueError: no backbone, or one whose front end is not known.
+        ExportError: a backbone whose front end is not known.
     """
-    model = probes[0].base_model
-    network = None if model is None else architecture_of(model).network
-    if model is None or network is None:
-        raise ValueError(
-            f"half precision is for {names(lambda each: each.network)}, whose front ends are known to need float32; "
-            "export this model without --half"
+    model, network = target.model, architecture_of(target.model).network
+    if network is None:
+        raise ExportError(
+            f"--half: half precision is for {names(lambda each: each.network)}, whose front ends are known to need "
+            "float32; export this model without --half"
         )
     kept = [(part, {name: tensor.clone() for name, tensor in part.named_buffers()}) for part in front_ends(model)]
-    for probe in probes:
+    for probe in target.probes:
         probe.half()
     for part, tensors in kept:
         part.float()
         for name, tensor in part.named_buffers():
             tensor.copy_(tensors[name])
     model.set_submodule(network, _Half(model.get_submodule(network)))
-
-
-__all__ = ["CONSTANTS", "EXTERNAL_DATA", "PASSES", "SUMMARIES", "Pass", "Target", "halve", "in_order", "rewrite"]

@@ -20,8 +20,7 @@ from avex_serve.bundles.reading import read_bundle
 from avex_serve.bundles.sealing import seal_bundle
 from avex_serve.cli import main
 from avex_serve.errors import BundleError, TensorError
-from avex_serve.evidence.cases import Case, CaseEntry, Record, read_evidence, write_evidence
-from avex_serve.evidence.machine import this_machine
+from avex_serve.evidence.cases import Case, CaseEntry, Record, read_evidence, this_machine, write_evidence
 from avex_serve.evidence.verify import verify_bundle
 from tests.bundles import SAMPLE_RATE, WINDOW, make_audio_bundle, replace_file, weights
 
@@ -249,11 +248,11 @@ def test_embeddings_are_verified_as_well(tmp_path, embedding_bundle):
 
 def test_bundles_from_before_there_was_evidence(bundle, capsys):
     assert main(["verify", str(bundle)]) == 3
-    assert f"holds no {VERIFICATION} to verify it by" in capsys.readouterr().err
+    assert f"holds no {VERIFICATION}, which its verification needs" in capsys.readouterr().err
     replace_file(bundle, VERIFICATION, b'{"tolerance": 0.0001, "passed": true, "checks": [], "skipped": []}')
     read_bundle(bundle)
     assert main(["verify", str(bundle)]) == 3
-    assert f"holds no {EVIDENCE} to verify it by: it was made before" in capsys.readouterr().err
+    assert f"holds no {EVIDENCE}, which its verification needs: it was made before" in capsys.readouterr().err
 
 
 def rewritten(bundle, change):

@@ -64,7 +64,7 @@ class GrpcServer:
                 ("grpc.so_reuseport", 1),  # workers share the port
                 ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
-                # gRPC inflates a message before anything looks at it, so compressed ones are refused (UNIMPLEMENTED).
+                # gRPC inflates messages before anything looks at them: compressed ones are refused (UNIMPLEMENTED).
                 ("grpc.compression_enabled_algorithms_bitset", 1),  # no algorithm alone
                 ("grpc.per_message_decompression", 0),
             ],

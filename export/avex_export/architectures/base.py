@@ -15,7 +15,7 @@ class Target:
     probes: tuple[Probe, ...]
     samples: int  # of a clip; if clips may have any length, of a typical one
     any_length: bool = False
-    masked: bool = False  # whether the graph takes a padding mask
+    takes_padding_mask: bool = False
 
     @property
     def model(self) -> ModelBase:
@@ -32,7 +32,7 @@ class Target:
     @property
     def pooling(self) -> Literal["mean", "cls_token"] | None:
         """How every probe reduces time first; None if they differ, or if one of them excludes padding."""
-        pads = self.model.fills_clips or self.masked
+        pads = self.model.fills_clips or self.takes_padding_mask
         if pads and any(probe.exclude_padding for probe in self.probes):
             return None
         ways = {_pooling(probe) for probe in self.probes}
