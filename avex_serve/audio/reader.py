@@ -103,11 +103,11 @@ def _opened(file: io.BytesIO | int, name: str, size: int) -> Iterator[AudioStrea
     if size == 0:
         raise AudioError(f"{name} is empty (0 bytes); expected an encoded recording such as WAV or FLAC")
     head = _read_at(file, 0, 8)
-    if not _is_known(file):
-        raise _undecodable(name, "unknown format")
     if (declared := _declared_size(head)) is not None and declared > size:
         raise AudioError(f"{name} is truncated: it has {size} bytes, its header says {declared}; send all of it")
     with stage(DECODE):
+        if not _is_known(file):
+            raise _undecodable(name, "unknown format")
         try:
             sound = soundfile.SoundFile(file, closefd=False)
         except (soundfile.LibsndfileError, RuntimeError) as error:

@@ -62,7 +62,7 @@ def check_files(bundle: Bundle, but: Collection[str] = ()) -> None:
                 _check_file(bundle.directory / name, expected)
             if name.endswith(".onnx"):
                 _check_external_data(bundle, name)
-    except (OSError, ValueError) as error:  # the latter: an empty file can't be mapped
+    except OSError as error:
         raise BundleError(f"{bundle.directory} can't be read as a bundle: {error}") from None
 
 
@@ -73,6 +73,8 @@ def _check_file(path: Path, expected: str) -> None:
 
 def _check_external_data(bundle: Bundle, name: str) -> None:
     """Raise BundleError if an ONNX graph has weights in a file whose digest the manifest doesn't hold."""
+    if not (bundle.directory / name).stat().st_size:
+        return  # it can't be mapped, nor loaded
     with (bundle.directory / name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as graph:
         start = 0
         while (start := graph.find(EXTERNAL_DATA, start) + len(EXTERNAL_DATA)) >= len(EXTERNAL_DATA):
