@@ -190,7 +190,7 @@ def test_every_pass_can_be_left_out_of_clips_of_any_length(backbones, name):
 REFUSED = [
     ("eat", {}, ["--dynamic-length"], "EAT cuts or fills every clip to one length itself"),
     ("eat", {}, ["--padding-mask"], 'no difference to a probe on EAT; .*{"exclude_padding": true}'),
-    ("efficientnet", {}, ["--padding-mask"], "EfficientNet has no use for one"),
+    ("efficientnet", {}, ["--padding-mask"], "EfficientNet can't use one"),
     (
         "beats",
         {"aggregation": "none", "input_processing": "flatten"},
