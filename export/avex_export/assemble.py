@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 from torch import Tensor
@@ -20,16 +20,12 @@ from avex_serve.models.probes.storage import check_backbone, load_head
 from avex_serve.models.utils.factory import build_model_from_spec
 from avex_serve.models.utils.load import load_model
 
-# Parameters with which a probe merges its layers; they are part of what determines the head's input.
+# Parameters with which a probe merges its layers; the head's input depends on them.
 _MERGING = ("layer_w", "embedding_p")
 
 
 def assemble(request: ExportRequest, sources: Sequence[ProbeSource]) -> Assembly:
-    """Build the probes on one backbone and load their weights.
-
-    Args:
-        request: what to export.
-        sources: its probes, from `read_probes`.
+    """Build the probes of a request, from `read_probes`, on one backbone and load their weights.
 
     Raises:
         ExportError: weights that don't fit, or probes that can't be built or exported together.
@@ -61,26 +57,14 @@ def assemble(request: ExportRequest, sources: Sequence[ProbeSource]) -> Assembly
     if checkpoint is None and first.saved is not None:
         checkpoint = first.saved.checkpoint
     return Assembly(
-        name=bundle_name(request, sources),
-        version=request.bundle_version,
         heads=tuple(_head(request, source, probe) for source, probe in zip(sources, probes, strict=True)),
         model=first.model,
         checkpoint=checkpoint,
         licence="unknown" if first.backbone is None else first.backbone.licence,
         audio=audio,
-        half=request.half,
         headless=request.embeddings,
         takes_padding_mask=request.padding_mask,
     )
-
-
-def bundle_name(request: ExportRequest, sources: Sequence[ProbeSource]) -> str:
-    """The name of the bundle: as requested, else the probe's, else after the backbone."""
-    if request.name is not None:
-        return request.name
-    if request.embeddings:
-        return f"{sources[0].model}-embeddings"
-    return sources[0].name if len(sources) == 1 else f"{sources[0].model}-probes"
 
 
 # -- the probes ------------------------------------------------------------------------------------------------
@@ -92,7 +76,7 @@ def _online_probes(request: ExportRequest, sources: Sequence[ProbeSource]) -> tu
     assert entry is not None
     tuned = [source.name for source in sources if source.fine_tuned]
     if tuned and len(sources) > 1:
-        raise ExportError(f"{tuned[0]} has a backbone that was fine-tuned with it; export it by itself")
+        raise ExportError(f"the backbone of {tuned[0]} was fine-tuned with it; export this probe by itself")
     if tuned:  # the probe's own weights include the backbone's
         base: ModelBase = build_model_from_spec(entry.spec, "cpu", return_features_only=True)
     else:
@@ -102,13 +86,13 @@ def _online_probes(request: ExportRequest, sources: Sequence[ProbeSource]) -> tu
                 check_backbone(source.saved, base, source.weights.parent)
     if len(sources) > 1 and base.has_own_extraction():
         raise ExportError(
-            f"model {entry.description} has its own extract_embeddings, which serves one probe at a time; export "
-            "the probes one by one"
+            f"model {entry.description} has its own extract_embeddings, which returns the embeddings of one probe; "
+            "export the probes one by one"
         )
     if base.audio_config is None:
         raise ExportError(f"model {entry.description} has no audio_config, so its sample rate is unknown; add one")
     rate = base.audio_config.sample_rate
-    samples = _clip_samples(request, sources, rate, lambda: base.clip_samples)
+    samples = _clip_samples(request, sources, base, rate)
     check_clip(base, samples, rate)
     probes = [
         build_probe_from_config(s.config, len(s.labels), "cpu", base_model=base, target_length=samples)
@@ -117,9 +101,7 @@ def _online_probes(request: ExportRequest, sources: Sequence[ProbeSource]) -> tu
     return probes, AudioSpec(sample_rate=rate, window_samples=samples)
 
 
-def _clip_samples(
-    request: ExportRequest, sources: Sequence[ProbeSource], rate: int, usual: Callable[[], int]
-) -> int:
+def _clip_samples(request: ExportRequest, sources: Sequence[ProbeSource], base: ModelBase, rate: int) -> int:
     """Samples of a clip: as requested, else as in the probes' training, else the backbone's usual length."""
     if request.clip_seconds is not None:
         if (samples := round(request.clip_seconds * rate)) < 1:
@@ -128,7 +110,7 @@ def _clip_samples(
     lengths = {}
     for source in sources:
         trained = None if source.saved is None else source.saved.target_length
-        lengths[source.name] = trained or source.config.target_length or usual()
+        lengths[source.name] = trained or source.config.target_length or base.clip_samples
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name} {samples / rate:g} s" for name, samples in lengths.items())
         raise ExportError(f"the probes take clips of different lengths ({listed}); give --clip-seconds")
@@ -153,12 +135,12 @@ def _offline_probe(request: ExportRequest, source: ProbeSource) -> Probe:
 
 
 def _up_to_embedding(probe: Probe, state: StateDict) -> StateDict:
-    """The state dict with the probe's own values for its head, so that it fits for any number of classes."""
-    own = {name: tensor for name, tensor in probe.head_state().items() if not name.startswith(_MERGING)}
-    return {**brought_to(probe.state_dict(), state), **own}
+    """The state dict with the probe's present values for its head, so that it fits for any number of classes."""
+    kept = {name: tensor for name, tensor in probe.head_state().items() if not name.startswith(_MERGING)}
+    return {**brought_to(probe.state_dict(), state), **kept}
 
 
-# -- what the manifest says about them ---------------------------------------------------------------------------
+# -- their description in the manifest ---------------------------------------------------------------------------
 
 
 def _head(request: ExportRequest, source: ProbeSource, probe: Probe) -> Head:
@@ -175,7 +157,7 @@ def _head(request: ExportRequest, source: ProbeSource, probe: Probe) -> Head:
 
 
 def _input_fingerprint(probe: Probe, source: ProbeSource) -> str | None:
-    """Digest of what determines the head's input: backbone, layers, aggregation, weights that merge layers."""
+    """Digest of all that the head's input depends on: backbone, layers, aggregation, weights that merge layers."""
     if probe.base_model is not None:
         backbone: str | None = fingerprint(probe.base_model)
         layers: Sequence[str] | None = probe.layers

@@ -10,13 +10,13 @@ from pathlib import Path
 import msgspec
 import torch
 
-from avex_export.assemble import assemble, bundle_name
+from avex_export.assemble import assemble
 from avex_export.card import model_card
 from avex_export.cases import example_inputs
 from avex_export.formats import Pt2Backend, write_onnx, write_pt2, write_torchscript
 from avex_export.graph import MASK, Assembly, Head, Output, export_graph
 from avex_export.int8 import add_int8, agreement_text, find_clips, refuse_unfit
-from avex_export.request import ExportRequest, read_probes
+from avex_export.request import ExportRequest, bundle_name, read_probes
 from avex_export.verify import compare, gains_table, profile, verify
 from avex_serve.audio.reader import decode, resample
 from avex_serve.bundles.manifest import (
@@ -65,7 +65,8 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
         say(f"[{time.monotonic() - started:5.1f} s] {step}")
 
     sources = read_probes(request)
-    output = request.output or _BUNDLES / bundle_name(request, sources)
+    name = bundle_name(request, sources)
+    output = request.output or _BUNDLES / name
     with atomic_directory(output, marker=MANIFEST) as folder:
         progress(f"assemble {', '.join(source.name for source in sources)}")
         assembly = assemble(request, sources)
@@ -81,7 +82,7 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
         backends = _write_formats(request, assembly, folder, metadata, progress)
         progress("verify against the eager module")
         labels = {} if assembly.headless else {head.name: head.labels for head in assembly.heads}
-        draft = Bundle(folder, _manifest(assembly, request.activation or "sigmoid"), labels, digest="0" * 64)
+        draft = Bundle(folder, _manifest(request, name, assembly), labels, digest="0" * 64)
         record, cases = verify(assembly, draft, list(backends.values()), request.verify_audio)
         say(table(record.checks, record.skipped))
         if not record.passed:
@@ -142,9 +143,9 @@ def _write_formats(
         backends["onnx"] = OnnxBackend(folder / ONNX, assembly.input_names, outputs)
     if "torchscript" in request.format:
         progress("write TorchScript")
-        traced = export_graph(assembly, without, half=True) if assembly.half else graph
+        traced = export_graph(assembly, without, half=True) if request.half else graph
         write_torchscript(traced, example, folder / TORCHSCRIPT)
-        backends["torchscript"] = TorchBackend(folder / TORCHSCRIPT, outputs, "cpu", half=assembly.half)
+        backends["torchscript"] = TorchBackend(folder / TORCHSCRIPT, outputs, "cpu", half=request.half)
     if "pt2" in request.format:
         progress("write PT2")
         write_pt2(graph, example, folder / PT2)
@@ -162,15 +163,15 @@ def _made(head: Head) -> str:
 # -- the manifest -------------------------------------------------------------------------------------------------
 
 
-def _manifest(assembly: Assembly, activation: Activation) -> Manifest:
+def _manifest(request: ExportRequest, name: str, assembly: Assembly) -> Manifest:
     heads = range(0 if assembly.headless else len(assembly.heads))
     return Manifest(
-        name=assembly.name,
-        version=assembly.version,
+        name=name,
+        version=request.bundle_version,
         kind="embedding" if assembly.audio is None else "audio",
         model=assembly.model,
         checkpoint=assembly.checkpoint,
-        probes=tuple(_probe(assembly, index, activation) for index in heads),
+        probes=tuple(_probe(assembly, index, request.activation or "sigmoid") for index in heads),
         embeddings=tuple(_embedding(assembly, output) for output in assembly.outputs if output.what != "logits"),
         audio=assembly.audio,
         inputs=tuple(
@@ -178,7 +179,7 @@ def _manifest(assembly: Assembly, activation: Activation) -> Manifest:
             for name in assembly.input_names
         ),
         outputs=tuple(TensorSpec(name=o.name, shape=_output_shape(assembly, o)) for o in assembly.outputs),
-        half=assembly.half,
+        half=request.half,
         licence=assembly.licence,
         tools={name: version(name) for name in ("avex-serve", "onnx", "onnxruntime", "torch")},
         files={},

@@ -43,14 +43,11 @@ class Output:
 class Assembly:
     """Probes on one backbone, ready to become a graph."""
 
-    name: str
     heads: tuple[Head, ...]
     model: str
     checkpoint: str | None  # of the backbone, for the manifest
     licence: str
     audio: AudioSpec | None  # None: the input is embeddings
-    version: str = "1"
-    half: bool = False  # whether the TorchScript graph is in float16
     headless: bool = False  # whether the graph returns the heads' inputs and no logits
     takes_padding_mask: bool = False
 

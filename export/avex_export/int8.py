@@ -36,12 +36,12 @@ DECISIONS = 0.98
 # Embeddings are equal if their distances to the mean are at most this part of its length, the precision of float32.
 _SAME = 1e-5
 
-# Audio of a calibration, and limits of the number of its clips. They are one batch, so their number decides the
-# memory: 3 GB for BEATs at 10 s.
+# Seconds of audio for a calibration, and limits of the number of its clips. They are one batch, so their number
+# determines the memory: 3 GB for BEATs at 10 s.
 _SECONDS = 80.0
 _FEWEST, _MOST = 8, 24
 HELD_OUT_CLIPS = 24
-# Fewer clips show nothing about the distances between clips.
+# Fewer clips don't show whether the distances between clips are kept.
 LEAST_CLIPS = 12
 # At most this number of files, spread evenly over a large folder.
 _FILES = 200
@@ -52,10 +52,10 @@ _SUFFIXES = {".wav", ".flac", ".ogg", ".mp3", ".aif", ".aiff"}
 
 
 def refuse_unfit(assembly: Assembly, formats: Collection[str]) -> None:
-    """Raise ExportError if there is no int8 graph for what was assembled."""
+    """Raise ExportError if there is no int8 graph for these probes."""
     model = assembly.probe.base_model
     if model is None:
-        raise ExportError("--quantize is for audio: a head alone is too small to gain; leave out --quantize")
+        raise ExportError("--quantize is for audio: a head alone would not be faster; leave out --quantize")
     architecture = architecture_of(model)
     if architecture.blocks is None:
         usual = f"--quantize int8 is for {names(lambda each: each.blocks)}, not {type(model).__name__}"
@@ -78,19 +78,10 @@ def add_int8(
     clips: "Clips",
     without: Collection[str] = (),
 ) -> tuple[Backend, Quantisation]:
-    """Write the int8 graph and compare it with the float32 one.
-
-    Args:
-        assembly: one that `refuse_unfit` accepts.
-        path: of the graph.
-        metadata: of the graph.
-        exact: runs the float32 graph.
-        manifest: of the unfinished bundle.
-        clips: for the calibration and for the comparison.
-        without: passes to leave out, see `avex_export.passes`.
+    """Write the int8 graph, and compare it with the float32 graph, which the backend `exact` runs.
 
     Returns:
-        The backend that runs the graph, and its description for the manifest.
+        The backend that runs the int8 graph, and its description for the manifest.
 
     Raises:
         ExportError: the graph differs too much from the float32 one.
@@ -164,7 +155,7 @@ def _cut(folder: Path, samples: int, rate: int) -> Iterator[np.ndarray]:
 
 
 def _spread(things: list[_T], most: int) -> list[_T]:
-    """At most `most` of the things, evenly spread."""
+    """At most `most` of the things, at equal distances."""
     if len(things) <= most:
         return things
     return [things[i * len(things) // most] for i in range(most)]

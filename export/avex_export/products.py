@@ -29,8 +29,8 @@ _COLUMNS = 128
 class Int8Linear(nn.Module):
     """A linear map (B, T, K) → (B, T, N) of 8-bit activations, rounded at run time, with 7-bit weights.
 
-    The activations' range is measured over a whole call. The service runs batches of one clip, which are therefore
-    rounded as in the calibration. In a graph this is four standard operators, which onnxruntime fuses into one.
+    A graph measures the range of the activations over the whole batch. The service therefore runs batches of one
+    clip, as in the calibration. In a graph this module is four standard operators, which onnxruntime fuses into one.
     """
 
     smoothing: Tensor  # (K,) factors of the activations; the weights are divided by them
@@ -148,9 +148,9 @@ def _calibrated(linear: nn.Linear, x: Tensor, mean: Tensor) -> Int8Linear:
 
 
 def _smoothing(linear: nn.Linear, x: Tensor) -> Tensor:
-    """Factors (K,) that even out the channels of x, at the expense of the weights, as far as it reduces the error.
+    """Factors (K,) that make the channels of x more equal and the weights less equal; those with the least error.
 
-    Source: Xiao et al., "SmoothQuant" (arXiv 2211.10438), the strength searched for each product.
+    Source: Xiao et al., "SmoothQuant" (arXiv 2211.10438), here with the best of several strengths for each product.
     """
     low, high = x.aminmax(dim=1)  # (B, K) each
     reach = torch.maximum(high, -low).amax(dim=0).clamp(min=_LEAST)
@@ -184,18 +184,10 @@ def nearest(weight: Tensor, step: Tensor) -> Tensor:
 
 
 def compensated(weight: Tensor, step: Tensor, inputs: Tensor) -> Tensor:
-    """Integers whose product with these inputs is near the weight's, rather than integers near the weight.
+    """Integers (N, K), as floats, whose product with inputs (R, K) is near that of the weight (N, K); steps (N,).
 
-    Columns are rounded one after the other, those with the strongest inputs first. The remaining columns take up the
-    error of each. Source: Frantar et al., "GPTQ" (arXiv 2210.17323), with its order by activation.
-
-    Args:
-        weight: (N, K).
-        step: (N,).
-        inputs: (R, K) rows that the product will get.
-
-    Returns:
-        (N, K) integers, as floats.
+    Columns are rounded one after the other, those with the strongest inputs first. The remaining columns compensate
+    for the error of each. Source: Frantar et al., "GPTQ" (arXiv 2210.17323), with its order by activation.
     """
     moments = inputs.T @ inputs / len(inputs)  # (K, K)
     moments.diagonal().add_(_DAMPING * moments.diagonal().mean().clamp(min=1e-12))

@@ -70,7 +70,7 @@ LADDER = Architecture(
 def assembly():
     torch.manual_seed(0)
     probe = build_probe_from_config(ProbeConfig(target_layers=["steps.1"]), 5, "cpu", base_model=Ladder().eval())
-    return Assembly("x", (head(probe.eval()),), "ladder", None, "CC0", CLIPS)
+    return Assembly((head(probe.eval()),), "ladder", None, "CC0", CLIPS)
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_other_backbones(make):
     with torch.no_grad():
         expected = {name: probe(wave) for name, probe in probes}
     heads = tuple(Head(name, probe, tuple("abcde"), True, None, None) for name, probe in probes)
-    graph = export_graph(Assembly("x", heads, "own", None, "CC0", CLIPS))
+    graph = export_graph(Assembly(heads, "own", None, "CC0", CLIPS))
     assert isinstance(graph, OnePassGraph)
     found = dict(zip(graph.outputs, graph(wave), strict=True))
     for name, value in expected.items():

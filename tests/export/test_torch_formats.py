@@ -29,7 +29,7 @@ def assembly(model, kind="linear", layer="last_layer"):
     config = ProbeConfig(probe_type=kind, target_layers=[layer], **HEADS[kind])
     torch.manual_seed(0)
     probe = build_probe_from_config(config, 5, "cpu", base_model=model).eval()
-    return Assembly("x", (head(probe),), "tiny", None, "CC0", CLIPS, half=True)
+    return Assembly((head(probe),), "tiny", None, "CC0", CLIPS)
 
 
 @pytest.mark.parametrize("kind", HEADS)
