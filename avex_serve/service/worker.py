@@ -42,25 +42,11 @@ logger = logging.getLogger(__name__)
 
 ALL_INTERFACES: Final = {"0.0.0.0", "::"}
 QUEUE_FACTOR: Final = 16  # waiting requests for each at work
-TIMEOUT_MARGIN: Final = 10.0  # seconds
 STARTUP_FAILED: Final = 3  # exit code, uvicorn's for this case
 
 
-def _http_time_limit() -> float:
-    """Seconds after which BentoML may cut a request off: a little later than the service itself.
-
-    BentoML needs it when the class is made, and keeps a timer for each request until then.
-    """
-    try:
-        return Settings.from_environment().timeout_seconds + TIMEOUT_MARGIN
-    except InputError:  # `check` reports it, and the service doesn't start
-        return TIMEOUT_MARGIN
-
-
 # Metrics and the log of requests are ours: see docs/decisions/operation.md.
-@bentoml.service(
-    traffic={"timeout": _http_time_limit()}, metrics={"enabled": False}, logging={"access": {"enabled": False}}
-)
+@bentoml.service(metrics={"enabled": False}, logging={"access": {"enabled": False}})
 class AvexService:
     """Names the sounds in recordings, with the bundles that AVEX_BUNDLE points at."""
 
@@ -227,5 +213,6 @@ def _check_ports_differ(settings: Settings) -> None:
 
 
 bento.skip_unsent_spans()
-bento.bound_heads()
+bento.bound_connections()
+bento.keep_no_timers()
 AvexService.add_asgi_middleware(HttpFront, front=lambda: bentoml.get_current_service().front, application=Routes)
