@@ -19,7 +19,7 @@ from bentoml._internal.server.http import traffic
 from opentelemetry.sdk.trace import TracerProvider
 from starlette.types import ASGIApp
 from uvicorn.config import HTTP_PROTOCOLS
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from avex_serve.errors import InputError
 
@@ -53,6 +53,7 @@ class BoundedHttp(HttpToolsProtocol):
     _in_body = False  # whether a head was complete, and its body isn't
     _ended = False  # whether nothing more is parsed
     _fault = _NO_REQUEST
+    _working: RequestResponseCycle | None = None  # the request in work; `cycle` is the last that has arrived
     _stalled: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
@@ -110,20 +111,36 @@ class BoundedHttp(HttpToolsProtocol):
     def _end(self) -> None:
         """Parse nothing more: refuse what has arrived, unless that would look like the answer to another request."""
         self._ended = True
-        cycle = self.cycle
-        answering = cycle is not None and not cycle.response_complete
-        if answering and not self._in_body:
-            cycle.keep_alive = False  # those before it are answered, then the connection is closed
-            return
-        if answering:  # its body is at fault: the application can't answer any more
-            cycle.disconnected = True
-            cycle.message_event.set()
-        if not self._in_body or not (cycle.response_started or self.pipeline):
+        if self._in_body:
+            refuses = self.cycle is self._working and not self.cycle.response_started
+        else:
+            refuses = self._working is None or self._working.response_complete
+            if not refuses:
+                self.cycle.keep_alive = False  # those before it are answered, then the connection is closed
+                return
+        self._let_go()
+        if refuses:
             status, error = self._fault
             body = json.dumps({"error": error})
             head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
             self.transport.write(STATUS_LINE[status] + (head + body).encode())
         self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._working = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let the application know, and forget the connection."""
+        self._let_go()
+        super().connection_lost(exc)
+        self._unwatch()
+
+    def _let_go(self) -> None:
+        """Let the request in work know that nobody waits for its answer; uvicorn tells only the last one."""
+        if self._working is not None and not self._working.response_complete:
+            self._working.disconnected = True
+            self._working.message_event.set()
 
     def pause_writing(self) -> None:
         """Let the application wait until the client has read, and watch whether it does."""
@@ -135,14 +152,10 @@ class BoundedHttp(HttpToolsProtocol):
         super().resume_writing()
         self._unwatch()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
-        super().connection_lost(exc)
-        self._unwatch()
-
     def _watch_reading(self, unread: float = math.inf) -> None:
         left = self.transport.get_write_buffer_size()
         if left >= unread:
+            self._let_go()
             self.transport.abort()
         else:
             self._stalled = self.loop.call_later(STALL_SECONDS, self._watch_reading, left)
