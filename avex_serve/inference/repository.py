@@ -151,7 +151,7 @@ class Repository:
 
     def serves(self) -> bool:
         """Whether any model is served."""
-        return bool(self._served)
+        return any(place.served is not None for place in list(self._places.values()))
 
     def index(self) -> list[ModelState]:
         """Every bundle on disk, those that are not served with the reason."""

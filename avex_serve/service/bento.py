@@ -6,7 +6,7 @@ BentoML has no public way to what is here. Written for BentoML 1.4 and uvicorn 0
 import asyncio
 import json
 import logging
-import re
+import math
 import shutil
 import tempfile
 from functools import cached_property
@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import bentoml
 import click  # BentoML's command is made with it
-import h11  # uvicorn reads HTTP with it
+import httptools  # uvicorn reads HTTP with it
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.resource import system_resources
 from bentoml._internal.server.http import traffic
@@ -22,8 +22,7 @@ from bentoml._internal.utils import circus
 from opentelemetry.sdk.trace import TracerProvider
 from starlette.types import ASGIApp
 from uvicorn.config import HTTP_PROTOCOLS
-from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from avex_serve.errors import InputError
 
@@ -31,106 +30,142 @@ from avex_serve.errors import InputError
 
 MAX_HEAD_BYTES: Final = 2**16
 MAX_HEADERS: Final = 256
-MAX_FAULT: Final = 100  # characters of what h11 says of bytes that it can't parse
+MAX_WAITING: Final = 32  # requests of a connection that wait for the answer to the one before
+STALL_SECONDS: Final = 60.0  # without a byte of an answer read, after which a client is given up
 
 _LINE_BYTES: Final = len(b": \r\n")  # of a header, besides its name and value
-_ORIGIN: Final = re.compile(rb"https?://[^/?]*", re.IGNORECASE)
+_NO_REQUEST: Final = (400, "this is no valid HTTP request; expected one by RFC 9112")
+_TOO_LARGE: Final = (
+    431, f"the request's head is too large; expected at most {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers"
+)  # fmt: skip
 
 
-class BoundedConnection(h11.Connection):
-    """h11's parser, with bounds on a head that arrives at once, and with one way to tell where a body ends."""
+class BoundedHttp(HttpToolsProtocol):
+    """uvicorn's HTTP protocol, with bounds on what a client can make it keep, and without upgrades.
 
-    fault: h11.RemoteProtocolError | None = None  # why the client's bytes can't be parsed
+    - The parser collects each header until it is complete, in time by the square of its size. So a head, or the
+      trailers of a body, has at most `MAX_HEAD_BYTES`; what is larger is answered 431.
+    - Up to `MAX_WAITING` requests may arrive before the answer to the one before; the connection ends with theirs.
+    - An upgrade is ignored: the request is answered as any other, as RFC 9110, 7.8, allows.
+    - A client that reads nothing of an answer for `STALL_SECONDS` is disconnected.
 
-    def next_event(self) -> Any:
-        """The next part of a request, see h11; RemoteProtocolError for what is refused."""
-        try:
-            event = super().next_event()
-            return _checked(event) if isinstance(event, h11.Request) else event
-        except h11.RemoteProtocolError as error:
-            self.fault = error
-            raise
-
-
-def _checked(request: h11.Request) -> h11.Request:
-    size = len(request.target) + sum(len(name) + len(value) + _LINE_BYTES for name, value in request.headers)
-    if size > MAX_HEAD_BYTES or len(request.headers) > MAX_HEADERS:
-        raise h11.RemoteProtocolError("the head is too large", error_status_hint=431)
-    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
-        # A proxy that reads the other one would find another request in the body.
-        raise h11.RemoteProtocolError("Content-Length and Transfer-Encoding exclude each other")
-    if (origin := _ORIGIN.match(request.target)) is None:
-        return request
-    target = b"/" + request.target[origin.end() :].removeprefix(b"/")  # as proxies are asked, RFC 9112, 3.2.2
-    return h11.Request(
-        method=request.method, headers=request.headers, target=target, http_version=request.http_version
-    )
-
-
-class BoundedFlow(FlowControl):
-    """uvicorn's flow control, which reads nothing more while a request waits for the answer to the one before it."""
-
-    def __init__(self, transport: asyncio.Transport, connection: h11.Connection) -> None:
-        super().__init__(transport)
-        self._connection = connection
-
-    def resume_reading(self) -> None:
-        """Read again, unless a request waits."""
-        if self._connection.their_state is not h11.DONE or not self._connection.trailing_data[0]:
-            super().resume_reading()
-
-
-class BoundedHttp(H11Protocol):
-    """uvicorn's HTTP protocol on h11, which reads one request after another, with bounds on each connection.
-
-    A head has at most `MAX_HEAD_BYTES` and `MAX_HEADERS`. What follows the request in work stays unread, except for
-    what the last read returned. An upgrade is ignored: the request is answered as any other (RFC 9110, 7.8). Bytes
-    that are no request are answered 400, and too large a head 431, both as JSON; then the connection is closed.
+    What can't be parsed is answered 400. Refusals are JSON, and the connection is closed after them.
     """
 
-    conn: BoundedConnection
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.conn = BoundedConnection(h11.SERVER, MAX_HEAD_BYTES)
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Accept a connection."""
-        super().connection_made(transport)
-        self.flow = BoundedFlow(transport, self.conn)
+    _incomplete = 0  # bytes since the last complete part: a head, a piece of a body, a request
+    _in_body = False  # whether a head was complete, and its body isn't
+    _ended = False  # whether nothing more is parsed
+    _fault = _NO_REQUEST
+    _working: RequestResponseCycle | None = None  # the request in work; `cycle` is the last that has arrived
+    _stalled: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
-        """Parse data from the client, unless its connection ends with the request in work."""
-        if not self.transport.is_closing() and self.conn.their_state is not h11.MUST_CLOSE:
-            super().data_received(data)
+        """Parse data from the client."""
+        self._unset_keepalive_if_required()
+        if self._ended:
+            return
+        self._incomplete += len(data)
+        try:
+            while data:
+                data = self._parse(data)
+        except httptools.HttpParserError:
+            self._end()
+        else:
+            if self._incomplete > MAX_HEAD_BYTES:
+                self._fault = _TOO_LARGE
+                self._end()
 
-    def on_response_complete(self) -> None:
-        """Turn to the next request."""
-        super().on_response_complete()
-        self.flow.resume_reading()  # its head may be incomplete
+    def _parse(self, data: bytes) -> bytes:
+        """What is left to parse."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # The parser skips the body of a request that offers an upgrade, and reads it after a head without one.
+            lines = [b"%b %b HTTP/1.1" % (self.parser.get_method(), self.url)]
+            lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            return b"\r\n".join([*lines, b"", data[upgrade.args[0] :]])
+        return b""
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer what the parser refuses, if no part of another answer has been sent, and close the connection."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # the application can't answer any more
-            self.cycle.message_event.set()
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.write(_refusal(self.conn.fault))
+    def on_headers_complete(self) -> None:
+        """Check a complete head, and begin its request."""
+        self._incomplete = 0
+        size = len(self.url) + sum(len(name) + len(value) + _LINE_BYTES for name, value in self.headers)
+        if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
+            self._fault = _TOO_LARGE
+            raise ValueError  # ends the parser
+        if self.parser.get_method() == b"CONNECT" or len(self.pipeline) == MAX_WAITING:
+            raise ValueError
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+            self._in_body = True
+
+    def on_body(self, body: bytes) -> None:
+        """Accept a piece of a body."""
+        self._incomplete = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Accept the end of a request."""
+        self._incomplete = 0
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+            self._in_body = False
+
+    def _end(self) -> None:
+        """Parse nothing more: refuse what has arrived, unless that would look like the answer to another request."""
+        self._ended = True
+        if self._in_body:
+            refuses = self.cycle is self._working and not self.cycle.response_started
+        else:
+            refuses = self._working is None or self._working.response_complete
+            if not refuses:
+                self.cycle.keep_alive = False  # those before it are answered, then the connection is closed
+                return
+        self._let_go()
+        if refuses:
+            status, error = self._fault
+            body = json.dumps({"error": error})
+            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            self.transport.write(STATUS_LINE[status] + (head + body).encode())
         self.transport.close()
 
-    def _should_upgrade(self) -> bool:
-        return False
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._working = cycle
+        super()._start_asgi_task(cycle, app)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let the application know, and forget the connection."""
+        self._let_go()
+        super().connection_lost(exc)
+        self._unwatch()
 
-def _refusal(fault: h11.RemoteProtocolError | None) -> bytes:
-    if fault is not None and fault.error_status_hint == 431:
-        status = "431 Request Header Fields Too Large"
-        error = f"the request's head is too large; expected at most {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers"
-    else:
-        status, error = "400 Bad Request", f"this is no valid HTTP request: {str(fault)[:MAX_FAULT]}"
-    body = json.dumps({"error": error})
-    head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-    return f"HTTP/1.1 {status}\r\n{head}{body}".encode()
+    def _let_go(self) -> None:
+        """Let the request in work know that nobody waits for its answer; uvicorn tells only the last one."""
+        if self._working is not None and not self._working.response_complete:
+            self._working.disconnected = True
+            self._working.message_event.set()
+
+    def pause_writing(self) -> None:
+        """Let the application wait until the client has read, and watch whether it does."""
+        super().pause_writing()
+        self._watch_reading()
+
+    def resume_writing(self) -> None:
+        """Let the application go on."""
+        super().resume_writing()
+        self._unwatch()
+
+    def _watch_reading(self, unread: float = math.inf) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left >= unread:
+            self._let_go()
+            self.transport.abort()
+        else:
+            self._stalled = self.loop.call_later(STALL_SECONDS, self._watch_reading, left)
+
+    def _unwatch(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
 
 
 def bound_connections() -> None:
