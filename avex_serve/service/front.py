@@ -19,10 +19,12 @@ The first six are decided before the body is read. With CORS, preflights are ans
 import asyncio
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import grpc
@@ -77,8 +79,10 @@ CONTROL_BYTES: Final = 2**16  # of a request without tensors, which is parsed on
 TIME_LIMIT: Final = "Request-Timeout"  # header: how many seconds the client waits
 TRACE_ID: Final = "X-BentoML-Trace-ID"  # header, if BentoML is configured to send it
 POLICY_VIOLATION: Final = 1008  # WebSocket close code
-# A gRPC status is a header, and clients accept 8 KiB of headers: they would report a longer one as another error.
-MAX_DETAILS: Final = 1000
+# The details of a gRPC status are a header, percent-encoded, and clients accept 8 KiB of headers: they would report
+# longer ones as another error.
+MAX_DETAILS: Final = 1000  # characters
+MAX_DETAILS_BYTES: Final = 4000  # as sent
 
 
 @dataclass(frozen=True)
@@ -406,4 +410,12 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 def grpc_refusal(error: Exception, route: str) -> tuple[grpc.StatusCode, str]:
     """Status and details of a call that failed."""
     error = known(error, route)
-    return grpc.StatusCode[error.grpc_status], str(error)[:MAX_DETAILS]
+    return grpc.StatusCode[error.grpc_status], _fitting(str(error)[:MAX_DETAILS])
+
+
+def _fitting(details: str) -> str:
+    """The part of the details that a client accepts; what isn't printable ASCII is sent as %XX for each byte."""
+    # A surrogate can't be sent.
+    text = details.encode("utf-8", "replace").decode()
+    sizes = accumulate(1 if " " <= each <= "~" and each != "%" else 3 * len(each.encode()) for each in text)
+    return text[: bisect_right(list(sizes), MAX_DETAILS_BYTES)]

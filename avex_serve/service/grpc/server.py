@@ -64,6 +64,9 @@ class GrpcServer:
                 ("grpc.so_reuseport", 1),  # workers share the port
                 ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
+                # Compressed messages are refused (UNIMPLEMENTED): gRPC inflates one before anything looks at it.
+                ("grpc.compression_enabled_algorithms_bitset", 1),  # no algorithm alone
+                ("grpc.per_message_decompression", 0),
             ],
         )
         server.add_registered_method_handlers(SERVICE, _Methods(self._front).handlers())
