@@ -155,7 +155,7 @@ def check_datatype(name: str, datatype: str) -> None:
         raise TensorError(f"input {name!r} has type {datatype!r}; expected FP32, or BYTES for encoded recordings")
 
 
-def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> np.ndarray | list[bytes]:
+def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> np.ndarray | list[bytes]:
     """The data of a tensor from its raw form: little-endian floats, bytes 0 and 1, or elements after their length.
 
     Raises:
@@ -224,7 +224,7 @@ def _array(name: str, data: object) -> np.ndarray:
         raise TensorError(f"{name} is ragged: lists at the same depth differ in length") from None
 
 
-def _split(name: str, count: int, raw: bytes) -> list[bytes]:
+def _split(name: str, count: int, raw: bytes | memoryview) -> list[bytes]:
     """The elements of a BYTES tensor in its raw form."""
     found: list[bytes] = []
     position = 0
@@ -239,5 +239,5 @@ def _split(name: str, count: int, raw: bytes) -> list[bytes]:
             raise TensorError(f"input {name!r}: an element of BYTES is longer than the data that was sent")
         if position == start:
             raise TensorError(f"input {name!r}: an element of BYTES is empty; expected an encoded recording")
-        found.append(raw[start:position])
+        found.append(bytes(raw[start:position]))
     return found
