@@ -192,9 +192,9 @@ class ProbeConfig(BaseModel):
                     f"aggregation is {self.aggregation!r}, but input_processing='sequence' keeps the time axis; "
                     "set aggregation='none' or leave it out"
                 )
-        for field in _REQUIRED[kind]:
+        for field, example in _REQUIRED[kind].items():
             if getattr(self, field) is None:
-                raise ValueError(f"{field} is None, but a {kind} probe needs it; set {field}={_EXAMPLE[field]}")
+                raise ValueError(f"{field} is None, but a {kind} probe needs it; set {field}={example}")
         if kind == "mlp" and not (self.hidden_dims and min(self.hidden_dims) > 0):
             raise ValueError(
                 f"hidden_dims is {self.hidden_dims}; expected at least one width, all positive, such as [512, 256]"
@@ -213,17 +213,11 @@ class ProbeConfig(BaseModel):
         return not self.freeze_backbone or self.aggregation == "none"
 
 
-_REQUIRED: dict[ProbeType, tuple[str, ...]] = {
-    "linear": (),
-    "mlp": ("hidden_dims",),
-    "lstm": ("lstm_hidden_size", "num_layers"),
-    "attention": ("num_heads", "attention_dim"),
-    "transformer": ("num_heads", "attention_dim", "num_layers"),
-}
-_EXAMPLE = {
-    "hidden_dims": "[512, 256]",
-    "lstm_hidden_size": "256",
-    "num_layers": "2",
-    "num_heads": "8",
-    "attention_dim": "512",
+# The fields that each head needs, with the value that the error proposes.
+_REQUIRED: dict[ProbeType, dict[str, object]] = {
+    "linear": {},
+    "mlp": {"hidden_dims": [512, 256]},
+    "lstm": {"lstm_hidden_size": 256, "num_layers": 2},
+    "attention": {"num_heads": 8, "attention_dim": 512},
+    "transformer": {"num_heads": 8, "attention_dim": 512, "num_layers": 2},
 }

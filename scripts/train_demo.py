@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from avex_serve import build_model_from_spec, get_model_spec, load_model
 from avex_serve.models.aggregation import concatenate
 from avex_serve.models.base_model import ModelBase
-from avex_serve.models.beats import BEATsModel
+from avex_serve.models.beats_model import BEATsModel
 from avex_serve.models.probes import Probe, build_probe_from_config, load_probe_config, save_probe
 from avex_serve.models.probes.storage import load_head
 from avex_serve.synthetic import LABELS, WINDOW_SECONDS, Event, make_clip_with_events

@@ -18,7 +18,7 @@ from avex_serve import build_model_from_spec, get_model_spec, load_model
 from avex_serve.cli import main as avex_serve_cli
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.aggregation import aggregate
-from avex_serve.models.hooks import frozen
+from avex_serve.models.layers import frozen
 from avex_serve.models.probes import build_probe_from_config, get_probe_class, list_probe_classes, load_probe_config
 from avex_serve.models.probes.utils import registry
 from tests.hub import hub_cache, use_cache

@@ -1,7 +1,7 @@
-"""Aggregation: how an embedding loses its time axis. Pure functions of batch-first tensors.
+"""Aggregation: reduce the time axis of an embedding. Pure functions of batch-first tensors.
 
 The rank of the tensor determines the time axis: axis 1 of a sequence (B, T, D), the last axis of a feature map
-(B, C, H, W). A vector (B, D) has no time axis and stays as it is.
+(B, C, H, W). A vector (B, D) has no time axis and is returned unchanged.
 """
 
 from collections.abc import Sequence

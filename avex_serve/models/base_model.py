@@ -1,9 +1,9 @@
-"""`ModelBase`, the interface of every backbone: embeddings by layer name."""
+"""`ModelBase`, the interface of every backbone: embeddings by layer name. And any torch module adapted to it."""
 
 import contextlib
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -12,18 +12,24 @@ from torch.utils.hooks import RemovableHandle
 from avex_serve.configs import Aggregation, AudioConfig
 from avex_serve.models.aggregation import concatenate
 from avex_serve.models.frontends import AudioProcessor
-from avex_serve.models.hooks import capture_until_removed, frozen, is_tracing, measure_batch_axes, tap_by_hooks
-from avex_serve.models.layers import BACKBONE, last_layer, resolve_layers
+from avex_serve.models.layers import (
+    BACKBONE,
+    capture,
+    frozen,
+    is_tracing,
+    last_layer,
+    measure_batch_axes,
+    resolve_layers,
+    tap_by_hooks,
+)
 
 
 class ModelBase(nn.Module):
     """A backbone: waveforms in, embeddings by layer name out.
 
-    A subclass needs no more than `forward`, as in avex's documentation. Its discoverable layers are its linear
-    submodules, any submodule can be tapped by name, and `taps` captures them with hooks during one forward pass. The
-    architectures here override `get_model_layers`, `tappable_layers` and `taps`, and compute their layers without
-    hooks. On these three build the methods that avex's models have: `register_hooks_for_layers`,
-    `extract_embeddings` and others.
+    A subclass needs only `forward`, as in avex's documentation. Its discoverable layers are its linear submodules.
+    Any submodule can be tapped by name: `taps` captures it with a hook during one forward pass. The architectures
+    here override `get_model_layers`, `tappable_layers` and `taps`, and compute their layers without hooks.
 
     Attributes:
         audio_config: the audio that it expects, or None if unknown.
@@ -38,12 +44,7 @@ class ModelBase(nn.Module):
     fills_clips: ClassVar[bool] = False
 
     def __init__(self, device: str = "cpu", audio_config: AudioConfig | Mapping[str, Any] | None = None) -> None:
-        """Set up the common attributes.
-
-        Args:
-            device: of the model.
-            audio_config: the audio that it expects, as `AudioConfig` or a mapping of its fields.
-        """
+        """Set up the common attributes; `audio_config` may be a mapping of its fields."""
         super().__init__()
         self.device = device
         self.audio_config = AudioConfig(**audio_config) if isinstance(audio_config, Mapping) else audio_config
@@ -110,21 +111,12 @@ class ModelBase(nn.Module):
     ) -> list[Tensor]:
         """A probe's input: the aggregated layers side by side, (B, sum of D); for ``none`` one tensor per layer.
 
-        If a subclass has its own `extract_embeddings`, that method is called, as avex's probes do, and its result is
-        used unchanged.
-
-        Args:
-            wave: see `taps`.
-            layers: see `taps`.
-            aggregation: see `avex_serve.models.aggregation.aggregate`; it always includes padding.
-            padding_mask: see `taps`.
-            freeze_backbone: passed to a subclass's own `extract_embeddings`.
-
-        Raises:
-            ValueError: see `taps`.
+        Arguments and errors are those of `taps` and `extract_embeddings`. If a subclass has its own
+        `extract_embeddings`, that method is called, as avex's probes do, and its result is used unchanged.
         """
         if self.has_own_extraction():
-            found = self._call_own_extraction(wave, layers, padding_mask, aggregation, freeze_backbone)
+            options = {"padding_mask": padding_mask, "aggregation": aggregation, "freeze_backbone": freeze_backbone}
+            found = self._call_own_extraction(wave, layers, options)
         else:
             tapped = self.pooled_taps(wave, self.resolve_layers(layers), padding_mask)
             found = concatenate([tapped[name] for name in layers], aggregation)
@@ -140,18 +132,12 @@ class ModelBase(nn.Module):
     def token_mask(self, padding_mask: Tensor, tokens: int) -> Tensor:
         """The padding mask (B, S) converted to the time steps of an embedding, (B, tokens).
 
-        True for steps that the clip alone, without padding, wouldn't have.
-
-        Raises:
-            NotImplementedError: the class doesn't implement it.
+        True for steps that the clip alone, without padding, wouldn't have. Not every class implements it.
         """
         raise NotImplementedError(f"{type(self).__name__} has no padding mask for tokens; override token_mask")
 
     def fix_batch_axes(self, samples: int, layers: Sequence[str]) -> None:
-        """Measure once on which axis the layers have the batch, for clips of that many samples; see `taps`.
-
-        While a graph is traced, the size of the batch is not a number that could be compared.
-        """
+        """Measure once on which axis `taps` finds the batch. A traced pass can't: its sizes are not numbers."""
         if type(self).taps is ModelBase.taps and not self.has_own_extraction():
             silence = self._batch(torch.zeros(1, samples))
             self._batch_axes = measure_batch_axes(self.called_module, silence, layers)
@@ -163,11 +149,7 @@ class ModelBase(nn.Module):
 
     @property
     def clip_samples(self) -> int:
-        """Samples of a clip, from the audio configuration.
-
-        Raises:
-            ValueError: it has no length.
-        """
+        """Samples of a clip, from the audio configuration. Raises ValueError if that has no length."""
         samples = getattr(self.audio_processor, "target_length", None)
         if self.audio_config is None and isinstance(samples, int):  # a subclass written for avex
             return samples
@@ -189,17 +171,13 @@ class ModelBase(nn.Module):
         return last_layer(self.get_model_layers())
 
     def resolve_layers(self, target_layers: Sequence[str | int]) -> list[str]:
-        """Layer names for ``target_layers``; see `avex_serve.models.layers.resolve_layers`."""
+        """Layer names for ``target_layers``; errors as in `avex_serve.models.layers.resolve_layers`."""
         return resolve_layers(target_layers, self.get_model_layers(), self.tappable_layers())
 
     def process_audio(self, x: Tensor) -> Tensor:
-        """Apply `audio_processor` to the waveform (B, S) or (S,), on the model's device.
+        """Apply `audio_processor` to the waveform (B, S) or (S,), on the model's device; without one, x itself.
 
-        Returns:
-            (B, S), or (B, F, frames) if `audio_config` has a spectrogram; without an audio_config x itself.
-
-        Raises:
-            ValueError: None, or an empty tensor.
+        Returns (B, S), or (B, F, frames) if `audio_config` has a spectrogram. Raises ValueError for an empty tensor.
         """
         wave = self._on_device(x)
         return wave if self.audio_processor is None else self.audio_processor(wave)
@@ -216,14 +194,7 @@ class ModelBase(nn.Module):
         return wave[None] if wave.ndim == 1 else wave
 
     def batch_inference(self, batched_samples: Tensor) -> Tensor:
-        """Run the rows of a batch one by one, as in avex.
-
-        Args:
-            batched_samples: (B, S), or several batches (N, B, S).
-
-        Returns:
-            The outputs, concatenated along the first axis.
-        """
+        """Outputs of the rows of (B, S), or of the batches of (N, B, S), run one by one as in avex; concatenated."""
         outputs = [self(self._batch(row)) for row in batched_samples]
         return torch.cat([output[None] if output.ndim == 1 else output for output in outputs])
 
@@ -247,12 +218,7 @@ class ModelBase(nn.Module):
         return dict(enumerate(self.get_model_layers()))
 
     def register_hooks_for_layers(self, target_layers: Sequence[str | int]) -> list[str]:
-        """Choose the layers for `extract_embeddings` and return their names. No hook is registered.
-
-        Raises:
-            TypeError: a bool among the layers.
-            ValueError: no layer, an index out of range, or an unknown name.
-        """
+        """Choose the layers for `extract_embeddings` and return their names; errors as in `resolve_layers`."""
         self.deregister_all_hooks()
         self._hook_layers = self.resolve_layers(target_layers)
         return list(self._hook_layers)
@@ -264,9 +230,12 @@ class ModelBase(nn.Module):
 
     def ensure_hooks_registered(self) -> None:
         """Register hooks on the chosen layers, for a subclass that reads ``_hook_outputs`` after a pass."""
+        parts = dict(self.named_modules())
         for name in self._hook_layers:
+            if name not in parts:
+                raise ValueError(f"Layer '{name}' not found in model")
             if name not in self._hooks:
-                self._hooks[name] = capture_until_removed(self, name, self._hook_outputs)
+                self._hooks[name] = capture(parts[name], name, self._hook_outputs)
 
     def _clear_hook_outputs(self) -> None:
         self._hook_outputs.clear()
@@ -316,18 +285,8 @@ class ModelBase(nn.Module):
         return type(self).extract_embeddings is not ModelBase.extract_embeddings
 
     def _call_own_extraction(
-        self,
-        wave: Tensor,
-        layers: Sequence[str],
-        padding_mask: Tensor | None,
-        aggregation: Aggregation,
-        freeze_backbone: bool,
+        self, wave: Tensor, layers: Sequence[str], options: dict[str, Any]
     ) -> Tensor | Sequence[Tensor]:
-        options: dict[str, Any] = {
-            "padding_mask": padding_mask,
-            "aggregation": aggregation,
-            "freeze_backbone": freeze_backbone,
-        }
         # avex's base class has no freeze_backbone, so a subclass may lack it.
         known = inspect.signature(self.extract_embeddings).parameters
         selected, self._hook_layers = self._hook_layers, list(layers)
@@ -340,17 +299,90 @@ class ModelBase(nn.Module):
             self._remove_hooks()
 
 
-def unpack_audio(x: Tensor | Mapping[str, Tensor], padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Waveform and mask of a tensor or of ``{"raw_wav": …, "padding_mask": …}``.
+@runtime_checkable
+class Backbone(Protocol):
+    """What a torch module must have to carry a probe. avex's models have it.
 
-    Raises:
-        ValueError: no audio there.
+    Two attributes are optional. ``audio_config`` (`AudioConfig`, or a mapping of its fields) has the sample rate and
+    the length of a clip. Without it, a probe needs ``target_length`` and can't be exported. ``audio_processor`` has
+    the same in avex's models (``sr`` or ``sample_rate``, ``target_length_seconds``).
     """
+
+    def __call__(self, wave: Tensor, padding_mask: Tensor | None = None, /) -> Any:
+        """A forward pass on (B, S) in [-1, 1], with or without a mask (B, S) bool, True where padded."""
+
+    def get_model_layers(self) -> list[str]:
+        """Names of submodules, in the order that ``all`` and indices in ``target_layers`` refer to."""
+
+
+class AdaptedBackbone(ModelBase):
+    """Wraps a torch module that fulfils `Backbone` and isn't a `ModelBase`. The module itself isn't changed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        parameter = next(module.parameters(), None)
+        device = "cpu" if parameter is None else str(parameter.device)
+        super().__init__(device=device, audio_config=_audio_config(module))
+        self.module = module
+        self.training = module.training
+
+    @property
+    def called_module(self) -> nn.Module:
+        """The adapted module."""
+        return self.module
+
+    def get_model_layers(self) -> list[str]:
+        """See `ModelBase.get_model_layers`."""
+        assert isinstance(self.module, Backbone)
+        return list(self.module.get_model_layers())
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Any:
+        """The module's output for waveforms (B, S)."""
+        return self.module(x) if padding_mask is None else self.module(x, padding_mask)
+
+
+def adapt(model: object) -> ModelBase:
+    """The model itself if it is a `ModelBase`, else an `AdaptedBackbone`. ValueError if it can't be adapted."""
+    if isinstance(model, ModelBase):
+        return model
+    if not (isinstance(model, nn.Module) and isinstance(model, Backbone)):
+        raise ValueError(
+            f"Model must be an instance of ModelBase, got {type(model)}; or a torch module that names its layers in "
+            "get_model_layers()"
+        )
+    return AdaptedBackbone(model)
+
+
+def _audio_config(module: nn.Module) -> AudioConfig | None:
+    config = getattr(module, "audio_config", None)
+    if isinstance(config, AudioConfig):
+        return config
+    if isinstance(config, Mapping):
+        return AudioConfig(**config)
+    processor = getattr(module, "audio_processor", None)
+    rate = getattr(processor, "sr", None) or getattr(processor, "sample_rate", None)
+    if rate is None:
+        return None
+    seconds = getattr(processor, "target_length_seconds", None)
+    fields = {"sample_rate": rate, "representation": "raw", "target_length_seconds": seconds}
+    return AudioConfig.model_validate(fields)
+
+
+def unpack_audio(x: Tensor | Mapping[str, Tensor], padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Waveform and mask of a tensor or of ``{"raw_wav": …, "padding_mask": …}``. ValueError without audio."""
     if isinstance(x, Mapping):
         if "raw_wav" not in x:
             raise ValueError(f"the input has keys {sorted(x)}; expected 'raw_wav' with the waveform")
         return x["raw_wav"], x.get("padding_mask", padding_mask)
     return x, padding_mask
+
+
+def require_raw(audio_config: AudioConfig | None, name: str) -> None:
+    """Raise ValueError for audio_config that asks for a spectrogram, if the model of that name computes its own."""
+    if audio_config is not None and audio_config.representation != "raw":
+        raise ValueError(
+            f"audio_config.representation is {audio_config.representation!r}, but {name} has its own front end; "
+            "set 'raw'"
+        )
 
 
 def refuse_pretrained(pretrained: bool) -> None:

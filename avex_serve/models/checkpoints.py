@@ -77,11 +77,8 @@ def load_backbone(model: ModelBase, state: StateDict, source: str, *, keep_class
     """Load a checkpoint into a backbone, completely or not at all.
 
     Names are adapted to the module's, see `brought_to`. Constant buffers of the front end may be missing. Unless
-    `keep_classifier`, a classifier is loaded if it fits the module's, and ignored otherwise.
-
-    Raises:
-        ValueError: tensors without values, only zeros, or missing names, unexpected names or other shapes, which the
-            message lists.
+    `keep_classifier`, a classifier is loaded if it fits the module's, and ignored otherwise. Raises ValueError for
+    tensors without values, for zeros alone, and as `load_strictly`.
     """
     _refuse_placeholder(state, source)
     module = model.called_module
@@ -100,12 +97,7 @@ def brought_to(own: Iterable[str], state: StateDict, trunk: str | None = None) -
     """The state dict with names changed so that as many as possible are the module's.
 
     Prefixes of training frameworks are removed, names of other writers (`_RENAMES`) are replaced, and the name of
-    the trunk is added or removed.
-
-    Args:
-        own: the module's names.
-        state: the tensors by their names in the checkpoint.
-        trunk: a submodule whose name may be missing, or may be before every name; see `ModelBase.trunk_name`.
+    the trunk (see `ModelBase.trunk_name`) is added or removed.
     """
     names = {name: name for name in state}
     candidates = [names, _renamed(names)]
@@ -124,11 +116,7 @@ def brought_to(own: Iterable[str], state: StateDict, trunk: str | None = None) -
 
 
 def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
-    """Load a state dict whose names and shapes are exactly the module's.
-
-    Raises:
-        ValueError: they differ; the message lists how.
-    """
+    """Load a state dict whose names and shapes are the module's. If they differ, a ValueError lists how."""
     own = module.state_dict()
     # Some writers store a scalar with shape (1,), which torch accepts too.
     state = {n: t.reshape(()) if t.shape == (1,) and n in own and own[n].ndim == 0 else t for n, t in state.items()}
@@ -230,10 +218,6 @@ def _refuse_placeholder(state: StateDict, source: str) -> None:
         raise ValueError(f"{source} holds nothing but zeros in {len(state)} tensors; download it again")
 
 
-def _renamed(names: Mapping[str, str]) -> dict[str, str]:
-    return {given: _rename(name) for given, name in names.items()}
-
-
 def _inside(trunk: str, names: Mapping[str, str]) -> dict[str, str]:
     # Some classifiers are inside the trunk, others are next to it.
     inside = {given: f"{trunk}.{name}" for given, name in names.items()}
@@ -247,7 +231,7 @@ def _outside(trunk: str, names: Mapping[str, str]) -> dict[str, str]:
     return {given: name.removeprefix(f"{trunk}.") for given, name in names.items()}
 
 
-def _rename(name: str) -> str:
+def _renamed(names: Mapping[str, str]) -> dict[str, str]:
     for pattern, replacement in _RENAMES:
-        name = pattern.sub(replacement, name)
-    return name
+        names = {given: pattern.sub(replacement, name) for given, name in names.items()}
+    return dict(names)

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from avex_serve.configs import AudioConfig
 from avex_serve.models.base_model import ModelBase, refuse_pretrained
 from avex_serve.models.frontends import Spectrogram
-from avex_serve.models.hooks import is_tracing
-from avex_serve.models.layers import BACKBONE, Taps
+from avex_serve.models.layers import BACKBONE, Taps, is_tracing
 
 Variant = Literal["b0", "b1"]
 
@@ -144,12 +143,16 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
         """(B, C, H, W) → (B, C', H / stride, W / stride), rounded up."""
         found = self.block(x, taps, f"{name}.block")
-        # The residual is added in place in avex, so the layers at the end of the branch are the sum.
-        held = self._ends(name) & taps.found.keys() if self.residual and not self._drops() else set()
+        drops = self.training and self.dropped > 0
+        held = set()
+        if self.residual and not drops:
+            # The residual is added in place in avex, so the layers at the end of the branch are the sum.
+            last = f"{name}.block.{self.last_part}"
+            held = {f"{name}.block", last, f"{last}.1"} & taps.found.keys()
         if taps.complete and not held:
             return found
         if self.residual:
-            x = x + self._drop(found)
+            x = x + (self._drop(found) if drops else found)
             taps(f"{name}.stochastic_depth", x)
         else:
             x = found
@@ -157,18 +160,9 @@ class Bottleneck(nn.Module):
         taps(name, x)
         return x
 
-    def _ends(self, name: str) -> set[str]:
-        last = f"{name}.block.{self.last_part}"
-        return {f"{name}.block", last, f"{last}.1"}
-
-    def _drops(self) -> bool:
-        return self.training and self.dropped > 0
-
     def _drop(self, x: Tensor) -> Tensor:
-        # Stochastic depth, in training only: some clips skip the branch, for the others it is scaled up.
-        if not self._drops():
-            return x
-        # Drawn as in torchvision, so that a seed has the same effect.
+        # Stochastic depth: some clips skip the branch, for the others it is scaled up. Drawn as in torchvision, so
+        # that a seed has the same effect.
         kept = torch.empty(len(x), 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - self.dropped)
         return x * kept.div_(1 - self.dropped)
 
@@ -196,10 +190,8 @@ class EfficientNet(nn.Module):
     def forward(self, image: Tensor, taps: Taps, name: str = "model") -> Tensor:
         """(B, 3, n_mels, frames) → the last feature map (B, 1280, n_mels / 32, frames / 32), rounded up.
 
-        Args:
-            image: the spectrogram, repeated for the three channels.
-            taps: collects layers; the pass stops as soon as it is complete.
-            name: prefix of the layers' names.
+        The image is a spectrogram, repeated for the three channels. The pass offers its layers to `taps` under
+        `name`, and stops as soon as that is complete.
         """
         x = self.features(image, taps, f"{name}.features")
         if taps.wants(f"{name}.avgpool"):
@@ -307,12 +299,7 @@ class EfficientNetModel(ModelBase):
         return padded.reshape(-1, tokens, stride).all(dim=-1)
 
     def process_audio(self, x: Tensor) -> Tensor:
-        """The spectrogram of waveforms (B, S) or (S,) as an image, (B, 3, n_mels, frames) in [0, 1].
-
-        Raises:
-            RuntimeError: fewer samples than the spectrogram needs.
-            ValueError: see `ModelBase.process_audio`.
-        """
+        """The spectrogram of waveforms (B, S) or (S,) as an image (B, 3, n_mels, frames); errors as in `forward`."""
         wave, front_end = self._waveform(x), self._front_end()
         if not is_tracing() and wave.shape[-1] < front_end.shortest_samples:
             raise RuntimeError(
@@ -329,7 +316,8 @@ class EfficientNetModel(ModelBase):
             padding_mask: accepted, not used.
 
         Raises:
-            RuntimeError, ValueError: see `process_audio`.
+            RuntimeError: fewer samples than the spectrogram needs.
+            ValueError: no audio.
         """
         features = self.model(self.process_audio(x), Taps([BACKBONE]))
         if self.return_features_only or self.model.classifier is None:

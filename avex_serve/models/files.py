@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from avex_serve.bundles.labels import parse_labels
-from avex_serve.bundles.reading import sha256_of
+from avex_serve.bundles.reading import parse_labels, sha256_of
 from avex_serve.errors import BundleError
 
 logger = logging.getLogger(__name__)
@@ -62,12 +61,7 @@ def resolve_file(uri: str, kind: str = "Checkpoint", *, sha256: str | None = Non
 
 
 def with_revision(uri: str, path: Path) -> str | None:
-    """The URI of exactly this file: one on the hub with its revision. None for a local path, which stays private.
-
-    Args:
-        uri: the argument of `resolve_file`.
-        path: its result.
-    """
+    """The URI that `resolve_file` resolved to this path, with the hub's revision. None for local files (private)."""
     if not uri.startswith("hf://"):
         return uri if uri.startswith(tuple(f"{scheme}://" for scheme in _CLOUD)) else None
     repository, file, _ = _parse_hub(uri)
@@ -92,16 +86,10 @@ def find_local(uri: str) -> Path | None:
 
 
 def read_label_mapping(uri: str) -> LabelMapping | None:
-    """The label map of a classifier, JSON ``{label: index}`` as avex publishes it. None, with a warning, if absent.
+    """The label map of a classifier from a path or URI, JSON ``{label: index}``. None, with a warning, if absent.
 
-    Args:
-        uri: a path or URI, see `resolve_file`.
-
-    Returns:
-        ``{"label_to_index": {label: index}, "index_to_label": {index: label}}``.
-
-    Raises:
-        ValueError: the file is not a label map: an object of labels with the indices 0 to n - 1, each once.
+    Returns ``{"label_to_index": {label: index}, "index_to_label": {index: label}}``. Raises ValueError for another
+    file than labels with the indices 0 to n - 1, each once.
     """
     try:
         path = resolve_file(uri, "Label map")

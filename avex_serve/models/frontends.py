@@ -2,16 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from avex_serve.configs import AudioConfig
-from avex_serve.models.hooks import is_tracing
-
-WindowName = Literal["povey", "hanning"]
+from avex_serve.models.layers import is_tracing
 
 # Added to a mel energy before the logarithm, and to the range that a clip is divided by (avex 1.4, AudioProcessor).
 _LOG_OFFSET, _RANGE_OFFSET = 1e-6, 1e-8
@@ -44,19 +41,20 @@ class KaldiFbank(nn.Module):
         frame_shift: float,
         preemphasis: float = 0.97,
         low_frequency: float = 20.0,
-        window: WindowName = "povey",
+        window: Literal["povey", "hanning"] = "povey",
         in_state: bool = True,
     ) -> None:
         """Build the constant buffers.
 
         Args:
-            num_mel_bins: filters between `low_frequency` and half the sample frequency.
-            sample_frequency: Hz, which fixes window, hop and filters in samples.
+            num_mel_bins: filters between `low_frequency` and half the sample frequency, both in Hz.
+            sample_frequency: Hz, which determines window, hop and filters in samples.
             frame_length: ms.
             frame_shift: ms.
             preemphasis: coefficient.
-            low_frequency: Hz.
-            window: the window function.
+            low_frequency: see `num_mel_bins`.
+            window: Kaldi's ``hanning`` is a symmetric Hann window, ``povey`` that to the power 0.85
+                (feature-window.cc).
             in_state: whether window and filters are in the state dict, as in BEATs' checkpoints.
         """
         super().__init__()
@@ -66,8 +64,9 @@ class KaldiFbank(nn.Module):
         self.power: nn.Module = FramePower(self.n_fft, preemphasis)
         self.fixed_samples: int | None = None
         mel = kaldi_mel_filters(self.n_fft, num_mel_bins, sample_frequency, low_frequency)
+        hann = torch.hann_window(self.win_length, periodic=False)
         # Some of avex's checkpoints hold these two under these names.
-        self.register_buffer("window", _WINDOWS[window](self.win_length), persistent=in_state)
+        self.register_buffer("window", hann if window == "hanning" else hann.pow(0.85), persistent=in_state)
         self.register_buffer("mel_fb", mel, persistent=in_state)
 
     def frames(self, samples: int) -> int:
@@ -131,14 +130,7 @@ class EATFrontEnd(nn.Module):
     """
 
     def __init__(self, *, frames: int, mel_bins: int, mean: float, std: float) -> None:
-        """Build the filter bank.
-
-        Args:
-            frames: of the features.
-            mel_bins: of the features.
-            mean: subtracted from the log-mel features.
-            std: they are divided by twice this.
-        """
+        """Build the filter bank for features (frames, mel_bins): log-mel minus `mean`, divided by twice `std`."""
         super().__init__()
         self.frames, self.mean, self.std = frames, mean, std
         self.fbank = KaldiFbank(
@@ -152,18 +144,14 @@ class EATFrontEnd(nn.Module):
 
     @property
     def longest_samples(self) -> int:
-        """Samples that fill all frames; it ignores the rest of a longer clip."""
+        """Samples that fill all frames. The rest of a longer clip is ignored."""
         return self.fbank.win_length + (self.frames - 1) * self.fbank.hop_length
 
     def forward(self, wave: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Normalised log-mel features (B, frames, mel_bins), float32, of waveforms (B, S) in [-1, 1] at 16 kHz.
 
-        Args:
-            wave: the waveforms.
-            padding_mask: (B, S) bool, True where padded. With it, each clip gets the features that it has alone.
-
-        Raises:
-            AssertionError: less than one window; avex raises the same type.
+        With a padding mask (B, S), True where padded, each clip gets the features that it has alone. Raises
+        AssertionError, as avex does, for less than one window.
         """
         if not is_tracing() and wave.shape[-1] < self.fbank.win_length:
             raise AssertionError(
@@ -190,17 +178,9 @@ class EATFrontEnd(nn.Module):
 
 
 class AudioProcessor:
-    """Applies an `AudioConfig` to waveforms, under the name that it has in avex's models.
-
-    Attributes:
-        cfg: the configuration.
-        spectrogram: the module that computes the spectrogram, or None for raw audio.
-        sr, n_fft, hop_length, win_length, window_type, n_mels, representation, normalize, target_length_seconds,
-        window_selection, center: from the configuration, with defaults filled in.
-    """
+    """Applies an `AudioConfig` to waveforms. The names of its attributes are avex's; errors as in `Spectrogram`."""
 
     def __init__(self, cfg: AudioConfig) -> None:
-        """Build it; errors as in `Spectrogram`."""
         self.cfg = cfg
         self.sr = cfg.sample_rate
         self.n_fft = cfg.n_fft
@@ -224,7 +204,7 @@ class AudioProcessor:
 class Spectrogram(nn.Module):
     """Spectrogram of a clip, with or without mel filters, scaled to [0, 1], batched.
 
-    Power of the short-time Fourier transform, optionally triangular mel filters, logarithm; then the clip's minimum
+    Power of the short-time Fourier transform, optionally triangular mel filters, logarithm. Then the clip's minimum
     and maximum become 0 and 1. Digital silence is 0 everywhere. Source: avex 1.4 (AudioProcessor), with the filters
     of torchaudio's MelScale and its defaults.
 
@@ -238,15 +218,7 @@ class Spectrogram(nn.Module):
     filters: Tensor | None  # (n_fft // 2 + 1, F), or None without
 
     def __init__(self, config: AudioConfig) -> None:
-        """Build the constant buffers.
-
-        Args:
-            config: its ``representation``, ``sample_rate``, ``n_fft``, ``hop_length``, ``win_length``, ``window``,
-                ``n_mels``, ``normalize`` and ``center`` are used.
-
-        Raises:
-            ValueError: raw representation, or a window longer than the transform.
-        """
+        """Build the constant buffers. Raises ValueError for raw audio, or a window longer than the transform."""
         super().__init__()
         if config.representation == "raw":
             raise ValueError("audio_config.representation is 'raw', which is no spectrogram; set 'mel_spectrogram'")
@@ -258,6 +230,7 @@ class Spectrogram(nn.Module):
                 f"audio_config has n_fft {self.n_fft} and win_length {win_length}; expected at most n_fft"
             )
         self.center = config.center
+        self.reflected = self.n_fft // 2 if self.center else 0  # samples at each end
         self.normalize = config.normalize
         mel = config.representation == "mel_spectrogram"
         bins = f"{config.n_mels} mel bins" if mel else "all bins"
@@ -277,12 +250,11 @@ class Spectrogram(nn.Module):
     @property
     def shortest_samples(self) -> int:
         """Samples that make one frame: one more than are reflected at an end, or one window."""
-        return self.n_fft // 2 + 1 if self.center else self.n_fft
+        return self.reflected + 1 if self.center else self.n_fft
 
     def frames(self, samples: int) -> int:
         """Number of frames of a waveform of that many samples."""
-        reflected = 2 * (self.n_fft // 2) if self.center else 0
-        return 1 + (samples + reflected - self.n_fft) // self.hop_length
+        return 1 + (samples + 2 * self.reflected - self.n_fft) // self.hop_length
 
     def forward(self, wave: Tensor) -> Tensor:
         """Features (B, F, frames) of waveforms (B, S) in [-1, 1], in float32."""
@@ -297,10 +269,9 @@ class Spectrogram(nn.Module):
 
     def _frame(self, wave: Tensor) -> Tensor:
         samples = wave.shape[-1] if self.fixed_samples is None else self.fixed_samples
-        count, reflected = self.frames(samples), self.n_fft // 2 if self.center else 0
-        if reflected:
-            wave = nn.functional.pad(wave, (reflected, reflected), mode="reflect")
-        return cut_frames(wave, count, self.n_fft, self.hop_length)
+        if self.reflected:
+            wave = nn.functional.pad(wave, (self.reflected, self.reflected), mode="reflect")
+        return cut_frames(wave, self.frames(samples), self.n_fft, self.hop_length)
 
 
 class Power(nn.Module):
@@ -327,26 +298,13 @@ def precise(wave: Tensor, like: Tensor) -> Tensor:
 def cut_frames(wave: Tensor, count: int, length: int, hop: int) -> Tensor:
     """The first `count` frames (B, count, length) of a waveform (B, S), a hop apart.
 
-    A frame is a few hops side by side. So reshaping and concatenating is enough, while `unfold` exports as a gather
-    over every sample.
+    A frame is a few hops in a row, so reshaping and concatenating is enough. `unfold` exports as a gather over every
+    sample.
     """
     hops = -(-length // hop)
     wave = nn.functional.pad(wave, (0, hops * hop - length))  # the last hop may be incomplete
     pieces = [wave[:, i * hop : (i + count) * hop].reshape(-1, count, hop) for i in range(hops)]
     return torch.cat(pieces, dim=-1)[..., :length]
-
-
-def povey_window(length: int) -> Tensor:
-    """Kaldi's Povey window (length,): a symmetric Hann window to the power 0.85 (feature-window.cc)."""
-    return hanning_window(length).pow(0.85)
-
-
-def hanning_window(length: int) -> Tensor:
-    """The symmetric Hann window (length,), which Kaldi calls hanning (feature-window.cc)."""
-    return torch.hann_window(length, periodic=False)
-
-
-_WINDOWS: dict[WindowName, Callable[[int], Tensor]] = {"povey": povey_window, "hanning": hanning_window}
 
 
 def kaldi_mel_filters(n_fft: int, n_mels: int, sample_rate: float, low: float) -> Tensor:
@@ -357,9 +315,10 @@ def kaldi_mel_filters(n_fft: int, n_mels: int, sample_rate: float, low: float) -
     float64, features differ by up to 5e-5.
     """
     bins = torch.arange(n_fft // 2) * (sample_rate / n_fft)  # Hz
-    step = (_mel(sample_rate / 2) - _mel(low)) / (n_mels + 1)
+    lowest, highest = (1127.0 * math.log(1.0 + hertz / 700.0) for hertz in (low, sample_rate / 2))
+    step = (highest - lowest) / (n_mels + 1)
     number = torch.arange(n_mels)[:, None]  # (n_mels, 1)
-    left, centre, right = (_mel(low) + (number + i) * step for i in (0.0, 1.0, 2.0))
+    left, centre, right = (lowest + (number + i) * step for i in (0.0, 1.0, 2.0))
     mel = 1127.0 * (1.0 + bins / 700.0).log()
     triangles = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp(min=0)
     return nn.functional.pad(triangles, (0, 1)).T.contiguous()
@@ -378,10 +337,6 @@ def htk_mel_filters(n_fft: int, n_mels: int, sample_rate: int) -> Tensor:
     left, centre, right = (edges[i : i + n_mels] for i in range(3))
     triangles = torch.minimum((bins - left) / (centre - left), (right - bins) / (right - centre))
     return triangles.clamp(min=0)
-
-
-def _mel(hertz: float) -> float:
-    return 1127.0 * math.log(1.0 + hertz / 700.0)
 
 
 # -- padding masks: bool, True where padded; clips are padded at their end ---------------------------------------

@@ -55,7 +55,6 @@ from avex_serve.service.arrival import Body, Messages
 from avex_serve.service.credentials import Keys
 from avex_serve.service.drain import Drain
 from avex_serve.service.grpc.messages import SERVICE
-from avex_serve.service.oip.protocol import server_ready
 from avex_serve.service.settings import Settings
 from avex_serve.service.telemetry import REQUEST_ID, Exchange, Telemetry, request_id
 
@@ -78,7 +77,6 @@ CONTROL_BYTES: Final = 2**16  # of a request without tensors, which is parsed on
 
 TIME_LIMIT: Final = "Request-Timeout"  # header: how many seconds the client waits
 TRACE_ID: Final = "X-BentoML-Trace-ID"  # header, if BentoML is configured to send it
-POLICY_VIOLATION: Final = 1008  # WebSocket close code
 MAX_METADATA: Final = 128  # entries of a gRPC call
 MAX_METADATA_BYTES: Final = 2**14  # their names and values
 # The details of a gRPC status are a header, percent-encoded, and clients accept 8 KiB of headers: they would report
@@ -104,7 +102,7 @@ class Front:
 
     def ready(self) -> bool:
         """Whether requests are accepted: models are served, each has answered once, and no part has ended."""
-        return not self.drain.draining and self.is_whole() and server_ready(self.repository)
+        return not self.drain.draining and self.is_whole() and self.repository.serves()
 
     def is_whole(self) -> bool:
         """Whether all background tasks of the worker run."""
@@ -139,7 +137,8 @@ class Front:
             self.keys.check(headers.get("authorization"))
         if body is not None:
             request.limit_seconds(_seconds(headers.get(TIME_LIMIT)))
-            body.check_length(int(headers.get("content-length", 0)))  # the parser accepts numbers alone
+            # The parser accepts 64 bits, after any number of zeros; Python refuses more than 4300 digits.
+            body.check_length(int(headers.get("content-length", "").strip().lstrip("0") or 0))
         if infers:
             self.admission.check_room()
 
@@ -221,12 +220,10 @@ class HttpFront:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
+        if scope["type"] == "http":
             await self._record(scope, receive, send)
-        else:
-            await send({"type": "websocket.close", "code": POLICY_VIOLATION})
+        else:  # the start and the end of the service; upgrades to WebSocket are ignored
+            await self._app(scope, receive, send)
 
     async def _record(self, scope: Scope, receive: Receive, send: Send) -> None:
         front, headers = self._front(), Headers(scope=scope)
@@ -251,12 +248,15 @@ class HttpFront:
                     with front.running(quiet=exchange.quiet):
                         await self._answer(front, found.app, request, scope, receive, sending)
             except asyncio.CancelledError:
-                exchange.status = exchange.status or "504"  # BentoML's time limit
+                exchange.status = exchange.status or "500"  # the server ends, and answers this
                 raise
             except Exception as error:
-                if exchange.status:
-                    raise  # too late for another answer
-                await http_refusal(error, found.route)(scope, receive, sending)
+                if not exchange.status:
+                    await http_refusal(error, found.route)(scope, receive, sending)
+                elif isinstance(error, AvexServeError):
+                    exchange.status = str(error.http_status)  # the answer is incomplete: the connection is closed
+                else:
+                    raise
 
     def _headers(self, request: Request) -> list[tuple[bytes, bytes]]:
         headers = [(REQUEST_ID.encode(), request.id.encode())]
@@ -280,7 +280,7 @@ class HttpFront:
 
         try:
             async with asyncio.timeout(request.remaining) as wait:
-                watch = asyncio.create_task(body.watch(lambda: wait.reschedule(0)))
+                watch = asyncio.create_task(body.watch(partial(_end, wait)))
                 await app(scope, body.receive, sending)
         except TimeoutError:
             if body.client_gone:
@@ -297,6 +297,11 @@ def http_refusal(error: Exception, route: str) -> Response:
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
     error = known(error, route)
     return JSONResponse({"error": str(error)}, error.http_status, dict(error.http_headers))
+
+
+def _end(wait: asyncio.Timeout) -> None:
+    if not wait.expired():
+        wait.reschedule(0)
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:

@@ -13,12 +13,14 @@ from typing import Any, Final, TypeVar, get_args, get_type_hints
 import msgspec
 import numpy as np
 
-from avex_serve.errors import InputError, TensorError
-from avex_serve.inference.query import Query
+from avex_serve.errors import InputError, TensorError, TooLargeError
+from avex_serve.inference.pipeline import Query
 from avex_serve.scheduling.request import current
 
 Value = TypeVar("Value")
 
+MAX_MEMBERS: Final = 2**12  # names in a JSON document: each makes values that take many times its bytes
+MAX_PARAMETER: Final = 256  # bytes of a parameter, unless it is a text
 QUOTED: Final = 80  # characters of a client's value that an error message repeats
 
 # -- JSON and options -----------------------------------------------------------------------------------------------
@@ -28,7 +30,7 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
     """The value of that type in a JSON document.
 
     Args:
-        kind: a Struct.
+        kind: a Struct. Its lists of numbers are of type `msgspec.Raw`, which `from_numbers` reads with less memory.
         data: the document.
         strict: otherwise numbers and flags may be written as text.
 
@@ -37,6 +39,8 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
         TooLargeError: more JSON than the current request may send.
     """
     current().limits.check_json(len(data))
+    if data.count(b":") > MAX_MEMBERS:
+        raise TooLargeError(f"the JSON has more than {MAX_MEMBERS} names of values; send fewer of them")
     try:
         return msgspec.json.decode(data, type=kind, strict=strict)
     except msgspec.ValidationError as error:
@@ -48,6 +52,19 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
         raise InputError(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise InputError("the JSON has too many lists or objects in one another") from None
+
+
+def parameters(given: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
+    """The values of parameters in JSON; TooLargeError for a long list or object."""
+    values = {}
+    for name, raw in given.items():
+        text = bytes(raw)
+        if len(text) > MAX_PARAMETER and text[:1] != b'"':
+            raise TooLargeError(
+                f"the parameter {name[:QUOTED]!r} has {len(text)} bytes; expected at most {MAX_PARAMETER}, or a text"
+            )
+        values[name] = msgspec.json.decode(text)
+    return values
 
 
 def value(name: str, given: object, kind: Any) -> Any:
@@ -146,6 +163,7 @@ BYTES: Final = "BYTES"
 BOOL: Final = "BOOL"
 MAX_DIMENSIONS: Final = 64  # numpy's limit
 STEP: Final = 1000  # elements of BYTES that are found in about a millisecond
+PIECE: Final = 2**16  # bytes of numbers as text that are read in about a millisecond
 LENGTH_BYTES: Final = 4  # before each element of a BYTES tensor, little-endian
 
 
@@ -165,7 +183,8 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memory
     """
     check_datatype(name, datatype)
     if datatype == BYTES:
-        return _split(name, elements(name, shape), raw)
+        current().limits.check_recordings(count := elements(name, shape))
+        return _split(name, count, raw)
     if datatype == BOOL:
         flags = np.frombuffer(raw, dtype=np.uint8)
         if (flags > 1).any():
@@ -177,26 +196,51 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memory
     return np.frombuffer(raw, dtype="<f4").astype(np.float32)
 
 
-def from_flags(name: str, data: object) -> np.ndarray:
-    """A bool array of the shape in which truth values are nested in lists; TensorError for anything else."""
-    array = _array(name, data)
-    if array.size and array.dtype != np.bool_:
-        raise TensorError(f"{name} holds other values than true and false")
-    return array.astype(bool)
+def from_flags(name: str, data: msgspec.Raw) -> np.ndarray:
+    """A bool array of the shape in which truth values are nested in lists; errors as of `from_numbers`."""
+    return _array(name, data, b"truefals", "true and false", bool)
 
 
-def from_numbers(name: str, data: object) -> np.ndarray:
+def from_numbers(name: str, data: msgspec.Raw) -> np.ndarray:
     """A float32 array of the shape in which numbers are nested in lists.
+
+    Args:
+        name: for messages.
+        data: JSON, without faults of grammar.
 
     Raises:
         TensorError: other values than numbers, lists of unequal lengths, or more lists in one another than a tensor
             has dimensions.
+        OverloadError: all requests together hold too many bytes.
+        ClientGoneError, DeadlineError: between many numbers.
     """
-    array = _array(name, data)
-    if array.size and array.dtype.kind not in "iuf":
-        raise TensorError(f"{name} holds other values than numbers")
     with np.errstate(over="ignore"):  # the engine refuses infinite values
-        return array.astype(np.float32)
+        return _array(name, data, b"0123456789+-.eE", "numbers", np.float32)
+
+
+def from_texts(name: str, data: msgspec.Raw) -> list[str]:
+    """The texts in a list; TensorError for anything else, TooLargeError for too many."""
+    text = bytes(data)
+    current().limits.check_recordings(text.count(b'"') // 2)
+    try:
+        return msgspec.json.decode(text, type=list[str])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise TensorError(f"{name} of type BYTES: expected a list of strings") from None
+
+
+def from_shape(name: str, shape: msgspec.Raw) -> list[int]:
+    """The shape of an input; TensorError for anything but a list of a few whole numbers."""
+    text = bytes(shape)
+    if (dimensions := text.count(b",") + 1) > MAX_DIMENSIONS:
+        raise TensorError(
+            f"{name} has an impossible shape of {dimensions} dimensions; expected at most {MAX_DIMENSIONS}"
+        )
+    try:
+        return msgspec.json.decode(text, type=list[int], strict=False)
+    except msgspec.DecodeError:
+        raise TensorError(
+            f"{name}: the shape is {_shortened(text.decode())}; expected a list of whole numbers"
+        ) from None
 
 
 def elements(name: str, shape: Sequence[int]) -> int:
@@ -210,18 +254,65 @@ def elements(name: str, shape: Sequence[int]) -> int:
     return math.prod(shape)
 
 
-def _array(name: str, data: object) -> np.ndarray:
-    try:
-        return np.asarray(data)
-    except ValueError:
-        depth, inner = 0, data
-        while isinstance(inner, list) and inner:
-            depth, inner = depth + 1, inner[0]
-        if depth > MAX_DIMENSIONS:
-            raise TensorError(
-                f"{name} has lists in lists, {depth} deep; expected at most {MAX_DIMENSIONS}"
-            ) from None
-        raise TensorError(f"{name} is ragged: lists at the same depth differ in length") from None
+def _array(name: str, data: msgspec.Raw, characters: bytes, values: str, dtype: type) -> np.ndarray:
+    """An array from JSON, without a Python object for each number.
+
+    Args:
+        name: for messages.
+        data: the JSON.
+        characters: of which its values are written.
+        values: what they are, for messages.
+        dtype: of the array.
+    """
+    text = bytes(data).translate(None, b" \t\r\n")
+    if text.translate(None, characters + b"[,]"):
+        raise TensorError(f"{name} holds other values than {values}")
+    shape = _nested_shape(name, text.translate(None, characters))
+    if b"[]" in text:
+        if text.strip(b"[,]"):
+            raise _ragged(name)
+        shape[-1] = 0
+    count = math.prod(shape)
+    current().extend_body(np.dtype(dtype).itemsize * count)
+    array: np.ndarray = np.empty(count, dtype)
+    flat = text.translate(None, b"[]")
+    del text
+    values_type: Any = list[bool] if dtype is bool else list[float]
+    done = position = 0
+    while done < count:
+        end = flat.find(b",", position + PIECE)
+        end = len(flat) if end < 0 else end
+        try:
+            piece = msgspec.json.decode(b"[%b]" % flat[position:end], type=values_type)
+        except msgspec.ValidationError as error:
+            raise InputError(f"{name}: {_plain(error).partition(' - at')[0]}") from None
+        array[done : done + len(piece)] = piece
+        done, position = done + len(piece), end + 1
+        current().check_wanted()  # and no turn of others: they would wait along with all of this
+    return array.reshape(shape)
+
+
+def _nested_shape(name: str, brackets: bytes) -> list[int]:
+    """The shape of nested lists of which brackets and commas are left, e.g. [2, 3] for ``[[,,],[,,]]``."""
+    depth = len(brackets) - len(brackets.lstrip(b"["))
+    if depth > MAX_DIMENSIONS:
+        raise TensorError(f"{name} has lists in lists, {depth} deep; expected at most {MAX_DIMENSIONS}")
+    shape: list[int] = []
+    regular = b""  # a list of this depth as the first ones of each depth are
+    for level in range(1, depth + 1):
+        first_end = brackets.find(b"]" * level) + level
+        size = (first_end - (depth - level) - 1) // (len(regular) + 1)
+        if size < 1:
+            raise _ragged(name)
+        regular = b"[%b%b]" % (regular, (b"," + regular) * (size - 1))
+        shape.insert(0, size)
+    if regular != brackets:
+        raise _ragged(name)
+    return shape
+
+
+def _ragged(name: str) -> TensorError:
+    return TensorError(f"{name} is ragged: lists at the same depth differ in length")
 
 
 def _split(name: str, count: int, raw: bytes | memoryview) -> list[bytes]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
-from avex_serve.models.custom import adapt
+from avex_serve.models.base_model import adapt
 from avex_serve.models.efficientnet import Bottleneck
-from avex_serve.models.hooks import tap_by_hooks
+from avex_serve.models.layers import tap_by_hooks
 from avex_serve.models.probes import build_probe_from_config
 from avex_serve.models.probes.storage import load_head
 from avex_serve.models.utils.factory import build_model_from_spec

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from avex_serve.models.beats import relative_buckets
+from avex_serve.models.beats_model import relative_buckets
 from avex_serve.models.checkpoints import fingerprint
 from tests.models.backbones import RATE, noise, tiny_beats
 

@@ -9,10 +9,9 @@ from torch import nn
 
 import avex_serve
 from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
-from avex_serve.models.base_model import ModelBase
-from avex_serve.models.custom import adapt
+from avex_serve.models.base_model import ModelBase, adapt
 from avex_serve.models.frontends import Spectrogram
-from avex_serve.models.hooks import tap_by_hooks
+from avex_serve.models.layers import tap_by_hooks
 from avex_serve.models.probes import LinearProbe, LSTMProbe, build_probe_from_config, load_probe, save_probe
 from tests.models.backbones import noise
 

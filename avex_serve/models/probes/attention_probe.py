@@ -55,6 +55,5 @@ class AttentionProbe(SequenceProbe):
         position = torch.arange(steps, dtype=torch.float32)[:, None]
         frequency = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width))
         table = torch.stack([torch.sin(position * frequency), torch.cos(position * frequency)], dim=-1)
-        self.register_buffer(
-            "pos_encoding", table.flatten(1)[None, :, :width]
-        )  # (1, steps, width), sines at even indices
+        table = table.flatten(1)[None, :, :width]  # (1, steps, width), sines at even indices
+        self.register_buffer("pos_encoding", table)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from avex_serve.configs import Aggregation, InputProcessing, ProbeConfig
-from avex_serve.models.aggregation import aggregate, concatenate, time_steps
+from avex_serve.models.aggregation import aggregate, time_steps
 from avex_serve.models.base_model import ModelBase, unpack_audio
-from avex_serve.models.hooks import frozen, is_tracing
+from avex_serve.models.layers import frozen, is_tracing
 
 Shape = tuple[int, ...]  # of one clip's embedding, without the batch: (D,), (T, D) or (C, H, W)
 InputDim = int | tuple[int, ...] | list[tuple[int, ...]]
@@ -63,18 +63,17 @@ class Probe(nn.Module, ABC):
 
         Args:
             base_model: the backbone; None offline.
-            layers: names of its layers to tap.
+            layers: names of the tapped layers.
             num_classes: width of the logits.
             device: where to put the probe.
             feature_mode: whether the input is embeddings instead of audio.
-            input_dim: offline, the shape of a clip's embedding: its width, a shape, or a list with one shape per
-                layer.
-            aggregation: how the time axis of each layer is reduced.
+            input_dim: offline, the shape of a clip's embedding, see `build_probe_from_config`.
+            aggregation: see `ProbeConfig`.
             target_length: online, samples of a clip, which determine the shapes; None: the backbone's clip length.
             freeze_backbone: whether the backbone is not trained.
             input_processing: see `ProbeConfig`; None: as in avex.
             exclude_padding: keep padded steps out of the head and out of means over time.
-            **options: of the head.
+            **options: of the head, see `options`.
 
         Raises:
             TypeError: an option that the head doesn't have.
@@ -134,24 +133,18 @@ class Probe(nn.Module, ABC):
         return self.classify(*self.combine(x, padding_mask))
 
     def combine(self, x: ProbeInput, padding_mask: Tensor | None = None) -> Combined:
-        """The head's input: features (B, width) or (B, T, width), and the padding (B, T) of a sequence.
-
-        Arguments and errors as in `forward`.
-        """
+        """The head's input, see `classify`; arguments and errors as in `forward`."""
         return self._combined(*self._embeddings(x, padding_mask))
 
     def combine_taps(self, tapped: Mapping[str, Tensor], padding_mask: Tensor | None = None) -> Combined:
-        """The result of `combine` from layers that were tapped before, so that several probes share one pass.
+        """The result of `combine` from the output of `ModelBase.taps`, so that several probes share one pass.
 
-        Args:
-            tapped: layers by name, as `ModelBase.taps` returns them.
-            padding_mask: (B, S) bool, True where padded; only for a probe that excludes padding.
+        The mask (B, S) bool, True where padded, is only for a probe that excludes padding.
         """
         return self._combined(*self._from_taps(tapped, padding_mask))
 
     def _combined(self, embeddings: list[Tensor], paddings: list[Tensor | None]) -> Combined:
-        processed = [self._process(e, padding) for e, padding in zip(embeddings, paddings, strict=True)]
-        features = self._merge([self._shape(e) for e in processed])
+        features = self._merge([self._prepare(e, padding) for e, padding in zip(embeddings, paddings, strict=True)])
         if not is_tracing() and features.shape[-1] != self.input_width:
             raise RuntimeError(
                 f"embeddings of shape {[tuple(e.shape) for e in embeddings]} make features of width "
@@ -217,7 +210,8 @@ class Probe(nn.Module, ABC):
         wave, mask = unpack_audio(x, padding_mask)
         # In avex only the backbone gets the mask.
         if not self.exclude_padding or (mask is None and not self.base_model.fills_clips):
-            embeddings = self._embed(wave, mask)
+            with self._gradients():
+                embeddings = self._embed(self.base_model, wave, mask)
             return embeddings, [None] * len(embeddings)
         as_if_alone = mask is not None
         mask = torch.zeros_like(wave, dtype=torch.bool) if mask is None else mask
@@ -232,42 +226,32 @@ class Probe(nn.Module, ABC):
         self, tapped: Mapping[str, Tensor], mask: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         found = [tapped[name] for name in self.layers]
-        if mask is None:
-            merged = concatenate(found, self.aggregation)
-            embeddings = [merged] if isinstance(merged, Tensor) else merged
-            return embeddings, [None] * len(embeddings)
         assert self.base_model is not None
         # Layers of a convolutional network differ in length.
-        paddings = [self.base_model.token_mask(mask, time_steps(embedding)) for embedding in found]
+        paddings = [None if mask is None else self.base_model.token_mask(mask, time_steps(e)) for e in found]
         if self.aggregation == "none":
-            return found, list(paddings)
+            return found, paddings
         pooled = [aggregate(e, self.aggregation, padding) for e, padding in zip(found, paddings, strict=True)]
-        return [torch.cat(pooled, dim=1)], [None]
+        return [torch.cat(pooled, dim=1) if len(pooled) > 1 else pooled[0]], [None]
 
-    def _embed(self, wave: Tensor, mask: Tensor | None) -> list[Tensor]:
-        assert self.base_model is not None
-        with self._gradients():
-            return self.base_model.probe_embeddings(
-                wave, self.layers, self.aggregation, mask, freeze_backbone=self.freeze_backbone
-            )
+    def _embed(self, base_model: ModelBase, wave: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        return base_model.probe_embeddings(
+            wave, self.layers, self.aggregation, mask, freeze_backbone=self.freeze_backbone
+        )
 
     def _gradients(self) -> contextlib.AbstractContextManager[object]:
         return torch.no_grad() if self.freeze_backbone else contextlib.nullcontext()
 
     # -- from embeddings to features -------------------------------------------------------------------------
 
-    def _process(self, embedding: Tensor, padding: Tensor | None) -> Tensor:
-        """Apply `input_processing`, if it was set."""
+    def _prepare(self, embedding: Tensor, padding: Tensor | None) -> Tensor:
+        """Apply `input_processing`, if it was set. Then reshape the embedding to the head's rank, as avex does."""
         if self.input_processing == "pooled":
-            return aggregate(embedding, "mean", padding if self.exclude_padding else None)
-        if self.input_processing == "flatten":
-            return embedding.flatten(1)
-        return embedding
-
-    def _shape(self, embedding: Tensor) -> Tensor:
-        """Reshape an embedding to the head's rank, as avex does."""
+            embedding = self.pool(embedding, padding)
+        if self.input_processing == "flatten" or not self.takes_sequence:
+            embedding = embedding.flatten(1)
         if not self.takes_sequence:
-            return embedding.flatten(1)
+            return embedding
         if embedding.ndim == 2:
             return embedding[..., None]  # (B, D, 1)
         if embedding.ndim == 4:
@@ -310,14 +294,14 @@ class Probe(nn.Module, ABC):
             return [tuple(shape) for shape in input_dim] if isinstance(input_dim, list) else [tuple(input_dim)]
         samples = self.base_model.clip_samples if self.target_length is None else self.target_length
         with frozen(self.base_model):
-            found = self._embed(torch.zeros(1, samples), None)
+            found = self._embed(self.base_model, torch.zeros(1, samples))
         return [tuple(embedding.shape[1:]) for embedding in found]
 
     def _build_combination(self) -> int:
         """Create the parameters that merge several layers, and return the width of the features."""
         meta = [torch.empty(1, *shape, device="meta") for shape in self.input_dim]
         self._check_processing()
-        shapes = [self._shape(self._process(embedding, None)).shape[1:] for embedding in meta]
+        shapes = [self._prepare(embedding, None).shape[1:] for embedding in meta]
         if len(shapes) == 1:
             return shapes[0][-1]
         target = tuple(_vote([shape[axis] for shape in shapes]) for axis in range(len(shapes[0])))

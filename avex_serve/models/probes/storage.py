@@ -15,11 +15,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 
-from avex_serve.bundles.labels import dump_labels, parse_labels
 from avex_serve.bundles.manifest import LABELS
-from avex_serve.bundles.sealing import atomic_directory
+from avex_serve.bundles.reading import parse_labels
+from avex_serve.bundles.sealing import atomic_directory, dump_labels
 from avex_serve.configs import ModelSpec, ProbeConfig
-from avex_serve.models.base_model import ModelBase
+from avex_serve.models.base_model import Backbone, ModelBase, adapt
 from avex_serve.models.checkpoints import (
     StateDict,
     brought_to,
@@ -29,7 +29,6 @@ from avex_serve.models.checkpoints import (
     read_state_dict,
     some,
 )
-from avex_serve.models.custom import Backbone, adapt
 from avex_serve.models.probes.base import Probe, Shape
 from avex_serve.models.probes.utils.factory import build_probe_from_config
 from avex_serve.models.utils.load import find_entry, load_model
@@ -93,20 +92,13 @@ def save_probe(
     names = probe.labels if labels is None else _in_order(labels)
     if names is not None and len(names) != probe.num_classes:
         raise ValueError(f"{len(names)} labels for a probe with {probe.num_classes} classes; give one per class")
-    online = probe.base_model is not None
-    saved = SavedProbe(
-        format=1,
-        probe_config=probe.config,
-        num_classes=probe.num_classes,
-        model=_source(model),
-        backbone_fingerprint=fingerprint(probe.base_model) if probe.base_model is not None else None,
-        checkpoint=probe.base_model.checkpoint_uri
-        if probe.base_model is not None and probe.freeze_backbone
-        else None,
-        layers=probe.layers if online else None,
-        input_dim=None if online else probe.input_dim,
-        target_length=probe.target_length if online else None,
-    )
+    saved = SavedProbe(format=1, probe_config=probe.config, num_classes=probe.num_classes, model=_source(model))
+    if probe.base_model is None:
+        saved.input_dim = probe.input_dim
+    else:
+        saved.backbone_fingerprint = fingerprint(probe.base_model)
+        saved.checkpoint = probe.base_model.checkpoint_uri if probe.freeze_backbone else None
+        saved.layers, saved.target_length = probe.layers, probe.target_length
     state = probe.head_state() if probe.freeze_backbone else probe.state_dict()
     # Cloned, since safetensors refuses tensors that share memory, as BEATs' position tables do.
     tensors = {n: t.detach().cpu().clone() for n, t in state.items() if not n.startswith(_UNUSED)}
@@ -139,32 +131,28 @@ def load_probe(
     folder = Path(directory)
     saved = read_saved(folder)
     state = read_state_dict(folder / WEIGHTS)
-    if saved.input_dim is not None:
-        probe = build_probe_from_config(
-            saved.probe_config, saved.num_classes, device, input_dim=list(saved.input_dim)
-        )
-    else:
-        frozen = saved.probe_config.freeze_backbone
+    backbone = None
+    if saved.input_dim is None:
         if base_model is None:
-            base_model = _load_backbone(saved, folder, device, checkpoint_path, trained_too=not frozen)
+            base_model = _load_backbone(saved, folder, device, checkpoint_path)
         backbone = adapt(base_model)
-        if frozen:
+        if saved.probe_config.freeze_backbone:
             check_backbone(saved, backbone, folder)
-        probe = build_probe_from_config(
-            saved.probe_config, saved.num_classes, device, base_model=backbone, target_length=saved.target_length
-        )
+    probe = build_probe_from_config(
+        saved.probe_config,
+        saved.num_classes,
+        device,
+        base_model=backbone,
+        input_dim=saved.input_dim,
+        target_length=saved.target_length,
+    )
     load_head(probe, state, str(folder / WEIGHTS))
     probe.labels = read_labels(folder, saved.num_classes)
     return probe.eval()
 
 
 def read_saved(folder: Path) -> SavedProbe:
-    """The content of ``probe.yml``.
-
-    Raises:
-        FileNotFoundError: no probe in the folder.
-        ValueError: a damaged ``probe.yml``.
-    """
+    """The content of ``probe.yml``. Raises FileNotFoundError without a probe, ValueError for a damaged file."""
     if not (folder / PROBE).is_file() or not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder} holds no probe ({PROBE} and {WEIGHTS}); make one with save_probe()")
     try:
@@ -174,11 +162,7 @@ def read_saved(folder: Path) -> SavedProbe:
 
 
 def backbone_of(saved: SavedProbe) -> tuple[str, ModelEntry] | None:
-    """Name of the backbone, and its model with the checkpoint of the training; None if the probe names no backbone.
-
-    Raises:
-        ValueError: a model that is no longer registered.
-    """
+    """Name of the backbone, and its model with the checkpoint of the training; None if the probe names none."""
     if saved.model is None:
         return None
     if isinstance(saved.model, str):
@@ -204,10 +188,7 @@ def load_head(probe: Probe, state: StateDict, source: str) -> None:
     """Load weights into a probe, strictly: the head's if its backbone is frozen, else all.
 
     A state dict saved by avex has the backbone's weights too (``base_model.…``). If the backbone is frozen, they
-    must equal the probe's.
-
-    Raises:
-        ValueError: names or shapes that don't fit, or another backbone than the probe's.
+    must equal the probe's. Raises ValueError for these, and for names or shapes that don't fit.
     """
     state = brought_to(probe.state_dict(), state)
     if not probe.freeze_backbone:
@@ -237,14 +218,12 @@ def check_backbone(saved: SavedProbe, base_model: ModelBase, folder: Path) -> No
         )
 
 
-def _load_backbone(
-    saved: SavedProbe, folder: Path, device: str, checkpoint_path: str | None, *, trained_too: bool
-) -> ModelBase:
+def _load_backbone(saved: SavedProbe, folder: Path, device: str, checkpoint_path: str | None) -> ModelBase:
     backbone = backbone_of(saved)
     if backbone is None:
         raise ValueError(f"{folder / PROBE} doesn't name its backbone; give base_model")
     _, entry = backbone
-    if trained_too:  # its weights are in the probe's own file
+    if not saved.probe_config.freeze_backbone:  # the probe's own file has the backbone's weights
         return build_model_from_spec(entry.spec, device, return_features_only=True)
     return load_model(entry.spec, device, checkpoint_path or entry.checkpoint_path, return_features_only=True)
 

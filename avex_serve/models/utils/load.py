@@ -79,22 +79,18 @@ def load_model(
 def load_label_mapping(model_or_path: str | Path) -> LabelMapping | None:
     """The labels of a model's classifier, ``{"label_to_index": …, "index_to_label": …}``.
 
-    Args:
-        model_or_path: a registered name, or the path or URI of a label map, JSON ``{label: index}``.
-
-    Returns:
-        The mapping. None, with a warning: no such model or file, a model without a label map, or a file that is not
-        a label map.
+    The argument is a registered name, or the path or URI of a label map, JSON ``{label: index}``. Returns None, with
+    a warning, if there is no such model or file, or no label map in it.
     """
     name = str(model_or_path)
     entry = get_entry(name)
-    if entry is not None and entry.class_mapping_path is None:
+    uri = name if entry is None else entry.class_mapping_path
+    if uri is None:
         logger.warning("model %r names no label map", name)
         return None
     if entry is None and isinstance(model_or_path, str) and "/" not in name and not name.endswith(".json"):
         logger.warning("%r is neither a registered model nor a JSON file of labels", name)
         return None
-    uri = name if entry is None or entry.class_mapping_path is None else entry.class_mapping_path
     try:
         return read_label_mapping(uri)
     except ValueError as error:  # this function answers as avex's; `load_model` refuses such a map

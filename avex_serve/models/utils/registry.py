@@ -17,10 +17,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from avex_serve.configs import ModelSpec
-from avex_serve.models.base_model import ModelBase
-from avex_serve.models.beats import BEATsModel
-from avex_serve.models.custom import Backbone, adapt
-from avex_serve.models.eat import EATModel
+from avex_serve.models.base_model import Backbone, ModelBase, adapt
+from avex_serve.models.beats_model import BEATsModel
+from avex_serve.models.eat_hf import EATModel
 from avex_serve.models.efficientnet import EfficientNetModel
 from avex_serve.models.files import count_labels
 
@@ -54,7 +53,7 @@ class ModelEntry:
 
     @property
     def name(self) -> str:
-        """Name of the architecture, as in the spec."""
+        """Name of the architecture, under which avex's registry has it too."""
         return self.spec.name
 
 
@@ -87,11 +86,7 @@ def get_model_spec(name: str) -> ModelSpec | None:
 
 
 def get_checkpoint_path(name: str) -> str | None:
-    """Path or URI of the registered model's checkpoint, or None if the model names none.
-
-    Raises:
-        KeyError: no such model.
-    """
+    """Path or URI of the registered model's checkpoint, or None if the model names none. KeyError: no such model."""
     return _require_entry(name).checkpoint_path
 
 
@@ -107,12 +102,7 @@ def list_models() -> dict[str, dict[str, Any]]:
 def describe_model(name: str, verbose: bool = False) -> dict[str, Any]:
     """The fields of a registered model's spec, and further facts under ``_metadata``, without network.
 
-    Args:
-        name: of the model.
-        verbose: also print a description.
-
-    Raises:
-        KeyError: no such model.
+    With `verbose`, also print a description. Raises KeyError if there is no such model.
     """
     entry = _require_entry(name)
     spec = entry.spec
@@ -149,7 +139,7 @@ def register_model(
 
     Args:
         name: for `load_model`, `build_model` and the exporter.
-        model_spec: copied, so later changes to it have no effect here.
+        model_spec: how to build it.
         checkpoint_path: path or URI of its weights.
         class_mapping_path: path or URI of the labels of the checkpoint's classifier, JSON ``{label: index}``.
     """
@@ -242,7 +232,7 @@ def register_model_class(cls: _Class) -> _Class:
 
     Args:
         cls: a subclass of `ModelBase`, or of `torch.nn.Module` with the methods of
-            `avex_serve.models.custom.Backbone`. Its ``__init__`` may accept ``device``, ``audio_config``,
+            `avex_serve.models.base_model.Backbone`. Its ``__init__`` may accept ``device``, ``audio_config``,
             ``num_classes``, ``return_features_only`` and fields of `ModelSpec`.
 
     Raises:
@@ -258,7 +248,7 @@ def register_model_class(cls: _Class) -> _Class:
 
 
 def get_model_class(name: str) -> ModelClass | None:
-    """The architecture of that name, or None."""
+    """The class of that architecture, or None."""
     return _MODEL_CLASSES.get(name)
 
 
@@ -282,16 +272,10 @@ def accepts(model_spec: ModelSpec, argument: str) -> bool:
 
 
 def build_model(model_name: str, device: str, **kwargs: Any) -> ModelBase:
-    """Build a registered model with random weights, in eval mode.
-
-    Args:
-        model_name: the registered name.
-        device: where to put it.
-        **kwargs: see `build_model_from_spec`.
+    """Build a registered model with random weights, in eval mode; see `build_model_from_spec`.
 
     Raises:
-        ValueError: no such model, or a spec without an argument that its class needs.
-        KeyError: no such class.
+        ValueError: no such model, or as `build_model_from_spec`.
     """
     spec = get_model_spec(model_name)
     if spec is None:
@@ -311,7 +295,7 @@ def build_model_from_spec(model_spec: ModelSpec, device: str | None = None, **kw
 
     Raises:
         KeyError: an unknown architecture.
-        ValueError: fields of the spec that the class refuses, or a missing argument that it needs.
+        ValueError: fields that the class refuses, or an argument that it needs and that is missing.
     """
     cls = get_model_class(model_spec.name)
     if cls is None:
@@ -353,10 +337,7 @@ def list_model_layers(model: str | ModelBase | Backbone, device: str = "cpu") ->
 
 
 def _arguments(cls: ModelClass, spec: ModelSpec, device: str, keywords: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for the class: those fields of the spec and those keywords that it accepts.
-
-    Each other one is ignored with a warning.
-    """
+    """The fields of the spec and the keywords that the class accepts. The others are ignored, with a warning."""
     parameters = inspect.signature(cls).parameters
     fields = spec.model_dump(exclude=_NOT_FOR_THE_CLASS, exclude_none=True)
     for name in sorted(fields.keys() - parameters.keys()):

@@ -10,7 +10,9 @@ What isn't here, or has no handler here, BentoML answers. Its own handlers of `/
 over the network: see docs/decisions/serving-own-routes.md.
 """
 
+import io
 import logging
+import math
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
@@ -27,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from avex_serve.audio.reader import open_audio
 from avex_serve.errors import InputError, NotFoundError, StorageError, TooLargeError, UnsupportedError
 from avex_serve.inference import pipeline
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.service import parsing
 from avex_serve.service.front import CONTROL_BYTES, METRICS, OTHER, Found, Front
@@ -143,21 +145,20 @@ async def _read_recording(request: Request, options: Collection[str]) -> tuple[b
     return audio, parsing.query_from_text(pairs, options)
 
 
-async def _read_body(request: Request) -> bytes:
-    """The body; HTTPException if it is compressed."""
+async def _read_body(request: Request, max_bytes: float = math.inf) -> bytes:
+    """The body; HTTPException if it is compressed, TooLargeError if it is larger than this route allows."""
     _refuse_encoding(request)
-    return await request.body()
+    body = io.BytesIO()  # joining the pieces at the end would take the memory twice
+    async for piece in request.stream():
+        if body.tell() + len(piece) > max_bytes:
+            raise TooLargeError(f"the body is too large; expected at most {max_bytes} bytes here")
+        body.write(piece)
+    return body.getvalue()
 
 
 async def _read_small_body(request: Request) -> bytes:
     """The body of a request that is parsed on the event loop, which a large JSON document would block."""
-    _refuse_encoding(request)
-    body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > CONTROL_BYTES:
-            raise TooLargeError(f"the body is too large; expected at most {CONTROL_BYTES} bytes here")
-    return body
+    return await _read_body(request, CONTROL_BYTES)
 
 
 def _refuse_encoding(request: Request) -> None:

@@ -30,17 +30,17 @@ from typing import Annotated, Any, Final, TypedDict
 import numpy as np
 from msgspec import Meta
 
+from avex_serve import __version__
 from avex_serve.audio.reader import open_audio
 from avex_serve.errors import InputError, NotFoundError, TensorError, UnavailableError, UnsupportedError
 from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.inference.scores import activate
 from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
 from avex_serve.service.parsing import BOOL, BYTES, FP32, LENGTH_BYTES
-from avex_serve.version import __version__
 
 SERVER: Final = "avex-serve"
 NO_SHARED_MEMORY: Final = "shared memory is not offered; send the tensor itself"
@@ -355,11 +355,6 @@ def leased_model(repository: Repository, name: str, version: str | None) -> Iter
         raise NotFoundError("the request names no model")
     with repository.lease(name, version) as engine:
         yield Model(engine, repository)
-
-
-def server_ready(repository: Repository) -> bool:
-    """Whether a model is served."""
-    return any(state.ready for state in repository.index())
 
 
 def model_ready(repository: Repository, name: str, version: str | None) -> bool:

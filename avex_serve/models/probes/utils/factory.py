@@ -5,26 +5,12 @@ import logging
 from typing import Any
 
 from avex_serve.configs import ProbeConfig
-from avex_serve.models.base_model import ModelBase
-from avex_serve.models.custom import Backbone, adapt
+from avex_serve.models.base_model import Backbone, ModelBase, adapt
 from avex_serve.models.probes.base import InputDim, Probe
-from avex_serve.models.probes.utils.registry import get_probe_class, list_probe_classes
+from avex_serve.models.probes.utils.registry import HEAD_OPTIONS, get_probe_class, list_probe_classes
 
 logger = logging.getLogger(__name__)
 
-# Fields of ProbeConfig that only some heads use.
-_HEAD_FIELDS = (
-    "hidden_dims",
-    "dropout_rate",
-    "activation",
-    "lstm_hidden_size",
-    "num_layers",
-    "bidirectional",
-    "num_heads",
-    "attention_dim",
-    "max_sequence_length",
-    "use_positional_encoding",
-)
 _EXTRA_FIELDS = ("exclude_padding",)
 
 
@@ -44,9 +30,9 @@ def build_probe_from_config(
         num_classes: width of the logits.
         device: where to put it, such as ``cpu`` or ``cuda``.
         base_model: the backbone, for online mode. The configuration determines whether it is frozen. A model that
-            isn't a `ModelBase`, such as one of avex, is adapted (`avex_serve.models.custom`).
-        input_dim: for offline mode, the shape of a clip's embedding: its width, a shape, or a list with one shape
-            per layer.
+            isn't a `ModelBase`, such as one of avex, is adapted (`avex_serve.models.base_model`).
+        input_dim: for offline mode, the shape of a clip's embedding: its width, a shape without the batch, or a list
+            with one shape per layer.
         target_length: samples of a clip; overrides the configuration's, which overrides the backbone's.
         **kwargs: options of the head that the configuration doesn't set.
 
@@ -70,6 +56,12 @@ def build_probe_from_config(
     backbone = None if base_model is None else adapt(base_model)
     _refuse_unknown(kwargs, kind, cls)
     _warn_of_unused(probe_config, kwargs, cls, online=backbone is not None)
+    # The keywords fill unset fields, so that a saved probe is built the same again.
+    given = {n: v for n, v in kwargs.items() if n not in probe_config.model_fields_set and v is not None}
+    if fields := {n: v for n, v in given.items() if n in ProbeConfig.model_fields}:
+        probe_config = ProbeConfig(**probe_config.model_dump(exclude_unset=True), **fields)
+    options = given | probe_config.model_dump(include=set(cls.options), exclude_none=True)
+    processing = probe_config.input_processing if "input_processing" in probe_config.model_fields_set else None
     selectors = probe_config.target_layers
     probe = cls(
         base_model=backbone,
@@ -81,44 +73,29 @@ def build_probe_from_config(
         aggregation=probe_config.aggregation,
         target_length=probe_config.target_length if target_length is None else target_length,
         freeze_backbone=probe_config.freeze_backbone or backbone is None,
-        input_processing=probe_config.input_processing if _is_set(probe_config, "input_processing") else None,
+        input_processing=processing,
         exclude_padding=bool((probe_config.extra_config or {}).get("exclude_padding", False)),
-        **_head_options(probe_config, kwargs, cls),
+        **options,
     )
-    probe.config = _with_options(probe_config, kwargs)
+    probe.config = probe_config
     return probe
-
-
-def _head_options(config: ProbeConfig, kwargs: dict[str, Any], cls: type[Probe]) -> dict[str, Any]:
-    configured = {name: getattr(config, name) for name in cls.options if name in ProbeConfig.model_fields}
-    given = {name: value for name, value in kwargs.items() if not _is_set(config, name)}
-    return {name: value for name, value in {**configured, **given}.items() if value is not None}
-
-
-def _with_options(config: ProbeConfig, kwargs: dict[str, Any]) -> ProbeConfig:
-    """The configuration with the keywords in its unset fields, so that a saved probe is built the same again."""
-    filled = {n: v for n, v in kwargs.items() if n in ProbeConfig.model_fields and not _is_set(config, n)}
-    return ProbeConfig(**config.model_dump(exclude_unset=True), **filled) if filled else config
 
 
 def _refuse_unknown(kwargs: dict[str, Any], kind: str, cls: type[Probe]) -> None:
     for name in kwargs.keys() - cls.options.keys():
         if name in ProbeConfig.model_fields:
-            raise TypeError(
-                f"build_probe_from_config() got an unexpected keyword '{name}' for a {kind} probe; set it in the "
-                "ProbeConfig"
-            )
-        close = difflib.get_close_matches(name, [*cls.options, *ProbeConfig.model_fields], n=1)
-        hint = f"did you mean '{close[0]}'?" if close else f"it accepts {sorted(cls.options) or 'no options'}"
+            hint = "set it in the ProbeConfig"
+        elif close := difflib.get_close_matches(name, [*cls.options, *ProbeConfig.model_fields], n=1):
+            hint = f"did you mean '{close[0]}'?"
+        else:
+            hint = f"it accepts {sorted(cls.options) or 'no options'}"
         raise TypeError(f"build_probe_from_config() got an unexpected keyword '{name}' for a {kind} probe; {hint}")
 
 
 def _warn_of_unused(config: ProbeConfig, kwargs: dict[str, Any], cls: type[Probe], *, online: bool) -> None:
-    used = cls.options.keys() - cls.without_effect
-    for name in _HEAD_FIELDS:
-        if _is_set(config, name) and getattr(config, name) is not None and name not in used:
-            value = getattr(config, name)
-            logger.warning("%s=%r has no effect on probe_type=%r", name, value, config.probe_type)
+    unused = HEAD_OPTIONS - (cls.options.keys() - cls.without_effect)
+    for name, value in config.model_dump(include=unused, exclude_unset=True, exclude_none=True).items():
+        logger.warning("%s=%r has no effect on probe_type=%r", name, value, config.probe_type)
     for name in sorted(kwargs.keys() & config.model_fields_set):
         logger.warning(
             "keyword %s=%r is ignored: the configuration sets %r", name, kwargs[name], getattr(config, name)
@@ -128,7 +105,3 @@ def _warn_of_unused(config: ProbeConfig, kwargs: dict[str, Any], cls: type[Probe
     if config.online_training is not None and config.online_training != online:
         mode = "online, on a base_model" if online else "offline, on stored embeddings"
         logger.warning("online_training=%s, but the probe is built %s", config.online_training, mode)
-
-
-def _is_set(config: ProbeConfig, field: str) -> bool:
-    return field in config.model_fields_set

@@ -20,6 +20,7 @@ _PROBE_CLASSES: dict[str, type[Probe]] = {
     "attention": AttentionProbe,
     "transformer": TransformerProbe,
 }
+HEAD_OPTIONS = {option for cls in _PROBE_CLASSES.values() for option in cls.options}
 
 
 def get_probe_class(name: str) -> type[Probe] | None:
@@ -33,11 +34,7 @@ def list_probe_classes() -> list[str]:
 
 
 def register_probe_class(name: str, cls: type[Probe]) -> None:
-    """Make ``probe_type=name`` build your own class; `name` must be a probe type of `ProbeConfig`.
-
-    Raises:
-        TypeError: not a subclass of `Probe`.
-    """
+    """Make ``probe_type=name``, one of `ProbeConfig`'s types, build your own subclass of `Probe`, else TypeError."""
     if not (isinstance(cls, type) and issubclass(cls, Probe)):
         raise TypeError(f"{cls!r} is no probe class; derive it from avex_serve.models.probes.Probe")
     _PROBE_CLASSES[name.lower()] = cls
