@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import grpc
@@ -77,6 +77,8 @@ CONTROL_BYTES: Final = 2**16  # of a request without tensors, which is parsed on
 
 TIME_LIMIT: Final = "Request-Timeout"  # header: how many seconds the client waits
 TRACE_ID: Final = "X-BentoML-Trace-ID"  # header, if BentoML is configured to send it
+MAX_METADATA: Final = 128  # entries of a gRPC call
+MAX_METADATA_BYTES: Final = 2**14  # their names and values
 # The details of a gRPC status are a header, percent-encoded, and clients accept 8 KiB of headers: they would report
 # longer ones as another error.
 MAX_DETAILS: Final = 1000  # characters
@@ -350,22 +352,25 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         """
         handler = await continuation(details)
         # Metadata is text, except that of names that end in -bin. The first value of a name counts.
-        pairs = [(key, text) for key, text in details.invocation_metadata or () if isinstance(text, str)]
-        call = self._behind(handler, details.method, dict(reversed(pairs)))
+        metadata = details.invocation_metadata or ()
+        pairs = [(key, text) for key, text in metadata if isinstance(text, str)]
+        # gRPC limits the metadata of those clients alone that have confirmed the limit.
+        fits = len(metadata) <= MAX_METADATA and sum(map(len, chain(*metadata))) <= MAX_METADATA_BYTES
+        call = self._behind(handler, details.method, dict(reversed(pairs)) if fits else None)
         if handler is None:
             return grpc.stream_unary_rpc_method_handler(call)
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(call, response_serializer=handler.response_serializer)
         return grpc.stream_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
 
-    def _behind(self, handler: Any, method: str, headers: Mapping[str, str]) -> Call:
+    def _behind(self, handler: Any, method: str, headers: Mapping[str, str] | None) -> Call:
         route = method.removeprefix("/")
         exchange = Exchange("grpc", route, "", method, quiet=method in QUIET)
         # Those of the health service may last for days, and are not recorded.
         is_stream = handler is not None and handler.response_streaming
 
         async def call(messages: Any, context: grpc.aio.ServicerContext) -> Any:
-            with nullcontext(Request()) if is_stream else self._front.record(exchange, headers) as request:
+            with nullcontext(Request()) if is_stream else self._front.record(exchange, headers or {}) as request:
                 try:
                     if not is_stream:
                         await context.send_initial_metadata(((REQUEST_ID, request.id),))
@@ -389,11 +394,15 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self,
         handler: Any,
         method: str,
-        headers: Mapping[str, str],
+        headers: Mapping[str, str] | None,
         request: Request,
         messages: Any,
         context: grpc.aio.ServicerContext,
     ) -> Any:
+        if headers is None:
+            raise TooLargeError(
+                f"the metadata is too large; expected at most {MAX_METADATA} entries and {MAX_METADATA_BYTES} bytes"
+            )
         request.limit_seconds(context.time_remaining())
         self._front.admit(request, method, headers, infers=method == INFER)
         if handler is None:

@@ -34,6 +34,7 @@ def message_class(name: str) -> type[Message]:
 # Decoded, a part of a message takes tens of bytes, even if it was sent in two. A message of the allowed size could
 # grow to gigabytes, and take as long. Sensible messages have a handful of parts.
 MAX_PARTS: Final = 2**14  # fields, also of inner messages, and numbers of the lists that grow when decoded
+TEXT_BYTES: Final = 2**6  # of names, ids and parameters that count as a part: errors repeat them
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _SKIPPED: Final = {_FIXED64: 8, _FIXED32: 4}
@@ -41,12 +42,13 @@ _LONGEST_TAG: Final = 2**32
 _LONGEST_VARINT: Final = 64  # bits
 
 # Where to count further, by number of the field: in an inner message, or (None) in a packed list of integers.
-# A parameter counts as one part; packed floats and flags don't grow.
+# Packed floats and flags don't grow.
 _Fields: TypeAlias = "dict[int, _Fields | None]"
 _CONTENTS: Final[_Fields] = {2: None, 3: None, 4: None, 5: None}
 _INPUT: Final[_Fields] = {3: None, 5: _CONTENTS}
 _OUTPUT: Final[_Fields] = {}
 _REQUEST: Final[_Fields] = {5: _INPUT, 6: _OUTPUT}
+_RAW: Final = 7  # raw_input_contents of the request
 
 
 def message(kind: type[MessageType], data: bytes) -> MessageType:
@@ -61,19 +63,29 @@ def message(kind: type[MessageType], data: bytes) -> MessageType:
         raise InputError(f"the request is no {kind.DESCRIPTOR.name}") from None
 
 
-def check_parts(data: bytes) -> None:
-    """Check that a ModelInferRequest, before it is decoded, has at most `MAX_PARTS`.
+def split(data: bytes) -> tuple[bytes, list[memoryview]]:
+    """A ModelInferRequest without its raw_input_contents, and views of these: decoding would copy them.
 
     Raises:
-        TooLargeError: it has more.
+        TooLargeError: the message has more than `MAX_PARTS`.
         InputError: the bytes are no such message.
     """
-    _count(data, 0, len(data), _REQUEST, 0)
+    fields: list[tuple[int, int, int]] = []  # start, start of the content, end
+    _count(data, 0, len(data), _REQUEST, 0, fields)
+    view, rest, raw, done = memoryview(data), [], [], 0
+    for start, content, end in fields:
+        rest.append(view[done:start])
+        raw.append(view[content:end])
+        done = end
+    return b"".join([*rest, view[done:]]), raw
 
 
-def _count(data: bytes, at: int, end: int, fields: _Fields, parts: int) -> int:
-    """The parts so far, and those of the message between two positions of the data."""
+def _count(
+    data: bytes, at: int, end: int, fields: _Fields, parts: int, raw: list[tuple[int, int, int]] | None = None
+) -> int:
+    """The parts so far, and those of the message between two positions of the data; finds the raw contents too."""
     while at < end:
+        start = at
         tag, at = _varint(data, at, end)
         if tag >= _LONGEST_TAG:
             raise _malformed()
@@ -88,6 +100,10 @@ def _count(data: bytes, at: int, end: int, fields: _Fields, parts: int) -> int:
             if number in fields:
                 inner = fields[number]
                 parts = parts + length if inner is None else _count(data, at, at + length, inner, parts)
+            elif raw is not None and number == _RAW:
+                raw.append((start, at, at + length))
+            elif fields is not _CONTENTS:
+                parts += length // TEXT_BYTES
             at += length
         elif wire_type in _SKIPPED:
             at += _SKIPPED[wire_type]
@@ -95,7 +111,8 @@ def _count(data: bytes, at: int, end: int, fields: _Fields, parts: int) -> int:
             raise _malformed()
         if parts > MAX_PARTS:
             raise TooLargeError(
-                f"the message has more than {MAX_PARTS} fields and numbers; send tensors in raw_input_contents"
+                f"the message has more than {MAX_PARTS} fields and numbers, or longer names and parameters; "
+                "send tensors in raw_input_contents"
             )
     if at > end:
         raise _malformed()

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
@@ -15,15 +15,37 @@ from google.protobuf.message import Message
 from grpc._cython import cygrpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 
-from avex_serve.errors import InputError, TensorError, UnsupportedError
+from avex_serve.errors import InputError, TensorError, TooLargeError, UnsupportedError
+from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
 from avex_serve.service.credentials import server_credentials
 from avex_serve.service.front import OTHER, Call, Front, GrpcFront
 from avex_serve.service.grpc.health import Health
-from avex_serve.service.grpc.messages import SERVICE, check_parts, message, message_class
+from avex_serve.service.grpc.messages import MAX_PARTS, SERVICE, message, message_class, split
 from avex_serve.service.oip import protocol
-from avex_serve.service.parsing import BOOL, BYTES
+from avex_serve.service.parsing import BOOL, BYTES, FP32
 from avex_serve.service.settings import Settings
+
+OPTIONS: Final = (
+    ("grpc.so_reuseport", 1),  # workers share the port
+    ("grpc.max_send_message_length", -1),
+    # Compressed messages are refused (UNIMPLEMENTED): gRPC inflates one before anything looks at it.
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # no algorithm alone
+    ("grpc.per_message_decompression", 0),
+    ("grpc.max_allowed_incoming_connections", 1000),
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.max_concurrent_streams", 100),  # of a connection; its client keeps further calls back
+    # Calls that have arrived and wait for the event loop: of clients who ignore the limit on metadata, 2 MB each.
+    ("grpc.server.max_pending_requests", 256),
+    ("grpc.server.max_pending_requests_hard_limit", 256),
+    # Connections that don't begin as HTTP/2 does, or whose client has gone without a word.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.http2.settings_timeout", 10_000),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+NUMBERS: Final = 10_000  # which are copied from a message in less than a millisecond
+_RAW_BYTES: Final = {FP32: 4, BOOL: 1}  # of an element
 
 GRACE_SECONDS: Final = 1.0  # for answers to leave: calls have ended by then, see `avex_serve.service.drain`
 
@@ -60,14 +82,7 @@ class GrpcServer:
         credentials = server_credentials(settings)
         server = grpc.aio.server(
             interceptors=[GrpcFront(self._front)],
-            options=[
-                ("grpc.so_reuseport", 1),  # workers share the port
-                ("grpc.max_receive_message_length", settings.max_body_bytes),
-                ("grpc.max_send_message_length", -1),
-                # gRPC inflates messages before anything looks at them: compressed ones are refused (UNIMPLEMENTED).
-                ("grpc.compression_enabled_algorithms_bitset", 1),  # no algorithm alone
-                ("grpc.per_message_decompression", 0),
-            ],
+            options=[*OPTIONS, ("grpc.max_receive_message_length", settings.max_body_bytes)],
         )
         server.add_registered_method_handlers(SERVICE, _Methods(self._front).handlers())
         server.add_registered_method_handlers(HEALTH_SERVICE, self._health.handlers())
@@ -223,10 +238,10 @@ class _Methods:
         return response
 
     def _infer_now(self, data: bytes) -> Any:
-        check_parts(data)
-        request: Any = message(message_class("ModelInferRequest"), data)
+        rest, raw = split(data)
+        request: Any = message(message_class("ModelInferRequest"), rest)
         with self._model(request.model_name, request.model_version) as model:
-            answer = model.infer(_parse(request))
+            answer = model.infer(_parse(request, raw))
         response: Any = message_class("ModelInferResponse")(
             model_name=model.name, model_version=model.version, id=request.id
         )
@@ -242,21 +257,17 @@ class _Methods:
         return protocol.leased_model(self._repository, name, version)
 
 
-def _parse(request: Any) -> protocol.InferRequest:
+def _parse(request: Any, raw: Sequence[memoryview]) -> protocol.InferRequest:
     for tensor in request.inputs:
         protocol.refuse_shared_memory(tensor.name, tensor.parameters)
-    raw = list(request.raw_input_contents)
     if raw and len(raw) != len(request.inputs):
         raise TensorError(f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs; send one for each")
     inputs = []
     for index, tensor in enumerate(request.inputs):
         if raw and tensor.HasField("contents"):
             raise TensorError(f"input {tensor.name!r} has both contents and raw_input_contents; send one of them")
-        data = (
-            parsing.from_raw(tensor.name, tensor.datatype, tensor.shape, raw[index])
-            if raw
-            else _typed_contents(tensor)
-        )
+        current().checkpoint()
+        data = _raw_contents(tensor, raw[index]) if raw else _typed_contents(tensor)
         inputs.append(protocol.InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
     return protocol.InferRequest(
         inputs=inputs,
@@ -265,13 +276,34 @@ def _parse(request: Any) -> protocol.InferRequest:
     )
 
 
+def _raw_contents(tensor: Any, raw: memoryview) -> np.ndarray | list[bytes]:
+    if tensor.datatype in _RAW_BYTES:
+        _check_count(tensor, len(raw) // _RAW_BYTES[tensor.datatype])
+    elif tensor.datatype == BYTES and parsing.elements(tensor.name, tensor.shape) > MAX_PARTS:
+        raise TooLargeError(
+            f"input {tensor.name!r} has more than {MAX_PARTS} elements; send them in several requests"
+        )
+    return parsing.from_raw(tensor.name, tensor.datatype, tensor.shape, raw)
+
+
 def _typed_contents(tensor: Any) -> np.ndarray | list[bytes]:
     parsing.check_datatype(tensor.name, tensor.datatype)
     if tensor.datatype == BYTES:
         return list(tensor.contents.bytes_contents)
-    if tensor.datatype == BOOL:
-        return np.array(tensor.contents.bool_contents, dtype=bool)
-    return np.array(tensor.contents.fp32_contents, dtype=np.float32)
+    is_bool = tensor.datatype == BOOL
+    values = tensor.contents.bool_contents if is_bool else tensor.contents.fp32_contents
+    _check_count(tensor, len(values))
+    array = np.empty(len(values), dtype=bool if is_bool else np.float32)
+    for start in range(0, len(values), NUMBERS):
+        current().checkpoint()
+        array[start : start + NUMBERS] = values[start : start + NUMBERS]
+    return array
+
+
+def _check_count(tensor: Any, count: int) -> None:
+    """Refuse elements that don't fit the shape, before they are copied."""
+    if count != parsing.elements(tensor.name, tensor.shape):
+        raise TensorError(f"input {tensor.name!r} of shape {list(tensor.shape)} has {count} elements")
 
 
 def _parameters(message: Any) -> dict[str, Any]:
