@@ -7,11 +7,9 @@ serving process loads only what it needs.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from avex_serve.version import __version__
-
 if TYPE_CHECKING:
+    from avex_serve.inference.backend import open_bundle
     from avex_serve.inference.engine import Engine
-    from avex_serve.inference.opening import open_bundle
     from avex_serve.models.utils.load import load_label_mapping, load_model
     from avex_serve.models.utils.registry import (
         build_model,
@@ -27,25 +25,7 @@ if TYPE_CHECKING:
         register_model_class,
     )
 
-_LOADING = "avex_serve.models.utils.load"
-_REGISTRY = "avex_serve.models.utils.registry"
-_HOME = {
-    "Engine": "avex_serve.inference.engine",
-    "open_bundle": "avex_serve.inference.opening",
-    "load_label_mapping": _LOADING,
-    "load_model": _LOADING,
-    "build_model": _REGISTRY,
-    "build_model_from_spec": _REGISTRY,
-    "describe_model": _REGISTRY,
-    "get_checkpoint_path": _REGISTRY,
-    "get_model_class": _REGISTRY,
-    "get_model_spec": _REGISTRY,
-    "list_model_classes": _REGISTRY,
-    "list_model_layers": _REGISTRY,
-    "list_models": _REGISTRY,
-    "register_model": _REGISTRY,
-    "register_model_class": _REGISTRY,
-}
+__version__ = "0.1.0"  # here, since a bento carries the package's files without its metadata
 
 __all__ = [
     "Engine",
@@ -66,11 +46,19 @@ __all__ = [
     "register_model_class",
 ]
 
+_REGISTRY = "avex_serve.models.utils.registry"
+_ELSEWHERE = {
+    "Engine": "avex_serve.inference.engine",
+    "open_bundle": "avex_serve.inference.backend",
+    "load_label_mapping": "avex_serve.models.utils.load",
+    "load_model": "avex_serve.models.utils.load",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_ELSEWHERE.get(name, _REGISTRY)), name)
 
 
 def __dir__() -> list[str]:

@@ -1,10 +1,12 @@
 """``avex-serve``: answers from a bundle without a server, its verification, the settings, and the demo.
 
-What a command needs is imported when it runs, so that those which need little answer at once.
+Each command imports its modules when it runs, so that a small command starts at once.
 """
 
 import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,9 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avex_serve import __version__
 from avex_serve.errors import AvexServeError, VerificationError
-from avex_serve.terminal import drop_output, escape_unprintable
-from avex_serve.version import __version__
 
 if TYPE_CHECKING:
     from avex_serve.inference.results import Prediction
@@ -36,10 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_demo()
     except AvexServeError as error:
         return _fail(error)
-    except BrokenPipeError:  # `avex-serve predict … | head`: nobody reads on, which is no failure of ours
+    except BrokenPipeError:  # `avex-serve predict … | head`: the reader has what it wanted
         drop_output()
         return 1
     return 0
+
+
+def escape_unprintable() -> None:
+    """Make standard output escape characters that it can't show: labels and file names may have any."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def drop_output() -> None:
+    """Discard further output: its reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,27 +62,29 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("bundle", type=Path, help="made by avex-export")
     predict.add_argument("files", type=Path, nargs="+", metavar="FILE", help="WAV, FLAC, OGG or MP3")
     predict.add_argument("--threshold", type=float, help="lowest score to report (default: 0.5)")
-    predict.add_argument("--top-k", type=int, help="report at most so many labels a window")
+    predict.add_argument("--top-k", type=int, help="report at most this number of labels for each window")
     predict.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
-    predict.add_argument("--probe", help="which head of the bundle to ask")
+    predict.add_argument("--probe", help="which head of the bundle to run")
     predict.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     predict.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
-    predict.add_argument("--json", action="store_true", help="one line of JSON a file: the service's, with the file")
-    verify = commands.add_parser("verify", help="run the evidence that a bundle carries again, on this machine")
+    predict.add_argument(
+        "--json", action="store_true", help="a line of JSON for each file: the service's, with the file"
+    )
+    verify = commands.add_parser("verify", help="run the bundle's evidence again, on this machine")
     verify.add_argument("bundle", type=Path, help="made by avex-export")
     verify.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
-    settings = commands.add_parser("settings", help="every setting of the service, as the environment has it")
+    settings = commands.add_parser("settings", help="list the settings of the service with their values")
     settings.add_argument("--json", action="store_true", help="as a JSON list")
-    commands.add_parser("demo", help="export the demo probe, serve it and ask it over HTTP and gRPC")
+    commands.add_parser("demo", help="export the demo probe, serve it and query it over HTTP and gRPC")
     return parser
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    """Answer for each file; one that can't be read doesn't keep the others from being answered."""
+    """Print an answer for each file; continue after a file that can't be read."""
     from avex_serve.audio.reader import open_audio
     from avex_serve.inference import pipeline
-    from avex_serve.inference.opening import open_bundle
-    from avex_serve.inference.query import Query
+    from avex_serve.inference.backend import open_bundle
+    from avex_serve.inference.pipeline import Query
 
     query = Query(
         threshold=arguments.threshold, top_k=arguments.top_k, overlap=arguments.overlap, probe=arguments.probe
@@ -96,8 +110,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     print(report)
     if not passed:
         raise VerificationError(
-            f"{arguments.bundle} answers otherwise here than its evidence says (✗ above); copy it again, or tell "
-            "its makers with this table"
+            f"on this machine {arguments.bundle} differs from its evidence (✗ above); copy it again, or send this "
+            "table to its makers"
         )
     return 0
 

@@ -134,9 +134,8 @@ class UnavailableError(AvexServeError):
     """The service, or a model that it knows, can't answer at present."""
 
     http_status = 503
-    http_headers: ClassVar[Mapping[str, str]] = {
-        "Retry-After": "10"
-    }  # the default interval between two looks at the disk
+    # The default interval between two looks at the disk.
+    http_headers: ClassVar[Mapping[str, str]] = {"Retry-After": "10"}
     grpc_status = "UNAVAILABLE"
     exit_code = 3
 

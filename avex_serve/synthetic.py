@@ -1,11 +1,12 @@
-"""Labelled animal-like sounds, made by formula: what the demo model is trained on and what the demo plays.
+"""Synthetic animal-like sounds with labels: for the training of the demo model, and for the demo.
 
-They are caricatures: enough to train a small model in minutes and to try the software, not for the field. Every
-parameter (pitch, rate, notes, envelope, level, background) is drawn anew for each clip, so sounds of another seed
-are other sounds. Needs numpy alone.
+They are simple imitations: enough to train a small model in minutes and to try the software, but not for work in the
+field. Every parameter (pitch, rate, notes, envelope, level, background) is random, so each seed gives other sounds.
+This module needs numpy only.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,12 +15,11 @@ from numpy.typing import NDArray
 
 Wave = NDArray[np.float64]  # (S,) samples of one sound
 
-# No sound goes higher than 7 kHz, so that this rate holds them all.
-LOWEST_SAMPLE_RATE = 16000  # Hz
-WINDOW_SECONDS = 2.0  # a clip of the demo model; `make_recording` keeps each sound inside one
-# A recording is for showing, so its sounds are well above the background.
+LOWEST_SAMPLE_RATE = 16000  # Hz; no sound has frequencies above 7 kHz
+WINDOW_SECONDS = 2.0  # length of a clip of the demo model
+# A recording is for demonstration, so its sounds are clearly louder than the background.
 RECORDING_SNR_DB = (12.0, 20.0)
-# Peak of a clip, in dB of full scale. Wide, so that nothing can be learned from the level.
+# Peak of a clip, in dB of full scale. The range is wide, so that a model can't learn anything from the level.
 PEAK_DB = (-36.0, -0.5)
 
 
@@ -39,7 +39,7 @@ def make_clip(
     seconds: float = WINDOW_SECONDS,
     sample_rate: int = LOWEST_SAMPLE_RATE,
 ) -> NDArray[np.float32]:
-    """A clip with these sounds: that of `make_clip_with_events`, without the events."""
+    """The clip of `make_clip_with_events`, without the events."""
     return make_clip_with_events(rng, labels, snr_db=snr_db, seconds=seconds, sample_rate=sample_rate)[0]
 
 
@@ -51,17 +51,17 @@ def make_clip_with_events(
     seconds: float = WINDOW_SECONDS,
     sample_rate: int = LOWEST_SAMPLE_RATE,
 ) -> tuple[NDArray[np.float32], list[Event]]:
-    """A clip with these sounds, each at a random place, on a background of noise, and where they are.
+    """A clip with these sounds, each at a random time, on background noise.
 
     Args:
-        rng: what every parameter is drawn from.
-        labels: the sounds, among `LABELS`; none for the background alone.
-        snr_db: power of each sound, from its start to its end, over the power of the background, in dB.
+        rng: the source of all random parameters.
+        labels: the sounds, from `LABELS`; none: background only.
+        snr_db: power of each sound during the sound, relative to the power of the background, in dB.
         seconds: length of the clip; a longer sound is cut.
-        sample_rate: Hz.
+        sample_rate: of the clip, in Hz.
 
     Returns:
-        (S,) float32 in [-1, 1], and an event a label.
+        (S,) float32 in [-1, 1], and one event for each label.
 
     Raises:
         ValueError: an unknown label, or a sample rate too low for the sounds.
@@ -74,15 +74,15 @@ def make_clip_with_events(
 def make_recording(
     seed: int, *, seconds: float = 20.0, sample_rate: int = LOWEST_SAMPLE_RATE
 ) -> tuple[NDArray[np.float32], list[Event]]:
-    """A recording of well-audible sounds, one after the other, and where they are.
+    """A recording of clear sounds, one after the other.
 
-    Every sound lies inside a window of 2 s that starts at a multiple of 2 s. Every fourth window has none. No label
-    comes again before all have come.
+    The recording is divided into windows of 2 s. Each window has one sound, except every fourth, which has none. All
+    labels occur once before a label occurs again.
 
     Args:
-        seed: another seed gives another recording.
+        seed: of the random parameters.
         seconds: length of the recording.
-        sample_rate: Hz.
+        sample_rate: of the recording, in Hz.
 
     Returns:
         (S,) float32 in [-1, 1], and the events in order.
@@ -103,19 +103,14 @@ def make_recording(
 
 
 def _add(rng: Generator, mix: Wave, first: int, samples: int, label: str, snr_db: float, sample_rate: int) -> Event:
-    """Add a sound to the mix, at a random place inside those samples."""
-    sound = _sound(rng, label, sample_rate)[:samples]
-    start = first + int(rng.integers(0, samples - sound.size + 1))
-    end = start + sound.size
-    mix[start:end] += _with_power(sound, 10 ** (snr_db / 10))  # the background's is 1
-    return Event(start / sample_rate, end / sample_rate, label)
-
-
-def _sound(rng: Generator, label: str, sample_rate: int) -> Wave:
-    """One sound, 0.3 to 1.8 s long, of any level."""
+    """Add a sound to the mix, at a random time within `samples` samples from `first` on."""
     if label not in _MAKERS:
         raise ValueError(f"label {label!r} is not known; expected one of {list(LABELS)}")
-    return _MAKERS[label](rng, sample_rate)
+    sound = _MAKERS[label](rng, sample_rate)[:samples]  # 0.3 to 1.8 s, of any level
+    start = first + int(rng.integers(0, samples - sound.size + 1))
+    end = start + sound.size
+    mix[start:end] += _with_power(sound, 10 ** (snr_db / 10))  # the background has power 1
+    return Event(start / sample_rate, end / sample_rate, label)
 
 
 def _with_power(wave: Wave, power: float) -> Wave:
@@ -133,7 +128,7 @@ def _background(rng: Generator, samples: int, sample_rate: int) -> Wave:
     if sample_rate < LOWEST_SAMPLE_RATE:
         raise ValueError(f"sample_rate is {sample_rate} Hz; the sounds need at least {LOWEST_SAMPLE_RATE}")
     slope = rng.uniform(0.0, 1.0)  # power falls as 1 / f ** slope
-    # Flat below 50 Hz, or nearly all of the power would be where nothing sounds.
+    # Flat below 50 Hz; otherwise nearly all of the power would be at frequencies that no sound has.
     noise = _filtered(rng, samples, sample_rate, lambda f: np.maximum(f, 50.0) ** (-slope / 2))
     return _with_power(noise, 1.0)
 
@@ -142,7 +137,7 @@ def _background(rng: Generator, samples: int, sample_rate: int) -> Wave:
 
 
 def _whistle(rng: Generator, sample_rate: int) -> Wave:
-    """One to three long notes of a nearly steady pitch."""
+    """One to three long notes with a nearly constant pitch."""
     pitch = _log_uniform(rng, 1400, 5000)
     wobble, rate = rng.uniform(0.0, 0.02), rng.uniform(2, 7)
 
@@ -199,7 +194,7 @@ def _harmonic_call(rng: Generator, sample_rate: int) -> Wave:
 
 
 def _buzz(rng: Generator, sample_rate: int) -> Wave:
-    """Pulses too fast to tell apart, heard through a band: an insect."""
+    """Like an insect: fast pulses, filtered to a frequency band."""
     rate, centre = rng.uniform(70, 180), _log_uniform(rng, 2500, 5500)
     time = _time(rng.uniform(0.6, 1.7), sample_rate)
     hertz = rate * (1 + rng.uniform(-0.05, 0.05) * time / time[-1])
@@ -209,20 +204,23 @@ def _buzz(rng: Generator, sample_rate: int) -> Wave:
     return pulses * _fade(time.size, 0.1)
 
 
-def _up_sweep(rng: Generator, sample_rate: int) -> Wave:
-    """One or two notes that rise by an octave or so."""
+def _sweep(rng: Generator, sample_rate: int, *, rising: bool) -> Wave:
+    """One or two notes that rise or fall by about an octave."""
     low = _log_uniform(rng, 900, 2600)
-    return _sweeps(rng, low, low * rng.uniform(1.7, 2.6), sample_rate)
+    high = low * rng.uniform(1.7, 2.6)
+    first, last = (low, high) if rising else (high, low)
+    curve = rng.uniform(0.7, 1.5)
 
+    def note() -> Wave:
+        time = _time(rng.uniform(0.35, 0.75), sample_rate)
+        hertz = first * (last / first) ** ((time / time[-1]) ** curve)
+        return _tone(hertz, sample_rate) * _fade(time.size, 0.1)
 
-def _down_sweep(rng: Generator, sample_rate: int) -> Wave:
-    """One or two notes that fall by an octave or so."""
-    low = _log_uniform(rng, 900, 2600)
-    return _sweeps(rng, low * rng.uniform(1.7, 2.6), low, sample_rate)
+    return _notes(rng, note, int(rng.integers(1, 3)), sample_rate)
 
 
 def _wind(rng: Generator, sample_rate: int) -> Wave:
-    """Gusts of low noise."""
+    """Gusts of low-frequency noise."""
     time = _time(rng.uniform(1.3, 1.8), sample_rate)
     cutoff = rng.uniform(150, 500)
     noise = _filtered(rng, time.size, sample_rate, lambda f: 1 / (1 + (f / cutoff) ** 2))
@@ -231,7 +229,7 @@ def _wind(rng: Generator, sample_rate: int) -> Wave:
 
 
 def _rain(rng: Generator, sample_rate: int) -> Wave:
-    """Drops at random times, on a hiss."""
+    """Drops at random times, with a hiss."""
     time = _time(rng.uniform(1.3, 1.8), sample_rate)
     drops = np.zeros(time.size)
     for _ in range(int(rng.uniform(30, 120) * time[-1])):
@@ -251,8 +249,8 @@ _MAKERS: dict[str, Callable[[Generator, int], Wave]] = {
     "click_train": _click_train,
     "harmonic_call": _harmonic_call,
     "buzz": _buzz,
-    "up_sweep": _up_sweep,
-    "down_sweep": _down_sweep,
+    "up_sweep": partial(_sweep, rising=True),
+    "down_sweep": partial(_sweep, rising=False),
     "hoot": _hoot,
     "wind": _wind,
     "rain": _rain,
@@ -260,22 +258,11 @@ _MAKERS: dict[str, Callable[[Generator, int], Wave]] = {
 LABELS: tuple[str, ...] = tuple(_MAKERS)
 
 
-# -- what they are made of --------------------------------------------------------------------------------------
-
-
-def _sweeps(rng: Generator, first: float, last: float, sample_rate: int) -> Wave:
-    curve = rng.uniform(0.7, 1.5)
-
-    def note() -> Wave:
-        time = _time(rng.uniform(0.35, 0.75), sample_rate)
-        hertz = first * (last / first) ** ((time / time[-1]) ** curve)
-        return _tone(hertz, sample_rate) * _fade(time.size, 0.1)
-
-    return _notes(rng, note, int(rng.integers(1, 3)), sample_rate)
+# -- parts of sounds ---------------------------------------------------------------------------------------------
 
 
 def _notes(rng: Generator, note: Callable[[], Wave], count: int, sample_rate: int) -> Wave:
-    """That many notes with short pauses between them."""
+    """`count` notes with short pauses between them."""
     parts = [note()]
     for _ in range(count - 1):
         pause = np.zeros(int(rng.uniform(0.03, 0.1) * sample_rate))
@@ -284,7 +271,7 @@ def _notes(rng: Generator, note: Callable[[], Wave], count: int, sample_rate: in
 
 
 def _repeated(rng: Generator, note: Wave, period: float, seconds: float, sample_rate: int) -> Wave:
-    """A note again and again, every `period` seconds with a little jitter, each of another loudness."""
+    """A note repeated every `period` seconds, with small random changes of time and loudness."""
     starts = np.arange(0.0, seconds, period)
     starts[1:] += rng.uniform(-0.08, 0.08, starts.size - 1) * period
     places = (starts * sample_rate).astype(int)
@@ -295,20 +282,20 @@ def _repeated(rng: Generator, note: Wave, period: float, seconds: float, sample_
 
 
 def _tone(hertz: Wave, sample_rate: int, harmonics: Sequence[float] | Wave = (1.0,)) -> Wave:
-    """A tone (S,) whose pitch follows `hertz` (S,), with the amplitudes of its harmonics from the first on."""
+    """A tone (S,) with the pitch `hertz` (S,) and these amplitudes of its harmonics, the first one first."""
     phase = 2 * np.pi * np.cumsum(hertz) / sample_rate
     return sum((a * np.sin(k * phase) for k, a in enumerate(harmonics, start=1)), np.zeros(hertz.size))
 
 
 def _filtered(rng: Generator, samples: int, sample_rate: int, response: Callable[[Wave], Wave]) -> Wave:
-    """White noise (S,) with the amplitude response (frequencies in Hz → factors) laid on it."""
-    size = 1 << (samples - 1).bit_length()  # a transform of any other length can take ten times as long
+    """White noise (S,), filtered by an amplitude response: frequencies in Hz → factors."""
+    size = 1 << (samples - 1).bit_length()  # other lengths of a transform can take ten times as long
     frequencies = np.linspace(0, sample_rate / 2, size // 2 + 1)  # Hz
     return np.fft.irfft(np.fft.rfft(rng.standard_normal(size)) * response(frequencies), size)[:samples]
 
 
 def _fade(samples: int, share: float) -> Wave:
-    """An envelope (S,) that rises and falls smoothly over that share of the sound at each end."""
+    """An envelope (S,) that rises smoothly in the first `share` of the sound and falls in the last."""
     position = np.linspace(0, 1, samples)
     return np.sin(0.5 * np.pi * np.minimum(1, np.minimum(position, 1 - position) / share)) ** 2
 

@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 from run import HERE, INT8, Ratio, Worker, cpu, export
 
-from avex_serve.demo.server import running_server
+from avex_serve.demo.run import running_server
 from avex_serve.scheduling.cores import usable_cores
 
 TICKS = os.sysconf("SC_CLK_TCK")

@@ -19,8 +19,7 @@ import soundfile
 import torch
 
 from avex_serve import load_model
-from avex_serve.audio.reader import decode
-from avex_serve.audio.waveform import resample
+from avex_serve.audio.reader import decode, resample
 from avex_serve.audio.windows import plan_windows
 from avex_serve.models.aggregation import aggregate
 from avex_serve.synthetic import make_recording

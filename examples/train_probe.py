@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from avex_serve import load_model
-from avex_serve.audio.reader import decode
-from avex_serve.audio.waveform import resample
+from avex_serve.audio.reader import decode, resample
 from avex_serve.audio.windows import plan_windows
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.base_model import ModelBase

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from avex_serve.audio.waveform import AudioStream
+from avex_serve.audio.reader import AudioStream
 from tests.bundles import SAMPLE_RATE
 
 

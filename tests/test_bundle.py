@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+import os
 import shutil
 
 import msgspec
+import onnx
 import pytest
 
-from avex_serve.bundles.labels import dump_labels, parse_labels
 from avex_serve.bundles.manifest import LABELS, MANIFEST, ONNX, ONNX_INT8, TORCHSCRIPT, Manifest
-from avex_serve.bundles.reading import read_bundle, sha256_of
-from avex_serve.bundles.sealing import atomic_directory, seal_bundle
+from avex_serve.bundles.reading import parse_labels, read_bundle, sha256_of
+from avex_serve.bundles.sealing import atomic_directory, dump_labels, seal_bundle
 from avex_serve.errors import BundleError
 from tests.bundles import DIM, PROBE, WINDOW, copy_bundle, replace_file
 from tests.bundles import LABELS as NAMES
@@ -215,6 +216,10 @@ def test_refuses_an_unknown_schema_version(tmp_path, audio_bundle, version):
         ({"activation": "sigmoid"}, "activation"),
         ({"outputs": [{"name": "embedding", "shape": [-1, DIM]}]}, "no output 'logits'"),
         ({"outputs": [{"name": "logits", "shape": []}]}, "outputs"),
+        (
+            {"outputs": [{"name": name, "shape": [-1, 3]} for name in ("logits", "embedding", "logits")]},
+            "of the same name",
+        ),
         ({"inputs": []}, "inputs"),
         ({"inputs": [{"name": "waveform", "shape": [-1, 800]}]}, "windows of 1600"),
         ({"inputs": [{"name": "waveform", "shape": [-1, WINDOW], "dtype": "int8"}]}, "dtype"),
@@ -280,11 +285,29 @@ def test_links_count_by_what_they_point_to(tmp_path, bundle):
         ("", "not JSON"),
         ('{"a": 2, "a": 0, "b": 1, "c": 2}', "more than once"),
         ('{"ä": 0, "b": 1, "c": 2}'.encode("latin-1"), "not JSON"),
+        ('{"\\ud800": 0, "b": 1, "c": 2}', "not JSON"),
+        ("[" * 100_000 + "]" * 100_000, "not JSON"),
     ],
 )
 def test_refuses_bad_labels(bundle, text, expected):
     replace_file(bundle, LABELS, text if isinstance(text, bytes) else text.encode())
     refuses(bundle, LABELS, expected)
+
+
+def test_refuses_weights_that_the_manifest_does_not_list(bundle):
+    """A graph may read them from any file beside it, whose digest nobody would check."""
+    graph = onnx.load(bundle / "model.onnx")
+    onnx.save(graph, bundle / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    replace_file(bundle, "model.onnx", (bundle / "model.onnx").read_bytes())
+    with pytest.raises(BundleError, match=r"model.onnx reads 'weights.bin', which the manifest doesn't list"):
+        read_bundle(bundle)
+
+
+def test_a_path_that_is_not_utf8(tmp_path, bundle):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    shutil.copytree(bundle, folder)
+    with pytest.raises(BundleError, match="the path is not UTF-8; rename the folder"):
+        read_bundle(folder)
 
 
 def test_labels_are_in_the_order_of_their_indices(bundle):

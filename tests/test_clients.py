@@ -11,8 +11,8 @@ import pytest
 
 from avex_serve.audio.reader import decode, open_audio
 from avex_serve.inference import pipeline
-from avex_serve.inference.opening import open_bundle
-from avex_serve.inference.query import Query
+from avex_serve.inference.backend import open_bundle
+from avex_serve.inference.pipeline import Query
 from tests.answers import as_json
 from tests.bundles import make_audio_bundle
 from tests.service.conftest import encode, running_server

@@ -1,23 +1,52 @@
-"""From encoded audio to mono samples, decoded by libsndfile in blocks of bounded size."""
+"""From encoded audio to mono samples at the model's rate, in blocks of bounded size.
+
+libsndfile decodes, channels are mixed down by their mean, and soxr resamples.
+"""
 
 import io
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import soundfile
+import soxr
 
-from avex_serve.audio.waveform import AudioStream, Recording, Wave, check_wave, downmix
 from avex_serve.errors import AudioError, NotFoundError
-from avex_serve.scheduling.request import DECODE, current, stage
+from avex_serve.scheduling.request import DECODE, RESAMPLE, current, stage
 
 BLOCK_SAMPLES: Final = 2**18  # of all channels; 5 s at 48 kHz, mono
 UNKNOWN_FRAMES: Final = 2**63 - 1  # libsndfile's count for streams whose header doesn't say
-# A size from here on means that the writer didn't know it: it wrote 2 or 4 GiB, or a little less.
+# A writer that doesn't know the size writes 2 or 4 GiB, or a little less.
 STREAMED: Final = 0x7FFF0000
+# Recorders have rates well within these, from infrasound to sonar. A damaged header may say anything, and a rate of
+# 1 Hz would make a small upload grow 16,000-fold when it is resampled.
+RATES: Final = (100, 10_000_000)  # Hz
+# The first bytes of WAV and its relatives (RF64, Wave64, AIFF, AU, CAF), FLAC, OGG, and a frame of MP3.
+FORMATS: Final = re.compile(
+    rb"RIFF|RIFX|RF64|riff|FORM....AIF[FC]|\.snd|dns\.|caff|fLaC|OggS|\xff[\xe0-\xff]", re.DOTALL
+)
+MAX_TAGS: Final = 8  # ID3 tags in front of these
+QUALITY: Final = "HQ"  # soxr's recipe, which the manifest names
+Wave = np.ndarray[tuple[int], np.dtype[np.float32]]
+
+
+class Recording(NamedTuple):
+    """A mono recording."""
+
+    wave: Wave  # (S,) float32 in [-1, 1]
+    sample_rate: int  # Hz
+
+
+class AudioStream(NamedTuple):
+    """A mono recording that is read block by block."""
+
+    blocks: Iterable[Wave]  # each (S,) float32 in [-1, 1], finite
+    sample_rate: int  # Hz
+    frames: int | None  # samples in all, as its header says; None: it does not say
 
 
 @contextmanager
@@ -51,6 +80,14 @@ def open_audio(source: bytes | str | os.PathLike[str]) -> Iterator[AudioStream]:
         yield stream
 
 
+@contextmanager
+def open_wave(wave: np.ndarray, sample_rate: int) -> Iterator[AudioStream]:
+    """Read a waveform in memory, (S,) floating point in [-1, 1], as a stream; AudioError as of `_check_wave`."""
+    wave = _check_wave(wave)
+    blocks = (wave[start : start + BLOCK_SAMPLES] for start in range(0, wave.size, BLOCK_SAMPLES))
+    yield AudioStream(blocks, sample_rate, wave.size)
+
+
 def decode(source: bytes | str | os.PathLike[str]) -> Recording:
     """Decode an encoded recording and mix it down to mono; arguments and errors as of `open_audio`.
 
@@ -65,10 +102,12 @@ def decode(source: bytes | str | os.PathLike[str]) -> Recording:
 def _opened(file: io.BytesIO | int, name: str, size: int) -> Iterator[AudioStream]:
     if size == 0:
         raise AudioError(f"{name} is empty (0 bytes); expected an encoded recording such as WAV or FLAC")
-    head = file.getvalue()[:8] if isinstance(file, io.BytesIO) else os.pread(file, 8, 0)
+    head = _read_at(file, 0, 8)
     if (declared := _declared_size(head)) is not None and declared > size:
         raise AudioError(f"{name} is truncated: it has {size} bytes, its header says {declared}; send all of it")
     with stage(DECODE):
+        if not _is_known(file):
+            raise _undecodable(name, "unknown format")
         try:
             sound = soundfile.SoundFile(file, closefd=False)
         except (soundfile.LibsndfileError, RuntimeError) as error:
@@ -77,6 +116,24 @@ def _opened(file: io.BytesIO | int, name: str, size: int) -> Iterator[AudioStrea
         frames = None if sound.frames == UNKNOWN_FRAMES else sound.frames
         current().limits.check_recording(frames or 0, sound.channels, sound.samplerate)
         yield AudioStream(_read_blocks(sound, name), int(sound.samplerate), frames)
+
+
+def _read_at(file: io.BytesIO | int, start: int, size: int) -> bytes:
+    return file.getvalue()[start : start + size] if isinstance(file, io.BytesIO) else os.pread(file, size, start)
+
+
+def _is_known(file: io.BytesIO | int) -> bool:
+    """Whether a file begins as one of the formats that we document.
+
+    libsndfile opens many more, and prints what it finds in some of them on the standard output.
+    """
+    start = 0
+    for _ in range(MAX_TAGS):
+        head = _read_at(file, start, 12)
+        if not head.startswith(b"ID3"):
+            return FORMATS.match(head) is not None
+        start += 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=False))
+    return False
 
 
 def _read_blocks(sound: soundfile.SoundFile, name: str) -> Iterator[Wave]:
@@ -95,11 +152,11 @@ def _read_blocks(sound: soundfile.SoundFile, name: str) -> Iterator[Wave]:
                 return
             frames += len(samples)
             request.limits.check_recording(frames, sound.channels, sound.samplerate)
-            wave = check_wave(downmix(samples), name)
+            wave = _check_wave(_downmix(samples), name)
         yield wave
 
 
-def _undecodable(name: str, error: Exception) -> AudioError:
+def _undecodable(name: str, error: Exception | str) -> AudioError:
     reason = getattr(error, "error_string", error)  # without the address of a BytesIO
     return AudioError(f"{name} can't be decoded ({reason}); expected WAV, FLAC, OGG (Vorbis, Opus) or MP3")
 
@@ -123,3 +180,89 @@ class _Bytes(io.BytesIO):
             return super().seek(offset, whence)
         except ValueError:
             return self.tell()
+
+
+def _downmix(samples: np.ndarray) -> Wave:
+    """Mean over channels: (S, channels) → (S,) float32."""
+    with np.errstate(over="ignore", invalid="ignore"):  # `_check_wave` refuses the result
+        mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
+    return np.ascontiguousarray(mono, dtype=np.float32)
+
+
+def _check_wave(wave: np.ndarray, name: str = "the waveform") -> Wave:
+    """The waveform as (S,) float32.
+
+    Raises:
+        AudioError: not one-dimensional, no samples, not real numbers, or values that are not finite.
+    """
+    wave = np.asarray(wave)
+    if wave.ndim != 1:
+        raise AudioError(f"{name} has shape {wave.shape}; expected mono samples of shape (S,)")
+    if wave.dtype.kind != "f":
+        raise AudioError(f"{name} has type {wave.dtype}; expected floating-point samples in [-1, 1]")
+    if wave.size == 0:
+        raise AudioError(f"{name} has no samples; expected at least one")
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite, which is refused here
+        wave = np.ascontiguousarray(wave, dtype=np.float32)
+    if not np.isfinite(wave).all():
+        raise AudioError(f"{name} has NaN or infinite samples; expected finite ones in [-1, 1]")
+    return wave
+
+
+def _check_rate(sample_rate: float) -> None:
+    """Raise AudioError for a rate outside `RATES`."""
+    lowest, highest = RATES
+    if not lowest <= sample_rate <= highest:
+        raise AudioError(f"the sample rate is {sample_rate!r}; expected {lowest} to {highest} Hz")
+
+
+def resampled_size(samples: int, source_rate: int, target_rate: int) -> int:
+    """The number of samples that soxr makes of this many at the target rate.
+
+    Raises:
+        AudioError: a source rate outside `RATES`, or too few samples for one at the target rate.
+    """
+    if source_rate == target_rate:
+        return samples
+    _check_rate(source_rate)
+    size = int(samples * target_rate / source_rate + 0.5)
+    if size == 0:
+        raise AudioError(
+            f"{samples} samples at {source_rate} Hz are less than one at {target_rate} Hz; send more audio"
+        )
+    return size
+
+
+def resample(wave: Wave, source_rate: int, target_rate: int) -> Wave:
+    """Resample (S,) to the target rate; errors as of `resampled_size`."""
+    if source_rate == target_rate:
+        return wave
+    return np.concatenate(list(resample_blocks([wave], source_rate, target_rate)))
+
+
+def resample_blocks(blocks: Iterable[Wave], source_rate: int, target_rate: int) -> Iterator[Wave]:
+    """Resample a recording while it is read, to the same samples as if it were resampled at once.
+
+    Args:
+        blocks: the recording in order, each block (S,) float32.
+        source_rate: of the blocks, in Hz.
+        target_rate: of the result, in Hz.
+
+    Raises:
+        AudioError: as of `resampled_size`.
+    """
+    if source_rate == target_rate:
+        yield from blocks
+        return
+    _check_rate(source_rate)
+    stream = soxr.ResampleStream(source_rate, target_rate, 1, dtype="float32", quality=QUALITY)
+    samples = 0
+    for block in blocks:
+        samples += block.size
+        with stage(RESAMPLE):
+            resampled = stream.resample_chunk(block)
+        yield resampled
+    resampled_size(samples, source_rate, target_rate)
+    with stage(RESAMPLE):
+        resampled = stream.resample_chunk(np.empty(0, np.float32), last=True)
+    yield resampled

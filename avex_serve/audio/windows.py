@@ -1,6 +1,6 @@
 """Where a recording is cut into windows, the clips that a model takes.
 
-`cut_windows` cuts a recording whose length is not known yet; `plan_windows` says where a known length is cut.
+`cut_windows` cuts a recording while it is read; `plan_windows` computes where a recording of known length is cut.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from avex_serve.audio.waveform import Wave
+from avex_serve.audio.reader import Wave
 from avex_serve.errors import InputError
 
 
@@ -20,13 +20,6 @@ class Window(NamedTuple):
     start: int  # its first sample
     stop: int  # after its last sample, never beyond the end of the recording
     samples: np.ndarray  # (S,) float32; zeros after the end of the recording
-
-
-class WindowBatch(NamedTuple):
-    """Neighbouring windows of one length, as the inputs of a graph."""
-
-    bounds: np.ndarray  # (B, 2) int64, `start` and `stop` of each window
-    inputs: tuple[np.ndarray, ...]  # windows (B, S) float32, and their padding (B, S) bool if the graph takes a mask
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ def cut_windows(blocks: Iterable[Wave], length: int, hop: int, shortest: int) ->
     kept = np.empty(0, np.float32)  # the recording from there on, as far as it is read
     for block in blocks:
         kept = np.concatenate([kept, block]) if kept.size else block
-        # A window that ends where the recording ends is the last one: it waits for one sample more, or for the end.
+        # A window is yielded here only if more samples follow: the one that ends with the recording is the last one.
         while kept.size > length:
             yield Window(start, start + length, kept[:length])
             start += hop
@@ -111,17 +104,22 @@ def cut_windows(blocks: Iterable[Wave], length: int, hop: int, shortest: int) ->
     yield Window(start, start + kept.size, np.pad(kept, (0, padding)) if padding else kept)
 
 
-def batch_windows(windows: Iterable[Window], most: int, *, masked: bool) -> Iterator[WindowBatch]:
-    """Put windows of one length together.
+def batch_windows(
+    windows: Iterable[Window], most: int, *, padding_mask: bool
+) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+    """Put neighbouring windows of one length together.
 
     Args:
         windows: in order.
         most: windows of a batch.
-        masked: whether the graph takes a padding mask, which is True where a window is padded.
+        padding_mask: whether the graph takes one; it is True where a window is padded.
+
+    Yields:
+        (B, 2) int64, `start` and `stop` of each window; and the inputs of the graph, which are the windows (B, S)
+        float32 and, with a mask, (B, S) bool.
     """
     for size, alike in itertools.groupby(windows, key=lambda window: window.samples.size):
         while group := list(itertools.islice(alike, most)):
             bounds = np.array([(window.start, window.stop) for window in group], np.int64)
             batch = np.stack([window.samples for window in group])
-            inputs = (batch, np.arange(size) >= bounds[:, 1:] - bounds[:, :1]) if masked else (batch,)
-            yield WindowBatch(bounds, inputs)
+            yield bounds, (batch, np.arange(size) >= bounds[:, 1:] - bounds[:, :1]) if padding_mask else (batch,)

@@ -65,10 +65,8 @@ def is_gone(folder: Path) -> bool:
     """Whether the folder doesn't exist; False also if the disk can't be read at the moment."""
     try:
         folder.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
     return False
 
 
@@ -88,13 +86,10 @@ def _folders(folder: Path) -> list[Path]:
         return []
 
 
+# os.path answers False where the disk can't be read, such as for lost+found; the methods of Path raise.
 def _has_manifest(folder: Path) -> bool:
-    with suppress(OSError):  # such as of a folder without permission, like a disk's lost+found
-        return (folder / MANIFEST).is_file()
-    return False
+    return os.path.isfile(folder / MANIFEST)  # noqa: PTH113
 
 
 def _is_folder(path: Path) -> bool:
-    with suppress(OSError):  # such as of a link into one
-        return path.is_dir()
-    return False
+    return os.path.isdir(path)  # noqa: PTH112

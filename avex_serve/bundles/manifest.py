@@ -14,6 +14,7 @@
 The manifest lists every file but itself, with its digest.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct, field
@@ -57,6 +58,12 @@ class TensorSpec(_Strict, frozen=True, kw_only=True):
     name: str
     dtype: Literal["float32", "bool"] = "float32"
     shape: Annotated[tuple[int, ...], Meta(min_length=1)]
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether it describes an array of that shape, or tensors of that shape in another manifest."""
+        return len(shape) == len(self.shape) and all(
+            size in (-1, given) for size, given in zip(self.shape, shape, strict=True)
+        )
 
 
 class AudioSpec(_Strict, frozen=True, kw_only=True):
@@ -145,9 +152,10 @@ class Manifest(_Strict, frozen=True, kw_only=True):
             raise _Misfit(f"kind {self.kind!r} and audio {self.audio!r} don't fit together")
         if not self.probes and not self.embeddings:
             raise _Misfit("neither probes nor embeddings: the bundle would return nothing")
-        names = [probe.name for probe in self.probes]
-        if len(set(names)) < len(names):
-            raise _Misfit(f"probes of the same name: {names}")
+        for kind, named in (("probes", self.probes), ("outputs", self.outputs)):
+            names = [each.name for each in named]
+            if len(set(names)) < len(names):
+                raise _Misfit(f"{kind} of the same name: {names}")
         for probe in self.probes:
             width = self.output(probe.logits).shape[-1]
             if width != probe.classes:

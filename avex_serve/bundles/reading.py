@@ -1,20 +1,25 @@
-"""Reading a bundle, whose content `avex_serve.bundles.manifest` describes.
+"""Reading a bundle, whose content `avex_serve.bundles.manifest` describes, and files of labels.
 
 An incomplete bundle is refused: every listed file must exist, the labels must match the width of the logits, and
 the schema version must be known. Digests take as long as loading a graph, so `check_files` is a separate step.
 """
 
 import hashlib
+import json
+import mmap
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from avex_serve.bundles.labels import parse_labels
 from avex_serve.bundles.manifest import MANIFEST, SCHEMA_VERSION, Manifest, ProbeInfo
-from avex_serve.errors import BundleError
+from avex_serve.errors import BundleError, InputError, NotFoundError
+
+# What stands before the place of weights outside of an ONNX graph, and its length, as protobuf writes them:
+# StringStringEntryProto(key="location", value=…).
+EXTERNAL_DATA: Final = b"\x0a\x08location\x12"
 
 
 class Bundle(NamedTuple):
@@ -55,6 +60,8 @@ def check_files(bundle: Bundle, but: Collection[str] = ()) -> None:
         for name, expected in bundle.manifest.files.items():
             if name not in but:
                 _check_file(bundle.directory / name, expected)
+            if name.endswith(".onnx"):
+                _check_external_data(bundle, name)
     except OSError as error:
         raise BundleError(f"{bundle.directory} can't be read as a bundle: {error}") from None
 
@@ -64,7 +71,25 @@ def _check_file(path: Path, expected: str) -> None:
         raise BundleError(f"{path} was changed after the export (its sha256 differs); copy the bundle again")
 
 
+def _check_external_data(bundle: Bundle, name: str) -> None:
+    """Raise BundleError if an ONNX graph has weights in a file whose digest the manifest doesn't hold."""
+    if not (bundle.directory / name).stat().st_size:
+        return  # it can't be mapped, nor loaded
+    with (bundle.directory / name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as graph:
+        start = 0
+        while (start := graph.find(EXTERNAL_DATA, start) + len(EXTERNAL_DATA)) >= len(EXTERNAL_DATA):
+            place = graph[start + 1 : start + 1 + graph[start]].decode("utf-8", "replace")
+            if place not in bundle.manifest.files:
+                raise BundleError(
+                    f"{bundle.directory / name} reads {place!r}, which the manifest doesn't list; export again"
+                )
+
+
 def _read(root: Path) -> Bundle:
+    try:
+        str(root).encode()
+    except UnicodeEncodeError:
+        raise BundleError(f"{str(root)!a}: the path is not UTF-8; rename the folder") from None
     if not root.is_dir():
         raise BundleError(f"{root} is not a folder; expected a bundle made by avex-export")
     try:
@@ -107,3 +132,61 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_labels(text: str | bytes, *, source: str) -> tuple[str, ...]:
+    """Labels in the order of their indices, from avex's ``{label: index}`` JSON.
+
+    Raises:
+        BundleError: not such an object, a label given twice, or indices that are not 0 … n-1, each once.
+    """
+    try:
+        mapping = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{source} is not JSON of labels: {error}") from None
+    if not isinstance(mapping, dict) or not all(type(index) is int for index in mapping.values()):
+        raise BundleError(f"{source} must be one JSON object {{label: index}}")
+    if sorted(mapping.values()) != list(range(len(mapping))) or not mapping:
+        raise BundleError(f"{source}: indices must be 0 to {len(mapping) - 1}, each once")
+    return tuple(sorted(mapping, key=mapping.__getitem__))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):  # json silently keeps the last one
+        raise ValueError("a label is given more than once")
+    "".join(mapping).encode()  # UnicodeEncodeError for half a surrogate pair, which no answer could repeat
+    return mapping
+
+
+def read_label_file(path: Path) -> tuple[str, ...]:
+    """Labels from JSON ``{label: index}`` (``.json``), or from text with one label a line.
+
+    Raises:
+        NotFoundError: no such file.
+        InputError: the file can't be read, holds no labels, or holds one twice.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}") from None
+    if path.suffix == ".json":
+        try:
+            return parse_labels(text, source=str(path))
+        except BundleError as error:
+            raise InputError(str(error)) from None
+    labels = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not labels:
+        raise InputError(f"{path} holds no labels; expected one a line")
+    if twice := repeated(labels):
+        raise InputError(f"{path} names labels more than once: {', '.join(twice)}")
+    return labels
+
+
+def repeated(labels: tuple[str, ...]) -> list[str]:
+    """The first five labels that occur more than once."""
+    return sorted({label for label in labels if labels.count(label) > 1})[:5]

@@ -1,6 +1,7 @@
 """Writing a bundle: in a temporary folder next to the target and renamed at the end, so it is complete or absent."""
 
 import contextlib
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -8,9 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from avex_serve.bundles.labels import dump_labels
 from avex_serve.bundles.manifest import FILE_NAME_PATTERN, MANIFEST, Manifest
-from avex_serve.bundles.reading import Bundle, read_manifest, sha256_of
+from avex_serve.bundles.reading import Bundle, read_manifest, repeated, sha256_of
 from avex_serve.errors import BundleError
 
 
@@ -19,7 +19,7 @@ def atomic_directory(target: Path, *, marker: str) -> Iterator[Path]:
     """A new folder to fill. Leaving the block moves it to `target`; an error in the block removes it.
 
     An existing target is replaced only if it is empty or holds the file `marker`, so that a mistyped path never
-    deletes somebody's folder. Parents that had to be made are removed after an error, unless they are in use.
+    deletes another folder. After an error, parents that were made here are removed too, unless they are in use.
 
     Raises:
         FileExistsError: the target, or one of its parents, is something else.
@@ -32,24 +32,18 @@ def atomic_directory(target: Path, *, marker: str) -> Iterator[Path]:
         raise FileExistsError(f"{missing[-1]} is a file, not a folder; choose another place for {target}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(target) as fresh:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            fresh = Path(scratch) / "new"
+            fresh.mkdir()
             yield fresh
+            if target.exists():
+                target.rename(Path(scratch) / "old")
+            fresh.rename(target)
     except BaseException:
         for parent in missing:
             with contextlib.suppress(OSError):  # never made, or in use by another program
                 parent.rmdir()
         raise
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        fresh = Path(scratch) / "new"
-        fresh.mkdir()
-        yield fresh
-        if target.exists():
-            target.rename(Path(scratch) / "old")
-        fresh.rename(target)
 
 
 def seal_bundle(folder: Path, labels: Mapping[str, tuple[str, ...]], manifest: Manifest) -> Bundle:
@@ -75,3 +69,10 @@ def seal_bundle(folder: Path, labels: Mapping[str, tuple[str, ...]], manifest: M
     sealed = msgspec.structs.replace(manifest, files=files)
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(sealed), indent=1) + b"\n")
     return read_manifest(folder)  # a bundle that can't be read is not sealed
+
+
+def dump_labels(labels: tuple[str, ...]) -> str:
+    """The text of ``labels.json``; BundleError for a label given twice."""
+    if twice := repeated(labels):
+        raise BundleError(f"labels must differ from one another; more than once: {twice}")
+    return json.dumps({label: index for index, label in enumerate(labels)}, indent=1, ensure_ascii=False) + "\n"

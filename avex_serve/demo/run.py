@@ -3,12 +3,19 @@
 It runs the commands that a user would run: ``avex-export``, ``bentoml serve``, a request.
 """
 
+import contextlib
 import importlib.util
+import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +25,19 @@ import numpy as np
 import soundfile
 
 from avex_serve.audio.reader import decode
-from avex_serve.audio.windows import plan_windows
-from avex_serve.bundles.reading import read_manifest
-from avex_serve.demo.server import running_server
 from avex_serve.errors import AvexServeError, DependencyError
-from avex_serve.inference.opening import open_bundle
+from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.results import Detection, Prediction, detect
-from avex_serve.inference.scores import Selection, score_scale
+from avex_serve.inference.scores import Selection
 from avex_serve.service.grpc.messages import SERVICE, message_class
 from avex_serve.synthetic import Event, make_recording
 
 PROBE = "linear_last"
 SEED = 7
 SAMPLE_RATE = 16000  # Hz
+
+_START_SECONDS = 90  # time limit of the start of the server
+_STOP_SECONDS = 30
 
 
 def run_demo() -> None:
@@ -64,13 +71,20 @@ def run_demo() -> None:
                     print(line)
             print(f"ready after {time.monotonic() - started:.1f} s")
             _title(f"4. Over HTTP: curl --data-binary @recording.wav http://127.0.0.1:{server.http_port}/predict")
-            over_http = _ask_http(recording, server.http_port)
+            over_http = _predict_over_http(recording, server.http_port)
             right = _show(over_http.detections, events)
 
             _title(f"5. Over gRPC: inference.GRPCInferenceService/ModelInfer on 127.0.0.1:{server.grpc_port}")
-            over_grpc = _detections(bundle, recording, _ask_grpc(recording, server.grpc_port))
+            scores = _predict_over_grpc(recording, server.grpc_port)
+            with open_bundle(bundle, device="cpu") as engine:
+                expected = engine.predict(*decode(recording))
+                spans = engine.score(*decode(recording)).spans  # (windows, 2)
+                over_grpc = detect(spans, scores, engine.labels(), Selection(threshold=0.5, top_k=None))
             _show(over_grpc, events)
-        _check(bundle, recording, over_http, over_grpc)
+    if over_http != expected:
+        raise AvexServeError("HTTP returns another answer than the same bundle in this process")
+    if over_grpc != expected.detections:
+        raise AvexServeError("gRPC returns another answer than the same bundle in this process")
     print(f"\n{right} of {len(events)} sounds detected; HTTP, gRPC and a prediction without a server agree.")
 
 
@@ -78,14 +92,14 @@ def _title(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def _ask_http(recording: Path, port: int) -> Prediction:
+def _predict_over_http(recording: Path, port: int) -> Prediction:
     request = urllib.request.Request(f"http://127.0.0.1:{port}/predict", recording.read_bytes())
     with urllib.request.urlopen(request, timeout=60) as response:
         return msgspec.json.decode(response.read(), type=Prediction)
 
 
-def _ask_grpc(recording: Path, port: int) -> np.ndarray:
-    """Scores (windows, labels) of the recording, which is sent as a file."""
+def _predict_over_grpc(recording: Path, port: int) -> np.ndarray:
+    """Send the recording as a file; return its scores (windows, labels)."""
     request: Any = message_class("ModelInferRequest")(model_name=PROBE)
     tensor = request.inputs.add(name="waveform", datatype="BYTES", shape=[1])
     tensor.contents.bytes_contents.append(recording.read_bytes())
@@ -101,38 +115,84 @@ def _ask_grpc(recording: Path, port: int) -> np.ndarray:
     return np.frombuffer(answer.raw_output_contents[0], "<f4").reshape(output.shape)
 
 
-def _detections(bundle: Path, recording: Path, scores: np.ndarray) -> list[Detection]:
-    """Detections from scores (windows, labels), with the labels and the window length of the bundle."""
-    opened = read_manifest(bundle)
-    spec = opened.manifest.audio
-    assert spec is not None
-    plan = plan_windows(soundfile.info(recording).frames, spec.window_samples, spec.sample_rate, overlap=0.0)
-    (probe,) = opened.manifest.probes
-    selection = Selection.of(score_scale(probe.activation), threshold=None, top_k=None)
-    return detect(plan.spans, scores, opened.labels[probe.name], selection)
-
-
 def _show(detections: list[Detection], events: list[Event]) -> int:
-    """Print the detections next to the sounds that were played, and return the number of correct ones."""
+    """Print the detections next to the sounds in the recording, and return how many sounds were detected."""
     print(f"{'seconds':>13}  {'score':>5}  {'detected':14} played")
     named = set()
     for detection in detections:
-        played = [event for event in events if _overlap(detection, event)]
+        played = [event for event in events if event.start < detection.end and event.end > detection.start]
         named |= {event for event in played if event.label == detection.label}
         span = f"{detection.start:5.1f} – {detection.end:5.1f}"
         print(f"{span}  {detection.score:5.2f}  {detection.label:14} {', '.join(e.label for e in played) or '–'}")
     return len(named)
 
 
-def _overlap(detection: Detection, event: Event) -> bool:
-    return event.start < detection.end and event.end > detection.start
+# -- the server ---------------------------------------------------------------------------------------------------
 
 
-def _check(bundle: Path, recording: Path, over_http: Prediction, over_grpc: list[Detection]) -> None:
-    """Raise AvexServeError unless both answers equal those of the bundle opened in this process."""
-    with open_bundle(bundle, device="cpu") as engine:
-        expected = engine.predict(*decode(recording))
-    if over_http != expected:
-        raise AvexServeError("HTTP and the bundle opened in this process answer differently")
-    if over_grpc != expected.detections:
-        raise AvexServeError("gRPC and the bundle opened in this process answer differently")
+@dataclass(frozen=True)
+class Server:
+    """A server that accepts requests on 127.0.0.1."""
+
+    http_port: int
+    grpc_port: int
+    pid: int  # of BentoML's supervisor; its child processes answer the requests
+    log: Path
+
+
+@contextlib.contextmanager
+def running_server(bundle: Path, folder: Path, **variables: str) -> Iterator[Server]:
+    """Serve a bundle on the CPU until the block ends.
+
+    Args:
+        bundle: the bundle.
+        folder: for the log and BentoML's files.
+        variables: further environment variables.
+
+    Raises:
+        AvexServeError: the server doesn't start.
+    """
+    with socket.socket() as http, socket.socket() as grpc_:  # two free ports
+        http.bind(("127.0.0.1", 0))
+        grpc_.bind(("127.0.0.1", 0))
+        http_port, grpc_port = http.getsockname()[1], grpc_.getsockname()[1]
+    environment = {
+        **os.environ,
+        "AVEX_BUNDLE": str(bundle.resolve()),
+        "AVEX_DEVICE": "cpu",  # the demo compares answers to the last bit
+        "AVEX_GRPC_HOST": "127.0.0.1",
+        "AVEX_GRPC_PORT": str(grpc_port),
+        "BENTOML_HOME": str(folder / "bentoml"),  # two servers with one home disturb each other's metrics
+        "BENTOML_DO_NOT_TRACK": "True",
+        **variables,
+    }
+    command = [sys.executable, "-m", "bentoml", "serve", "avex_serve.service:AvexService"]
+    command += ["--host", "127.0.0.1", "--port", str(http_port)]
+    log = folder / "server.log"
+    deadline = time.monotonic() + _START_SECONDS
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=environment, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        while not _is_ready(http_port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise AvexServeError(f"the server did not start; its log:\n{log.read_text('utf-8', 'replace')}")
+            time.sleep(0.1)
+        yield Server(http_port, grpc_port, process.pid, log)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False

@@ -1,4 +1,4 @@
-"""The evidence in a bundle: inputs along with the eager module's answers to them.
+"""The evidence in a bundle: inputs with the eager module's answers.
 
     verification.json   the cases, the machine that computed them, and the result of each comparison (`Record`)
     verification.npz    for case i: i/input, i/eager/OUTPUT and i/float64/OUTPUT; i/spans for a recording,
@@ -7,9 +7,13 @@
 Audio with the samples of a 16-bit file, as the exporter uses, is stored as 16-bit integers.
 """
 
+import contextlib
+import platform
+import subprocess
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -20,10 +24,15 @@ from msgspec import Meta, Struct, field
 from avex_serve.bundles.manifest import EVIDENCE, VERIFICATION, Positive
 from avex_serve.bundles.reading import Bundle
 from avex_serve.errors import BundleError
-from avex_serve.evidence.machine import Machine
 
 EVIDENCE_VERSION: Final = 1
+MAX_BYTES: Final = 2**30  # of the arrays, which a small file can hold compressed
 INT16_SCALE: Final = 32768.0
+
+# onnxruntime and torch choose their kernels by these.
+_X86 = ("sse4_1", "avx", "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
+_ARM = ("asimd", "asimddp", "bf16", "i8mm", "sve")
+_PACKAGES = ("avex-serve", "numpy", "onnx", "onnxruntime", "torch")
 
 Outputs = Mapping[str, np.ndarray]
 
@@ -52,7 +61,7 @@ class CaseEntry(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Raise ValueError for clips without a batch size."""
         if self.sample_rate is None and not self.batches:
-            raise ValueError(f"{self.name!r} would not be run: it has no batches")
+            raise ValueError(f"{self.name!r} can't be run: it has no batch sizes")
 
 
 class Errors(Struct, frozen=True, kw_only=True):
@@ -93,6 +102,20 @@ class Gain(Struct, frozen=True, kw_only=True):
     difference: float  # largest change of the first output, relative to its largest value or to 1
 
 
+class Machine(Struct, frozen=True, kw_only=True):
+    """The properties of a machine that affect numbers; none that identifies it."""
+
+    cpu: str
+    features: tuple[str, ...]  # of the processor, by their names in Linux
+    system: str  # system and architecture
+    versions: dict[str, str]  # of Python and of the installed packages
+
+    def lines(self) -> str:
+        """The machine as text, in two lines."""
+        features = f" ({', '.join(self.features)})" if self.features else ""
+        return f"{self.cpu}{features}, {self.system}\n{', '.join(f'{n} {v}' for n, v in self.versions.items())}"
+
+
 class Record(Struct, frozen=True, kw_only=True):
     """The content of ``verification.json``."""
 
@@ -104,7 +127,7 @@ class Record(Struct, frozen=True, kw_only=True):
     # Those with arrays in verification.npz.
     cases: Annotated[tuple[CaseEntry, ...], Meta(min_length=1)]
     checks: tuple[Check, ...]
-    skipped: tuple[str, ...]  # what was not compared or not stored, and why
+    skipped: tuple[str, ...]  # cases that were not compared or not stored, with the reason
     passes: tuple[Gain, ...] = ()  # if they were profiled
 
 
@@ -116,10 +139,8 @@ def write_evidence(folder: Path, record: Record, cases: Sequence[Case]) -> None:
         arrays[f"{i}/input"] = _packed(case.input)
         arrays |= {f"{i}/eager/{name}": value for name, value in case.eager.items()}
         arrays |= {f"{i}/float64/{name}": value for name, value in (case.exact or {}).items()}
-        if case.spans is not None:
-            arrays[f"{i}/spans"] = case.spans
-        if case.padding_mask is not None:
-            arrays[f"{i}/padding_mask"] = case.padding_mask
+        extra = {"spans": case.spans, "padding_mask": case.padding_mask}
+        arrays |= {f"{i}/{name}": value for name, value in extra.items() if value is not None}
     np.savez_compressed(folder / EVIDENCE, allow_pickle=False, **arrays)
 
 
@@ -127,13 +148,13 @@ def read_evidence(bundle: Bundle) -> tuple[Record, list[Case]]:
     """The record and the cases of a bundle.
 
     Raises:
-        BundleError: the bundle has no evidence, as bundles once had none, or it is damaged.
+        BundleError: the bundle has no evidence, or it is damaged.
     """
     text, arrays = bundle.path(VERIFICATION), bundle.path(EVIDENCE)
     if text is None or arrays is None:
         raise BundleError(
-            f"{bundle.directory} holds no {EVIDENCE if text else VERIFICATION} to verify it by: it was made before "
-            "bundles had evidence; export it again"
+            f"{bundle.directory} holds no {EVIDENCE if text else VERIFICATION}, which its verification needs: it "
+            "was made before bundles had evidence; export it again"
         )
     try:
         raw = msgspec.json.decode(text.read_bytes())
@@ -144,9 +165,20 @@ def read_evidence(bundle: Bundle) -> tuple[Record, list[Case]]:
                 "or install the avex-serve that made it"
             )
         record = msgspec.convert(raw, Record)
+        with zipfile.ZipFile(arrays) as archive:
+            if (size := sum(info.file_size for info in archive.infolist())) > MAX_BYTES:
+                raise BundleError(f"{arrays} would take {size} bytes of memory; expected at most {MAX_BYTES}")
         with arrays.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return record, [_case(entry, i, stored) for i, entry in enumerate(record.cases)]
-    except (msgspec.MsgspecError, ValueError, KeyError, EOFError, RecursionError, zipfile.BadZipFile) as error:
+    except (
+        msgspec.MsgspecError,
+        ValueError,
+        KeyError,
+        EOFError,
+        RecursionError,
+        MemoryError,
+        zipfile.BadZipFile,
+    ) as error:
         raise BundleError(f"the evidence in {bundle.directory} can't be read ({error}); export again") from None
 
 
@@ -178,3 +210,42 @@ def _packed(samples: np.ndarray) -> np.ndarray:
 
 def _unpacked(stored: np.ndarray) -> np.ndarray:
     return stored.astype(np.float32) / np.float32(INT16_SCALE) if stored.dtype == np.int16 else stored
+
+
+# -- the machine --------------------------------------------------------------------------------------------------
+
+
+def this_machine() -> Machine:
+    """The machine that this process runs on."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    info = _cpuinfo()
+    has = set(info.get("flags", info.get("Features", "")).split())
+    return Machine(
+        cpu=info.get("model name") or _macos_cpu() or platform.processor() or "unknown processor",
+        features=tuple(feature for feature in (*_X86, *_ARM) if feature in has),
+        system=f"{platform.system()} {platform.machine()}",
+        versions=versions,
+    )
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first core's fields in /proc/cpuinfo; empty on other systems than Linux."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _macos_cpu() -> str | None:
+    if platform.system() != "Darwin":
+        return None
+    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,6 +1,6 @@
 """Verification: a bundle's answers compared with its evidence, and the result as a table.
 
-The exporter verifies the bundle that it writes; ``avex-serve verify`` verifies it on the machine that received it.
+The exporter verifies the bundle that it writes. ``avex-serve verify`` repeats this on another machine.
 """
 
 import contextlib
@@ -8,29 +8,29 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from avex_serve.bundles.manifest import Activation, Manifest, ProbeInfo
-from avex_serve.bundles.reading import check_files, read_manifest
+from avex_serve.bundles.reading import read_bundle
 from avex_serve.errors import BundleError, TensorError
-from avex_serve.evidence.cases import Case, Check, Decisions, Errors, Outputs, read_evidence
-from avex_serve.evidence.machine import Machine, this_machine
+from avex_serve.evidence.cases import Case, Check, Decisions, Errors, Machine, Outputs, read_evidence, this_machine
+from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.opening import open_bundle
 from avex_serve.inference.results import Prediction
-from avex_serve.inference.scores import Selection, score_scale
+from avex_serve.inference.scores import Selection
 
-# Errors are relative to the largest expected value or to 1, whichever is larger. This one passes: float32 through a
-# transformer, and two ways to compute a spectrum.
+# Errors are relative to the largest expected value or to 1, whichever is larger. Two ways to compute a spectrum, and
+# the float32 roundings of a transformer, are within this tolerance.
 TOLERANCE = 1e-4
 # For half precision, whose numbers have eleven bits: a few roundings of a deep network.
 _HALF_TOLERANCE = 2e-2
 # A format also passes if its error against float64 is within tolerance, or at most this many times the eager
-# module's own: both are rounding errors, each a single draw for a single clip.
+# module's error against float64: both are rounding errors, and one clip shows one random value of each.
 _NOISE_FACTOR = 4.0
-# Integers are judged by gates on many clips when they are exported. Elsewhere the error may be this many times the
-# error found there, and a little more: a value between two levels is rounded up on one CPU and down on another.
+# At the export, int8 is compared with float32 on many clips. On another machine its error may be this many times the
+# error at the export, plus the slack: a value between two levels is rounded up on one CPU and down on another.
 _INT8 = "onnx-int8"
 _INT8_FACTOR, _INT8_SLACK = 2.0, 1e-3
 
@@ -47,10 +47,10 @@ def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu") -> tup
 
     Raises:
         BundleError: an incomplete bundle, or one without evidence.
-        DependencyError: torch or CUDA is needed and missing.
+        DependencyError: torch or CUDA is missing.
         InputError: an unknown device.
     """
-    check_files(read_manifest(directory))  # opening checks only the files that it loads
+    read_bundle(directory)  # opening checks only the files that it loads
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(open_bundle(directory, device, precision="float32"))]
         record, cases = read_evidence(engines[0].bundle)
@@ -96,7 +96,7 @@ def run_case(engine: Engine, case: Case, measured: Sequence[Check] | None = None
     Args:
         engine: runs the format to verify.
         case: the input and the expected outputs.
-        measured: the checks of the export, by which int8 is judged; None: this is the export.
+        measured: the checks of the export, which give the limits for int8; None: this is the export.
     """
     parts = _parts(engine.manifest)
     if case.sample_rate is not None:
@@ -119,7 +119,7 @@ def run_case(engine: Engine, case: Case, measured: Sequence[Check] | None = None
 
 @dataclass(frozen=True)
 class _Part:
-    """What a line of the table is about: a head with its embedding, or an embedding without a head."""
+    """The subject of a line of the table: a head with its embedding, or an embedding without a head."""
 
     name: str | None  # None: the bundle has one part
     head: ProbeInfo | None
@@ -135,7 +135,7 @@ class _Part:
         return {short: outputs[name] for short, name in names.items() if name is not None and name in outputs}
 
     def scored(self, outputs: Outputs) -> Outputs:
-        """`of` with scores in place of logits, by the textbook formula in float64: not by the code that serves."""
+        """`of` with scores in place of logits, computed by other code than the service's, in float64."""
         own = dict(self.of(outputs))
         if "logits" not in own:
             return own
@@ -156,28 +156,20 @@ def _parts(manifest: Manifest) -> list[_Part]:
 
 
 def _predict(engine: Engine, case: Case, sample_rate: int, parts: Sequence[_Part]) -> dict[str | None, Outputs]:
-    """Scores and embedding of a recording from `Engine.predict_all` and `Engine.embed`, by part.
-
-    Empty if an output is not finite.
-    """
-    predictions: list[Prediction] = []
-    embeddings = {}
+    """Scores and embedding of a recording by part, from the methods that serve; empty if an output is not finite."""
     most = max((probe.classes for probe in engine.manifest.probes), default=1)
     try:
-        if engine.manifest.probes:
-            predictions = engine.predict_all(case.input, sample_rate, top_k=most)
-        for output in {part.embedding for part in parts if part.embedding is not None}:
-            embeddings[output] = engine.embed(case.input, sample_rate, output=output)
+        predictions = engine.predict_all(case.input, sample_rate, top_k=most) if engine.manifest.probes else []
+        outputs = {part.embedding for part in parts}
+        embeddings = {output: engine.embed(case.input, sample_rate, output=output) for output in outputs}
     except TensorError:
         return {}
-    spans = next(iter(embeddings.values())).spans
+    found: dict[str | None, Outputs] = {p.name: {"embedding": embeddings[p.embedding].embeddings} for p in parts}
+    spans = embeddings[parts[0].embedding].spans
     windows = spans if case.spans is not None and np.array_equal(spans, case.spans) else np.empty((0, 2))
-    scores = {p.probe: _scores(p, windows, engine.labels(p.probe)) for p in predictions}
-    found: dict[str | None, Outputs] = {}
-    for part in parts:
-        outputs = {} if part.head is None else {"scores": scores[part.head.name]}
-        assert part.embedding is not None
-        found[part.name] = {**outputs, "embedding": embeddings[part.embedding].embeddings}
+    for part, prediction in zip(parts, predictions, strict=False):  # a bundle without heads has no predictions
+        scores = _scores(prediction, windows, engine.labels(prediction.probe))
+        found[part.name] = {"scores": scores, **found[part.name]}
     return found
 
 
@@ -203,19 +195,20 @@ def _check(
 ) -> Check:
     """Compare outputs of a part with those of the eager module and, if there are any, with those in float64."""
     format_, end_to_end = engine.backend.format, case.sample_rate is not None
-    rows = len(next(iter(eager.values())))
-    key = (case.name, part.name, rows, format_, end_to_end)
-    before = None if measured is None else [c for c in measured if _key(c) == key]
+    tolerance = _HALF_TOLERANCE if format_ == "torch-half" else TOLERANCE
+    key = (case.name, part.name, len(next(iter(eager.values()))), format_, end_to_end)
     errors, passed, by_float64 = {}, True, set()
     for output, value in eager.items():
-        errors[output] = Errors(
+        error = Errors(
             eager=_distance(found.get(output), value),
             float64=_distance(found.get(output), exact.get(output)),
             eager_error=_distance(value, exact.get(output)),
         )
-        if _within(errors[output].eager, _limit(format_, output, before)):
+        errors[output] = error
+        if _within(error.eager, tolerance if format_ != _INT8 else _int8_limit(key, output, measured)):
             continue
-        if format_ != _INT8 and _is_noise(errors[output], _tolerance(format_)):
+        noise = None if error.eager_error is None else max(tolerance, _NOISE_FACTOR * error.eager_error)
+        if format_ != _INT8 and noise is not None and _within(error.float64, noise):
             by_float64.add(output)
         else:
             passed = False
@@ -227,7 +220,7 @@ def _check(
     return Check(
         input=case.name,
         part=part.name,
-        rows=rows,
+        rows=len(next(iter(eager.values()))),
         format=format_,
         whole_way=end_to_end,
         errors=errors,
@@ -237,22 +230,13 @@ def _check(
     )
 
 
-def _key(check: Check) -> tuple[str, str | None, int, str, bool]:
-    return check.input, check.part, check.rows, check.format, check.whole_way
-
-
-def _tolerance(format_: str) -> float:
-    return _HALF_TOLERANCE if format_ == "torch-half" else TOLERANCE
-
-
-def _limit(format_: str, output: str, measured: Sequence[Check] | None) -> float:
-    """The largest error against the eager module that passes; for int8 it depends on the error at the export."""
-    if format_ != _INT8:
-        return _tolerance(format_)
+def _int8_limit(key: tuple[Any, ...], output: str, measured: Sequence[Check] | None) -> float:
+    """The largest error of int8 that passes, from the same check at the export; there, gates are the limit."""
     if measured is None:
         return math.inf
-    errors = next((check.errors[output] for check in measured if output in check.errors), None)
-    return 0.0 if errors is None else _INT8_FACTOR * (errors.eager or 0.0) + _INT8_SLACK
+    same = (c for c in measured if (c.input, c.part, c.rows, c.format, c.whole_way) == key and output in c.errors)
+    check = next(same, None)
+    return 0.0 if check is None else _INT8_FACTOR * (check.errors[output].eager or 0.0) + _INT8_SLACK
 
 
 def _distance(found: np.ndarray | None, expected: np.ndarray | None) -> float | None:
@@ -268,24 +252,18 @@ def _within(error: float | None, limit: float) -> bool:
     return error is not None and error <= limit
 
 
-def _is_noise(errors: Errors, tolerance: float) -> bool:
-    """Whether the error against float64 is within tolerance, or hardly larger than the eager module's own."""
-    own = errors.eager_error
-    return own is not None and _within(errors.float64, max(tolerance, _NOISE_FACTOR * own))
-
-
 def _threshold(activation: Activation, end_to_end: bool) -> float | None:
     """The threshold of scores or, for clips, of logits; None: only the best label counts."""
     if end_to_end:
-        return Selection.of(score_scale(activation), None, None).threshold
+        return Selection.of(activation, None, None).threshold
     return None if activation == "softmax" else 0.0
 
 
 def _decide(found: np.ndarray, expected: np.ndarray, threshold: float | None) -> Decisions:
     """Count the rows (N, C) with another best label, or other labels above the threshold, and by what margin.
 
-    This needs no limit of its own: an error of e swaps two labels only if they are within 2 e of each other, and
-    moves one across the threshold only if it is within e of it.
+    The limit of the errors also limits these margins: an error of e swaps two labels only if they are within 2 e of
+    each other, and moves a label across the threshold only if it is within e of it.
     """
     rows = np.arange(len(found))
     best, expected_best = found.argmax(axis=1), expected.argmax(axis=1)

@@ -1,104 +1,115 @@
-"""Backends run a bundle's graph: numpy in, numpy out. Which one is decided here."""
+"""Opening a bundle: which of its graphs runs on which device, and the backend that runs it."""
 
 import importlib.util
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, get_args
+from typing import TYPE_CHECKING, Protocol
 
 from avex_serve.bundles.manifest import DATA_SUFFIX, ONNX, ONNX_INT8, PT2, TORCHSCRIPT, Manifest
-from avex_serve.bundles.reading import Bundle
+from avex_serve.bundles.reading import Bundle, check_files, read_manifest
 from avex_serve.errors import BundleError, DependencyError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
-Precision = Literal["auto", "float32", "int8"]
+    from avex_serve.inference.engine import Engine
 
 
 class Backend(Protocol):
-    """Runs one graph. Calls from several threads at once are allowed."""
+    """Runs one graph, numpy in and numpy out. Calls from several threads at once are allowed."""
 
     device: str  # "cpu" or "cuda"
     format: str  # "onnx", "onnx-int8", "torchscript" or, in half precision, "torch-half"
-    max_batch: int  # rows a call takes best
+    max_batch: int  # the fastest number of rows for one call
 
     def run(self, *inputs: "np.ndarray") -> "dict[str, np.ndarray]":
         """Outputs by name for one batch (B, …) of each input of the manifest; every output has B rows."""
         ...
 
 
-class Choice(NamedTuple):
-    """Which graph of a bundle runs where."""
+def open_bundle(
+    directory: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto", threads: int | None = None
+) -> "Engine":
+    """Open a bundle: check that it is complete and unchanged, and load its graph.
 
-    graph: Path
-    device: str
-    int8: bool
+    The digests of graphs that aren't loaded, such as those for other devices, are left to ``avex-serve verify``.
 
-    @property
-    def others(self) -> set[str]:
-        """Names of the files that a bundle may hold for other devices, precisions and programs."""
-        graphs = {ONNX, ONNX_INT8, TORCHSCRIPT, PT2} - {self.graph.name}
-        return graphs | {name + DATA_SUFFIX for name in graphs}
-
-
-def choose_backend(bundle: Bundle, device: str = "auto", precision: str = "auto") -> Choice:
-    """The graph for a device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript), ``auto`` (cuda where it works).
-
-    A bundle exported without ONNX is run by TorchScript on the CPU too, if torch is installed. The precision
-    ``auto`` is int8 on the CPU where the bundle has it, since who exported it asked for that, and else float32.
+    Args:
+        directory: made by ``avex-export``.
+        device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript) or ``auto`` (cuda where it works). A bundle without
+            ONNX runs as TorchScript on the CPU too, if torch is installed.
+        precision: ``float32``, ``int8`` or ``auto`` (int8 on the CPU where the bundle has it).
+        threads: that infer at the same time; None: one for each core that may be used.
 
     Raises:
+        BundleError: not a complete bundle, or no graph in it for that device and precision.
+        DependencyError: torch or CUDA is needed and missing.
         InputError: an unknown device or precision, or int8 on CUDA.
-        BundleError: the bundle holds no graph for that device.
     """
+    bundle = read_manifest(Path(directory))
+    graph, device, int8 = _choose_graph(bundle, device, precision)
+    others = {ONNX, ONNX_INT8, TORCHSCRIPT, PT2} - {graph.name}
+    others |= {name + DATA_SUFFIX for name in others}
+    with ThreadPoolExecutor(2, thread_name_prefix="avex-open") as pool:
+        checking = pool.submit(check_files, bundle, others)  # takes as long as loading, for large files
+        try:
+            loading = pool.submit(_backend_loader(bundle.manifest, graph, device, int8=int8))
+            # Here and not above: the import takes as long as loading a small graph.
+            from avex_serve.inference.batcher import Batcher
+            from avex_serve.inference.engine import Engine
+
+            backend = loading.result()
+        except BundleError:
+            checking.result()  # a changed file is the better reason
+            raise
+        checking.result()
+    return Engine(bundle, Batcher(backend) if backend.device == "cuda" else backend, threads)
+
+
+def _choose_graph(bundle: Bundle, device: str, precision: str) -> tuple[Path, str, bool]:
+    """The graph to run, its device, and whether it is in int8; see `open_bundle`."""
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device {device!r}; expected auto, cpu or cuda")
-    if precision not in get_args(Precision):
-        raise InputError(f"precision {precision!r}; expected {', '.join(get_args(Precision))}")
+    if precision not in ("auto", "float32", "int8"):
+        raise InputError(f"precision {precision!r}; expected auto, float32, int8")
     if precision == "int8":
         if device == "cuda":
             raise InputError("precision int8 is for device cpu; cuda runs float32")
         device = "cpu"
-    onnx, torchscript = bundle.path(ONNX), bundle.path(TORCHSCRIPT)
+    torchscript = bundle.path(TORCHSCRIPT)
     if device == "auto":
         device = "cuda" if torchscript is not None and _cuda_works() else "cpu"
-    int8 = bundle.manifest.quantisation
+    int8 = None if precision == "float32" else bundle.manifest.quantisation
     if precision == "int8" and int8 is None:
         raise BundleError(f"{bundle.directory} holds no int8 graph; export it again with --quantize int8")
-    rounded = int8 is not None and precision != "float32"
-    if int8 is not None and rounded:
-        onnx = bundle.path(int8.file)
+    onnx = bundle.path(ONNX if int8 is None else int8.file)
     if device == "cpu" and onnx is not None:
-        return Choice(onnx, device, rounded)
+        return onnx, device, int8 is not None
     if torchscript is None:
         raise BundleError(
             f"{bundle.directory} holds no graph for {device}; export it again with "
             f"--format {'torchscript' if device == 'cuda' else 'onnx'}"
         )
-    return Choice(torchscript, device, False)
+    return torchscript, device, False
 
 
-def backend_loader(choice: Choice, manifest: Manifest) -> Callable[[], Backend]:
-    """What loads the graph; the backend's module is imported here, and nothing needs Python for long after that.
-
-    Raises:
-        DependencyError: torch is needed and missing; the loader raises it where CUDA is.
-    """
+def _backend_loader(manifest: Manifest, graph: Path, device: str, *, int8: bool) -> Callable[[], Backend]:
+    """A function that loads the graph; the backend's module is imported here, outside the thread that loads."""
     names = [output.name for output in manifest.outputs]
-    if choice.graph.name != TORCHSCRIPT:
+    if graph.name != TORCHSCRIPT:
         from avex_serve.inference.onnx import OnnxBackend
 
-        inputs = [spec.name for spec in manifest.inputs]
-        return partial(OnnxBackend, choice.graph, inputs, names, int8=choice.int8)
+        return partial(OnnxBackend, graph, [spec.name for spec in manifest.inputs], names, int8=int8)
     if not _torch_installed():
         raise DependencyError(
-            f"{choice.graph.name} on {choice.device} needs torch, which is not installed; "
-            "pip install 'avex-serve[cuda]'"
+            f"{graph.name} on {device} needs torch, which is not installed; pip install 'avex-serve[cuda]'"
         )
     from avex_serve.inference.torch import TorchBackend
 
-    return partial(TorchBackend, choice.graph, names, choice.device, half=manifest.half)
+    return partial(TorchBackend, graph, names, device, half=manifest.half)
 
 
 def _torch_installed() -> bool:

@@ -1,32 +1,30 @@
-"""Batches across requests, where the device takes them best: on CUDA.
+"""Joins batches of several requests on CUDA, where larger batches are faster. On a CPU they are not.
 
-The first caller of a shape opens a batch, waits a few milliseconds for others to join, and for as long as the device
-is busy, and runs it for all. A CPU gains nothing from batches, and is left alone.
+The first caller of a shape opens a batch and waits for others to join: a few milliseconds, and as long as the device
+is busy. Then it runs the batch for all of them.
 """
 
 import threading
-from typing import Final
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from avex_serve.inference.backend import Backend
+if TYPE_CHECKING:
+    from avex_serve.inference.backend import Backend
 
-WAIT_SECONDS: Final = 0.003  # small beside the tens of milliseconds that a batch takes
+WAIT_SECONDS: Final = 0.003  # little next to the tens of milliseconds that a batch takes
 
 Inputs = tuple[np.ndarray, ...]
 Outputs = dict[str, np.ndarray]
 Shapes = tuple[tuple[int, ...], ...]  # of a row of each input
-
-
-def batched(backend: Backend) -> Backend:
-    """The backend, behind a batcher if it runs on CUDA."""
-    return Batcher(backend) if backend.device == "cuda" else backend
+Batch = tuple[Inputs, "Future[Outputs]"]
 
 
 class Batcher:
     """A backend that joins the batches of callers in several threads, up to `max_batch` rows of equal shape."""
 
-    def __init__(self, backend: Backend, wait_seconds: float = WAIT_SECONDS) -> None:
+    def __init__(self, backend: "Backend", wait_seconds: float = WAIT_SECONDS) -> None:
         self.device = backend.device
         self.format = backend.format
         self.max_batch = backend.max_batch
@@ -37,7 +35,7 @@ class Batcher:
         self._open: dict[Shapes, _Joint] = {}
 
     def run(self, *inputs: np.ndarray) -> Outputs:
-        """See `Backend.run`; an error concerns the batch that caused it alone."""
+        """See `Backend.run`; an error reaches only the caller whose batch caused it."""
         shapes = tuple(batch.shape[1:] for batch in inputs)
         with self._lock:
             joint = self._open.get(shapes)
@@ -47,7 +45,8 @@ class Batcher:
             leads = joint is None
             if joint is None:
                 joint = self._open[shapes] = _Joint()
-            index = joint.add(inputs)
+            outputs: Future[Outputs] = Future()
+            joint.batches.append((inputs, outputs))
             if joint.rows >= self.max_batch:
                 self._close(shapes, joint)
         if leads:
@@ -55,8 +54,8 @@ class Batcher:
             with self._on_device:
                 with self._lock:
                     self._close(shapes, joint)
-                joint.run(self._backend)
-        return joint.result(index)
+                _run(self._backend, joint.batches)
+        return outputs.result()
 
     def _close(self, shapes: Shapes, joint: "_Joint") -> None:
         joint.full.set()
@@ -68,49 +67,30 @@ class _Joint:
     """Batches that run as one."""
 
     def __init__(self) -> None:
-        self.rows = 0
-        self.full = threading.Event()  # nobody joins any more
-        self._done = threading.Event()
-        self._batches: list[Inputs] = []
-        self._results: list[Outputs | BaseException] = []
+        self.full = threading.Event()  # no further batch may join
+        self.batches: list[Batch] = []
 
-    def add(self, inputs: Inputs) -> int:
-        self._batches.append(inputs)
-        self.rows += len(inputs[0])
-        return len(self._batches) - 1
-
-    def run(self, backend: Backend) -> None:
-        try:
-            self._results = _joined(backend, self._batches)
-        except BaseException as error:
-            self._results = [error] * len(self._batches)
-            raise
-        finally:
-            self._done.set()
-
-    def result(self, index: int) -> Outputs:
-        self._done.wait()
-        result = self._results[index]
-        if isinstance(result, BaseException):
-            raise result
-        return result
+    @property
+    def rows(self) -> int:
+        return sum(len(inputs[0]) for inputs, _ in self.batches)
 
 
-def _joined(backend: Backend, batches: list[Inputs]) -> list[Outputs | BaseException]:
-    if len(batches) > 1:
-        try:
-            outputs = backend.run(*(np.concatenate(each) for each in zip(*batches, strict=True)))
-        except Exception:  # noqa: BLE001 - whose fault it is shows when each runs alone
-            pass
-        else:
-            ends = np.cumsum([len(inputs[0]) for inputs in batches])[:-1]
-            parts = {name: np.split(output, ends) for name, output in outputs.items()}
-            return [{name: part[index] for name, part in parts.items()} for index in range(len(batches))]
-    return [_alone(backend, inputs) for inputs in batches]
-
-
-def _alone(backend: Backend, inputs: Inputs) -> Outputs | BaseException:
+def _run(backend: "Backend", batches: list[Batch]) -> None:
+    """Run the batches as one; if that fails, run each alone, so that an error reaches only its cause."""
     try:
-        return backend.run(*inputs)
-    except Exception as error:  # noqa: BLE001 - it is raised where its batch came from
-        return error
+        joined = [
+            np.concatenate(each) if len(each) > 1 else each[0]
+            for each in zip(*(inputs for inputs, _ in batches), strict=True)
+        ]
+        ends = np.cumsum([len(inputs[0]) for inputs, _ in batches])[:-1]
+        parts = {name: np.split(output, ends) for name, output in backend.run(*joined).items()}
+    except BaseException as error:  # noqa: BLE001 - the caller raises it
+        if len(batches) > 1 and isinstance(error, Exception):
+            for batch in batches:
+                _run(backend, [batch])
+        else:
+            for _, outputs in batches:
+                outputs.set_exception(error)
+    else:
+        for index, (_, outputs) in enumerate(batches):
+            outputs.set_result({name: part[index] for name, part in parts.items()})

@@ -3,29 +3,29 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from itertools import chain
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
-from avex_serve.audio.waveform import AudioStream, check_wave
+from avex_serve.audio.reader import open_wave
 from avex_serve.bundles.manifest import AudioSpec, EmbeddingInfo, Manifest, ProbeInfo
 from avex_serve.bundles.reading import Bundle
 from avex_serve.errors import NotFoundError, TensorError, UnsupportedError
 from avex_serve.inference import pipeline
-from avex_serve.inference.backend import Backend
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, Prediction
+from avex_serve.inference.scores import activate
 from avex_serve.scheduling.cores import FairSemaphore, usable_cores
 from avex_serve.scheduling.request import INFER, QUEUE, current
 
-# One batch (B, …) of each input of the graph.
-Inputs = tuple[np.ndarray, ...]
-Outputs = dict[str, np.ndarray]  # by name, each (B, …) float32
+if TYPE_CHECKING:
+    from avex_serve.inference.backend import Backend
 
-BLOCK_SAMPLES = 2**18  # of a waveform in memory, resampled at once
+Inputs = tuple[np.ndarray, ...]  # one batch (B, …) of each input of the graph
+Outputs = dict[str, np.ndarray]  # by name, each (B, …) float32
 
 
 class WindowScores(NamedTuple):
@@ -48,7 +48,7 @@ class Engine:
     Use it as a context manager, or call `close`. Calls from several threads at once are allowed.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, backend: "Backend", threads: int | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
         # One call of the backend uses one core; the batches of a recording spread over the cores here.
@@ -60,9 +60,7 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -148,7 +146,7 @@ class Engine:
             threshold: lowest score to report.
             top_k: most labels to report for a window; see `scores.Selection` for the defaults.
             overlap: of neighbouring windows, in seconds.
-            probe: name of the head to ask; the bundle's first one by default.
+            probe: name of the head to run; the bundle's first one by default.
 
         Raises:
             InputError: audio, threshold, top_k or overlap that can't be used, or a result that is not finite.
@@ -156,7 +154,7 @@ class Engine:
             UnsupportedError: the bundle takes embeddings, not audio, or has no head.
         """
         query = Query(threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
-        return pipeline.predict(self, _opener(wave, sample_rate), query)
+        return pipeline.predict(self, partial(open_wave, wave, sample_rate), query)
 
     def predict_all(
         self,
@@ -167,37 +165,33 @@ class Engine:
         top_k: int | None = None,
         overlap: float = 0.0,
     ) -> list[Prediction]:
-        """Ask all heads in one pass of the backbone; arguments and errors as in `predict`."""
+        """Run all heads in one pass of the backbone; arguments and errors as in `predict`."""
         query = Query(threshold=threshold, top_k=top_k, overlap=overlap)
-        return pipeline.predict_all(self, _opener(wave, sample_rate), query).predictions
+        return pipeline.predict_all(self, partial(open_wave, wave, sample_rate), query).predictions
 
     def score(
         self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, probe: str | None = None
     ) -> WindowScores:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
         head = self.probe(probe)
-        windows = pipeline.score(self, _opener(wave, sample_rate), Query(overlap=overlap, probe=probe))
-        return WindowScores(windows.spans, windows.outputs[head.scores])
+        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, [head.logits])
+        return WindowScores(windows.spans, activate(windows.outputs[head.logits], head.activation))
 
     def embed(
         self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, output: str | None = None
     ) -> WindowEmbeddings:
         """The embeddings of a recording; arguments and errors as in `predict`.
 
-        Args:
-            wave: see `predict`.
-            sample_rate: see `predict`.
-            overlap: see `predict`.
-            output: name of the output that is the embedding; the bundle's first one by default.
+        `output` names the output that is the embedding; the bundle's first one by default.
         """
         name = self.embedding(output).output
-        windows = pipeline.run_recording(self, _opener(wave, sample_rate), Query(overlap=overlap), [name])
+        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, [name])
         return WindowEmbeddings(windows.spans, windows.outputs[name])
 
     def infer_recording(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> Outputs:
         """The graph's raw outputs for a recording, each (N, …) with one row for each window; see `predict`."""
         names = [spec.name for spec in self.manifest.outputs]
-        return pipeline.run_recording(self, _opener(wave, sample_rate), Query(overlap=overlap), names).outputs
+        return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, names).outputs
 
     # -- tensors --------------------------------------------------------------------------------------------------
 
@@ -209,7 +203,7 @@ class Engine:
         top_k: int | None = None,
         probe: str | None = None,
     ) -> Classification:
-        """Ask a head about embeddings, (B, D) or (B, T, D) as the manifest says.
+        """Run a head on embeddings, (B, D) or (B, T, D) as the manifest says.
 
         Raises:
             InputError: embeddings, threshold or top_k that can't be used.
@@ -238,11 +232,7 @@ class Engine:
         size = self.backend.max_batch
         chunks = (tuple(each[start : start + size] for each in inputs) for start in range(0, len(batch), size))
         names = [spec.name for spec in self.manifest.outputs]
-        rows = []
-        for row in self.run(chunks, names):
-            pipeline.count_outputs(row)
-            rows.append(row)
-        return {name: np.concatenate([row[name] for row in rows]) for name in names}
+        return pipeline.collect(self.run(chunks, names))
 
     def graph_inputs(self, batch: np.ndarray, padding_mask: np.ndarray | None) -> Inputs:
         """The inputs of the graph: the batch and, if the graph takes one, the mask, by default of no padding."""
@@ -251,29 +241,38 @@ class Engine:
         return batch, np.zeros(batch.shape, bool) if padding_mask is None else padding_mask
 
     def run(self, batches: Iterable[Inputs], names: Sequence[str]) -> Iterator[Outputs]:
-        """The outputs of these names for each batch, in order; a few batches run side by side.
+        """The outputs of these names for each batch, in order; a few batches run at the same time.
 
         Raises:
             TensorError: results that are not finite.
             ClientGoneError, DeadlineError: the answer is no longer wanted.
         """
-        for outputs in self._run(batches):
-            chosen = {name: outputs[name] for name in names}
-            for name, output in chosen.items():
-                # Finite samples of 1e38 overflow in any model, and JSON has no word for the result.
-                if not np.isfinite(output).all():
-                    raise TensorError(
-                        f"output {name!r} is not finite for this input; expected audio samples in [-1, 1]"
-                    )
-            yield chosen
+        batches = iter(batches)
+        first, second = next(batches), next(batches, None)
+        request = current()
+        if second is None:  # starting a thread for one batch would only cost time
+            request.checkpoint()
+            yield self._job(names)(*first)
+            return
+        # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
+        ahead = 2 * self.threads
+        waiting: deque[Future[Outputs]] = deque()
+        try:
+            for batch in chain((first, second), batches):
+                request.checkpoint()
+                waiting.append(self._pool.submit(self._job(names), *batch))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # none, unless an error ended the loop
+                future.cancel()
 
     def check_input(self, batch: np.ndarray) -> None:
         """Raise TensorError unless the graph takes the batch."""
         spec = self.manifest.inputs[0]
-        fits = batch.ndim == len(spec.shape) and all(
-            want in (-1, got) for want, got in zip(spec.shape, batch.shape, strict=True)
-        )
-        if not fits:
+        if not spec.fits(batch.shape):
             raise TensorError(f"input {spec.name!r} has shape {list(batch.shape)}; expected {list(spec.shape)}")
         audio = self.manifest.audio
         if audio is not None and audio.shortest_samples is not None and 0 < batch.shape[1] < audio.shortest_samples:
@@ -309,31 +308,8 @@ class Engine:
         if mask.all(axis=1).any():
             raise TensorError(f"input {name!r} marks every sample of a clip as padding; leave out such clips")
 
-    def _run(self, batches: Iterable[Inputs]) -> Iterator[Outputs]:
-        batches = iter(batches)
-        first, second = next(batches), next(batches, None)
-        request = current()
-        if second is None:  # a thread of its own would only have to wake up
-            request.checkpoint()
-            yield self._job()(*first)
-            return
-        # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
-        ahead = 2 * self.threads
-        waiting: deque[Future[Outputs]] = deque()
-        try:
-            for batch in chain((first, second), batches):
-                request.checkpoint()
-                waiting.append(self._pool.submit(self._job(), *batch))
-                if len(waiting) >= ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:  # none, unless an error ended the loop
-                future.cancel()
-
-    def _job(self) -> Callable[..., Outputs]:
-        """Runs one batch in any thread, once fewer than `threads` batches run; the current request is charged."""
+    def _job(self, names: Sequence[str]) -> Callable[..., Outputs]:
+        """A function that runs one batch, in any thread, and notes its times in the current request."""
         request = current()  # a thread of the pool has none
         end_wait = request.begin(QUEUE)
 
@@ -344,11 +320,18 @@ class Engine:
                 end_wait()
                 end = request.begin(INFER)
                 try:
-                    return self.backend.run(*inputs)
+                    outputs = self.backend.run(*inputs)
                 finally:
                     end()
                     request.timings.batches.append(len(inputs[0]))
                     request.timings.models.append(self.manifest.name)
+            for name in names:
+                # Finite samples of 1e38 overflow in any model, and JSON has no word for the result.
+                if not np.isfinite(outputs[name]).all():
+                    raise TensorError(
+                        f"output {name!r} is not finite for this input; expected audio samples in [-1, 1]"
+                    )
+            return {name: outputs[name] for name in names}
 
         return run
 
@@ -363,18 +346,3 @@ class Engine:
     def lease_those(self, wanted: Callable[[Manifest], bool]) -> "Iterator[list[Engine]]":
         """This engine, if it is wanted."""
         yield [self] if wanted(self.manifest) else []
-
-    def manifests(self) -> list[Manifest]:
-        """The manifest of this engine's bundle."""
-        return [self.manifest]
-
-
-def _opener(wave: np.ndarray, sample_rate: int) -> pipeline.Audio:
-    """Opens a waveform in memory as a stream."""
-
-    def open_wave() -> nullcontext[AudioStream]:
-        checked = check_wave(wave)
-        blocks = (checked[start : start + BLOCK_SAMPLES] for start in range(0, checked.size, BLOCK_SAMPLES))
-        return nullcontext(AudioStream(blocks, sample_rate, checked.size))
-
-    return open_wave

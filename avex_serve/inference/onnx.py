@@ -11,10 +11,10 @@ from avex_serve.errors import BundleError
 
 
 class OnnxBackend:
-    """An onnxruntime session, called from as many threads as there are cores.
+    """An onnxruntime session, called from up to one thread for each core.
 
-    One thread a call and batches of one: two such calls side by side beat one call on two threads, and no
-    batch is faster on a CPU. Spinning threads would steal time from their neighbours.
+    A call uses one thread and one row: two such calls at the same time beat one call on two threads, and larger
+    batches are no faster on a CPU. Spinning threads would take time from other calls.
     """
 
     device = "cpu"
@@ -30,8 +30,8 @@ class OnnxBackend:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # The fused kernel is slower on a CPU than an addition and a layer norm.
         options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
-        # One block for all buffers, planned after the first call for each shape of input, comes on top of what that
-        # call took, and is hardly faster.
+        # A pattern is one block for all buffers, planned after the first call for each input shape. It takes memory
+        # in addition to that of the call, and is hardly faster.
         options.enable_mem_pattern = False
         try:
             self._session = onnxruntime.InferenceSession(
@@ -39,7 +39,7 @@ class OnnxBackend:
             )
         except Exception as error:  # onnxruntime's own error classes derive from Exception alone
             raise BundleError(f"onnxruntime can't load {path}: {error}") from error
-        _give_memory_back()
+        _return_memory()
         given = [node.name for node in self._session.get_inputs()]
         answered = {node.name for node in self._session.get_outputs()}
         if given != input_names or not answered.issuperset(output_names):
@@ -57,7 +57,7 @@ class OnnxBackend:
         return dict(zip(self._output_names, outputs, strict=True))
 
 
-def _give_memory_back() -> None:
-    """Return to the system what loading has freed; glibc would keep it beside the buffers of every answer."""
+def _return_memory() -> None:
+    """Return the memory that loading has freed; glibc would keep it in addition to the buffers of answers."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

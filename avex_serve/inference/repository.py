@@ -3,17 +3,17 @@
     with repository.lease("my_probe") as engine:
         engine.predict(wave, rate)
 
-A bundle that was added, replaced or removed on disk is noticed by `Repository.refresh`. The new engine is opened
-beside the old one, checked and asked once before it takes the old one's place; the old one is closed when the
-last request that leased it has ended. A bundle that is refused keeps none of the others from being served, and where
-it lies in the place of one that was served, that one goes on.
+`Repository.refresh` notices bundles that were added, replaced or removed on disk. It opens and checks the new engine
+while the old one serves, and answers once with it before it takes the old one's place. The old engine is closed when
+the last request that leased it has ended. A bundle that is refused doesn't affect the others; the bundle that it
+would replace stays in service.
 """
 
 import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -38,44 +38,41 @@ class ModelState:
     name: str
     version: str  # "" where the bundle can't be read
     ready: bool
-    reason: str  # why what lies on disk is not served; "" if it is
+    reason: str  # why the files on disk are not served; "" if they are
 
 
+@dataclass(eq=False)
 class _Served:
-    """An engine and how many requests use it."""
+    """An engine in service. It is closed when its last lease ends; the repository holds one until the exchange."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.leases = 0
-        self.retired = False
+    engine: Engine
+    leases: int = 1
 
     @property
     def key(self) -> tuple[str, str]:
         return self.engine.manifest.name, self.engine.manifest.version
 
 
+@dataclass(eq=False)
 class _Place:
-    """A folder with a bundle: what is served of it, and what is known of what lies there now."""
+    """A folder with a bundle: what is served from it, and what is known of its present files."""
 
-    def __init__(self, folder: Path, name: str, version: str) -> None:
-        self.folder = folder
-        self.name, self.version = name, version  # of what lies there
-        self.served: _Served | None = None
-        self.reason = ""  # why what lies there is not served
-        self.logged = ""  # the reason that stands in the log
-        self.seen: Stamp | None = None  # at the last look
-        self.settled: Stamp | None = None  # what was opened, or refused for good
-        self.gone = False  # at the last look
-
-    def is_called(self, name: str) -> bool:
-        return name == self.name or (self.served is not None and name == self.served.key[0])
+    folder: Path
+    name: str  # of the present files, as `version`
+    version: str
+    served: _Served | None = None
+    reason: str = ""  # why the present files are not served
+    logged: str = ""  # the last reason in the log
+    seen: Stamp | None = None  # at the last look
+    settled: Stamp | None = None  # of the files that were opened, or refused for good
+    gone: bool = False  # at the last look
 
 
 class Repository:
     """Bundles by name and version. All methods may be called from several threads at once."""
 
     def __init__(self, roots: Sequence[Path], open_engine: Callable[[Path], Engine]) -> None:
-        """Open what lies in the roots.
+        """Open the bundles in the roots.
 
         Args:
             roots: each a bundle or a folder of bundles, see `find_bundles`.
@@ -90,16 +87,15 @@ class Repository:
         self._unloaded: set[str] = set()
         self._changing = threading.Lock()  # one change at a time; held while bundles are opened
         self._lock = threading.Lock()  # for what requests read; held for moments
-        self._served: dict[tuple[str, str], _Served] = {}
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
         with self._changing:
             self._look_around(patient=False)
-        if not self._served:
+        if not self._served():
             raise BundleError("; ".join(place.reason for place in self._places.values()))
 
     def close(self) -> None:
-        """End watching and close every engine; those that requests have leased, when the last of these ends."""
+        """End watching and close every engine; an engine that requests have leased is closed when they end."""
         self._closing.set()
         if self._watcher is not None:
             self._watcher.join()
@@ -108,9 +104,13 @@ class Repository:
                 self._exchange(place, None)
 
     def watch(self, seconds: float) -> None:
-        """Look at the disk again and again with so many seconds between, until `close`."""
+        """Call `refresh` with this many seconds between two calls, until `close`."""
         self._watcher = threading.Thread(target=self._watch, args=(seconds,), name="avex-reload", daemon=True)
         self._watcher.start()
+
+    def is_watching(self) -> bool:
+        """Whether the thread of `watch` still runs."""
+        return self._watcher is not None and self._watcher.is_alive()
 
     @contextmanager
     def lease(self, name: str | None = None, version: str | None = None) -> Iterator[Engine]:
@@ -125,36 +125,33 @@ class Repository:
             NotFoundError: no such model or version.
             UnavailableError: it is known and not served.
         """
-        with self._lock:
-            served = self._find(name, version)
-            served.leases += 1
-        try:
-            yield served.engine
-        finally:
-            self._give_back(served)
+        with self._leased(lambda: [self._find(name, version)]) as (engine,):
+            yield engine
+
+    def lease_those(self, wanted: Callable[[Manifest], bool]) -> AbstractContextManager[list[Engine]]:
+        """The engines whose manifest is wanted, by name and the newest version first; open until the block ends."""
+        return self._leased(lambda: [served for served in self._served() if wanted(served.engine.manifest)])
 
     @contextmanager
-    def lease_those(self, wanted: Callable[[Manifest], bool]) -> Iterator[list[Engine]]:
-        """The engines wanted of those served, by name and the newest version first; open until the block ends."""
+    def _leased(self, choose: Callable[[], list[_Served]]) -> Iterator[list[Engine]]:
         with self._lock:
-            leased = [served for served in self._newest_first() if wanted(served.engine.manifest)]
+            leased = choose()
             for served in leased:
                 served.leases += 1
         try:
             yield [served.engine for served in leased]
         finally:
             for served in leased:
-                self._give_back(served)
-
-    def manifests(self) -> list[Manifest]:
-        """What is served now, by name with the newest version first."""
-        with self._lock:
-            return [served.engine.manifest for served in self._newest_first()]
+                self._end_lease(served)
 
     def versions(self, name: str) -> list[str]:
         """The versions of a model that are served, the newest one last."""
         with self._lock:
-            return self._versions(name)
+            return [served.key[1] for served in reversed(self._served()) if served.key[0] == name]
+
+    def serves(self) -> bool:
+        """Whether any model is served."""
+        return any(place.served is not None for place in list(self._places.values()))
 
     def index(self) -> list[ModelState]:
         """Every bundle on disk, those that are not served with the reason."""
@@ -168,11 +165,11 @@ class Repository:
         return sorted(states, key=lambda state: (state.name, _order(state.version)))
 
     def load(self, name: str) -> None:
-        """Open every version of a model from disk anew, also if it was unloaded before.
+        """Open every version of a model from disk again, also after `unload`.
 
         Raises:
             NotFoundError: there is none of that name.
-            BundleError: a version that can't be served; where it was served before, that one still is.
+            BundleError: a version that can't be served; the bundle that was served before it still is.
         """
         with self._changing:
             self._find_places()
@@ -185,7 +182,7 @@ class Repository:
                 raise BundleError("; ".join(reasons))
 
     def unload(self, name: str) -> None:
-        """Serve no version of a model until it is loaded again; requests that run end as they would have.
+        """Serve no version of a model until it is loaded again; running requests end normally.
 
         Raises:
             NotFoundError: there is none of that name.
@@ -198,11 +195,11 @@ class Repository:
             logger.info("unloaded %s", name)
 
     def refresh(self) -> None:
-        """Look at the disk and take what is new there into service.
+        """Look at the disk and serve what is new there.
 
-        Files that make no whole bundle may be those of one that is still being copied: it is refused once it is
-        the same at two looks. In the same way a folder has to be gone at two looks, since replacing one takes it
-        away for a moment.
+        Incomplete files may be those of a bundle that is still being copied, so they are refused only if they are
+        the same at two looks. A folder counts as gone if it is gone at two looks, since replacing a folder removes
+        it for a moment.
         """
         with self._changing:
             self._look_around(patient=True)
@@ -212,14 +209,14 @@ class Repository:
             try:
                 self.refresh()
             except Exception as error:
-                # The next look may go well, and nobody would take it if this thread ended.
+                # The thread goes on: the next look may succeed.
                 logger.error("unexpected error while looking for new bundles", exc_info=error)
 
     def _look_around(self, *, patient: bool) -> None:
         found = self._find_places()
         for folder in found:
             self._look_at(self._places[folder], patient=patient)
-        # Only now: a bundle whose folder was renamed has been taken over from the new one.
+        # Last, so that a bundle whose folder was renamed is already served from the new one.
         for place in [place for folder, place in self._places.items() if folder not in found]:
             self._look_after(place)
 
@@ -227,15 +224,20 @@ class Repository:
         found = find_bundles(self._roots)
         for folder in found:
             if folder not in self._places:
-                # Only until the manifest tells; a folder below a folder of bundles is a version.
+                # Until the manifest is read. A folder below a folder of bundles is a version.
                 nested = folder not in self._roots and folder.parent not in self._roots
                 name, version = (folder.parent.name, folder.name) if nested else (folder.name, "")
                 with self._lock:
-                    self._places[folder] = _Place(folder, name, version)
+                    self._places[folder] = _Place(folder, _as_utf8(name), _as_utf8(version))
         return found
 
     def _called(self, name: str) -> list[_Place]:
-        if called := [place for place in self._places.values() if place.is_called(name)]:
+        called = [
+            place
+            for place in self._places.values()
+            if name == place.name or (place.served is not None and name == place.served.key[0])
+        ]
+        if called:
             return called
         raise NotFoundError(f"no model {name!r} in the folders that are served; known: {self._names()}")
 
@@ -244,7 +246,7 @@ class Repository:
         settled, place.seen, place.gone = not patient or now == place.seen, now, False
         if now == place.settled:
             return
-        folder = place.folder.resolve()  # where links lead to releases, all files have to be of the same one
+        folder = place.folder.resolve()  # if it links to a release, all files must come from the same release
         try:
             manifest = read_manifest(folder).manifest
             with self._lock:
@@ -262,7 +264,7 @@ class Repository:
             self._refuse(place, f"{place.folder} can't be opened: {error!r}", now)
             return
         if stamp(place.folder) != now:
-            engine.close()  # it may be half of one bundle and half of another
+            engine.close()  # it may mix two bundles
             self._refuse(place, f"{place.folder} was changed while it was opened", None)
             return
         place.settled = now
@@ -292,17 +294,26 @@ class Repository:
         return next((place for place in self._places.values() if place.served and place.served.key == key), None)
 
     def _open(self, folder: Path) -> Engine:
+        """Open an engine and answer once for silence, so that the first client doesn't wait for the set-up.
+
+        Raises:
+            BundleError: the graph loads but doesn't answer; or as of `open_bundle`.
+        """
         engine = self._open_engine(folder)
+        manifest = engine.manifest
         try:
-            _warm_up(engine)
-        except AvexServeError:
+            if (audio := manifest.audio) is not None:
+                engine.infer_recording(np.zeros(audio.window_samples, np.float32), audio.sample_rate)
+            else:
+                engine.infer(np.zeros([1 if size == -1 else size for size in manifest.inputs[0].shape], np.float32))
+        except Exception as error:  # onnxruntime and torch raise errors of their own
             engine.close()
-            raise
+            raise BundleError(f"bundle {manifest.name} loads, but fails to answer for silence: {error}") from error
         return engine
 
     def _refuse(self, place: _Place, reason: str, settled: Stamp | None) -> None:
         with self._lock:
-            place.reason, place.settled = reason, settled
+            place.reason, place.settled = _as_utf8(reason), settled
         if settled is None or reason == place.logged:
             return
         place.logged = reason
@@ -312,11 +323,11 @@ class Repository:
             logger.error("not served, the bundle before it goes on: %s", reason)
 
     def _look_after(self, place: _Place) -> None:
-        """What becomes of a folder that holds no bundle any more."""
+        """Handle a folder that no longer holds a bundle."""
         gone = is_gone(place.folder)
         if place.served is not None and not (gone and place.gone):
-            place.gone = gone  # without a manifest a folder is one that is being copied
-            if gone:  # and what lies elsewhere under its name may take over
+            place.gone = gone  # a folder without a manifest may be one that is being copied
+            if gone:  # then the same bundle in another folder may take over
                 self._reconsider(place.served.key)
             return
         if place.served is not None:
@@ -326,89 +337,72 @@ class Repository:
             del self._places[place.folder]
 
     def _exchange(self, place: _Place, engine: Engine | None, reason: str = "") -> None:
-        """Serve this engine, or none, in place of the one before; also of one of its name from another folder."""
+        """Serve this engine, or none, in place of the one before, and of its namesake from another folder."""
         fresh = None if engine is None else _Served(engine)
-        before = [place.served] if place.served is not None else []
         with self._lock:
-            place.served = None
-            if fresh is not None and (other := self._place_of(fresh.key)) is not None and other.served is not None:
-                before.append(other.served)
-                other.served = None
-            for served in before:
-                del self._served[served.key]
-                served.retired = True
-            if fresh is not None:
-                place.served = self._served[fresh.key] = fresh
-            else:
+            namesake = None if fresh is None else self._place_of(fresh.key)
+            places = [place] if namesake in (None, place) else [place, namesake]
+            before = [each.served for each in places if each.served is not None]
+            for each in places:
+                each.served = None
+            place.served = fresh
+            if fresh is None:
                 place.settled = None
             place.reason = place.logged = reason
-            idle = [served for served in before if served.leases == 0]
-        for served in idle:
-            served.engine.close()
         for served in before:
+            self._end_lease(served)
             self._reconsider(served.key)
 
     def _reconsider(self, key: tuple[str, str]) -> None:
-        """Look again at what is refused because this one is served."""
+        """Let the next look open again what was refused because this bundle was served."""
         for place in self._places.values():
             if place.reason and (place.name, place.version) == key:
                 place.settled = None
 
-    def _give_back(self, served: _Served) -> None:
+    def _end_lease(self, served: _Served) -> None:
         with self._lock:
             served.leases -= 1
-            idle = served.retired and served.leases == 0
-        if idle:
+            unused = served.leases == 0
+        if unused:
             served.engine.close()
 
     def _find(self, name: str | None, version: str | None) -> _Served:
+        everything = self._served()
         if not name:
-            names = {name for name, _ in self._served}
+            names = {served.key[0] for served in everything}
             if len(names) > 1:
                 raise InputError(f"several models are served: {self._names()}; name one as the option 'model'")
             if not names:
                 raise UnavailableError("no model is served at present; the index of the repository tells why")
             name = names.pop()
-        versions = self._versions(name)
-        if served := self._served.get((name, version or (versions[-1] if versions else ""))):
-            return served
+        found = [served for served in everything if served.key[0] == name]
+        for served in found:
+            if not version or served.key[1] == version:
+                return served
         for place in self._places.values():
             if place.name == name and place.served is None and version in (None, "", place.version):
                 raise UnavailableError(f"model {name!r} is not served: {place.reason}")
-        if not versions:
+        if not found:
             raise NotFoundError(f"no model {name!r} here; this server has {self._names()}")
-        known = ", ".join(map(repr, versions))
+        known = ", ".join(repr(served.key[1]) for served in reversed(found))
         raise NotFoundError(f"model {name!r} has no version {version!r}; it has {known}")
 
-    def _newest_first(self) -> list[_Served]:
-        versions = sorted(self._served.values(), key=lambda served: _order(served.key[1]), reverse=True)
-        return sorted(versions, key=lambda served: served.key[0])
-
-    def _versions(self, name: str) -> list[str]:
-        return sorted((version for other, version in self._served if other == name), key=_order)
+    def _served(self) -> list[_Served]:
+        """What is served, by name and the newest version first."""
+        served = [place.served for place in self._places.values() if place.served is not None]
+        newest_first = sorted(served, key=lambda each: _order(each.key[1]))[::-1]
+        return sorted(newest_first, key=lambda each: each.key[0])
 
     def _names(self) -> str:
-        return ", ".join(repr(name) for name in sorted({name for name, _ in self._served})) or "none"
-
-
-def _warm_up(engine: Engine) -> None:
-    """Answer once for silence, so that the first client doesn't wait for what is set up with the first inference.
-
-    Raises:
-        BundleError: the graph loads and doesn't answer.
-    """
-    manifest = engine.manifest
-    try:
-        if manifest.audio is not None:
-            rate = manifest.audio.sample_rate
-            engine.infer_recording(np.zeros(manifest.audio.window_samples, np.float32), rate)
-        else:
-            engine.infer(np.zeros([1 if size == -1 else size for size in manifest.inputs[0].shape], np.float32))
-    except Exception as error:  # onnxruntime and torch raise errors of their own
-        raise BundleError(f"bundle {manifest.name} loads, and fails to answer for silence: {error}") from error
+        return ", ".join(dict.fromkeys(repr(served.key[0]) for served in self._served())) or "none"
 
 
 def _order(version: str) -> list[tuple[int, str]]:
     """Sorts versions by the numbers in them, so that 10 comes after 9 and 1.10 after 1.9."""
     parts = re.split(r"([0-9]+)", version)  # text and numbers take turns
     return [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)]
+
+
+def _as_utf8(text: str) -> str:
+    """The text, with question marks for the bytes of a path that are no UTF-8: they can't be sent."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,6 +1,7 @@
 """From logits to scores, and which scores are reported."""
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -12,9 +13,7 @@ from avex_serve.errors import InputError
 from avex_serve.scheduling.request import current
 
 STEP: Final = 1000  # labels that are reported in a few milliseconds
-SCORE_BYTES: Final = (
-    512  # memory for each score with its label, until the answer's text is made; measured, rounded up
-)
+SCORE_BYTES: Final = 512  # memory for a score with its label until the answer's text is made; measured, rounded up
 
 ScoreScale = Literal["sigmoid", "softmax", "logits"]
 
@@ -52,21 +51,21 @@ class Selection:
     top_k: int | None
 
     @classmethod
-    def of(cls, scale: ScoreScale, threshold: float | None, top_k: int | None) -> "Selection":
-        """The selection that a client asks for; InputError for values that make no sense."""
+    def of(cls, activation: Activation, threshold: float | None, top_k: int | None) -> "Selection":
+        """The selection that a client asks for; InputError for values that can't be."""
         if threshold is not None and not math.isfinite(threshold):
             raise InputError(f"threshold is {threshold}; expected a finite number")
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k is {top_k}; expected at least 1")
         if threshold is None:
-            default = 0.0 if scale == "logits" else 0.5
+            default = 0.0 if activation == "none" else 0.5
             threshold = default if top_k is None else -math.inf
-        return cls(threshold, top_k)
+        return cls(threshold, None if top_k is None else min(top_k, sys.maxsize))  # numpy knows no larger numbers
 
     def best(self, scores: np.ndarray) -> list[int]:
         """Indices into scores (C,) that pass, the highest first and equals in the order of the labels."""
         order = np.argsort(-scores, kind="stable")[: self.top_k]
-        # As float64, so that no reported score is below the threshold by a float32's rounding.
+        # In float64, so that float32's rounding doesn't report a score below the threshold.
         return [int(index) for index in order if float(scores[index]) >= self.threshold]
 
     def count(self, scores: np.ndarray) -> int:
@@ -88,7 +87,7 @@ class Selection:
         )
         made = 0
         for row in scores:
-            if made >= STEP:  # not before: an answer of a few lines is not worth another turn
+            if made >= STEP:  # a short answer needs no checkpoint
                 request.checkpoint()
                 made = 0
             best = [(index, float(row[index])) for index in self.best(row)]

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from avex_serve.bundles.labels import parse_labels
-from avex_serve.bundles.reading import sha256_of
+from avex_serve.bundles.reading import parse_labels, sha256_of
 from avex_serve.errors import BundleError
 
 logger = logging.getLogger(__name__)

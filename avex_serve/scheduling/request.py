@@ -72,6 +72,13 @@ class Limits:
                 "less overlap"
             )
 
+    def check_recordings(self, count: int) -> None:
+        """Check the number of recordings of a request, each of which has a window at least."""
+        if count > self.windows:
+            raise TooLargeError(
+                f"the request has {count} recordings; expected at most {self.windows}: send several requests"
+            )
+
     def check_json(self, size: int) -> None:
         """Check the bytes of a JSON document, which takes many times as much memory once it is parsed."""
         if size > self.json_bytes:

@@ -19,13 +19,17 @@ class Body:
     """The body of an HTTP request. Once it is complete, the client's connection is watched."""
 
     def __init__(self, request: Request, receive: Receive, max_bytes: int, seconds: float) -> None:
-        """A body of at most `max_bytes`, which may take `seconds` and a second more for each `SLOWEST` bytes."""
+        """A body of at most `max_bytes`.
+
+        It is due after `seconds`, and each `SLOWEST` bytes that arrive give it a second more. It is never due later
+        than `seconds` after what arrived last: who sends fast at first can't be silent for long at the end.
+        """
         self.client_gone = False
         self._request = request
         self._receive = receive
         self._max_bytes = max_bytes
         self._seconds = seconds
-        self._began = time.monotonic()
+        self._due = time.monotonic() + seconds
         self._size = 0
         self._complete = asyncio.Event()
         self._gone = asyncio.Event()
@@ -41,9 +45,8 @@ class Body:
         if self._complete.is_set():
             await self._gone.wait()
             return {"type": "http.disconnect"}
-        patience = self._began + self._seconds + self._size / SLOWEST - time.monotonic()
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(self._due - time.monotonic()):
                 message = await self._receive()
         except TimeoutError:
             raise SlowRequestError(
@@ -73,6 +76,7 @@ class Body:
         self._check_size(self._size + size)
         self._request.extend_body(size)
         self._size += size
+        self._due = min(self._due + size / SLOWEST, time.monotonic() + self._seconds)
 
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:

@@ -3,55 +3,101 @@
 BentoML has no public way to what is here. Written for BentoML 1.4 and uvicorn 0.54.
 """
 
+import asyncio
 import json
 import logging
+import math
+import shutil
+import tempfile
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import bentoml
 import click  # BentoML's command is made with it
+import httptools  # uvicorn reads HTTP with it
 from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.resource import system_resources
+from bentoml._internal.server.http import traffic
+from bentoml._internal.utils import circus
 from opentelemetry.sdk.trace import TracerProvider
+from starlette.types import ASGIApp
 from uvicorn.config import HTTP_PROTOCOLS
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from avex_serve.errors import InputError
 
 # -- HTTP connections -----------------------------------------------------------------------------------------------
 
 MAX_HEAD_BYTES: Final = 2**16
+MAX_HEADERS: Final = 256
+MAX_WAITING: Final = 32  # requests of a connection that wait for the answer to the one before
+STALL_SECONDS: Final = 60.0  # without a byte of an answer read, after which a client is given up
 
 _LINE_BYTES: Final = len(b": \r\n")  # of a header, besides its name and value
-_REFUSAL: Final = json.dumps({"error": f"the request's head is too large; expected at most {MAX_HEAD_BYTES} bytes"})
+_NO_REQUEST: Final = (400, "this is no valid HTTP request; expected one by RFC 9112")
+_TOO_LARGE: Final = (
+    431, f"the request's head is too large; expected at most {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers"
+)  # fmt: skip
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's HTTP protocol with a bound on the head of a request: its line, its headers and its trailers.
+    """uvicorn's HTTP protocol, with bounds on what a client can make it keep, and without upgrades.
 
-    The parser collects each header until it is complete. That takes time by the square of its size, before any
-    application sees the request: a header of 200 MiB blocked the event loop for a minute, and it took no key.
-    Too large a head is answered 431, and the connection is closed.
+    - The parser collects each header until it is complete, in time by the square of its size. So a head, or the
+      trailers of a body, has at most `MAX_HEAD_BYTES`; what is larger is answered 431.
+    - Up to `MAX_WAITING` requests may arrive before the answer to the one before; the connection ends with theirs.
+    - An upgrade is ignored: the request is answered as any other, as RFC 9110, 7.8, allows.
+    - A client that reads nothing of an answer for `STALL_SECONDS` is disconnected.
+
+    What can't be parsed is answered 400. Refusals are JSON, and the connection is closed after them.
     """
 
     _incomplete = 0  # bytes since the last complete part: a head, a piece of a body, a request
-    _too_large = False
+    _in_body = False  # whether a head was complete, and its body isn't
+    _ended = False  # whether nothing more is parsed
+    _fault = _NO_REQUEST
+    _working: RequestResponseCycle | None = None  # the request in work; `cycle` is the last that has arrived
+    _stalled: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         """Parse data from the client."""
+        self._unset_keepalive_if_required()
+        if self._ended:
+            return
         self._incomplete += len(data)
-        super().data_received(data)
-        if self._incomplete > MAX_HEAD_BYTES and not self._too_large:
-            self._refuse()
+        try:
+            while data:
+                data = self._parse(data)
+        except httptools.HttpParserError:
+            self._end()
+        else:
+            if self._incomplete > MAX_HEAD_BYTES:
+                self._fault = _TOO_LARGE
+                self._end()
+
+    def _parse(self, data: bytes) -> bytes:
+        """What is left to parse."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # The parser skips the body of a request that offers an upgrade, and reads it after a head without one.
+            lines = [b"%b %b HTTP/1.1" % (self.parser.get_method(), self.url)]
+            lines += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            return b"\r\n".join([*lines, b"", data[upgrade.args[0] :]])
+        return b""
 
     def on_headers_complete(self) -> None:
-        """Check the size of a complete head, which may have arrived at once."""
+        """Check a complete head, and begin its request."""
         self._incomplete = 0
         size = len(self.url) + sum(len(name) + len(value) + _LINE_BYTES for name, value in self.headers)
-        if size > MAX_HEAD_BYTES:
-            self._too_large = True
-            raise ValueError("the head is too large")  # ends the parser, see `send_400_response`
-        super().on_headers_complete()
+        if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
+            self._fault = _TOO_LARGE
+            raise ValueError  # ends the parser
+        if self.parser.get_method() == b"CONNECT" or len(self.pipeline) == MAX_WAITING:
+            raise ValueError
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+            self._in_body = True
 
     def on_body(self, body: bytes) -> None:
         """Accept a piece of a body."""
@@ -61,27 +107,82 @@ class BoundedHttp(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Accept the end of a request."""
         self._incomplete = 0
-        super().on_message_complete()
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+            self._in_body = False
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer what the parser can't parse."""
-        if self._too_large:
-            self._refuse()
+    def _end(self) -> None:
+        """Parse nothing more: refuse what has arrived, unless that would look like the answer to another request."""
+        self._ended = True
+        if self._in_body:
+            refuses = self.cycle is self._working and not self.cycle.response_started
         else:
-            super().send_400_response(msg)
-
-    def _refuse(self) -> None:
-        self._too_large = True
-        # While another request is being answered, this would look like its answer.
-        if self.cycle is None or self.cycle.response_complete:
-            head = f"content-type: application/json\r\ncontent-length: {len(_REFUSAL)}\r\nconnection: close\r\n\r\n"
-            self.transport.write(STATUS_LINE[431] + (head + _REFUSAL).encode())
+            refuses = self._working is None or self._working.response_complete
+            if not refuses:
+                self.cycle.keep_alive = False  # those before it are answered, then the connection is closed
+                return
+        self._let_go()
+        if refuses:
+            status, error = self._fault
+            body = json.dumps({"error": error})
+            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            self.transport.write(STATUS_LINE[status] + (head + body).encode())
         self.transport.close()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._working = cycle
+        super()._start_asgi_task(cycle, app)
 
-def bound_heads() -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let the application know, and forget the connection."""
+        self._let_go()
+        super().connection_lost(exc)
+        self._unwatch()
+
+    def _let_go(self) -> None:
+        """Let the request in work know that nobody waits for its answer; uvicorn tells only the last one."""
+        if self._working is not None and not self._working.response_complete:
+            self._working.disconnected = True
+            self._working.message_event.set()
+
+    def pause_writing(self) -> None:
+        """Let the application wait until the client has read, and watch whether it does."""
+        super().pause_writing()
+        self._watch_reading()
+
+    def resume_writing(self) -> None:
+        """Let the application go on."""
+        super().resume_writing()
+        self._unwatch()
+
+    def _watch_reading(self, unread: float = math.inf) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left >= unread:
+            self._let_go()
+            self.transport.abort()
+        else:
+            self._stalled = self.loop.call_later(STALL_SECONDS, self._watch_reading, left)
+
+    def _unwatch(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+
+
+def bound_connections() -> None:
     """Make the servers of this process use `BoundedHttp`: BentoML lets uvicorn choose its protocol."""
     HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedHttp.__name__}"
+
+
+def keep_no_timers() -> None:
+    """Keep BentoML from limiting the time of each HTTP request, which `front` does.
+
+    BentoML has no setting for this. Its timers hold the memory of requests that have long been answered.
+    """
+    traffic.TimeoutMiddleware = _untimed  # type: ignore[assignment,misc]
+
+
+def _untimed(app: ASGIApp, timeout: float) -> ASGIApp:
+    return app
 
 
 # -- configuration --------------------------------------------------------------------------------------------------
@@ -148,6 +249,25 @@ def http_configuration() -> HttpConfiguration:
 def _listed(name: str, setting: Any) -> Any:
     """A setting as CORSMiddleware expects it: BentoML accepts a text for a list of one."""
     return [setting] if isinstance(setting, str) and name != "allow_origin_regex" else setting
+
+
+class _Supervisor(circus.Arbiter):
+    """BentoML's supervisor, controlled by sockets in a folder that no other user can open.
+
+    BentoML makes it listen on two TCP ports of loopback. Whoever can connect there, other users of the machine or
+    containers of the same pod, can make it run any command.
+    """
+
+    def __init__(self, watchers: list[Any], **options: Any) -> None:
+        folder = tempfile.mkdtemp(prefix="avex-serve-")  # only its owner can open it
+        options["endpoint"], options["pubsub_endpoint"] = f"ipc://{folder}/control", f"ipc://{folder}/events"
+        super().__init__(watchers, **options)
+        self.exit_stack.callback(shutil.rmtree, folder, ignore_errors=True)
+
+
+def close_control_port() -> None:
+    """Make `_Supervisor` supervise the workers that this process starts."""
+    circus.Arbiter = _Supervisor  # type: ignore[misc]
 
 
 # -- spans ----------------------------------------------------------------------------------------------------------

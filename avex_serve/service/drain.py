@@ -3,12 +3,18 @@
 BentoML on its own would close HTTP first, leave gRPC unchanged until then, and wait for a day. Its supervisor keeps
 the listening socket open until its workers have ended, so clients of a worker that stopped accepting would wait in
 vain. This worker goes on accepting, and answers 503.
+
+Whatever a thread does, the process has ended soon after AVEX_DRAIN_SECONDS. A worker whose supervisor has died gets
+no signal, so it looks for its supervisor and then ends in the same way.
 """
 
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -19,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 CUT_OFF: Final = 1  # exit code
+CLOSING_SECONDS: Final = 5.0  # to close servers and engines, after the last answer
+LOOK_SECONDS: Final = 1.0  # between two looks for the supervisor
 
 
 class Drain:
@@ -46,6 +54,9 @@ class Drain:
                 self._previous[number](number, frame)
                 return
             self.draining = True
+            # Closing waits for threads, and a thread may never end. This timer needs neither the event loop nor
+            # Python: it prints where every thread is, and ends the process.
+            faulthandler.dump_traceback_later(self._seconds + CLOSING_SECONDS, exit=True)
             loop.call_soon_threadsafe(begin, number)
 
         def begin(number: int) -> None:
@@ -53,6 +64,18 @@ class Drain:
 
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, handle)
+
+    def watch_supervisor(self) -> None:
+        """Send this process SIGTERM once its supervisor has ended."""
+        supervisor = os.getppid()
+
+        def look() -> None:
+            while os.getppid() == supervisor:
+                time.sleep(LOOK_SECONDS)
+            logger.error("the supervisor of this worker has ended; the worker ends too")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=look, name="avex-supervisor", daemon=True).start()
 
     @contextmanager
     def running(self) -> Iterator[None]:

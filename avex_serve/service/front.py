@@ -19,10 +19,12 @@ The first six are decided before the body is read. With CORS, preflights are ans
 import asyncio
 import logging
 import math
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import grpc
@@ -53,7 +55,6 @@ from avex_serve.service.arrival import Body, Messages
 from avex_serve.service.credentials import Keys
 from avex_serve.service.drain import Drain
 from avex_serve.service.grpc.messages import SERVICE
-from avex_serve.service.oip import repository as models
 from avex_serve.service.settings import Settings
 from avex_serve.service.telemetry import REQUEST_ID, Exchange, Telemetry, request_id
 
@@ -76,9 +77,10 @@ CONTROL_BYTES: Final = 2**16  # of a request without tensors, which is parsed on
 
 TIME_LIMIT: Final = "Request-Timeout"  # header: how many seconds the client waits
 TRACE_ID: Final = "X-BentoML-Trace-ID"  # header, if BentoML is configured to send it
-POLICY_VIOLATION: Final = 1008  # WebSocket close code
-# A gRPC status is a header, and clients accept 8 KiB of headers: they would report a longer one as another error.
-MAX_DETAILS: Final = 1000
+# The details of a gRPC status are a header, percent-encoded, and clients accept 8 KiB of headers: they would report
+# longer ones as another error.
+MAX_DETAILS: Final = 1000  # characters
+MAX_DETAILS_BYTES: Final = 4000  # as sent
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,15 @@ class Front:
     answers: Memory
     telemetry: Telemetry
     drain: Drain
+    alive: list[Callable[[], bool]] = field(default_factory=list)  # whether each background task still runs
 
     def ready(self) -> bool:
-        """Whether requests are accepted: models are served, each has answered once, and it isn't shutting down."""
-        return not self.drain.draining and models.server_ready(self.repository)
+        """Whether requests are accepted: models are served, each has answered once, and no part has ended."""
+        return not self.drain.draining and self.is_whole() and self.repository.serves()
+
+    def is_whole(self) -> bool:
+        """Whether all background tasks of the worker run."""
+        return all(runs() for runs in self.alive)
 
     @contextmanager
     def record(self, exchange: Exchange, headers: Mapping[str, str]) -> Iterator[Request]:
@@ -128,7 +135,8 @@ class Front:
             self.keys.check(headers.get("authorization"))
         if body is not None:
             request.limit_seconds(_seconds(headers.get(TIME_LIMIT)))
-            body.check_length(int(headers.get("content-length", 0)))  # the parser accepts numbers alone
+            # The parser accepts 64 bits, after any number of zeros; Python refuses more than 4300 digits.
+            body.check_length(int(headers.get("content-length", "").strip().lstrip("0") or 0))
         if infers:
             self.admission.check_room()
 
@@ -210,12 +218,10 @@ class HttpFront:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
-        elif scope["type"] == "http":
+        if scope["type"] == "http":
             await self._record(scope, receive, send)
-        else:
-            await send({"type": "websocket.close", "code": POLICY_VIOLATION})
+        else:  # the start and the end of the service; upgrades to WebSocket are ignored
+            await self._app(scope, receive, send)
 
     async def _record(self, scope: Scope, receive: Receive, send: Send) -> None:
         front, headers = self._front(), Headers(scope=scope)
@@ -240,12 +246,15 @@ class HttpFront:
                     with front.running(quiet=exchange.quiet):
                         await self._answer(front, found.app, request, scope, receive, sending)
             except asyncio.CancelledError:
-                exchange.status = exchange.status or "504"  # BentoML's time limit
+                exchange.status = exchange.status or "500"  # the server ends, and answers this
                 raise
             except Exception as error:
-                if exchange.status:
-                    raise  # too late for another answer
-                await http_refusal(error, found.route)(scope, receive, sending)
+                if not exchange.status:
+                    await http_refusal(error, found.route)(scope, receive, sending)
+                elif isinstance(error, AvexServeError):
+                    exchange.status = str(error.http_status)  # the answer is incomplete: the connection is closed
+                else:
+                    raise
 
     def _headers(self, request: Request) -> list[tuple[bytes, bytes]]:
         headers = [(REQUEST_ID.encode(), request.id.encode())]
@@ -269,7 +278,7 @@ class HttpFront:
 
         try:
             async with asyncio.timeout(request.remaining) as wait:
-                watch = asyncio.create_task(body.watch(lambda: wait.reschedule(0)))
+                watch = asyncio.create_task(body.watch(partial(_end, wait)))
                 await app(scope, body.receive, sending)
         except TimeoutError:
             if body.client_gone:
@@ -286,6 +295,11 @@ def http_refusal(error: Exception, route: str) -> Response:
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
     error = known(error, route)
     return JSONResponse({"error": str(error)}, error.http_status, dict(error.http_headers))
+
+
+def _end(wait: asyncio.Timeout) -> None:
+    if not wait.expired():
+        wait.reschedule(0)
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:
@@ -345,21 +359,21 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return grpc.stream_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
 
     def _behind(self, handler: Any, method: str, headers: Mapping[str, str]) -> Call:
-        route = OTHER if handler is None else method[1:]
+        route = method.removeprefix("/")
         exchange = Exchange("grpc", route, "", method, quiet=method in QUIET)
         # Those of the health service may last for days, and are not recorded.
         is_stream = handler is not None and handler.response_streaming
 
         async def call(messages: Any, context: grpc.aio.ServicerContext) -> Any:
             with nullcontext(Request()) if is_stream else self._front.record(exchange, headers) as request:
-                if not is_stream:
-                    await context.send_initial_metadata(((REQUEST_ID, request.id),))
                 try:
+                    if not is_stream:
+                        await context.send_initial_metadata(((REQUEST_ID, request.id),))
                     with self._front.running(quiet=exchange.quiet):
                         answer = await self._answer(handler, method, headers, request, messages, context)
                     exchange.status = (context.code() or grpc.StatusCode.OK).name
                     return answer
-                except asyncio.CancelledError:
+                except (asyncio.CancelledError, grpc.aio.BaseError):  # gRPC has ended the call
                     exchange.status = grpc.StatusCode.CANCELLED.name
                     raise
                 except Exception as error:  # noqa: BLE001 - logged if it is unexpected
@@ -401,4 +415,12 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 def grpc_refusal(error: Exception, route: str) -> tuple[grpc.StatusCode, str]:
     """Status and details of a call that failed."""
     error = known(error, route)
-    return grpc.StatusCode[error.grpc_status], str(error)[:MAX_DETAILS]
+    return grpc.StatusCode[error.grpc_status], _fitting(str(error)[:MAX_DETAILS])
+
+
+def _fitting(details: str) -> str:
+    """The part of the details that a client accepts; what isn't printable ASCII is sent as %XX for each byte."""
+    # A surrogate can't be sent.
+    text = details.encode("utf-8", "replace").decode()
+    sizes = accumulate(1 if " " <= each <= "~" and each != "%" else 3 * len(each.encode()) for each in text)
+    return text[: bisect_right(list(sizes), MAX_DETAILS_BYTES)]

@@ -11,25 +11,31 @@
 
 A route is a template or `other`, so that paths nobody serves don't make series. Workers share their series by files
 in PROMETHEUS_MULTIPROC_DIR, which BentoML sets and clears. A worker that takes the place of one that died begins by
-taking the requests of the dead out of those in progress.
+taking the requests of the dead out of those in progress. A worker for whose files the disk has no room counts in its
+own memory.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from avex_serve.inference.engine import Engine
 from avex_serve.scheduling.request import STAGES, Timings
 
+logger = logging.getLogger(__name__)
+
 # From a few milliseconds for a small model to minutes for a recording of hours.
 SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 SHARED: Final = "PROMETHEUS_MULTIPROC_DIR"
+FILES: Final = ("counter", "histogram", "gauge_livesum")  # of each process
+FILE_BYTES: Final = 2**20  # more than all series take
 TRANSPORTS: Final = ("http", "grpc")
 MODEL: Final = ("name", "version", "format", "device")
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -48,6 +54,7 @@ class Metrics:
     def __init__(self, served: Callable[[], AbstractContextManager[Iterable[Engine]]]) -> None:
         if directory := os.environ.get(SHARED):
             _forget_the_dead(Path(directory))
+            _reserve_files(Path(directory))
         self._registry = registry = CollectorRegistry()
         self._served = served
         self._requests = Counter(
@@ -119,6 +126,30 @@ class Metrics:
                 manifest, backend = engine.manifest, engine.backend
                 family.add_metric([manifest.name, manifest.version, backend.format, backend.device], 1)
         return family
+
+
+def _reserve_files(directory: Path) -> None:
+    """Reserve room on disk for the series of this process; if there is none, keep them in memory.
+
+    Prometheus' library maps its files into memory and doesn't write them first. The kernel would kill a process
+    that adds a series while the disk is full.
+    """
+    files = [directory / f"{kind}_{os.getpid()}.db" for kind in FILES]
+    try:
+        for file in files:
+            with file.open("ab") as stream:
+                stream.write(bytes(FILE_BYTES - stream.tell()))
+    except OSError as error:
+        logger.warning(
+            "%s has no room for %d bytes of metrics (%s): this worker's metrics are not shared with other workers",
+            directory,
+            FILE_BYTES * len(FILES),
+            error.strerror,
+        )
+        for file in files:
+            file.unlink(missing_ok=True)
+        values.ValueClass = values.MutexValue
+        del os.environ[SHARED]
 
 
 def _forget_the_dead(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""What clients send, from bytes and text to checked values: JSON, options, tensors and gRPC messages.
+"""What clients send, from bytes and text to checked values: JSON, options and tensors.
 
 This is the only place that decodes them. What a document may cost is checked here, before it is decoded.
 """
@@ -8,19 +8,19 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
-from typing import Any, Final, TypeAlias, TypeVar, get_args, get_type_hints
+from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 import msgspec
 import numpy as np
-from google.protobuf.message import DecodeError, Message
 
 from avex_serve.errors import InputError, TensorError, TooLargeError
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.scheduling.request import current
 
 Value = TypeVar("Value")
-MessageType = TypeVar("MessageType", bound=Message)
 
+MAX_MEMBERS: Final = 2**12  # names in a JSON document: each makes values that take many times its bytes
+MAX_PARAMETER: Final = 256  # bytes of a parameter, unless it is a text
 QUOTED: Final = 80  # characters of a client's value that an error message repeats
 
 # -- JSON and options -----------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
     """The value of that type in a JSON document.
 
     Args:
-        kind: a Struct.
+        kind: a Struct. Its lists of numbers are of type `msgspec.Raw`, which `from_numbers` reads with less memory.
         data: the document.
         strict: otherwise numbers and flags may be written as text.
 
@@ -39,6 +39,8 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
         TooLargeError: more JSON than the current request may send.
     """
     current().limits.check_json(len(data))
+    if data.count(b":") > MAX_MEMBERS:
+        raise TooLargeError(f"the JSON has more than {MAX_MEMBERS} names of values; send fewer of them")
     try:
         return msgspec.json.decode(data, type=kind, strict=strict)
     except msgspec.ValidationError as error:
@@ -50,6 +52,19 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
         raise InputError(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise InputError("the JSON has too many lists or objects in one another") from None
+
+
+def parameters(given: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
+    """The values of parameters in JSON; TooLargeError for a long list or object."""
+    values = {}
+    for name, raw in given.items():
+        text = bytes(raw)
+        if len(text) > MAX_PARAMETER and text[:1] != b'"':
+            raise TooLargeError(
+                f"the parameter {name[:QUOTED]!r} has {len(text)} bytes; expected at most {MAX_PARAMETER}, or a text"
+            )
+        values[name] = msgspec.json.decode(text)
+    return values
 
 
 def value(name: str, given: object, kind: Any) -> Any:
@@ -148,6 +163,7 @@ BYTES: Final = "BYTES"
 BOOL: Final = "BOOL"
 MAX_DIMENSIONS: Final = 64  # numpy's limit
 STEP: Final = 1000  # elements of BYTES that are found in about a millisecond
+PIECE: Final = 2**16  # bytes of numbers as text that are read in about a millisecond
 LENGTH_BYTES: Final = 4  # before each element of a BYTES tensor, little-endian
 
 
@@ -157,7 +173,7 @@ def check_datatype(name: str, datatype: str) -> None:
         raise TensorError(f"input {name!r} has type {datatype!r}; expected FP32, or BYTES for encoded recordings")
 
 
-def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> np.ndarray | list[bytes]:
+def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes | memoryview) -> np.ndarray | list[bytes]:
     """The data of a tensor from its raw form: little-endian floats, bytes 0 and 1, or elements after their length.
 
     Raises:
@@ -167,7 +183,8 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> np.n
     """
     check_datatype(name, datatype)
     if datatype == BYTES:
-        return _split(name, elements(name, shape), raw)
+        current().limits.check_recordings(count := elements(name, shape))
+        return _split(name, count, raw)
     if datatype == BOOL:
         flags = np.frombuffer(raw, dtype=np.uint8)
         if (flags > 1).any():
@@ -179,26 +196,51 @@ def from_raw(name: str, datatype: str, shape: Sequence[int], raw: bytes) -> np.n
     return np.frombuffer(raw, dtype="<f4").astype(np.float32)
 
 
-def from_flags(name: str, data: object) -> np.ndarray:
-    """A bool array of the shape in which truth values are nested in lists; TensorError for anything else."""
-    array = _array(name, data)
-    if array.size and array.dtype != np.bool_:
-        raise TensorError(f"{name} holds other values than true and false")
-    return array.astype(bool)
+def from_flags(name: str, data: msgspec.Raw) -> np.ndarray:
+    """A bool array of the shape in which truth values are nested in lists; errors as of `from_numbers`."""
+    return _array(name, data, b"truefals", "true and false", bool)
 
 
-def from_numbers(name: str, data: object) -> np.ndarray:
+def from_numbers(name: str, data: msgspec.Raw) -> np.ndarray:
     """A float32 array of the shape in which numbers are nested in lists.
+
+    Args:
+        name: for messages.
+        data: JSON, without faults of grammar.
 
     Raises:
         TensorError: other values than numbers, lists of unequal lengths, or more lists in one another than a tensor
             has dimensions.
+        OverloadError: all requests together hold too many bytes.
+        ClientGoneError, DeadlineError: between many numbers.
     """
-    array = _array(name, data)
-    if array.size and array.dtype.kind not in "iuf":
-        raise TensorError(f"{name} holds other values than numbers")
     with np.errstate(over="ignore"):  # the engine refuses infinite values
-        return array.astype(np.float32)
+        return _array(name, data, b"0123456789+-.eE", "numbers", np.float32)
+
+
+def from_texts(name: str, data: msgspec.Raw) -> list[str]:
+    """The texts in a list; TensorError for anything else, TooLargeError for too many."""
+    text = bytes(data)
+    current().limits.check_recordings(text.count(b'"') // 2)
+    try:
+        return msgspec.json.decode(text, type=list[str])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise TensorError(f"{name} of type BYTES: expected a list of strings") from None
+
+
+def from_shape(name: str, shape: msgspec.Raw) -> list[int]:
+    """The shape of an input; TensorError for anything but a list of a few whole numbers."""
+    text = bytes(shape)
+    if (dimensions := text.count(b",") + 1) > MAX_DIMENSIONS:
+        raise TensorError(
+            f"{name} has an impossible shape of {dimensions} dimensions; expected at most {MAX_DIMENSIONS}"
+        )
+    try:
+        return msgspec.json.decode(text, type=list[int], strict=False)
+    except msgspec.DecodeError:
+        raise TensorError(
+            f"{name}: the shape is {_shortened(text.decode())}; expected a list of whole numbers"
+        ) from None
 
 
 def elements(name: str, shape: Sequence[int]) -> int:
@@ -212,21 +254,68 @@ def elements(name: str, shape: Sequence[int]) -> int:
     return math.prod(shape)
 
 
-def _array(name: str, data: object) -> np.ndarray:
-    try:
-        return np.asarray(data)
-    except ValueError:
-        depth, inner = 0, data
-        while isinstance(inner, list) and inner:
-            depth, inner = depth + 1, inner[0]
-        if depth > MAX_DIMENSIONS:
-            raise TensorError(
-                f"{name} has lists in lists, {depth} deep; expected at most {MAX_DIMENSIONS}"
-            ) from None
-        raise TensorError(f"{name} is ragged: lists at the same depth differ in length") from None
+def _array(name: str, data: msgspec.Raw, characters: bytes, values: str, dtype: type) -> np.ndarray:
+    """An array from JSON, without a Python object for each number.
+
+    Args:
+        name: for messages.
+        data: the JSON.
+        characters: of which its values are written.
+        values: what they are, for messages.
+        dtype: of the array.
+    """
+    text = bytes(data).translate(None, b" \t\r\n")
+    if text.translate(None, characters + b"[,]"):
+        raise TensorError(f"{name} holds other values than {values}")
+    shape = _nested_shape(name, text.translate(None, characters))
+    if b"[]" in text:
+        if text.strip(b"[,]"):
+            raise _ragged(name)
+        shape[-1] = 0
+    count = math.prod(shape)
+    current().extend_body(np.dtype(dtype).itemsize * count)
+    array: np.ndarray = np.empty(count, dtype)
+    flat = text.translate(None, b"[]")
+    del text
+    values_type: Any = list[bool] if dtype is bool else list[float]
+    done = position = 0
+    while done < count:
+        end = flat.find(b",", position + PIECE)
+        end = len(flat) if end < 0 else end
+        try:
+            piece = msgspec.json.decode(b"[%b]" % flat[position:end], type=values_type)
+        except msgspec.ValidationError as error:
+            raise InputError(f"{name}: {_plain(error).partition(' - at')[0]}") from None
+        array[done : done + len(piece)] = piece
+        done, position = done + len(piece), end + 1
+        current().check_wanted()  # and no turn of others: they would wait along with all of this
+    return array.reshape(shape)
 
 
-def _split(name: str, count: int, raw: bytes) -> list[bytes]:
+def _nested_shape(name: str, brackets: bytes) -> list[int]:
+    """The shape of nested lists of which brackets and commas are left, e.g. [2, 3] for ``[[,,],[,,]]``."""
+    depth = len(brackets) - len(brackets.lstrip(b"["))
+    if depth > MAX_DIMENSIONS:
+        raise TensorError(f"{name} has lists in lists, {depth} deep; expected at most {MAX_DIMENSIONS}")
+    shape: list[int] = []
+    regular = b""  # a list of this depth as the first ones of each depth are
+    for level in range(1, depth + 1):
+        first_end = brackets.find(b"]" * level) + level
+        size = (first_end - (depth - level) - 1) // (len(regular) + 1)
+        if size < 1:
+            raise _ragged(name)
+        regular = b"[%b%b]" % (regular, (b"," + regular) * (size - 1))
+        shape.insert(0, size)
+    if regular != brackets:
+        raise _ragged(name)
+    return shape
+
+
+def _ragged(name: str) -> TensorError:
+    return TensorError(f"{name} is ragged: lists at the same depth differ in length")
+
+
+def _split(name: str, count: int, raw: bytes | memoryview) -> list[bytes]:
     """The elements of a BYTES tensor in its raw form."""
     found: list[bytes] = []
     position = 0
@@ -241,95 +330,5 @@ def _split(name: str, count: int, raw: bytes) -> list[bytes]:
             raise TensorError(f"input {name!r}: an element of BYTES is longer than the data that was sent")
         if position == start:
             raise TensorError(f"input {name!r}: an element of BYTES is empty; expected an encoded recording")
-        found.append(raw[start:position])
+        found.append(bytes(raw[start:position]))
     return found
-
-
-# -- gRPC messages --------------------------------------------------------------------------------------------------
-
-# Decoded, a part of a message takes tens of bytes, even if it was sent in two. A message of the allowed size could
-# grow to gigabytes, and take as long. Sensible messages have a handful of parts.
-MAX_PARTS: Final = 2**14  # fields, also of inner messages, and numbers of the lists that grow when decoded
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
-_SKIPPED: Final = {_FIXED64: 8, _FIXED32: 4}
-_LONGEST_TAG: Final = 2**32
-_LONGEST_VARINT: Final = 64  # bits
-
-# Where to count further, by number of the field: in an inner message, or (None) in a packed list of integers.
-# A parameter counts as one part; packed floats and flags don't grow.
-_Fields: TypeAlias = "dict[int, _Fields | None]"
-_CONTENTS: Final[_Fields] = {2: None, 3: None, 4: None, 5: None}
-_INPUT: Final[_Fields] = {3: None, 5: _CONTENTS}
-_OUTPUT: Final[_Fields] = {}
-_REQUEST: Final[_Fields] = {5: _INPUT, 6: _OUTPUT}
-
-
-def message(kind: type[MessageType], data: bytes) -> MessageType:
-    """The message of that kind in bytes. If gRPC decoded it, it would log a traceback for bytes that are none.
-
-    Raises:
-        InputError: the bytes are no such message.
-    """
-    try:
-        return kind.FromString(data)
-    except DecodeError:
-        raise InputError(f"the request is no {kind.DESCRIPTOR.name}") from None
-
-
-def check_parts(data: bytes) -> None:
-    """Check that a ModelInferRequest, before it is decoded, has at most `MAX_PARTS`.
-
-    Raises:
-        TooLargeError: it has more.
-        InputError: the bytes are no such message.
-    """
-    _count(data, 0, len(data), _REQUEST, 0)
-
-
-def _count(data: bytes, at: int, end: int, fields: _Fields, parts: int) -> int:
-    """The parts so far, and those of the message between two positions of the data."""
-    while at < end:
-        tag, at = _varint(data, at, end)
-        if tag >= _LONGEST_TAG:
-            raise _malformed()
-        number, wire_type = tag >> 3, tag & 7
-        parts += 1
-        if wire_type == _VARINT:
-            _, at = _varint(data, at, end)
-        elif wire_type == _BYTES:
-            length, at = _varint(data, at, end)
-            if length > end - at:
-                raise _malformed()
-            if number in fields:
-                inner = fields[number]
-                parts = parts + length if inner is None else _count(data, at, at + length, inner, parts)
-            at += length
-        elif wire_type in _SKIPPED:
-            at += _SKIPPED[wire_type]
-        else:
-            raise _malformed()
-        if parts > MAX_PARTS:
-            raise TooLargeError(
-                f"the message has more than {MAX_PARTS} fields and numbers; send tensors in raw_input_contents"
-            )
-    if at > end:
-        raise _malformed()
-    return parts
-
-
-def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """The number at a position of the data, and the position after it."""
-    number = shift = 0
-    while at < end and shift < _LONGEST_VARINT:
-        byte = data[at]
-        at += 1
-        number |= (byte & 127) << shift
-        if byte < 128:
-            return number, at
-        shift += 7
-    raise _malformed()
-
-
-def _malformed() -> InputError:
-    return InputError("the request is no ModelInferRequest")

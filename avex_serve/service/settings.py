@@ -71,11 +71,12 @@ class Settings(BaseModel):
         60,
         gt=0,
         le=86_400,
-        description="for a body to arrive, in seconds; over HTTP one more for each 8 KiB received",
+        description="for a body to arrive, and between two pieces of it, in seconds; over HTTP one more for each "
+        "8 KiB received",
     )
     max_body_bytes: int = Field(128 * 2**20, ge=1, lt=2**31, description="of one HTTP body or gRPC message")
     max_held_bytes: int = Field(2**30, ge=1, description="of all bodies that a worker holds at once")
-    max_json_bytes: int = Field(16 * 2**20, ge=1, description="of JSON in one body; binary tensors don't count")
+    max_json_bytes: int = Field(8 * 2**20, ge=1, description="of JSON in one body; binary tensors don't count")
     max_seconds: float = Field(3600, gt=0, description="length of a recording, in seconds")
     max_clip_seconds: float = Field(
         30, gt=0, description="length of a clip that is inferred in one piece, for bundles of clips of any length"

@@ -7,22 +7,27 @@ are answered by `avex_serve.service.http`.
 # mypy: disable-error-code="untyped-decorator,attr-defined"
 # BentoML resolves its decorators lazily, so mypy sees no types of them.
 
+import asyncio
+import ctypes
 import logging
 import os
+import signal
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
 import bentoml
+import msgspec
 from anyio import to_thread
 
 from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.folders import check_any
 from avex_serve.errors import AvexServeError, InputError
 from avex_serve.inference import pipeline
+from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.opening import open_bundle
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.inference.results import Classification, Embedding, Prediction, Predictions
 from avex_serve.scheduling.admission import Admission
@@ -42,29 +47,18 @@ logger = logging.getLogger(__name__)
 
 ALL_INTERFACES: Final = {"0.0.0.0", "::"}
 QUEUE_FACTOR: Final = 16  # waiting requests for each at work
-TIMEOUT_MARGIN: Final = 10.0  # seconds
+ARENAS: Final = -8, 2  # M_ARENA_MAX of glibc: see `_keep_less_memory`
+CHECK_SECONDS: Final = 1.0  # between two looks at the background tasks
 STARTUP_FAILED: Final = 3  # exit code, uvicorn's for this case
 
 
-def _http_time_limit() -> float:
-    """Seconds after which BentoML may cut a request off: a little later than the service itself.
-
-    BentoML needs it when the class is made, and keeps a timer for each request until then.
-    """
-    try:
-        return Settings.from_environment().timeout_seconds + TIMEOUT_MARGIN
-    except InputError:  # `check` reports it, and the service doesn't start
-        return TIMEOUT_MARGIN
-
-
 # Metrics and the log of requests are ours: see docs/decisions/operation.md.
-@bentoml.service(
-    traffic={"timeout": _http_time_limit()}, metrics={"enabled": False}, logging={"access": {"enabled": False}}
-)
+@bentoml.service(metrics={"enabled": False}, logging={"access": {"enabled": False}})
 class AvexService:
     """Names the sounds in recordings, with the bundles that AVEX_BUNDLE points at."""
 
     _grpc: GrpcServer | None = None
+    _watch: asyncio.Task[None] | None = None
 
     def __init__(self) -> None:
         if bentoml.server_context.worker_index is not None:  # in BentoML's server, not in another program
@@ -165,7 +159,7 @@ class AvexService:
         version: str | None = None,
     ) -> Classification:
         """Ask the head about embeddings, (batch, dim) or (batch, time, dim); for embedding bundles."""
-        array = parsing.from_numbers("embeddings", embeddings)
+        array = parsing.from_numbers("embeddings", msgspec.Raw(msgspec.json.encode(embeddings)))
         query = Query(model=model, version=version, threshold=threshold, top_k=top_k, probe=probe)
         return pipeline.classify(self.front.repository, array, query)
 
@@ -178,6 +172,7 @@ class AvexService:
             configure_logs(settings.log_format, bento.share_log("avex_serve"))
             check_any(settings.bundle)
             bento.http_configuration()
+            bento.close_control_port()
             _check_ports_differ(settings)
             check_port_is_free(settings)
             Keys.from_settings(settings)
@@ -189,6 +184,7 @@ class AvexService:
     async def start(self) -> None:
         """In each worker: open the bundles, serve gRPC along with HTTP, and look for new bundles from then on."""
         settings = self.settings
+        _keep_less_memory()
         try:
             front = self.front
             self._grpc = await GrpcServer.start(front)
@@ -197,8 +193,12 @@ class AvexService:
             # Starlette and uvicorn would each log the traceback of an exception.
             os._exit(STARTUP_FAILED)
         front.drain.on_signals(self._grpc.announce_end)
+        if bentoml.server_context.worker_index is not None:
+            front.drain.watch_supervisor()
         if settings.reload_seconds:
             front.repository.watch(settings.reload_seconds)
+            front.alive.append(front.repository.is_watching)
+        self._watch = asyncio.create_task(_end_when_broken(front))
         logger.info(
             "gRPC listens on %s; to serve another bundle: "
             "AVEX_BUNDLE=dir bentoml serve avex_serve.service:AvexService",
@@ -208,12 +208,28 @@ class AvexService:
     @bentoml.on_shutdown
     async def stop(self) -> None:
         """End gRPC and the engines, after HTTP has ended."""
+        if self._watch is not None:
+            self._watch.cancel()
         if self._grpc is not None:
             await self._grpc.stop()
         front = self.front
         front.admission.close()
         front.repository.close()
         await to_thread.run_sync(front.telemetry.close)
+
+
+def _keep_less_memory() -> None:
+    """Share freed memory between threads. By default glibc keeps it for each of them: up to twice what is in use."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(*ARENAS)
+
+
+async def _end_when_broken(front: Front) -> None:
+    """End the worker in order once one of its background tasks has ended, so that BentoML starts another worker."""
+    while front.is_whole():
+        await asyncio.sleep(CHECK_SECONDS)
+    logger.critical("a background task of this worker has ended; the worker ends, to be replaced")
+    signal.raise_signal(signal.SIGTERM)
 
 
 def _check_ports_differ(settings: Settings) -> None:
@@ -227,5 +243,6 @@ def _check_ports_differ(settings: Settings) -> None:
 
 
 bento.skip_unsent_spans()
-bento.bound_heads()
+bento.bound_connections()
+bento.keep_no_timers()
 AvexService.add_asgi_middleware(HttpFront, front=lambda: bentoml.get_current_service().front, application=Routes)

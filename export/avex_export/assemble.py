@@ -1,14 +1,16 @@
-"""Assembling: from what was asked for to probes with their weights on one backbone."""
+"""From the request to probes with their weights on one backbone."""
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+import msgspec
 from torch import Tensor
 
 from avex_export.graph import Assembly, Head
 from avex_export.lengths import ERRORS, check_clip, check_mask, shortest_clip
 from avex_export.request import ExportRequest, ProbeSource
+from avex_serve.bundles.manifest import AudioSpec
 from avex_serve.errors import ExportError
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import StateDict, brought_to, fingerprint, read_state_dict
@@ -18,26 +20,22 @@ from avex_serve.models.probes.storage import check_backbone, load_head
 from avex_serve.models.utils.factory import build_model_from_spec
 from avex_serve.models.utils.load import load_model
 
-# Parameters with which a probe merges its layers; they are part of what determines the head's input.
+# Parameters with which a probe merges its layers; the head's input depends on them.
 _MERGING = ("layer_w", "embedding_p")
 
 
 def assemble(request: ExportRequest, sources: Sequence[ProbeSource]) -> Assembly:
-    """Build the probes on one backbone and load their weights.
-
-    Args:
-        request: what to export.
-        sources: its probes, from `read_probes`.
+    """Build the probes of a request, from `read_probes`, on one backbone and load their weights.
 
     Raises:
         ExportError: weights that don't fit, or probes that can't be built or exported together.
     """
+    audio = None
     try:
         if request.offline:
             probes = [_offline_probe(request, source) for source in sources]
-            clip_samples, sample_rate = None, None
         else:
-            probes, clip_samples, sample_rate = _online_probes(request, sources)
+            probes, audio = _online_probes(request, sources)
         for probe, source in zip(probes, sources, strict=True):
             if source.weights is not None:
                 state = read_state_dict(resolve_file(str(source.weights)))
@@ -49,47 +47,36 @@ def assemble(request: ExportRequest, sources: Sequence[ProbeSource]) -> Assembly
         raise ExportError(f"the probe {names} can't be built on {sources[0].model}: {error}") from error
     except (FileNotFoundError, ModuleNotFoundError) as error:
         raise ExportError(str(error)) from error
-    shortest = None
-    if clip_samples is not None:
-        shortest = shortest_clip(probes, clip_samples, request.embeddings) if request.dynamic_length else None
-        if request.padding_mask:
-            check_mask(probes, clip_samples)
-    backbone = sources[0].backbone
+    if audio is not None and request.dynamic_length:
+        shortest = shortest_clip(probes, audio.window_samples, request.embeddings)
+        audio = msgspec.structs.replace(audio, shortest_samples=shortest)
+    if audio is not None and request.padding_mask:
+        check_mask(probes, audio.window_samples)
+    first, base = sources[0], probes[0].base_model
+    checkpoint = None if base is None else base.checkpoint_uri
+    if checkpoint is None and first.saved is not None:
+        checkpoint = first.saved.checkpoint
     return Assembly(
-        name=bundle_name(request, sources),
-        version=request.bundle_version,
         heads=tuple(_head(request, source, probe) for source, probe in zip(sources, probes, strict=True)),
-        model=sources[0].model,
-        checkpoint=_checkpoint(probes[0], sources[0]),
-        licence="unknown" if backbone is None else backbone.licence,
-        clip_samples=clip_samples,
-        sample_rate=sample_rate,
-        half=request.half,
+        model=first.model,
+        checkpoint=checkpoint,
+        licence="unknown" if first.backbone is None else first.backbone.licence,
+        audio=audio,
         headless=request.embeddings,
-        shortest_samples=shortest,
-        masked=request.padding_mask,
+        takes_padding_mask=request.padding_mask,
     )
-
-
-def bundle_name(request: ExportRequest, sources: Sequence[ProbeSource]) -> str:
-    """The name of the bundle: as requested, else the probe's, else after the backbone."""
-    if request.name is not None:
-        return request.name
-    if request.embeddings:
-        return f"{sources[0].model}-embeddings"
-    return sources[0].name if len(sources) == 1 else f"{sources[0].model}-probes"
 
 
 # -- the probes ------------------------------------------------------------------------------------------------
 
 
-def _online_probes(request: ExportRequest, sources: Sequence[ProbeSource]) -> tuple[list[Probe], int, int]:
-    """The probes on one backbone, the samples of a clip, and the sample rate in Hz."""
+def _online_probes(request: ExportRequest, sources: Sequence[ProbeSource]) -> tuple[list[Probe], AudioSpec]:
+    """The probes on one backbone, and their clips."""
     entry = sources[0].backbone
     assert entry is not None
     tuned = [source.name for source in sources if source.fine_tuned]
     if tuned and len(sources) > 1:
-        raise ExportError(f"{tuned[0]} has a backbone that was fine-tuned with it; export it by itself")
+        raise ExportError(f"the backbone of {tuned[0]} was fine-tuned with it; export this probe by itself")
     if tuned:  # the probe's own weights include the backbone's
         base: ModelBase = build_model_from_spec(entry.spec, "cpu", return_features_only=True)
     else:
@@ -99,24 +86,22 @@ def _online_probes(request: ExportRequest, sources: Sequence[ProbeSource]) -> tu
                 check_backbone(source.saved, base, source.weights.parent)
     if len(sources) > 1 and base.has_own_extraction():
         raise ExportError(
-            f"model {entry.description} has its own extract_embeddings, which serves one probe at a time; export "
-            "the probes one by one"
+            f"model {entry.description} has its own extract_embeddings, which returns the embeddings of one probe; "
+            "export the probes one by one"
         )
     if base.audio_config is None:
         raise ExportError(f"model {entry.description} has no audio_config, so its sample rate is unknown; add one")
     rate = base.audio_config.sample_rate
-    samples = _clip_samples(request, sources, rate, lambda: base.clip_samples)
+    samples = _clip_samples(request, sources, base, rate)
     check_clip(base, samples, rate)
     probes = [
         build_probe_from_config(s.config, len(s.labels), "cpu", base_model=base, target_length=samples)
         for s in sources
     ]
-    return probes, samples, rate
+    return probes, AudioSpec(sample_rate=rate, window_samples=samples)
 
 
-def _clip_samples(
-    request: ExportRequest, sources: Sequence[ProbeSource], rate: int, usual: Callable[[], int]
-) -> int:
+def _clip_samples(request: ExportRequest, sources: Sequence[ProbeSource], base: ModelBase, rate: int) -> int:
     """Samples of a clip: as requested, else as in the probes' training, else the backbone's usual length."""
     if request.clip_seconds is not None:
         if (samples := round(request.clip_seconds * rate)) < 1:
@@ -125,7 +110,7 @@ def _clip_samples(
     lengths = {}
     for source in sources:
         trained = None if source.saved is None else source.saved.target_length
-        lengths[source.name] = trained or source.config.target_length or usual()
+        lengths[source.name] = trained or source.config.target_length or base.clip_samples
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name} {samples / rate:g} s" for name, samples in lengths.items())
         raise ExportError(f"the probes take clips of different lengths ({listed}); give --clip-seconds")
@@ -150,12 +135,12 @@ def _offline_probe(request: ExportRequest, source: ProbeSource) -> Probe:
 
 
 def _up_to_embedding(probe: Probe, state: StateDict) -> StateDict:
-    """The state dict with the probe's own values for its head, so that it fits for any number of classes."""
-    own = {name: tensor for name, tensor in probe.head_state().items() if not name.startswith(_MERGING)}
-    return {**brought_to(probe.state_dict(), state), **own}
+    """The state dict with the probe's present values for its head, so that it fits for any number of classes."""
+    kept = {name: tensor for name, tensor in probe.head_state().items() if not name.startswith(_MERGING)}
+    return {**brought_to(probe.state_dict(), state), **kept}
 
 
-# -- what the manifest says about them ---------------------------------------------------------------------------
+# -- their description in the manifest ---------------------------------------------------------------------------
 
 
 def _head(request: ExportRequest, source: ProbeSource, probe: Probe) -> Head:
@@ -165,20 +150,14 @@ def _head(request: ExportRequest, source: ProbeSource, probe: Probe) -> Head:
             f"{source.name} merges its layers by weights that are trained with the head; give the saved probe "
             "(--probe FOLDER)"
         )
-    reads = _input_fingerprint(probe, source)
-    pooled = _digest_of([reads, "mean over time"]) if reads is not None and probe.takes_sequence else reads
+    digest = _input_fingerprint(probe, source)
+    pooled = _digest_of([digest, "mean over time"]) if digest is not None and probe.takes_sequence else digest
     trained = source.weights is not None or (request.embeddings and not merges)
-    return Head(source.name, probe.eval(), source.labels, trained, reads, pooled)
-
-
-def _checkpoint(probe: Probe, source: ProbeSource) -> str | None:
-    if probe.base_model is not None and probe.base_model.checkpoint_uri is not None:
-        return probe.base_model.checkpoint_uri
-    return source.saved.checkpoint if source.saved is not None else None
+    return Head(source.name, probe.eval(), source.labels, trained, digest, pooled)
 
 
 def _input_fingerprint(probe: Probe, source: ProbeSource) -> str | None:
-    """Digest of what determines the head's input: backbone, layers, aggregation, weights that merge layers."""
+    """Digest of all that the head's input depends on: backbone, layers, aggregation, weights that merge layers."""
     if probe.base_model is not None:
         backbone: str | None = fingerprint(probe.base_model)
         layers: Sequence[str] | None = probe.layers

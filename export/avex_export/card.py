@@ -1,7 +1,7 @@
 """The model card: the README.md of a bundle, with the front matter that the Hugging Face Hub reads.
 
-Labels, file names, names of models and licences are the user's text. The template shows them only through the
-filters below, so that none of them can add a heading, a link or a field.
+Labels, file names, names of models and licences are the user's text. The template passes them through the filters
+below, so that none of them can add a heading, a link or a field.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
-from avex_export.int8 import gates
+from avex_export.int8 import agreement_text
 from avex_serve.bundles.manifest import Manifest, ProbeInfo
 from avex_serve.bundles.reading import Bundle
 from avex_serve.configs import ProbeConfig
@@ -39,7 +39,7 @@ etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl 
 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl
 ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 pddl postgresql unknown unlicense wtfpl zlib
 """
-# Text without a character that Markdown or HTML gives a meaning at that place.
+# Text in which no character has a meaning in Markdown or HTML.
 _PLAIN = re.compile(r"[^\W\d_][\w .,:/+()'-]*")
 
 
@@ -47,9 +47,9 @@ def model_card(bundle: Bundle, record: Record, embeddings: Mapping[str, str]) ->
     """Markdown: what the bundle is, how to serve and call it, and how closely its formats agree.
 
     Args:
-        bundle: its manifest and labels; the files need not be listed yet.
+        bundle: its manifest and labels; the manifest may lack the list of files.
         record: of the verification.
-        embeddings: how each embedding is made, by output; needed for a bundle without heads.
+        embeddings: how each embedding is computed, by output; used for a bundle without heads.
     """
     manifest, audio = bundle.manifest, bundle.manifest.audio
     formats = {check.format for check in record.checks}
@@ -69,7 +69,7 @@ def model_card(bundle: Bundle, record: Record, embeddings: Mapping[str, str]) ->
         example=lambda spec: tuple(2 if size == -1 else size for size in spec.shape),
         table=table(record.checks, record.skipped),
         machine=record.machine.lines(),
-        agreement=None if manifest.quantisation is None else gates.text(manifest.quantisation.agreement),
+        agreement=None if manifest.quantisation is None else agreement_text(manifest.quantisation.agreement),
     )
 
 

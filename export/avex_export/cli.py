@@ -10,28 +10,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from avex_serve.cli import drop_output, escape_unprintable
 from avex_serve.errors import AvexServeError, DependencyError, ExportError, InputError
-from avex_serve.terminal import drop_output, escape_unprintable
 
 # Windows has no SIGHUP.
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # Torch and onnxruntime have no error class for a failed allocation.
 _NO_MEMORY = re.compile(r"can't allocate memory|failed to allocate memory|bad_alloc|bad allocation", re.IGNORECASE)
-_LONGEST_CLIP = 3600  # seconds; more is a typing error, which would end in an allocator's message
+_LONGEST_CLIP = 3600  # seconds; a longer clip is a typing error, and there would not be enough memory for it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or the error's own (see `avex_serve.errors`)."""
-    options = vars(_parser().parse_args(argv)).items()
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in options}
-    given = {name: value for name, value in values.items() if value not in (None, False)}
+    options = vars(_parser().parse_args(argv)).items()  # those that were given
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in options}
     escape_unprintable()
     try:
         with _signals_interrupt(), _memory_errors():
             _run(given)
     except AvexServeError as error:
         return _fail(str(error), error.exit_code)
-    except OSError as error:  # of the output folder; errors of other files have become ours
+    except OSError as error:  # of the output folder; errors of other files are AvexServeErrors
         reason = str(error) if error.filename is None else f"--output {error.filename}: {error.strerror}"
         return _fail(reason, InputError.exit_code)
     except KeyboardInterrupt:
@@ -52,7 +51,7 @@ def _run(given: dict[str, Any]) -> None:
                 _refuse_others(given, {"explain", "without"}, "--explain without --probe")
             _explain(given, alone=alone)
         elif alone:
-            raise InputError("nothing to export: give --probe, or --list to see what there is")
+            raise InputError("nothing to export: give --probe, or --list to see the probes")
         else:
             _export(given)
     except ModuleNotFoundError as error:
@@ -93,14 +92,14 @@ def _export(given: dict[str, Any]) -> None:
     if not bundle.manifest.trained:
         print("avex-export: the head has random weights: its answers mean nothing", file=sys.stderr)
     if set(request.format) == {"pt2"}:
-        _say("PT2 is to be compiled and is not served; a bundle to serve needs --format onnx or torchscript")
+        _say("PT2 is for compilation and can't be served; to serve the bundle, export --format onnx or torchscript")
     else:
         _say(f"serve it: AVEX_BUNDLE={bundle.directory} bentoml serve avex_serve.service:AvexService")
 
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Let SIGTERM and a lost terminal end the command as Ctrl-C does, so that no unfinished folder is left."""
+    """Handle SIGTERM and a lost terminal as Ctrl-C, so that no unfinished folder is left."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
@@ -125,8 +124,8 @@ def _memory_errors() -> Iterator[None]:
         if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
             raise
         raise ExportError(
-            "there is not enough memory: long clips take most of it; give a smaller --clip-seconds, or more memory. "
-            "Nothing was written"
+            "there is not enough memory, and long clips take most of it; give a smaller --clip-seconds, or more "
+            "memory. Nothing was written"
         ) from error
 
 
@@ -145,6 +144,7 @@ def _fail(message: str, code: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="avex-export",
+        argument_default=argparse.SUPPRESS,  # the defaults are those of `ExportRequest`
         description="Export a trained probe with its backbone to ONNX and TorchScript, verify the result, and write "
         "it as a bundle.",
     )
@@ -152,27 +152,27 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--probe",
         action="append",
-        help="a named variant (see --list), a YAML file, or the folder of a saved probe; give it several times for "
+        help="a named variant (see --list), a YAML file, or the folder of a saved probe; repeat it to export "
         "several probes on one backbone, which then runs once for all",
     )
     what.add_argument(
         "--embeddings",
         action="store_true",
-        help="export the backbone without heads; it returns the embeddings that the probes' heads take "
+        help="export the backbone without heads; it returns the embeddings that are the input of the probes' heads "
         "(default probe: linear_last)",
     )
     what.add_argument("--model", help="backbone: a registered name or a YAML file (default: the saved probe's)")
     what.add_argument("--weights", type=Path, help="weights of the head: a state dict, or a saved probe's folder")
-    what.add_argument("--labels", type=Path, help="JSON {label: index}, or text with one label a line")
+    what.add_argument("--labels", type=Path, help="JSON {label: index}, or text with one label on each line")
     what.add_argument("--allow-untrained", action="store_true", help="export a head with random weights")
     what.add_argument(
-        "--offline", action="store_true", help="export the head alone, for clients that send embeddings"
+        "--offline", action="store_true", help="export only the head, for clients that send embeddings"
     )
     what.add_argument("--input-dim", type=_shape, metavar="D|T,D", help="with --offline: the shape of one embedding")
 
     where = parser.add_argument_group("where to write it")
     where.add_argument("--output", type=Path, help="folder of the bundle (default: export/bundles/NAME)")
-    where.add_argument("--name", help="name of the bundle (default: the probe's, or made from the backbone's)")
+    where.add_argument("--name", help="name of the bundle (default: the probe's, or one made from the backbone's)")
     where.add_argument("--bundle-version", metavar="VERSION", help="version of the bundle (default: 1)")
 
     formats = parser.add_argument_group("formats and precision")
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=("onnx", "torchscript", "pt2"),
         action="append",
-        help="give it several times for several formats (default: onnx and torchscript)",
+        help="repeat it for several formats (default: onnx and torchscript)",
     )
     formats.add_argument(
         "--activation",
@@ -208,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     clips.add_argument(
         "--dynamic-length",
         action="store_true",
-        help="accept clips of any length; recordings are still cut to --clip-seconds",
+        help="accept clips of any length; recordings are still cut into windows of --clip-seconds",
     )
     clips.add_argument(
         "--padding-mask", action="store_true", help="accept a padding mask with the clips, for BEATs and EAT"
@@ -225,12 +225,12 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     information = parser.add_argument_group("information")
-    information.add_argument("--list", action="store_true", help="list probes, backbones and formats, and stop")
+    information.add_argument("--list", action="store_true", help="list probes, backbones and formats, and exit")
     information.add_argument(
-        "--explain", action="store_true", help="list the optimising passes and which apply to the probe, and stop"
+        "--explain", action="store_true", help="list the optimising passes and which apply to the probe, and exit"
     )
     information.add_argument(
-        "--profile", action="store_true", help="measure while exporting how much time each pass saves"
+        "--profile", action="store_true", help="during the export, measure how much time each pass saves"
     )
     return parser
 

@@ -1,7 +1,8 @@
-"""The export itself: assemble, write each format, verify, seal the bundle."""
+"""The export: assemble, write each format, verify, seal the bundle."""
 
 import json
 import math
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -9,18 +10,15 @@ from pathlib import Path
 import msgspec
 import torch
 
-from avex_export.assemble import assemble, bundle_name
+from avex_export.assemble import assemble
 from avex_export.card import model_card
-from avex_export.cases import example_batch, example_inputs
+from avex_export.cases import example_inputs
 from avex_export.formats import Pt2Backend, write_onnx, write_pt2, write_torchscript
-from avex_export.graph import Assembly, Head, Output, export_graph, half_graph
-from avex_export.int8 import add_int8, find_clips, gates, refuse_unfit
-from avex_export.profile import gains_table, profile
-from avex_export.progress import Progress
-from avex_export.request import ExportRequest, read_probes
-from avex_export.verify import compare, verify
-from avex_serve.audio import reader as audio
-from avex_serve.audio import waveform
+from avex_export.graph import MASK, Assembly, Head, Output, export_graph
+from avex_export.int8 import add_int8, agreement_text, find_clips, refuse_unfit
+from avex_export.request import ExportRequest, bundle_name, read_probes
+from avex_export.verify import compare, gains_table, profile, verify
+from avex_serve.audio.reader import decode, resample
 from avex_serve.bundles.manifest import (
     CARD,
     LABELS,
@@ -30,7 +28,6 @@ from avex_serve.bundles.manifest import (
     PT2,
     TORCHSCRIPT,
     Activation,
-    AudioSpec,
     EmbeddingInfo,
     Manifest,
     ProbeInfo,
@@ -46,7 +43,6 @@ from avex_serve.inference.onnx import OnnxBackend
 from avex_serve.inference.torch import TorchBackend
 
 _BUNDLES = Path("export") / "bundles"
-_MASK = "padding_mask"  # name of an input
 
 
 def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) -> Bundle:
@@ -54,7 +50,7 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
 
     Args:
         request: what to export; a bundle in its output folder is replaced.
-        say: receives lines about the progress.
+        say: is called with each line about the progress.
 
     Raises:
         ExportError: it can't be assembled, a format differs from the eager module, or int8 is too inaccurate.
@@ -63,9 +59,14 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
         NotFoundError: a file that doesn't exist.
         FileExistsError: the output folder holds something else.
     """
-    progress = Progress(say)
+    started = time.monotonic()
+
+    def progress(step: str) -> None:
+        say(f"[{time.monotonic() - started:5.1f} s] {step}")
+
     sources = read_probes(request)
-    output = request.output or _BUNDLES / bundle_name(request, sources)
+    name = bundle_name(request, sources)
+    output = request.output or _BUNDLES / name
     with atomic_directory(output, marker=MANIFEST) as folder:
         progress(f"assemble {', '.join(source.name for source in sources)}")
         assembly = assemble(request, sources)
@@ -73,13 +74,15 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
         clips = None
         if request.quantize is not None:
             refuse_unfit(assembly, request.format)
-            clips = find_clips(assembly, request.calibration)
+            assert assembly.audio is not None
+            clips = find_clips(assembly.audio.window_samples, assembly.audio.sample_rate, request.calibration)
         for path in request.verify_audio:  # before the work begins
             _check_recording(path, assembly)
-        backends = _write_formats(request, assembly, folder, progress)
+        metadata = _onnx_metadata(assembly)
+        backends = _write_formats(request, assembly, folder, metadata, progress)
         progress("verify against the eager module")
         labels = {} if assembly.headless else {head.name: head.labels for head in assembly.heads}
-        draft = Bundle(folder, _manifest(assembly, request.activation or "sigmoid"), labels, digest="0" * 64)
+        draft = Bundle(folder, _manifest(request, name, assembly), labels, digest="0" * 64)
         record, cases = verify(assembly, draft, list(backends.values()), request.verify_audio)
         say(table(record.checks, record.skipped))
         if not record.passed:
@@ -91,9 +94,9 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
             say(gains_table(record.passes))
         if clips is not None:
             progress("round to int8, and compare on clips held out")
-            path, metadata, exact = folder / ONNX_INT8, _onnx_metadata(assembly), backends["onnx"]
+            path, exact = folder / ONNX_INT8, backends["onnx"]
             int8, quantisation = add_int8(assembly, path, metadata, exact, draft.manifest, clips, request.without)
-            say(gates.text(quantisation.agreement))
+            say(agreement_text(quantisation.agreement))
             checks = compare(cases, draft, [int8])
             say(table(checks))
             passed = all(check.passed for check in checks)
@@ -114,31 +117,35 @@ def _summary(assembly: Assembly) -> str:
 
 
 def _check_recording(path: Path, assembly: Assembly) -> None:
-    assert assembly.sample_rate is not None
-    wave, rate = audio.decode(path)
+    assert assembly.audio is not None
+    wave, rate = decode(path)
     try:
-        waveform.resample(wave, rate, assembly.sample_rate)
+        resample(wave, rate, assembly.audio.sample_rate)
     except AudioError as error:
         raise AudioError(f"{path}: {error}") from None
 
 
 def _write_formats(
-    request: ExportRequest, assembly: Assembly, folder: Path, progress: Progress
+    request: ExportRequest,
+    assembly: Assembly,
+    folder: Path,
+    metadata: dict[str, str],
+    progress: Callable[[str], None],
 ) -> dict[str, Backend]:
-    """Write each format, and return by format what runs it."""
+    """Write each format, and return the backend that runs it."""
     without = request.without
     graph, example = export_graph(assembly, without), example_inputs(assembly, 2)
-    inputs, outputs = _input_names(assembly), list(graph.outputs)
+    outputs = list(graph.outputs)
     backends: dict[str, Backend] = {}
     if "onnx" in request.format:
         progress("write ONNX")
-        write_onnx(graph, example, folder / ONNX, inputs, _onnx_metadata(assembly), without)
-        backends["onnx"] = OnnxBackend(folder / ONNX, inputs, outputs)
+        write_onnx(graph, example, folder / ONNX, assembly.input_names, metadata, without)
+        backends["onnx"] = OnnxBackend(folder / ONNX, assembly.input_names, outputs)
     if "torchscript" in request.format:
         progress("write TorchScript")
-        traced = half_graph(assembly, without) if assembly.half else graph
+        traced = export_graph(assembly, without, half=True) if request.half else graph
         write_torchscript(traced, example, folder / TORCHSCRIPT)
-        backends["torchscript"] = TorchBackend(folder / TORCHSCRIPT, outputs, "cpu", half=assembly.half)
+        backends["torchscript"] = TorchBackend(folder / TORCHSCRIPT, outputs, "cpu", half=request.half)
     if "pt2" in request.format:
         progress("write PT2")
         write_pt2(graph, example, folder / PT2)
@@ -147,7 +154,7 @@ def _write_formats(
 
 
 def _made(head: Head) -> str:
-    """How the head's input is made of the layers, for the card."""
+    """How the head's input is computed from the layers, for the card."""
     how = head.probe.aggregation
     made = "as sequences" if how == "none" else f"aggregated by {how}"
     return made if head.trained else f"{made}, merged by weights that are not trained but random"
@@ -156,30 +163,23 @@ def _made(head: Head) -> str:
 # -- the manifest -------------------------------------------------------------------------------------------------
 
 
-def _manifest(assembly: Assembly, activation: Activation) -> Manifest:
-    audio = None
-    if assembly.clip_samples is not None and assembly.sample_rate is not None:
-        audio = AudioSpec(
-            sample_rate=assembly.sample_rate,
-            window_samples=assembly.clip_samples,
-            shortest_samples=assembly.shortest_samples,
-        )
+def _manifest(request: ExportRequest, name: str, assembly: Assembly) -> Manifest:
     heads = range(0 if assembly.headless else len(assembly.heads))
     return Manifest(
-        name=assembly.name,
-        version=assembly.version,
-        kind="embedding" if audio is None else "audio",
+        name=name,
+        version=request.bundle_version,
+        kind="embedding" if assembly.audio is None else "audio",
         model=assembly.model,
         checkpoint=assembly.checkpoint,
-        probes=tuple(_probe(assembly, index, activation) for index in heads),
+        probes=tuple(_probe(assembly, index, request.activation or "sigmoid") for index in heads),
         embeddings=tuple(_embedding(assembly, output) for output in assembly.outputs if output.what != "logits"),
-        audio=audio,
+        audio=assembly.audio,
         inputs=tuple(
-            TensorSpec(name=name, dtype="bool" if name == _MASK else "float32", shape=_input_shape(assembly))
-            for name in _input_names(assembly)
+            TensorSpec(name=name, dtype="bool" if name == MASK else "float32", shape=_input_shape(assembly))
+            for name in assembly.input_names
         ),
         outputs=tuple(TensorSpec(name=o.name, shape=_output_shape(assembly, o)) for o in assembly.outputs),
-        half=assembly.half,
+        half=request.half,
         licence=assembly.licence,
         tools={name: version(name) for name in ("avex-serve", "onnx", "onnxruntime", "torch")},
         files={},
@@ -198,26 +198,20 @@ def _probe(assembly: Assembly, index: int, activation: Activation) -> ProbeInfo:
         labels=LABELS if len(assembly.heads) == 1 else f"{head.name}.{LABELS}",
         classes=len(head.labels),
         logits=next(o.name for o in assembly.outputs if o.head == index and o.what == "logits"),
-        embedding=None if assembly.clip_samples is None else assembly.embedding_of(index).name,
-        input_fingerprint=head.reads,
+        embedding=None if assembly.audio is None else assembly.embedding_of(index).name,
+        input_fingerprint=head.input_fingerprint,
     )
 
 
 def _embedding(assembly: Assembly, output: Output) -> EmbeddingInfo:
     head = assembly.heads[output.head]
-    fingerprint = head.reads if output.what == "features" else head.pooled
+    fingerprint = head.input_fingerprint if output.what == "features" else head.pooled_fingerprint
     return EmbeddingInfo(output=output.name, layers=tuple(head.probe.layers), fingerprint=fingerprint)
 
 
-def _input_names(assembly: Assembly) -> list[str]:
-    if assembly.clip_samples is None:
-        return ["embedding"]
-    return ["waveform", _MASK] if assembly.masked else ["waveform"]
-
-
 def _input_shape(assembly: Assembly) -> tuple[int, ...]:
-    if assembly.clip_samples is not None:
-        return (-1, -1 if assembly.any_length else assembly.clip_samples)
+    if assembly.audio is not None:
+        return (-1, -1 if assembly.audio.shortest_samples else assembly.audio.window_samples)
     (shape,) = assembly.probe.input_dim
     return (-1, -1, shape[-1]) if assembly.probe.takes_sequence else (-1, *shape)
 
@@ -229,32 +223,29 @@ def _output_shape(assembly: Assembly, output: Output) -> tuple[int, ...]:
     if output.what == "pooled" or not head.probe.takes_sequence:
         return (-1, head.probe.input_width)
     with torch.no_grad():
-        features, _ = head.probe.combine(example_batch(assembly, 1))  # (1, T, D)
+        features, _ = head.probe.combine(example_inputs(assembly, 1)[0])  # (1, T, D)
     return (-1, features.shape[1], head.probe.input_width)
 
 
 def _onnx_metadata(assembly: Assembly) -> dict[str, str]:
-    """The keys that OpenSoundscape's ONNXModel reads, and ours under a prefix."""
+    """The properties of the ONNX file: the keys that OpenSoundscape's ONNXModel reads, and ours with a prefix."""
     metadata = {
         "avex_serve.model": assembly.model,
         "avex_serve.licence": assembly.licence,
         "avex_serve.trained": json.dumps(assembly.trained),
     }
-    if not assembly.headless:  # those readers take one head: the first
+    if not assembly.headless:  # OpenSoundscape reads one head: the first
         metadata |= {
             "classes": json.dumps(list(assembly.heads[0].labels), ensure_ascii=False),
             "class_outputs_key": assembly.outputs[0].name,
         }
-    if assembly.clip_samples is not None and assembly.sample_rate is not None:
+    if (audio := assembly.audio) is not None:
+        seconds = audio.window_samples / audio.sample_rate
+        if seconds * audio.sample_rate < audio.window_samples:  # OpenSoundscape rounds this product down
+            seconds = math.nextafter(seconds, math.inf)
         metadata |= {
-            "sample_rate": str(assembly.sample_rate),
-            "sample_duration": str(_seconds(assembly.clip_samples, assembly.sample_rate)),
+            "sample_rate": str(audio.sample_rate),
+            "sample_duration": str(seconds),
             "embedding_outputs_key": assembly.embedding_of(0).name,
         }
     return metadata
-
-
-def _seconds(samples: int, rate: int) -> float:
-    """Seconds whose product with the rate is not below the samples, since OpenSoundscape rounds it down."""
-    seconds = samples / rate
-    return seconds if seconds * rate >= samples else math.nextafter(seconds, math.inf)

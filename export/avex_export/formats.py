@@ -1,4 +1,4 @@
-"""The formats that a graph is written in: ONNX, TorchScript and PT2. The batch stays dynamic in each."""
+"""The formats of a graph: ONNX, TorchScript and PT2. The size of the batch is dynamic in each."""
 
 import contextlib
 import io
@@ -17,28 +17,28 @@ from onnxscript.optimizer import fold_constants, remove_unused_nodes
 from torch import Tensor
 from torch.jit import TracerWarning  # type: ignore[attr-defined]
 
-from avex_export.graph import EmbeddingGraph, Graph
+from avex_export.graph import Graph
 from avex_export.passes import CONSTANTS, EXTERNAL_DATA
 from avex_serve.bundles.manifest import DATA_SUFFIX
 from avex_serve.errors import ExportError
 
-# Bytes of weights from which on they get a file of their own, which is mapped instead of read twice.
+# Weights of more bytes than this are written to a separate file, which is mapped instead of read twice.
 _LARGE = 8 * 2**20
-# What torch.export records for each node about the source file that it comes from.
+# Fields in which torch.export records the source file of each node.
 _PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node")
 
 
 @contextlib.contextmanager
 def _quiet_tracing() -> Iterator[None]:
-    """Without gradients, without torch's transformer fast path, and without the noise of its exporters.
+    """Run without gradients, without torch's transformer fast path, and without warnings of torch's exporters.
 
-    The fast path is one opaque operator that neither ONNX nor the meta device knows.
+    The fast path is one opaque operator that neither ONNX nor the meta device has.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     with warnings.catch_warnings(), torch.no_grad():
-        # TorchScript is deprecated, but it is what loads on CUDA without compiling.
+        # TorchScript is deprecated, but it loads on CUDA without compilation.
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
         # torch's own layers check sizes, which hold for every input of the traced shape.
         warnings.filterwarnings("ignore", category=TracerWarning, module=r"torch\.nn\.")
@@ -56,10 +56,10 @@ def _quiet_tracing() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _dynamic_axes(graph: Graph, example: Sequence[Tensor]) -> tuple[dict[int, Any], ...]:
+def _dynamic_axes(graph: Graph, example: Sequence[Tensor], time: Any) -> tuple[dict[int, Any], ...]:
     """The axes of each input that torch.export keeps dynamic: the batch, and time if the graph takes any length."""
-    axes = (0, 1) if graph.any_length else (0,)
-    return tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for _ in example)
+    batch = torch.export.Dim.DYNAMIC
+    return tuple({0: batch, 1: time} if graph.any_length else {0: batch} for _ in example)
 
 
 # -- ONNX ---------------------------------------------------------------------------------------------------------
@@ -73,28 +73,28 @@ def write_onnx(
     metadata: Mapping[str, str],
     without: Collection[str] = (),
 ) -> None:
-    """Export the graph by torch.export and write it, with the metadata that other tools read.
+    """Export the graph by torch.export and write it; large weights are written to a second file next to it.
 
     Args:
-        graph: what to export.
+        graph: the graph.
         example: a batch (B, …) of each input.
-        path: the file. If the weights are large, they go into a second file next to it.
+        path: the file.
         input_names: of the graph.
-        metadata: the graph's properties.
-        without: passes to leave out; only those that change the file matter here. See `avex_export.passes`.
+        metadata: properties of the file.
+        without: passes to leave out; only `CONSTANTS` and `EXTERNAL_DATA` have an effect here.
 
     Raises:
         ExportError: the graph can't be exported.
     """
     with _quiet_tracing():
-        # Not optimised: onnxscript's optimiser deletes additions of small constants, which silence needs. Most of
-        # its other work onnxruntime does better, for the machine that it runs on.
+        # Not optimised: onnxscript's optimiser deletes additions of small constants, without which the logarithm of
+        # silence is not finite. onnxruntime does most of its other work better, for the machine that it runs on.
         try:
             program = torch.onnx.export(
                 graph,
                 tuple(example),
                 dynamo=True,
-                dynamic_shapes=_dynamic_axes(graph, example),
+                dynamic_shapes=_dynamic_axes(graph, example, torch.export.Dim.DYNAMIC),
                 input_names=list(input_names),
                 optimize=False,
                 verbose=False,
@@ -117,14 +117,14 @@ def write_onnx(
     if EXTERNAL_DATA not in without and size > _LARGE:
         data = path.with_name(path.name + DATA_SUFFIX)
         onnx.save_model(model, path, save_as_external_data=True, location=data.name)
-        data.chmod(path.stat().st_mode)  # onnx makes it readable for its writer alone
+        data.chmod(path.stat().st_mode)  # onnx makes it readable for its owner only
     else:
         onnx.save_model(model, path)
     onnx.checker.check_model(path)
 
 
 def _name_transposed_weights(graph: Iterable[Any]) -> None:
-    """Name a folded weight after the weight it was made from, so that weights are found by their layers' names."""
+    """Name a folded weight after the weight that it was made from, so that its name contains the layer's name."""
     transposed = {
         node.inputs[0].name: node
         for node in graph
@@ -137,7 +137,7 @@ def _name_transposed_weights(graph: Iterable[Any]) -> None:
 
 
 def _rename_outputs(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto:
-    # Inner values are named after torch's operators, such as "embedding"; a prefix keeps our names free.
+    # Inner values have the names of torch's operators, such as "embedding". The prefix avoids a conflict with ours.
     model = onnx.compose.add_prefix(model, "g/", rename_inputs=False)
     renamed = {output.name: name for output, name in zip(model.graph.output, names, strict=True)}
     for output in model.graph.output:
@@ -159,14 +159,13 @@ def _drop_provenance(graph: onnx.GraphProto) -> None:
 
 
 def write_torchscript(graph: Graph, example: Sequence[Tensor], path: Path) -> None:
-    """Trace the graph on example inputs, (B, …) each, and write it. It names no device, so it runs on any."""
+    """Trace the graph on example inputs, (B, …) each, and write it. The file runs on any device."""
     with _quiet_tracing():
         # The trace is not checked here: verification compares it on more inputs than the example.
         traced = torch.jit.trace(graph, tuple(example), check_trace=False)  # type: ignore[no-untyped-call]
         archive = io.BytesIO()
         torch.jit.save(traced, archive)
-    # The archive is a zip that records the source file of each operation on the exporting machine. Running it needs
-    # none of that.
+    # The archive is a zip file. It records the source file of each operation, which nobody needs to run it.
     with zipfile.ZipFile(archive) as source, zipfile.ZipFile(path, "w") as target:
         for record in source.infolist():
             if not record.filename.endswith(".debug_pkl"):
@@ -174,11 +173,7 @@ def write_torchscript(graph: Graph, example: Sequence[Tensor], path: Path) -> No
 
 
 def meta_shapes(path: Path, example: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """Output shapes of the traced module on the meta device.
-
-    Raises:
-        RuntimeError: it doesn't run there, because a device is baked in.
-    """
+    """Output shapes of the traced module on the meta device; RuntimeError if a device is fixed in it."""
     with _quiet_tracing():
         module = torch.jit.load(str(path))  # type: ignore[no-untyped-call]
         # Loading onto meta directly fails in torch itself, which compares constants by value.
@@ -192,15 +187,11 @@ def meta_shapes(path: Path, example: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
 
 def write_pt2(graph: Graph, example: Sequence[Tensor], path: Path) -> None:
-    """Export the graph by torch.export and write it, to be compiled ahead of time (AOTInductor) or loaded by torch.
+    """Export the graph by torch.export and write it, for compilation (AOTInductor) or for torch.
 
-    The time axis of embeddings is dynamic too, unless torch.export finds a reason to fix it.
+    A dynamic time axis is fixed if torch.export finds a reason.
     """
-    axes = _dynamic_axes(graph, example)
-    if isinstance(graph, EmbeddingGraph):
-        axes = tuple(
-            {axis: torch.export.Dim.AUTO if axis == 1 else how for axis, how in each.items()} for each in axes
-        )
+    axes = _dynamic_axes(graph, example, torch.export.Dim.AUTO)
     with _quiet_tracing():
         program = torch.export.export(graph, tuple(example), dynamic_shapes=axes, strict=False)
         for node in program.graph.nodes:
@@ -212,7 +203,7 @@ def write_pt2(graph: Graph, example: Sequence[Tensor], path: Path) -> None:
 
 
 class Pt2Backend:
-    """Runs an exported program uncompiled, to verify it; see `avex_serve.inference.backend.Backend`."""
+    """Runs an exported program without compilation, to verify it; see `avex_serve.inference.backend.Backend`."""
 
     device = "cpu"
     format = "pt2"

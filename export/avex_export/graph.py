@@ -8,10 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from avex_export.passes import Target, halve, rewrite
-from avex_serve.errors import ExportError
+from avex_export.architectures.base import Target
+from avex_export.passes import halve, rewrite
+from avex_serve.bundles.manifest import AudioSpec
 from avex_serve.models.probes import Probe
 from avex_serve.models.probes.base import Combined
+
+MASK = "padding_mask"  # name of an input
+Kind = Literal["logits", "pooled", "features"]  # (B, C); (B, D); the head's input, (B, D) or (B, T, D)
 
 
 @dataclass(frozen=True)
@@ -22,35 +26,30 @@ class Head:
     probe: Probe
     labels: tuple[str, ...]
     trained: bool
-    reads: str | None  # fingerprint of the embedding that is the head's input; None: unknown
-    pooled: str | None  # fingerprint of the pooled embedding that the graph returns with the logits
+    input_fingerprint: str | None  # of the embedding that is the head's input; None: unknown
+    pooled_fingerprint: str | None  # of that embedding after its mean over time
 
 
 @dataclass(frozen=True)
 class Output:
-    """An output of the graph: which head it belongs to, and what it is."""
+    """An output of the graph: its name, the index of its head, and what it is."""
 
     name: str
     head: int
-    what: Literal["logits", "pooled", "features"]  # (B, C); (B, D); the head's input, (B, D) or (B, T, D)
+    what: Kind
 
 
 @dataclass(frozen=True)
 class Assembly:
     """Probes on one backbone, ready to become a graph."""
 
-    name: str
     heads: tuple[Head, ...]
     model: str
     checkpoint: str | None  # of the backbone, for the manifest
     licence: str
-    clip_samples: int | None  # None: the input is embeddings
-    sample_rate: int | None
-    version: str = "1"
-    half: bool = False  # whether the TorchScript graph is in float16
+    audio: AudioSpec | None  # None: the input is embeddings
     headless: bool = False  # whether the graph returns the heads' inputs and no logits
-    shortest_samples: int | None = None  # of a clip, if the graph takes that and any longer one
-    masked: bool = False  # whether the graph takes a padding mask
+    takes_padding_mask: bool = False
 
     @property
     def probe(self) -> Probe:
@@ -63,40 +62,39 @@ class Assembly:
         return tuple(head.probe for head in self.heads)
 
     @property
-    def any_length(self) -> bool:
-        """Whether clips may have any length."""
-        return self.shortest_samples is not None
-
-    @property
     def trained(self) -> bool:
         """Whether every head was trained."""
         return all(head.trained for head in self.heads)
 
     @property
+    def input_names(self) -> list[str]:
+        """Names of the inputs of the graph."""
+        if self.audio is None:
+            return ["embedding"]
+        return ["waveform", MASK] if self.takes_padding_mask else ["waveform"]
+
+    @property
     def outputs(self) -> tuple[Output, ...]:
         """The outputs of the graph: the logits of each head, then the embeddings, each once."""
-        heads = [] if self.headless else [self._output(i, "logits") for i in range(len(self.heads))]
-        return (*heads, *dict.fromkeys(self.embedding_of(i) for i in range(len(self.heads)) if self._embeds))
+        heads = range(len(self.heads))
+        logits = [] if self.headless else [self._output(i, "logits") for i in heads]
+        embeddings = [] if self.audio is None else [self.embedding_of(i) for i in heads]
+        return tuple(dict.fromkeys([*logits, *embeddings]))
 
     def embedding_of(self, head: int) -> Output:
-        """The embedding of a head; heads may share it. Audio only."""
-        digests = [each.reads if self.headless else each.pooled for each in self.heads]
-        # Heads with the same embedding share an output, which has the name of the first of them.
+        """The embedding of a head. Heads with the same embedding share it, under the name of the first of them."""
+        digests = [each.input_fingerprint if self.headless else each.pooled_fingerprint for each in self.heads]
         first = head if digests[head] is None else digests.index(digests[head])
-        what: Literal["features", "pooled"] = "features" if self.headless else "pooled"
+        what: Kind = "features" if self.headless else "pooled"
         alone = digests[0] is not None and len(set(digests)) == 1
         return Output("embedding", first, what) if alone else self._output(first, what)
 
-    @property
-    def _embeds(self) -> bool:
-        return self.clip_samples is not None
-
-    def _output(self, head: int, what: Literal["logits", "pooled", "features"]) -> Output:
+    def _output(self, head: int, what: Kind) -> Output:
         name = "logits" if what == "logits" else "embedding"
         return Output(name if len(self.heads) == 1 else f"{self.heads[head].name}.{name}", head, what)
 
 
-class AudioGraph(nn.Module):
+class Graph(nn.Module):
     """Waveform (B, S) → the outputs: front end, backbone, aggregation and heads, with a pass for each probe.
 
     An optional mask (B, S) bool is True where clips are padded.
@@ -106,16 +104,12 @@ class AudioGraph(nn.Module):
         super().__init__()
         self.probes = nn.ModuleList(probes)
         self.answers = tuple(outputs)
+        self.outputs = tuple(output.name for output in outputs)
         self.passes: tuple[str, ...] = ()  # names of the passes that were applied
-        self.any_length = False  # whether clips may have any length
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs."""
-        return tuple(output.name for output in self.answers)
+        self.any_length = False  # whether the time axis of the input is dynamic
 
     def forward(self, waveform: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """(B, S) → one tensor an output, see `Output`."""
+        """(B, S) → one tensor for each output, see `Kind`."""
         combined = self.combine(waveform, padding_mask)
         return tuple(self._answer(output, *combined[output.head]) for output in self.answers)
 
@@ -135,7 +129,7 @@ class AudioGraph(nn.Module):
         return features if output.what == "features" else probe.pool(features, padding)
 
 
-class OnePassGraph(AudioGraph):
+class OnePassGraph(Graph):
     """The same for rewritten copies of the probes, with one pass of their backbone for all heads."""
 
     def __init__(self, target: Target, outputs: Sequence[Output]) -> None:
@@ -143,7 +137,7 @@ class OnePassGraph(AudioGraph):
         self.target = target
 
     def combine(self, waveform: Tensor, padding_mask: Tensor | None = None) -> list[Combined]:
-        """See `AudioGraph.combine`. With a mask, all probes must exclude padding, or none."""
+        """See `Graph.combine`. With a mask, all probes must exclude padding, or none."""
         model, probes = self.target.model, self.target.probes
         as_if_alone = padding_mask is not None and probes[0].exclude_padding
         tapped = model.pooled_taps(waveform, self.target.layers, padding_mask, as_if_alone=as_if_alone)
@@ -153,60 +147,43 @@ class OnePassGraph(AudioGraph):
         return [probe.combine_taps(tapped, padding_mask if probe.exclude_padding else None) for probe in probes]
 
 
-class EmbeddingGraph(nn.Module):
-    """Embedding (B, D) or (B, T, D) → logits (B, C); sequences may have any length."""
+class EmbeddingGraph(Graph):
+    """Embedding (B, D) or (B, T, D) → logits (B, C)."""
 
-    outputs = ("logits",)
-
-    def __init__(self, probe: Probe) -> None:
-        super().__init__()
-        self.probe, self.any_length = probe, probe.takes_sequence
-        self.passes: tuple[str, ...] = ()
-
-    def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:
-        """(B, D) or (B, T, D) → (B, C)."""
-        return (self.probe(embedding),)
-
-
-Graph = AudioGraph | EmbeddingGraph
+    def forward(self, embedding: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """(B, D) or (B, T, D) → (B, C). The name of the argument is the name of the input in TorchScript and PT2."""
+        return super().forward(embedding)
 
 
 def eager_graph(assembly: Assembly) -> Graph:
     """The graph that the probes themselves compute; every format is compared to it."""
-    if assembly.clip_samples is None:
-        return EmbeddingGraph(assembly.probe).eval()
-    return AudioGraph(assembly.probes, assembly.outputs).eval()
+    kind = EmbeddingGraph if assembly.audio is None else Graph
+    return kind(assembly.probes, assembly.outputs).eval()
 
 
-def export_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
-    """A copy of the graph, rewritten by all passes except `without`; see `avex_export.passes`."""
+def export_graph(assembly: Assembly, without: Collection[str] = (), *, half: bool = False) -> Graph:
+    """A copy of the graph, rewritten by all passes except `without`; see `avex_export.passes`.
+
+    Args:
+        assembly: what is exported.
+        without: names of passes.
+        half: convert all but the front end to float16. ExportError if no front end of the backbone is known.
+    """
     probes = copy.deepcopy(assembly.probes)
-    graph: Graph
-    if assembly.clip_samples is None:
-        graph = EmbeddingGraph(probes[0])
+    audio, masked = assembly.audio, assembly.takes_padding_mask
+    if audio is None:
+        graph: Graph = EmbeddingGraph(probes, assembly.outputs)
+        graph.any_length = probes[0].takes_sequence
     else:
-        copies = tuple(probe.eval() for probe in probes)
-        target = Target(copies, assembly.clip_samples, assembly.any_length, assembly.masked)
+        any_length = audio.shortest_samples is not None
+        target = Target(tuple(probe.eval() for probe in probes), audio.window_samples, any_length, masked)
         passes = rewrite(target, without)
+        if half:
+            halve(target)
         # One pass can't serve all probes if the backbone extracts embeddings for one probe at a time, or if the
         # probes use the mask in different ways.
-        own_way = target.model.has_own_extraction() or (
-            assembly.masked and len({probe.exclude_padding for probe in probes}) > 1
-        )
-        graph = AudioGraph(probes, assembly.outputs) if own_way else OnePassGraph(target, assembly.outputs)
-        graph.passes, graph.any_length = tuple(passes), assembly.any_length
+        differ = masked and len({probe.exclude_padding for probe in probes}) > 1
+        separate = target.model.has_own_extraction() or differ
+        graph = Graph(probes, assembly.outputs) if separate else OnePassGraph(target, assembly.outputs)
+        graph.passes, graph.any_length = tuple(passes), any_length
     return graph.eval().requires_grad_(False)
-
-
-def half_graph(assembly: Assembly, without: Collection[str] = ()) -> Graph:
-    """`export_graph` in float16, except for its front end.
-
-    Raises:
-        ExportError: a head alone, or a backbone whose front end is not known.
-    """
-    graph = export_graph(assembly, without)
-    try:
-        halve([*graph.probes] if isinstance(graph, AudioGraph) else [graph.probe])
-    except ValueError as error:
-        raise ExportError(f"--half: {error}") from None
-    return graph

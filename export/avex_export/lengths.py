@@ -1,4 +1,4 @@
-"""The clips that a probe can process: how short, whether of any length, and whether padded with a mask."""
+"""The clips that a probe can process: the shortest length, whether any length, and whether with a padding mask."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from avex_serve.errors import ExportError
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.probes import LSTMProbe, Probe, SequenceProbe
 
-# What a probe raises that can't be built or can't process a clip, including networks of the user's own.
+# Errors of probes that can't be built or can't process a clip, including errors of the user's own networks.
 ERRORS = (ValueError, LookupError, RuntimeError, AssertionError, TypeError, ArithmeticError)
 
 
@@ -24,15 +24,12 @@ def check_clip(model: ModelBase, samples: int, rate: int) -> None:
 
 
 def shortest_clip(probes: Sequence[Probe], samples: int, headless: bool) -> int:
-    """Samples of the shortest clip that probes process, if they process every longer one too.
+    """Samples of the shortest clip that probes in eval mode process; ExportError unless they process any longer one.
 
     Args:
         probes: in eval mode.
         samples: of a clip that they process.
         headless: whether the graph returns the inputs of their heads.
-
-    Raises:
-        ExportError: they are bound to lengths.
     """
     if headless and any(probe.takes_sequence for probe in probes):
         raise ExportError(

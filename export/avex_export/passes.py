@@ -1,10 +1,10 @@
-"""Rewriting copies of probes before they are exported: what every graph needs, the passes, and half precision.
+"""Rewrites copies of probes before the export: what every graph needs, the passes, and half precision.
 
 A pass makes the graph faster, changes the numbers by rounding only, and can be left out. The architecture of the
 backbone has its passes in the order in which they are applied: later ones build on the results of earlier ones.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from avex_export.architectures import ARCHITECTURES, architecture_of, names
 from avex_export.architectures.base import Architecture, Pass, Target
 from avex_export.architectures.spectra import front_ends, use_products
+from avex_serve.errors import ExportError
 from avex_serve.models.layers import input_lengths
-from avex_serve.models.probes import Probe
 
 
 def in_order(architectures: Iterable[Architecture]) -> tuple[Pass, ...]:
@@ -31,34 +31,21 @@ def in_order(architectures: Iterable[Architecture]) -> tuple[Pass, ...]:
 
 PASSES = in_order(ARCHITECTURES)
 
-# These don't rewrite modules, but the ONNX graph that is made from them.
+# These passes don't rewrite modules, but the ONNX graph that is made from them.
 CONSTANTS = "constants"
 EXTERNAL_DATA = "external-data"
 SUMMARIES = {each.name: each.summary for each in PASSES} | {
-    CONSTANTS: "compute what depends on no input, transposed weights above all, before the ONNX graph is written",
-    EXTERNAL_DATA: "write large weights of the ONNX graph to a file of their own, to be mapped instead of read",
+    CONSTANTS: "compute all values that depend on no input, such as transposed weights, before the graph is written",
+    EXTERNAL_DATA: "write large weights of the ONNX graph to a separate file, which is mapped instead of read",
 }
 
 
 def rewrite(target: Target, without: Collection[str] = ()) -> list[str]:
-    """Make copies of probes fit for export, in place; they can't be trained or saved any more.
+    """Prepare copies of probes in eval mode for the export, in place; they can't be trained or saved afterwards.
 
-    Args:
-        target: in eval mode.
-        without: names of passes to leave out.
-
-    Returns:
-        The names of the passes that had anything to do.
-    """
-    _lower(target)
-    passes = architecture_of(target.model).passes
-    return [each.name for each, apply in passes.items() if each.name not in without and apply(target)]
-
-
-def _lower(target: Target) -> None:
-    """Fix the sizes that a traced graph can't find out, and compute spectra as products.
-
-    For clips of any length, nothing that depends on the length is fixed.
+    This fixes the sizes that a traced graph can't measure, except those that depend on the length of clips of any
+    length. It computes spectra as products. Then it applies the passes, except `without`, and returns the names of
+    those that changed anything.
     """
     target.model.fix_batch_axes(target.samples, target.layers)
     parts = front_ends(target.model)
@@ -67,6 +54,8 @@ def _lower(target: Target) -> None:
     for part, length in zip(parts, lengths, strict=True):
         part.fixed_samples = None if target.any_length else length
         use_products(part)
+    passes = architecture_of(target.model).passes
+    return [each.name for each, apply in passes.items() if each.name not in without and apply(target)]
 
 
 class _Half(nn.Module):
@@ -81,29 +70,25 @@ class _Half(nn.Module):
         return self.module(x.half(), *others)
 
 
-def halve(probes: Sequence[Probe]) -> None:
-    """Convert rewritten copies of probes on one backbone to float16, in place, for TorchScript on CUDA.
+def halve(target: Target) -> None:
+    """Convert rewritten copies of probes to float16, in place, for TorchScript on CUDA.
 
     Front ends stay in float32: their features have the range of 16-bit integers squared.
 
     Raises:
-        ValueError: no backbone, or one whose front end is not known.
+        ExportError: a backbone whose front end is not known.
     """
-    model = probes[0].base_model
-    network = None if model is None else architecture_of(model).network
-    if model is None or network is None:
-        raise ValueError(
-            f"half precision is for {names(lambda each: each.network)}, whose front ends are known to need float32; "
-            "export this model without --half"
+    model, network = target.model, architecture_of(target.model).network
+    if network is None:
+        raise ExportError(
+            f"--half: half precision is for {names(lambda each: each.network)}, whose front ends are known to need "
+            "float32; export this model without --half"
         )
     kept = [(part, {name: tensor.clone() for name, tensor in part.named_buffers()}) for part in front_ends(model)]
-    for probe in probes:
+    for probe in target.probes:
         probe.half()
     for part, tensors in kept:
         part.float()
         for name, tensor in part.named_buffers():
             tensor.copy_(tensors[name])
     model.set_submodule(network, _Half(model.get_submodule(network)))
-
-
-__all__ = ["CONSTANTS", "EXTERNAL_DATA", "PASSES", "SUMMARIES", "Pass", "Target", "halve", "in_order", "rewrite"]

@@ -1,4 +1,4 @@
-"""What can be exported: the probes that ``--probe`` can name, and the text of ``--list``."""
+"""The probes that ``--probe`` can name, and the text of ``--list``."""
 
 import difflib
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Recipe:
 
 
 def variants() -> dict[str, str]:
-    """The ten named variants, each with a description in one line."""
+    """The ten named variants, each with a description of one line."""
     lines = {path.stem: path.read_text("utf-8").splitlines()[0] for path in sorted(_FOLDER.glob("*.yml"))}
     return {name: line.removeprefix("# ") for name, line in lines.items()}
 
@@ -62,7 +62,7 @@ _FORMATS = [
     ["onnx", "every probe on every backbone", "served on CPUs by onnxruntime"],
     ["torchscript", "every probe on every backbone", "served by torch on CUDA, and on CPUs without an ONNX graph"],
     ["  --half", "BEATs, EAT, EfficientNet", "TorchScript in float16, half the size"],
-    ["pt2", "every probe on every backbone", "not served: to be compiled ahead of time by torch (AOTInductor)"],
+    ["pt2", "every probe on every backbone", "not served: for compilation by torch (AOTInductor)"],
     [
         "onnx --quantize int8",
         "BEATs, EAT",

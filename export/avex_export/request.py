@@ -1,15 +1,16 @@
-"""What to export: the options of the command, and the probes that they name, each read once."""
+"""The options of the command, and the probes that they name, each read once."""
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import avex_serve
 from avex_export.passes import SUMMARIES
 from avex_export.recipes import Recipe, find_recipe
-from avex_serve.bundles.labels import read_label_file
 from avex_serve.bundles.manifest import LABELS, NAME_PATTERN, Activation
+from avex_serve.bundles.reading import read_label_file
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError, InputError, NotFoundError
 from avex_serve.models.probes.storage import WEIGHTS, SavedProbe, backbone_of, read_labels, read_saved
@@ -19,7 +20,7 @@ from avex_serve.models.utils.registry import ModelEntry
 _DEMO_MODEL = "avex_demo"
 _DEMO_PROBES = Path(avex_serve.__file__).parent / "demo" / "probes"
 
-# Options (the first element) that contradict another one (the second), and why.
+# Options (the first element) that contradict another one (the second), and the reason.
 _CONFLICTS = (
     (
         ("offline", "labels", "activation"),
@@ -34,7 +35,7 @@ _CONFLICTS = (
     (
         ("profile", "explain", "without"),
         "offline",
-        "is for passes, and a head alone has none; leave out --offline",
+        "is for passes, which a head alone doesn't have; leave out --offline",
     ),
     (("half",), "offline", "is for backbones, which --offline leaves out; give one of them"),
 )
@@ -104,7 +105,7 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class ProbeSource:
-    """A probe to export: what its configuration and its files say."""
+    """A probe to export, from its configuration and its files."""
 
     name: str
     config: ProbeConfig
@@ -116,12 +117,12 @@ class ProbeSource:
 
     @property
     def fine_tuned(self) -> bool:
-        """Whether its weights include a backbone that was trained along with the head."""
+        """Whether its weights include a backbone that was trained together with the head."""
         return self.saved is not None and not self.config.freeze_backbone
 
 
 def read_probes(request: ExportRequest) -> tuple[ProbeSource, ...]:
-    """The probes of a request, which have one backbone in common.
+    """The probes of a request, all on one backbone.
 
     Raises:
         ExportError: weights, labels or the backbone are missing, don't fit, or differ between the probes.
@@ -154,6 +155,15 @@ def read_probes(request: ExportRequest) -> tuple[ProbeSource, ...]:
     return tuple(sources)
 
 
+def bundle_name(request: ExportRequest, sources: Sequence[ProbeSource]) -> str:
+    """The name of the bundle: the requested one, else the probe's, else one made from the backbone's."""
+    if request.name is not None:
+        return request.name
+    if request.embeddings:
+        return f"{sources[0].model}-embeddings"
+    return sources[0].name if len(sources) == 1 else f"{sources[0].model}-probes"
+
+
 def _recipe(probe: str) -> Recipe:
     try:
         recipe = find_recipe(probe)
@@ -181,22 +191,21 @@ def _read_probe(
                 f"{recipe.config.probe_type} probe; export the folder itself (--probe FOLDER)"
             )
     if request.embeddings:
-        labels: tuple[str, ...] | None = (
-            "",
-        )  # the head isn't exported, but built to see its input: one class will do
+        labels: tuple[str, ...] | None = ("",)  # the head is not exported, so its number of classes doesn't matter
     elif request.labels is not None:
         labels = _label_file(request.labels)
     elif path is not None:
         labels = read_labels(path, saved.num_classes) if saved is not None else None
-    else:  # random heads for the demo model name its sounds
+    else:  # a random head for the demo model gets the labels of the demo's probes
         demo = request.model in (None, _DEMO_MODEL)
         labels = read_label_file(_DEMO_PROBES / "linear_last" / LABELS) if demo else None
     if labels is None:
         raise ExportError(
-            f"no labels for {recipe.name}, and --labels can't name them along with saved probes; write it with "
+            f"no labels for {recipe.name}, and --labels doesn't apply together with saved probes; write it with "
             "save_probe() and its labels and give that folder, or export it by itself"
             if any_saved
-            else "no labels: give --labels FILE: JSON {label: index}, or text with one label a line in logits' order"
+            else "no labels: give --labels FILE, either JSON {label: index} or text with one label on each line, in "
+            "the order of the logits"
         )
     if not request.embeddings and saved is not None and len(labels) != saved.num_classes:
         raise ExportError(
@@ -241,7 +250,7 @@ def _backbone(request: ExportRequest, saved: SavedProbe | None) -> tuple[str, Mo
     """Without ``--model``: the backbone of the saved probe, else the demo model."""
     if saved is not None and (known := backbone_of(saved)) is not None:
         return known
-    if request.offline:  # the head may have been trained on the embeddings of any backbone
+    if request.offline:  # the head may be for the embeddings of any backbone
         return "unknown", None
     if saved is not None:
         raise ExportError(

@@ -118,12 +118,14 @@ def test_a_stream_is_cut_as_the_whole():
 def test_batches_hold_windows_of_one_length_with_their_padding(most):
     wave = np.arange(1, 24, dtype=np.float32)
     for masked in (False, True):
-        batches = list(batch_windows(cut_windows([wave], 5, 4, 4), most, masked=masked))
-        assert [len(batch.bounds) for batch in batches] == {1: [1] * 6, 3: [3, 2, 1], 100: [5, 1]}[most]
-        bounds = np.concatenate([batch.bounds for batch in batches])
+        all_bounds, batches = zip(
+            *batch_windows(cut_windows([wave], 5, 4, 4), most, padding_mask=masked), strict=True
+        )
+        assert [len(bounds) for bounds in all_bounds] == {1: [1] * 6, 3: [3, 2, 1], 100: [5, 1]}[most]
+        bounds = np.concatenate(all_bounds)
         assert bounds.tolist() == [[0, 5], [4, 9], [8, 13], [12, 17], [16, 21], [20, 23]]
-        assert batches[-1].inputs[0].tolist() == [[21, 22, 23, 0]]
+        assert batches[-1][0].tolist() == [[21, 22, 23, 0]]
         if masked:
-            assert not any(batch.inputs[1].any() for batch in batches[:-1])
-            assert batches[-1].inputs[1].tolist() == [[False, False, False, True]]
-        assert all(len(batch.inputs) == 1 + masked for batch in batches)
+            assert not any(inputs[1].any() for inputs in batches[:-1])
+            assert batches[-1][1].tolist() == [[False, False, False, True]]
+        assert all(len(inputs) == 1 + masked for inputs in batches)

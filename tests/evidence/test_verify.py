@@ -20,8 +20,7 @@ from avex_serve.bundles.reading import read_bundle
 from avex_serve.bundles.sealing import seal_bundle
 from avex_serve.cli import main
 from avex_serve.errors import BundleError, TensorError
-from avex_serve.evidence.cases import Case, CaseEntry, Record, read_evidence, write_evidence
-from avex_serve.evidence.machine import this_machine
+from avex_serve.evidence.cases import Case, CaseEntry, Record, read_evidence, this_machine, write_evidence
 from avex_serve.evidence.verify import verify_bundle
 from tests.bundles import SAMPLE_RATE, WINDOW, make_audio_bundle, replace_file, weights
 
@@ -155,7 +154,7 @@ def test_another_graph_is_found_out(bundle, tmp_path, all_cases, capsys):
     assert main(["verify", str(replace_file(bundle, ONNX, changed))]) == 5
     output = capsys.readouterr()
     assert "✗" in output.out
-    assert "answers otherwise here than its evidence says" in output.err
+    assert "differs from its evidence" in output.err
 
 
 @pytest.mark.parametrize(
@@ -249,11 +248,11 @@ def test_embeddings_are_verified_as_well(tmp_path, embedding_bundle):
 
 def test_bundles_from_before_there_was_evidence(bundle, capsys):
     assert main(["verify", str(bundle)]) == 3
-    assert f"holds no {VERIFICATION} to verify it by" in capsys.readouterr().err
+    assert f"holds no {VERIFICATION}, which its verification needs" in capsys.readouterr().err
     replace_file(bundle, VERIFICATION, b'{"tolerance": 0.0001, "passed": true, "checks": [], "skipped": []}')
     read_bundle(bundle)
     assert main(["verify", str(bundle)]) == 3
-    assert f"holds no {EVIDENCE} to verify it by: it was made before" in capsys.readouterr().err
+    assert f"holds no {EVIDENCE}, which its verification needs: it was made before" in capsys.readouterr().err
 
 
 def rewritten(bundle, change):
@@ -332,6 +331,18 @@ def test_damaged_evidence_with_the_right_digest(bundle, case, content):
     half = (bundle / EVIDENCE).read_bytes()
     replace_file(bundle, EVIDENCE, half[: len(half) // 2] if content is None else content)
     with pytest.raises(BundleError, match="can't be read"):
+        verify_bundle(bundle)
+
+
+def test_evidence_that_grows_when_it_is_unpacked(bundle, case, monkeypatch):
+    """A small file may hold gigabytes of zeros."""
+    with_evidence(bundle, case("silence", SILENCE))
+    monkeypatch.setattr("avex_serve.evidence.cases.MAX_BYTES", 10**6)
+    file = io.BytesIO()
+    np.savez_compressed(file, **{"0/input": np.zeros(10**6)})
+    assert file.tell() < 10**4
+    replace_file(bundle, EVIDENCE, file.getvalue())
+    with pytest.raises(BundleError, match="would take 8000128 bytes of memory; expected at most 1000000"):
         verify_bundle(bundle)
 
 

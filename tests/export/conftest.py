@@ -10,19 +10,20 @@ import torch
 from avex_export.cli import main
 from avex_export.graph import Head
 from avex_export.recipes import find_recipe
-from avex_serve.bundles.manifest import ONNX, TORCHSCRIPT
+from avex_serve.bundles.manifest import ONNX, TORCHSCRIPT, AudioSpec
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, save_probe
 from tests.bundles import replace_file
-from tests.models.backbones import tiny_beats, tiny_spec, write_model
+from tests.models.backbones import RATE, tiny_beats, tiny_spec, write_model
 
 UNTRAINED = "avex-export: the head has random weights: its answers mean nothing\n"
+CLIPS = AudioSpec(sample_rate=RATE, window_samples=RATE)
 LABELS = ("bat", "bee", "bird", "frog", "wind")
 
 
 def head(probe):
     """The probe as a trained head with these labels."""
-    return Head("x", probe, LABELS, trained=True, reads=None, pooled=None)
+    return Head("x", probe, LABELS, trained=True, input_fingerprint=None, pooled_fingerprint=None)
 
 
 def row(name, rows):

@@ -11,16 +11,16 @@ import avex_export
 from avex_export import architectures
 from avex_export.architectures.base import DEAD_LAYERS, Architecture, Pass
 from avex_export.architectures.spectra import FRONT_ENDS
-from avex_export.graph import Assembly, AudioGraph, export_graph, half_graph
+from avex_export.graph import Assembly, Graph, export_graph
 from avex_export.int8 import refuse_unfit
-from avex_export.int8.products import Int8Linear, quantise
 from avex_export.lengths import check_mask
 from avex_export.passes import PASSES, in_order
+from avex_export.products import Int8Linear, quantise
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.probes import build_probe_from_config
-from tests.export.conftest import head
+from tests.export.conftest import CLIPS, head
 from tests.models.backbones import RATE, noise
 
 PACKAGE = Path(avex_export.__file__).parent
@@ -70,7 +70,7 @@ LADDER = Architecture(
 def assembly():
     torch.manual_seed(0)
     probe = build_probe_from_config(ProbeConfig(target_layers=["steps.1"]), 5, "cpu", base_model=Ladder().eval())
-    return Assembly("x", (head(probe.eval()),), "ladder", None, "CC0", RATE, RATE)
+    return Assembly((head(probe.eval()),), "ladder", None, "CC0", CLIPS)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_fourth_backbone_exports_without_an_architecture_but_is_not_rewritten(
     assert graph.passes == ()
     assert graph.probes[0].base_model.classifier is not None
     with pytest.raises(ExportError, match="half precision is for BEATs, EAT and EfficientNet"):
-        half_graph(assembly)
+        export_graph(assembly, half=True)
     with pytest.raises(ExportError, match="int8 is for BEATs and EAT, not Ladder; leave out --quantize"):
         refuse_unfit(assembly, ["onnx"])
 
@@ -99,12 +99,12 @@ def test_one_object_makes_a_fourth_backbone_known(assembly):
         torch.testing.assert_close(graph(wave)[0], expected)
         assert export_graph(assembly, without=["doubling"]).passes == ("dead-layers",)
 
-        half = half_graph(assembly)
+        half = export_graph(assembly, half=True)
         assert {tensor.dtype for tensor in half.parameters()} == {torch.float16}
         torch.testing.assert_close(half(wave)[0].float(), expected, rtol=0, atol=1e-2)
 
         refuse_unfit(assembly, ["onnx"])
-        assert isinstance(graph, AudioGraph)
+        assert isinstance(graph, Graph)
         assert quantise(graph, noise(8)) == 2
         assert sum(isinstance(part, Int8Linear) for part in graph.modules()) == 2
         torch.testing.assert_close(graph(wave)[0], expected, rtol=0, atol=2e-2)

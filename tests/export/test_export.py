@@ -26,7 +26,7 @@ from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, save_probe
-from tests.export.conftest import LABELS, UNTRAINED, head, row, trained_probe, with_one_format
+from tests.export.conftest import CLIPS, LABELS, UNTRAINED, head, row, trained_probe, with_one_format
 from tests.models.backbones import RATE, noise, tiny_beats
 
 VARIANTS = sorted(variants())
@@ -191,7 +191,7 @@ def test_a_backbone_that_computes_in_float32_alone_is_compared_in_that():
 
     config = ProbeConfig(target_layers=["mix"], aggregation="mean")
     probe = build_probe_from_config(config, 5, "cpu", base_model=Own(), target_length=RATE).eval()
-    assembly = Assembly("x", (head(probe),), "own", None, "CC0", RATE, RATE)
+    assembly = Assembly((head(probe),), "own", None, "CC0", CLIPS)
     cases, skipped = make_cases(assembly, ())
     assert {case.exact for case in cases} == {None}
     assert len(skipped) == 1
@@ -516,7 +516,7 @@ def test_weights_that_merge_layers_are_part_of_what_makes_the_embedding(trained)
 
     def embedding_fingerprint():
         request = ExportRequest(probe=(str(folder),))
-        return assemble(request, read_probes(request)).heads[0].reads
+        return assemble(request, read_probes(request)).heads[0].input_fingerprint
 
     probe, folder = trained("linear_all")
     before = embedding_fingerprint()
@@ -590,7 +590,7 @@ def test_the_probe_is_left_as_it_was(trained):
     wave = noise(2)
     with torch.no_grad():
         before = probe(wave)
-        assembly = Assembly("x", (head(probe),), "tiny", None, "CC0", RATE, RATE)
+        assembly = Assembly((head(probe),), "tiny", None, "CC0", CLIPS)
         exported = export_graph(assembly)(wave)[0]
         torch.testing.assert_close(eager_graph(assembly)(wave)[0], before, rtol=0, atol=0)
     torch.testing.assert_close(exported, before, rtol=1e-4, atol=1e-4)

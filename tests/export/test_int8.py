@@ -15,12 +15,11 @@ import torch
 import yaml
 from torch import nn
 
+from avex_export import int8
 from avex_export.cli import main
 from avex_export.graph import OnePassGraph
-from avex_export.int8 import gates
-from avex_export.int8.clips import built_in, from_recordings
-from avex_export.int8.products import Int8Linear, compensated, nearest, quantise, steps
 from avex_export.passes import Target, rewrite
+from avex_export.products import Int8Linear, compensated, nearest, quantise, steps
 from avex_serve import open_bundle
 from avex_serve.bundles.manifest import VERIFICATION, Manifest
 from avex_serve.bundles.reading import read_bundle
@@ -110,7 +109,7 @@ def test_a_rounded_model_answers_nearly_as_before(name, layers):
     probe = build_probe_from_config(config, 5, "cpu", base_model=model).eval()
     graph = OnePassGraph(Target((probe,), RATE), ())
     rewrite(graph.target)
-    clips = built_in(RATE, RATE)
+    clips = int8.find_clips(RATE, RATE, None)
     heard, asked = torch.from_numpy(clips.calibration), torch.from_numpy(clips.held_out)
     with torch.no_grad():
         expected = probe.combine(asked)[0]
@@ -338,22 +337,24 @@ def test_the_gates_refuse_with_the_figures(fault, figures):
     elif fault == "not a number":
         found = np.full_like(embeddings, np.nan)
     clips = np.zeros((10, 8), np.float32)
-    agreement = gates.compare(Answers(embeddings, logits), Answers(found, answered), clips, manifest("sigmoid"))
+    agreement = int8.measure_agreement(
+        Answers(embeddings, logits), Answers(found, answered), clips, manifest("sigmoid")
+    )
     if figures is not None:
         measured = agreement.cosine, agreement.centred_cosine, agreement.decisions
         assert measured == pytest.approx(figures, abs=0.01)
     if fault is None:
-        gates.check(agreement)
+        int8.check_gates(agreement)
         return
     with pytest.raises(ExportError, match=r"centred cosine .* \(gate 0.99\).*; nothing was written"):
-        gates.check(agreement)
+        int8.check_gates(agreement)
 
 
 def test_decisions_of_a_softmax_are_the_best_label():
     logits = np.array([[1.0, 2.0], [3.0, 1.0]])
     embeddings = np.eye(2)
     other = np.array([[6.0, 7.0], [3.0, 6.0]])
-    agreement = gates.compare(
+    agreement = int8.measure_agreement(
         Answers(embeddings, logits), Answers(embeddings, other), np.zeros((2, 8), np.float32), manifest("softmax")
     )
     assert agreement.decisions == 0.5
@@ -367,7 +368,7 @@ class Terminal(io.StringIO):
 
 
 def test_a_model_below_a_gate_is_refused_and_nothing_is_written(tmp_path, export, model, labels, monkeypatch):
-    monkeypatch.setattr(gates, "CENTRED_COSINE", 1.1)
+    monkeypatch.setattr(int8, "CENTRED_COSINE", 1.1)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     code, out, _ = export(
         "--probe", "linear_last", "--model", model, "--labels", labels, *INT8, "--output", tmp_path / "bundle"
@@ -412,7 +413,7 @@ def test_recordings_are_searched_for_and_split(tmp_path):
     write_recording(tmp_path / "a.wav", 20.0)
     write_recording(tmp_path / "deeper" / "b.FLAC", 300.0, seed=1, rate=8000)
     (tmp_path / "notes.txt").write_text("no audio")
-    clips = from_recordings(tmp_path, RATE, RATE)
+    clips = int8.find_clips(RATE, RATE, tmp_path)
     assert clips.calibration.shape == (24, RATE)
     assert clips.held_out.shape == (24, RATE)
     assert clips.calibration.dtype == clips.held_out.dtype == np.float32
@@ -423,10 +424,10 @@ def test_recordings_are_searched_for_and_split(tmp_path):
 
 def test_too_few_recordings_are_refused(tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
-        from_recordings(tmp_path / "none", RATE, RATE)
+        int8.find_clips(RATE, RATE, tmp_path / "none")
     write_recording(tmp_path / "a.wav", 11.0)
     with pytest.raises(InputError, match=r"holds 11 clips of 1 s; expected at least 12"):
-        from_recordings(tmp_path, RATE, RATE)
+        int8.find_clips(RATE, RATE, tmp_path)
 
 
 def test_a_calibration_without_quantisation_is_refused(tmp_path, export):
@@ -437,7 +438,7 @@ def test_a_calibration_without_quantisation_is_refused(tmp_path, export):
 
 def test_built_in_sounds_have_the_clips_length_at_any_rate():
     for samples, rate in ((8000, 16000), (96000, 32000), (4000, 8000)):
-        clips = built_in(samples, rate)
+        clips = int8.find_clips(samples, rate, None)
         assert clips.calibration.shape == (24, samples)
         assert clips.held_out.shape == (24, samples)
 

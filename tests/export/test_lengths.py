@@ -7,12 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from avex_export.passes import PASSES, Target, rewrite
+from avex_export.architectures.base import Target
+from avex_export.cases import example_inputs
+from avex_export.formats import write_torchscript
+from avex_export.graph import Assembly, Graph, Head, OnePassGraph, export_graph
+from avex_export.passes import PASSES, rewrite
 from avex_serve import open_bundle
+from avex_serve.bundles.manifest import AudioSpec
 from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main as serve
 from avex_serve.configs import AudioConfig, ModelSpec, ProbeConfig
 from avex_serve.errors import TensorError
+from avex_serve.inference.torch import TorchBackend
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.probes import build_probe_from_config, save_probe
 from avex_serve.models.utils import registry
@@ -190,7 +196,7 @@ def test_every_pass_can_be_left_out_of_clips_of_any_length(backbones, name):
 REFUSED = [
     ("eat", {}, ["--dynamic-length"], "EAT cuts or fills every clip to one length itself"),
     ("eat", {}, ["--padding-mask"], 'no difference to a probe on EAT; .*{"exclude_padding": true}'),
-    ("efficientnet", {}, ["--padding-mask"], "EfficientNet has no use for one"),
+    ("efficientnet", {}, ["--padding-mask"], "EfficientNet can't use one"),
     (
         "beats",
         {"aggregation": "none", "input_processing": "flatten"},
@@ -332,7 +338,7 @@ def test_what_a_network_of_ones_own_cannot_is_told_with_its_error(tmp_path, own,
 
 
 @pytest.mark.parametrize("options", [[], pytest.param(["--dynamic-length"], marks=pytest.mark.nightly)], ids=str)
-def test_several_probes_hear_masked_clips_each_in_its_way(tmp_path, export, trained, options):
+def test_several_probes_use_the_mask_each_in_its_way(tmp_path, export, trained, options):
     probes, folders = [], []
     for name, fields in (("plain", {}), ("excluding", EXCLUDE)):
         probe, folder = trained("beats", **fields)
@@ -349,6 +355,31 @@ def test_several_probes_hear_masked_clips_each_in_its_way(tmp_path, export, trai
         found = engine.infer(wave.numpy(), mask.numpy())
         for name, probe in zip(("plain", "excluding"), probes, strict=True):
             np.testing.assert_allclose(found[f"{name}.logits"], probe(wave, mask), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "graph_class"), [([{}, EXCLUDE], Graph), ([EXCLUDE, EXCLUDE], OnePassGraph)], ids=["differ", "alike"]
+)
+def test_several_probes_on_padded_clips_of_any_length(tmp_path, backbones, kinds, graph_class):
+    heads = []
+    for name, fields, layer in zip(("a", "b"), kinds, (0, "last_layer"), strict=True):
+        config = ProbeConfig(target_layers=[layer], aggregation="mean", **fields)
+        torch.manual_seed(len(heads))
+        probe = build_probe_from_config(config, 5, "cpu", base_model=backbones["beats"][1]).eval()
+        heads.append(Head(name, probe, LABELS, True, None, None))
+    audio = AudioSpec(sample_rate=RATE, window_samples=RATE, shortest_samples=PATCH)
+    assembly = Assembly(tuple(heads), "tiny", None, "CC0", audio, takes_padding_mask=True)
+    graph = export_graph(assembly)
+    assert type(graph) is graph_class
+    write_torchscript(graph, example_inputs(assembly, 2), tmp_path / "graph.pt")
+    backend = TorchBackend(tmp_path / "graph.pt", list(graph.outputs), "cpu")
+    for samples in (PATCH + 161, 12000, 2 * RATE + 77):
+        wave, mask = noise(3, seconds=samples / RATE), suffix_mask(samples, samples, samples - 90, PATCH)
+        found = backend.run(wave.numpy(), mask.numpy())
+        with torch.no_grad():
+            for each in heads:
+                expected = each.probe(wave, mask)
+                np.testing.assert_allclose(found[f"{each.name}.logits"], expected, rtol=0, atol=1e-4)
 
 
 def test_sequences_are_no_embeddings_of_clips_of_any_length(tmp_path, export, trained):

@@ -21,6 +21,7 @@ from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, save_probe
 from avex_serve.models.utils.load import load_model
 from tests.bundles import replace_file
+from tests.export.conftest import CLIPS
 from tests.models.backbones import RATE, effnet, noise, tiny_beats, tiny_eat, tiny_spec, write_model
 
 NAMES = ("birds", "frogs", "calls")
@@ -167,7 +168,7 @@ def test_other_backbones(make):
     with torch.no_grad():
         expected = {name: probe(wave) for name, probe in probes}
     heads = tuple(Head(name, probe, tuple("abcde"), True, None, None) for name, probe in probes)
-    graph = export_graph(Assembly("x", heads, "own", None, "CC0", RATE, RATE))
+    graph = export_graph(Assembly(heads, "own", None, "CC0", CLIPS))
     assert isinstance(graph, OnePassGraph)
     found = dict(zip(graph.outputs, graph(wave), strict=True))
     for name, value in expected.items():

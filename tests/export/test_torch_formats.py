@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from avex_export.graph import Assembly, half_graph
+from avex_export.graph import Assembly, export_graph
 from avex_serve import open_bundle
 from avex_serve.bundles.reading import read_bundle
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError
 from avex_serve.models.probes import build_probe_from_config
-from tests.export.conftest import head
-from tests.models.backbones import RATE, effnet, noise, tiny_beats, tiny_eat
+from tests.export.conftest import CLIPS, head
+from tests.models.backbones import effnet, noise, tiny_beats, tiny_eat
 from tests.models.test_custom import Network
 
 HEADS = {
@@ -29,14 +29,14 @@ def assembly(model, kind="linear", layer="last_layer"):
     config = ProbeConfig(probe_type=kind, target_layers=[layer], **HEADS[kind])
     torch.manual_seed(0)
     probe = build_probe_from_config(config, 5, "cpu", base_model=model).eval()
-    return Assembly("x", (head(probe),), "tiny", None, "CC0", RATE, RATE, half=True)
+    return Assembly((head(probe),), "tiny", None, "CC0", CLIPS)
 
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("make", [tiny_beats, tiny_eat, lambda: effnet(n_mels=32)], ids=["beats", "eat", "effnet"])
 def test_a_network_in_half_precision_is_near_and_its_front_end_is_not_halved(make, kind):
     whole = assembly(make(), kind)
-    graph = half_graph(whole)
+    graph = export_graph(whole, half=True)
     types = {t.dtype for t in graph.state_dict().values() if t.is_floating_point()}
     assert types == {torch.float16, torch.float32}
     wave = noise(3)
@@ -53,7 +53,7 @@ def test_a_network_in_half_precision_is_near_and_its_front_end_is_not_halved(mak
 
 def test_a_backbone_of_ones_own_is_not_halved():
     with pytest.raises(ExportError, match=r"--half: half precision is for BEATs, EAT and EfficientNet"):
-        half_graph(assembly(Network().eval(), layer="mix"))
+        export_graph(assembly(Network().eval(), layer="mix"), half=True)
 
 
 def test_a_half_bundle_is_verified_by_its_own_tolerance_and_served(export, tmp_path):

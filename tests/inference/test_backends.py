@@ -179,6 +179,7 @@ def test_auto_takes_cuda_where_it_works(bundle, torchscript, monkeypatch):
     monkeypatch.setattr("avex_serve.inference.torch.TorchBackend", open_torch)
     with open_bundle(bundle) as engine:
         assert engine.backend.format == "onnx", "there is nothing to run on CUDA"
+        assert not isinstance(engine.backend, Batcher), "only CUDA is batched"
     with open_bundle(replace_file(bundle, TORCHSCRIPT, torchscript)) as engine:
         assert isinstance(engine.backend, Batcher)
     assert opened == [(bundle / TORCHSCRIPT, ["logits", "embedding"], "cuda", False)]

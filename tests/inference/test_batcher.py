@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from avex_serve.inference.batcher import Batcher, batched
+from avex_serve.inference.batcher import Batcher
 from avex_serve.inference.torch import TorchBackend
 
 PATIENCE = 20
@@ -159,11 +159,9 @@ def test_storm(pool):
     assert not batcher._open
 
 
-def test_only_cuda_is_batched(backend):
-    assert isinstance(batched(backend), Batcher)
-    assert (batched(backend).device, batched(backend).format, batched(backend).max_batch) == ("cuda", "recording", 4)
-    backend.device = "cpu"
-    assert batched(backend) is backend
+def test_shows_the_backend_that_it_joins_batches_for(backend):
+    batcher = Batcher(backend)
+    assert (batcher.device, batcher.format, batcher.max_batch) == ("cuda", "recording", 4)
 
 
 def test_torch_backend(tmp_path, pool):

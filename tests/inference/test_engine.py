@@ -19,7 +19,7 @@ from avex_serve.bundles.reading import read_bundle
 from avex_serve.errors import AudioError, InputError, NotFoundError, TensorError, UnsupportedError
 from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.scores import Selection, activate
 from tests.answers import as_json, in_memory
 from tests.bundles import DIM, HEAD, LABELS, PROBE, SAMPLE_RATE, WINDOW, copy_bundle, replace_file, weights

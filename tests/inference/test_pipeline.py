@@ -8,7 +8,7 @@ import pytest
 from avex_serve import open_bundle
 from avex_serve.errors import InputError, NotFoundError, UnsupportedError
 from avex_serve.inference import pipeline
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from tests.answers import in_memory
 from tests.bundles import SAMPLE_RATE, change_manifest, make_audio_bundle, make_embedding_bundle

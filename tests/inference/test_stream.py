@@ -10,7 +10,7 @@ import soundfile
 from avex_serve import open_bundle
 from avex_serve.audio.reader import decode, open_audio
 from avex_serve.inference import pipeline
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from tests.answers import in_memory
 from tests.bundles import SAMPLE_RATE, make_measuring_bundle
 

@@ -14,7 +14,7 @@ from avex_serve import open_bundle
 from avex_serve.audio.reader import decode
 from avex_serve.errors import ClientGoneError, DeadlineError, OverloadError, TooLargeError
 from avex_serve.inference import pipeline
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import detect
 from avex_serve.inference.scores import Selection
 from avex_serve.scheduling.request import Limits, Memory, Request, answering, current

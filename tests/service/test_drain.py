@@ -2,6 +2,8 @@
 
 import contextlib
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import httpx
 import numpy as np
+import psutil
 import pytest
 import tritonclient.grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from avex_serve.audio.reader import decode
+from avex_serve.service.drain import CLOSING_SECONDS
 from tests.answers import as_json
 from tests.service.conftest import encode, running_server
 
@@ -140,3 +144,48 @@ def test_time_is_bounded(tmp_path, audio_bundle):
             request.result()
         server.process.wait(30)
         assert "AVEX_DRAIN_SECONDS (0.5) are over: 1 requests are cut off" in server.log
+
+
+ENDLESS = """
+import asyncio, threading
+from avex_serve.service.drain import Drain
+
+async def main():
+    drain = Drain(0.1)
+    drain.on_signals(lambda: None)
+    threading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()
+    print("ready", flush=True)
+    await asyncio.sleep(0.5)
+
+asyncio.run(main())
+"""
+
+
+def test_thread_that_never_ends():
+    """Python waits for threads when it ends; the process is gone all the same."""
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(CLOSING_SECONDS + 10) == 1
+        assert "in <listcomp>" in process.stderr.read()  # where the thread is
+
+
+def test_worker_without_supervisor(tmp_path, audio_bundle):
+    """Workers whose supervisor was killed end, too."""
+    with running_server(tmp_path, AVEX_BUNDLE=str(audio_bundle), AVEX_DRAIN_SECONDS="1") as server:
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert any("_bentoml_impl.worker.service" in member.cmdline() for member in family)
+        server.process.kill()
+        server.process.wait()
+        _, alive = psutil.wait_procs(family, 20)
+        assert not alive
+        assert "the supervisor of this worker has ended" in server.log
+
+
+def test_supervisor_listens_on_the_ports_of_the_service_alone(audio_server):
+    """BentoML's supervisor would run any command for whoever connects to its control port."""
+    (process,) = [each for each in psutil.process_iter() if each.pid == audio_server.process.pid]
+    listening = {c.laddr.port for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
+    assert listening == {audio_server.http_port}

@@ -9,7 +9,7 @@ import pytest
 
 from avex_serve.audio.reader import open_audio
 from avex_serve.inference import pipeline
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.service import AvexService
 from tests.answers import as_json
 from tests.service.conftest import bento_client

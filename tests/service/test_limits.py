@@ -187,6 +187,14 @@ def test_body_that_drips(server):
         assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 
+def test_body_that_stalls_after_a_fast_start(server):
+    """What was sent fast doesn't buy a long silence: the limit is 2 s, and so much would have given it 16 s more."""
+    with connection(server, "POST /predict HTTP/1.1", f"Content-Length: {2**17 + 1}", body=bytes(2**17)) as stalled:
+        start = time.monotonic()
+        assert received(stalled).startswith(b"HTTP/1.1 408 ")
+        assert 1.5 < time.monotonic() - start < 8
+
+
 def readable(connection):
     connection.settimeout(0)
     try:

@@ -40,3 +40,36 @@ def test_requests_of_a_worker_that_died_are_not_in_progress(tmp_path):
         living.stdin.close()
     for transport in ("http", "grpc"):
         assert f'avex_requests_in_progress{{transport="{transport}"}} 1.0' in lines
+
+
+FULL = """
+import contextlib, os, resource
+from avex_serve.scheduling.request import Timings
+from avex_serve.service.metrics import Metrics
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as if the disk were full
+metrics = Metrics(lambda: contextlib.nullcontext([]))
+for number in range(1000):
+    metrics.observe("http", f"/{number}", "200", 0.1, Timings())
+print(metrics.text().decode())
+"""
+
+
+def test_full_disk(tmp_path):
+    """A worker goes on counting where its files have no room, and leaves nothing half written."""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FULL], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'avex_requests_total{route="/999",status="2xx",transport="http"} 1.0' in done.stdout
+    assert "has no room for" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_is_reserved(tmp_path):
+    """No page of the files is first written while requests run: the kernel would kill the worker on a full disk."""
+    with worker(tmp_path, "wait") as living:
+        assert living.stdout.readline() == "waiting\n"
+        states = [file.stat() for file in tmp_path.iterdir()]
+        living.stdin.close()
+    assert states
+    assert all(512 * state.st_blocks >= state.st_size for state in states)

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from avex_serve.scheduling.cores import usable_cores
 from avex_serve.service import AvexService
 from avex_serve.service.http.app import ENDPOINTS
-from avex_serve.service.oip.repository import REFUSED_PATHS
+from avex_serve.service.oip.protocol import REFUSED_PATHS
 from tests.clients import until
 from tests.service.conftest import running_server
 

@@ -10,7 +10,7 @@ import tritonclient.http
 from avex_serve import open_bundle
 from avex_serve.audio.reader import decode, open_audio
 from avex_serve.inference import pipeline
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from tests.answers import as_json
 from tests.bundles import make_probes_bundle
 from tests.service.conftest import bento_client, running_server

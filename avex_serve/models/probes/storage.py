@@ -15,9 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 
-from avex_serve.bundles.labels import dump_labels, parse_labels
 from avex_serve.bundles.manifest import LABELS
-from avex_serve.bundles.sealing import atomic_directory
+from avex_serve.bundles.reading import parse_labels
+from avex_serve.bundles.sealing import atomic_directory, dump_labels
 from avex_serve.configs import ModelSpec, ProbeConfig
 from avex_serve.models.base_model import Backbone, ModelBase, adapt
 from avex_serve.models.checkpoints import (

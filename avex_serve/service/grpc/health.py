@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2
 
 from avex_serve.errors import NotFoundError, OverloadError
-from avex_serve.service import parsing
-from avex_serve.service.grpc.messages import SERVICE
+from avex_serve.service.grpc.messages import SERVICE, message
 
 SERVICES: Final = ("", SERVICE)  # "" is the server as a whole
 CHECK_SECONDS: Final = 1.0  # between two checks for watchers
@@ -32,16 +31,13 @@ class Health:
         self._wake = asyncio.Event()
         self._watchers = 0
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """The handlers of its calls."""
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """The handlers of its methods by name."""
         serializer = _Answer.SerializeToString
-        return grpc.method_handlers_generic_handler(
-            health.SERVICE_NAME,
-            {
-                "Check": grpc.unary_unary_rpc_method_handler(self._check, response_serializer=serializer),
-                "Watch": grpc.unary_stream_rpc_method_handler(self._watch, response_serializer=serializer),
-            },
-        )
+        return {
+            "Check": grpc.unary_unary_rpc_method_handler(self._check, response_serializer=serializer),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._watch, response_serializer=serializer),
+        }
 
     def announce(self) -> None:
         """Send watchers what has changed."""
@@ -82,5 +78,5 @@ class Health:
 
 
 def _service(data: bytes) -> str:
-    request: Any = parsing.message(health_pb2.HealthCheckRequest, data)
+    request: Any = message(health_pb2.HealthCheckRequest, data)
     return str(request.service)

@@ -1,5 +1,7 @@
 """The Open Inference Protocol over gRPC, and the server, on the event loop of a BentoML worker."""
 
+import asyncio
+import logging
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
@@ -10,26 +12,35 @@ from typing import Any, Final
 import grpc
 import numpy as np
 from google.protobuf.message import Message
+from grpc._cython import cygrpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 
 from avex_serve.errors import InputError, TensorError, UnsupportedError
 from avex_serve.service import parsing
 from avex_serve.service.credentials import server_credentials
-from avex_serve.service.front import Call, Front, GrpcFront
+from avex_serve.service.front import OTHER, Call, Front, GrpcFront
 from avex_serve.service.grpc.health import Health
-from avex_serve.service.grpc.messages import SERVICE, message_class
-from avex_serve.service.oip import protocol, repository
+from avex_serve.service.grpc.messages import SERVICE, check_parts, message, message_class
+from avex_serve.service.oip import protocol
 from avex_serve.service.parsing import BOOL, BYTES
 from avex_serve.service.settings import Settings
 
 GRACE_SECONDS: Final = 1.0  # for answers to leave: calls have ended by then, see `avex_serve.service.drain`
 
 
-class GrpcServer:
-    """A running server; `start` makes one."""
+logger = logging.getLogger(__name__)
 
-    def __init__(self, server: grpc.aio.Server, health: Health) -> None:
-        self._server = server
-        self._health = health
+
+class GrpcServer:
+    """A server that is started again should it end by itself; `start` makes one."""
+
+    _server: grpc.aio.Server
+    _running: asyncio.Task[None]
+    _stopping = False
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._health = Health(front.ready)
 
     @classmethod
     async def start(cls, front: Front) -> "GrpcServer":
@@ -38,18 +49,28 @@ class GrpcServer:
         Raises:
             InputError: the address or the certificate can't be used.
         """
-        settings = front.settings
+        server = cls(front)
+        server._server = await server._listen()
+        server._running = asyncio.create_task(server._keep_running())
+        front.alive.append(lambda: not server._running.done())
+        return server
+
+    async def _listen(self) -> grpc.aio.Server:
+        settings = self._front.settings
         credentials = server_credentials(settings)
         server = grpc.aio.server(
-            interceptors=[GrpcFront(front)],
+            interceptors=[GrpcFront(self._front)],
             options=[
                 ("grpc.so_reuseport", 1),  # workers share the port
                 ("grpc.max_receive_message_length", settings.max_body_bytes),
                 ("grpc.max_send_message_length", -1),
+                # gRPC inflates messages before anything looks at them: compressed ones are refused (UNIMPLEMENTED).
+                ("grpc.compression_enabled_algorithms_bitset", 1),  # no algorithm alone
+                ("grpc.per_message_decompression", 0),
             ],
         )
-        health = Health(front.ready)
-        server.add_generic_rpc_handlers((_Methods(front).handlers(), health.handlers()))
+        server.add_registered_method_handlers(SERVICE, _Methods(self._front).handlers())
+        server.add_registered_method_handlers(HEALTH_SERVICE, self._health.handlers())
         try:
             if credentials is None:
                 server.add_insecure_port(settings.grpc_address)
@@ -58,7 +79,17 @@ class GrpcServer:
         except RuntimeError as error:
             raise InputError(f"gRPC can't listen on {settings.grpc_address}: {error}") from None
         await server.start()
-        return cls(server, health)
+        return server
+
+    async def _keep_running(self) -> None:
+        while True:
+            try:
+                await self._server.wait_for_termination()
+            except Exception as error:
+                logger.error("gRPC's server ended and is started again", exc_info=error)
+            if self._stopping:
+                return
+            self._server = await self._listen()
 
     def announce_end(self) -> None:
         """Notify those that watch the health that the service is no longer ready."""
@@ -66,7 +97,40 @@ class GrpcServer:
 
     async def stop(self) -> None:
         """Stop; streams of watchers are cut off."""
+        self._stopping = True
         await self._server.stop(GRACE_SECONDS)
+
+
+class _Server(cygrpc.AioServer):  # type: ignore[misc]
+    """grpc.aio's server with another way for unknown methods, which are those that aren't registered.
+
+    grpc.aio decodes the path of their calls in the loop that accepts all calls: one path that was no UTF-8 ended the
+    server. Here no path is read, and all are calls of one unknown method.
+    """
+
+    def __init__(self, loop: Any, pool: Any, handlers: Any, interceptors: Any, *others: Any) -> None:
+        super().__init__(loop, pool, handlers, interceptors, *others)
+        self._interceptors_of_unknown = tuple(interceptors or ())
+        self._unknown: set[asyncio.Task[None]] = set()
+
+    async def _request_call(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            state = await super()._request_call()
+            resolver = cygrpc._MethodResolver([], {})
+            call = cygrpc._handle_rpc(OTHER, resolver, self._interceptors_of_unknown, state, loop, False)
+            task = loop.create_task(cygrpc._schedule_rpc_coro(call, state, loop, OTHER))
+            self._unknown.add(task)
+            task.add_done_callback(self._unknown.discard)
+
+
+def _is_fault(record: logging.LogRecord) -> bool:
+    """Whether gRPC logs a fault of the service. It also logs a traceback of what clients cause."""
+    return not str(record.msg).startswith(("Invalid encoding", "ExecuteBatchError"))
+
+
+cygrpc.AioServer = _Server
+logging.getLogger(cygrpc.__name__).addFilter(_is_fault)
 
 
 def check_port_is_free(settings: Settings) -> None:
@@ -94,8 +158,8 @@ class _Methods:
         self._front = front
         self._repository = front.repository
 
-    def handlers(self) -> grpc.GenericRpcHandler:
-        """The handlers of all methods, also of those that are refused."""
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """The handlers of all methods by name, also of those that are refused."""
         methods: dict[str, Callable[[Any], Awaitable[Message]]] = {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
@@ -112,10 +176,10 @@ class _Methods:
             for name, method in methods.items()
         }
         handlers["ModelInfer"] = _handler("ModelInfer", self._infer)
-        handlers["ModelStreamInfer"] = grpc.stream_unary_rpc_method_handler(_refused(repository.NO_STREAM))
-        for name, reason in repository.REFUSED_METHODS.items():
+        handlers["ModelStreamInfer"] = grpc.stream_unary_rpc_method_handler(_refused(protocol.NO_STREAM))
+        for name, reason in protocol.REFUSED_METHODS.items():
             handlers[name] = grpc.unary_unary_rpc_method_handler(_refused(reason))
-        return grpc.method_handlers_generic_handler(SERVICE, handlers)
+        return handlers
 
     async def _server_live(self, _: Any) -> Message:
         return message_class("ServerLiveResponse")(live=True)
@@ -127,7 +191,7 @@ class _Methods:
         return message_class("ServerMetadataResponse")(**protocol.server_metadata())
 
     async def _model_ready(self, request: Any) -> Message:
-        ready = repository.model_ready(self._repository, request.name, request.version)
+        ready = protocol.model_ready(self._repository, request.name, request.version)
         return message_class("ModelReadyResponse")(ready=ready and self._front.ready())
 
     async def _model_metadata(self, request: Any) -> Message:
@@ -141,11 +205,11 @@ class _Methods:
             return message_class("ModelConfigResponse")(config=model.config())
 
     async def _index(self, request: Any) -> Message:
-        index = repository.index(self._repository, ready=request.ready)
+        index = protocol.index(self._repository, ready=request.ready)
         return message_class("RepositoryIndexResponse")(models=index)
 
     async def _load(self, request: Any) -> Message:
-        repository.check_load_parameters(request.parameters)
+        protocol.check_load_parameters(request.parameters)
         await self._front.load(request.model_name)
         return message_class("RepositoryModelLoadResponse")()
 
@@ -159,8 +223,8 @@ class _Methods:
         return response
 
     def _infer_now(self, data: bytes) -> Any:
-        parsing.check_parts(data)
-        request: Any = parsing.message(message_class("ModelInferRequest"), data)
+        check_parts(data)
+        request: Any = message(message_class("ModelInferRequest"), data)
         with self._model(request.model_name, request.model_version) as model:
             answer = model.infer(_parse(request))
         response: Any = message_class("ModelInferResponse")(
@@ -175,7 +239,7 @@ class _Methods:
         return response
 
     def _model(self, name: str, version: str) -> AbstractContextManager[protocol.Model]:
-        return repository.leased_model(self._repository, name, version)
+        return protocol.leased_model(self._repository, name, version)
 
 
 def _parse(request: Any) -> protocol.InferRequest:
@@ -222,7 +286,7 @@ def _parsed(
     kind: type[Message], method: Callable[[Any], Awaitable[Message]]
 ) -> Callable[[bytes], Awaitable[Message]]:
     async def call(data: bytes) -> Message:
-        return await method(parsing.message(kind, data))
+        return await method(message(kind, data))
 
     return call
 

@@ -10,26 +10,33 @@ What isn't here, or has no handler here, BentoML answers. Its own handlers of `/
 over the network: see docs/decisions/serving-own-routes.md.
 """
 
+import io
+import logging
+import math
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from avex_serve.audio.reader import open_audio
-from avex_serve.errors import NotFoundError, UnsupportedError
+from avex_serve.errors import InputError, NotFoundError, StorageError, TooLargeError, UnsupportedError
 from avex_serve.inference import pipeline
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.service import parsing
-from avex_serve.service.front import METRICS, OTHER, Found, Front
+from avex_serve.service.front import CONTROL_BYTES, METRICS, OTHER, Found, Front
 from avex_serve.service.http import openapi, pages
-from avex_serve.service.http.requests import ClassifyRequest, read_body, read_recording, read_small_body
-from avex_serve.service.oip import json, protocol, repository
+from avex_serve.service.oip import json, protocol
+
+logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 Handler = Callable[[Front, Request], Awaitable[Response]]
@@ -94,13 +101,78 @@ def _json(document: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(document), status, media_type="application/json")
 
 
+# -- what requests carry --------------------------------------------------------------------------------------------
+
+AUDIO_FIELD: Final = "audio"
+MAX_FIELDS: Final = 16  # of a form, besides the file; there are fewer options
+MAX_FIELD_BYTES: Final = 2**16
+
+
+async def _read_recording(request: Request, options: Collection[str]) -> tuple[bytes, Query]:
+    """The encoded recording, and the query that the URL's query and form fields describe.
+
+    Args:
+        request: the request.
+        options: the options that it may have.
+
+    Raises:
+        InputError: a malformed form, or options that are unknown or of another type.
+        StorageError: a large file has no room on disk.
+    """
+    pairs = request.query_params.multi_items()
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
+        return await _read_body(request), parsing.query_from_text(pairs, options)
+    audio: bytes | None = None
+    _refuse_encoding(request)
+    try:
+        async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
+            for name, field in form.multi_items():
+                if name != AUDIO_FIELD and isinstance(field, str):
+                    pairs.append((name, field))
+                elif name == AUDIO_FIELD and isinstance(field, UploadFile) and audio is None:
+                    audio = await field.read()
+                else:
+                    raise InputError(f"form field {name!r}: expected one file {AUDIO_FIELD!r} and options as text")
+    except (MultiPartException, ValueError) as error:
+        raise InputError(f"malformed multipart body: {error}") from None
+    except OSError as error:  # of the temporary file that holds a large part
+        logger.error("a form's file can't be stored: %s", error.strerror)
+        raise StorageError("the service has no room on disk for a form; send the recording as the body") from None
+    if audio is None:
+        raise InputError(
+            f"the multipart body holds no whole file {AUDIO_FIELD!r}; send it as -F {AUDIO_FIELD}=@FILE"
+        )
+    return audio, parsing.query_from_text(pairs, options)
+
+
+async def _read_body(request: Request, max_bytes: float = math.inf) -> bytes:
+    """The body; HTTPException if it is compressed, TooLargeError if it is larger than this route allows."""
+    _refuse_encoding(request)
+    body = io.BytesIO()  # joining the pieces at the end would take the memory twice
+    async for piece in request.stream():
+        if body.tell() + len(piece) > max_bytes:
+            raise TooLargeError(f"the body is too large; expected at most {max_bytes} bytes here")
+        body.write(piece)
+    return body.getvalue()
+
+
+async def _read_small_body(request: Request) -> bytes:
+    """The body of a request that is parsed on the event loop, which a large JSON document would block."""
+    return await _read_body(request, CONTROL_BYTES)
+
+
+def _refuse_encoding(request: Request) -> None:
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise HTTPException(415, "compressed requests are not supported; send the body without Content-Encoding")
+
+
 # -- recordings and embeddings --------------------------------------------------------------------------------------
 
 Question = Callable[[Repository, pipeline.Audio, Query], object]
 
 
 async def _ask(question: Question, options: Collection[str], front: Front, request: Request) -> Response:
-    audio, query = await read_recording(request, options)
+    audio, query = await _read_recording(request, options)
 
     def answer() -> bytes:
         # Encoded in the thread as well: the embeddings of a long recording take seconds.
@@ -110,10 +182,10 @@ async def _ask(question: Question, options: Collection[str], front: Front, reque
 
 
 async def _classify(front: Front, request: Request) -> Response:
-    body = await read_body(request)
+    body = await _read_body(request)
 
     def classify() -> bytes:
-        asked = parsing.document(ClassifyRequest, body)
+        asked = parsing.document(openapi.ClassifyRequest, body)
         embeddings = parsing.from_numbers("embeddings", asked.embeddings)
         return msgspec.json.encode(pipeline.classify(front.repository, embeddings, asked.query()))
 
@@ -125,7 +197,7 @@ async def _classify(front: Front, request: Request) -> Response:
 
 def _model(front: Front, request: Request) -> Any:
     path = request.path_params
-    return repository.leased_model(front.repository, path["name"], path.get("version"))
+    return protocol.leased_model(front.repository, path["name"], path.get("version"))
 
 
 async def _server_metadata(_: Front, __: Request) -> Response:
@@ -158,7 +230,7 @@ async def _model_config(front: Front, request: Request) -> Response:
 
 
 async def _infer(front: Front, request: Request) -> Response:
-    body = await read_body(request)
+    body = await _read_body(request)
 
     def infer() -> json.Body:
         with _model(front, request) as model:
@@ -173,20 +245,20 @@ async def _infer(front: Front, request: Request) -> Response:
 
 
 async def _index(front: Front, request: Request) -> Response:
-    ready = json.parse_index_request(await read_small_body(request))
-    return _json(repository.index(front.repository, ready=ready))
+    ready = json.parse_index_request(await _read_small_body(request))
+    return _json(protocol.index(front.repository, ready=ready))
 
 
 async def _load(front: Front, request: Request) -> Response:
     front.check_control()
-    repository.check_load_parameters(json.parse_control_request(await read_small_body(request)))
+    protocol.check_load_parameters(json.parse_control_request(await _read_small_body(request)))
     await front.load(request.path_params["name"])
     return _json({})
 
 
 async def _unload(front: Front, request: Request) -> Response:
     front.check_control()
-    json.parse_control_request(await read_small_body(request))
+    json.parse_control_request(await _read_small_body(request))
     await front.unload(request.path_params["name"])
     return _json({})
 
@@ -247,7 +319,7 @@ ENDPOINTS: Final = (
     # Before the models: one of these paths looks like a model's.
     *(
         Endpoint(("GET", "POST"), f"/v2{path}", partial(_refuse, reason), None)
-        for path, reason in repository.REFUSED_PATHS.items()
+        for path, reason in protocol.REFUSED_PATHS.items()
     ),
     *_models(pages.MODEL, "name"),
     *_models(f"{pages.MODEL}/versions/{{version}}", "name", "version"),

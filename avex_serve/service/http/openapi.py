@@ -5,13 +5,13 @@ It replaces BentoML's, which knows neither the Open Inference Protocol nor bodie
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 
+from avex_serve import __version__
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, Detection, Embedding, LabelScore, Prediction, Predictions
-from avex_serve.service.http.requests import ClassifyRequest
-from avex_serve.version import __version__
 
 Schema = dict[str, Any]
 Options = Mapping[str, tuple[str, Schema]]  # name: description and schema
@@ -46,6 +46,27 @@ EMBED: Final[Options] = {
     **_RECORDING,
     "output": ("which embedding of the bundle; by default its first one", _STRING),
 }
+
+
+class ClassifyRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """The JSON body of ``/classify``."""
+
+    model: str | None = None
+    version: str | None = None
+    embeddings: Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "array", "items": {}})]
+    threshold: float | None = None
+    top_k: int | None = None
+    probe: str | None = None
+
+    def query(self) -> Query:
+        """The options."""
+        return Query(
+            model=self.model,
+            version=self.version,
+            threshold=self.threshold,
+            top_k=self.top_k,
+            probe=self.probe,
+        )
 
 
 def document(paths: dict[str, Any]) -> Schema:

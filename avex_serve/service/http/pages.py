@@ -12,9 +12,9 @@ from anyio import to_thread
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from avex_serve import __version__
 from avex_serve.inference.engine import Engine
 from avex_serve.service.front import METRICS, Front
-from avex_serve.version import __version__
 
 # Routes that the start page names.
 PREDICT: Final = "/predict"

@@ -2,7 +2,7 @@
 
 import base64
 import binascii
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -18,23 +18,26 @@ from avex_serve.service.parsing import BOOL, BYTES, FP32
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
 
 
+Parameters: TypeAlias = dict[str, msgspec.Raw]
+
+
 class _Input(msgspec.Struct):
     name: str
-    shape: list[int]
+    shape: msgspec.Raw
     datatype: str
-    parameters: dict[str, Any] = {}
-    data: Any = None
+    parameters: Parameters = {}
+    data: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _Output(msgspec.Struct):
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = {}
 
 
 class _Request(msgspec.Struct):
     inputs: list[_Input]
     id: str = ""
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = {}
     outputs: list[_Output] = []
 
 
@@ -43,7 +46,7 @@ class _IndexRequest(msgspec.Struct):
 
 
 class _ControlRequest(msgspec.Struct):
-    parameters: dict[str, Any] = {}
+    parameters: Parameters = {}
 
 
 class JsonRequest(NamedTuple):
@@ -73,28 +76,32 @@ def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
     """
     split = _split(body, json_length)
     request = parsing.document(_Request, body[:split], strict=False)
-    inputs, rest = [], body[split:]
+    inputs, rest = [], memoryview(body)[split:]
     for tensor in request.inputs:
-        protocol.refuse_shared_memory(tensor.name, tensor.parameters)
-        if (size := tensor.parameters.get("binary_data_size")) is None:
+        parameters = parsing.parameters(tensor.parameters)
+        protocol.refuse_shared_memory(tensor.name, parameters)
+        shape = parsing.from_shape(f"input {tensor.name!r}", tensor.shape)
+        if (size := parameters.get("binary_data_size")) is None:
             data = _from_json(tensor)
         else:
             if type(size) is not int or not 0 <= size <= len(rest):
                 raise TensorError(
                     f"input {tensor.name!r}: binary_data_size is {size!r}; {len(rest)} bytes follow the JSON"
                 )
-            data, rest = parsing.from_raw(tensor.name, tensor.datatype, tensor.shape, rest[:size]), rest[size:]
-        inputs.append(protocol.InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
+            data, rest = parsing.from_raw(tensor.name, tensor.datatype, shape, rest[:size]), rest[size:]
+        inputs.append(protocol.InputTensor(tensor.name, tensor.datatype, tuple(shape), data))
     if rest:
         raise TensorError(f"{len(rest)} bytes after the JSON belong to no input; set binary_data_size of each")
+    asked = parsing.parameters(request.parameters)
+    outputs = [(output.name, parsing.parameters(output.parameters)) for output in request.outputs]
     return JsonRequest(
         protocol.InferRequest(
             inputs=inputs,
-            outputs=[protocol.parse_output(output.name, output.parameters) for output in request.outputs],
-            query=protocol.parse_parameters(request.parameters),
+            outputs=[protocol.parse_output(name, parameters) for name, parameters in outputs],
+            query=protocol.parse_parameters(asked),
         ),
         request.id,
-        _wanted_in_binary(request),
+        _wanted_in_binary(asked, outputs),
     )
 
 
@@ -105,7 +112,7 @@ def parse_index_request(body: bytes) -> bool:
 
 def parse_control_request(body: bytes) -> dict[str, Any]:
     """The parameters of a request to load or unload a model; the body may be empty."""
-    return parsing.document(_ControlRequest, body or b"{}", strict=False).parameters
+    return parsing.parameters(parsing.document(_ControlRequest, body or b"{}", strict=False).parameters)
 
 
 def dump_answer(model: protocol.Model, request: JsonRequest, answer: protocol.InferAnswer) -> Body:
@@ -148,27 +155,25 @@ def _split(body: bytes, json_length: str | None) -> int:
 def _from_json(tensor: _Input) -> np.ndarray | list[bytes]:
     name = f"input {tensor.name!r}"
     parsing.check_datatype(tensor.name, tensor.datatype)
-    if tensor.data is None:
+    if bytes(tensor.data) == b"null":
         raise TensorError(f"{name} has no data")
     if tensor.datatype == FP32:
         return parsing.from_numbers(name, tensor.data).ravel()
     if tensor.datatype == BOOL:
         return parsing.from_flags(name, tensor.data).ravel()
-    if not isinstance(tensor.data, list) or not all(isinstance(text, str) for text in tensor.data):
-        raise TensorError(f"{name} of type BYTES: expected a list of strings")
     try:
         # JSON can't hold arbitrary bytes.
-        return [base64.b64decode(text, validate=True) for text in tensor.data]
+        return [base64.b64decode(text, validate=True) for text in parsing.from_texts(name, tensor.data)]
     except (binascii.Error, ValueError):
         raise TensorError(
             f"{name} of type BYTES: expected each recording as base64, or as a binary tensor"
         ) from None
 
 
-def _wanted_in_binary(request: _Request) -> frozenset[str] | None:
-    if request.parameters.get("binary_data_output") is True and not request.outputs:
+def _wanted_in_binary(
+    parameters: dict[str, Any], outputs: list[tuple[str, dict[str, Any]]]
+) -> frozenset[str] | None:
+    default = parameters.get("binary_data_output", False)
+    if default is True and not outputs:
         return None
-    default = request.parameters.get("binary_data_output", False)
-    return frozenset(
-        output.name for output in request.outputs if output.parameters.get("binary_data", default) is True
-    )
+    return frozenset(name for name, own in outputs if own.get("binary_data", default) is True)

@@ -21,25 +21,26 @@ largest values of each row as ``value:index:label``.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypedDict
 
 import numpy as np
 from msgspec import Meta
 
+from avex_serve import __version__
 from avex_serve.audio.reader import open_audio
-from avex_serve.errors import InputError, TensorError, UnsupportedError
+from avex_serve.errors import InputError, NotFoundError, TensorError, UnavailableError, UnsupportedError
 from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.query import Query
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.inference.scores import activate
 from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
 from avex_serve.service.parsing import BOOL, BYTES, FP32, LENGTH_BYTES
-from avex_serve.version import __version__
 
 SERVER: Final = "avex-serve"
 NO_SHARED_MEMORY: Final = "shared memory is not offered; send the tensor itself"
@@ -304,3 +305,84 @@ def _classified(values: np.ndarray, count: int, labels: tuple[str, ...] | None) 
         text = f"{values[(*place[:-1], index)]:f}:{index}"  # a value as Triton writes it
         best[place] = (f"{text}:{labels[index]}" if labels is not None else text).encode()
     return OutputTensor(BYTES, best)
+
+
+# -- the repository, as the protocol shows it -----------------------------------------------------------------------
+
+READY: Final = "READY"
+UNAVAILABLE: Final = "UNAVAILABLE"
+
+# Triton's extensions that are not offered: paths under /v2, with {name} and {version} of a model, and gRPC methods.
+NO_STREAM: Final = "streams are not offered; send each request by ModelInfer"
+NO_STATISTICS: Final = "statistics are not offered here; GET /metrics has them"
+NO_SETTINGS: Final = "trace and log settings are not offered; set them when you start the service"
+REFUSED_PATHS: Final = {
+    "/models/stats": NO_STATISTICS,
+    "/models/{name}/stats": NO_STATISTICS,
+    "/models/{name}/versions/{version}/stats": NO_STATISTICS,
+    "/models/{name}/trace/setting": NO_SETTINGS,
+    "/trace/setting": NO_SETTINGS,
+    "/logging": NO_SETTINGS,
+    "/systemsharedmemory/{rest:path}": NO_SHARED_MEMORY,
+    "/cudasharedmemory/{rest:path}": NO_SHARED_MEMORY,
+}
+REFUSED_METHODS: Final = {
+    "ModelStatistics": NO_STATISTICS,
+    "TraceSetting": NO_SETTINGS,
+    "LogSettings": NO_SETTINGS,
+    "SystemSharedMemoryStatus": NO_SHARED_MEMORY,
+    "SystemSharedMemoryRegister": NO_SHARED_MEMORY,
+    "SystemSharedMemoryUnregister": NO_SHARED_MEMORY,
+    "CudaSharedMemoryStatus": NO_SHARED_MEMORY,
+    "CudaSharedMemoryRegister": NO_SHARED_MEMORY,
+    "CudaSharedMemoryUnregister": NO_SHARED_MEMORY,
+}
+
+
+class ModelIndex(TypedDict):
+    """A line of the index."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
+@contextmanager
+def leased_model(repository: Repository, name: str, version: str | None) -> Iterator[Model]:
+    """The model of that name and version; errors as of `Repository.lease`."""
+    if not name:
+        raise NotFoundError("the request names no model")
+    with repository.lease(name, version) as engine:
+        yield Model(engine, repository)
+
+
+def model_ready(repository: Repository, name: str, version: str | None) -> bool:
+    """Whether a model is served; NotFoundError for an unknown name or version."""
+    try:
+        with leased_model(repository, name, version):
+            return True
+    except UnavailableError:
+        return False
+
+
+def index(repository: Repository, *, ready: bool) -> list[ModelIndex]:
+    """Every bundle on disk, or the ready ones alone, with its state and, if it is not served, the reason."""
+    return [
+        ModelIndex(
+            name=state.name,
+            version=state.version,
+            state=READY if state.ready else UNAVAILABLE,
+            reason=state.reason,
+        )
+        for state in repository.index()
+        if state.ready or not ready
+    ]
+
+
+def check_load_parameters(parameters: Mapping[str, Any]) -> None:
+    """Raise UnsupportedError for parameters of Triton that carry a configuration or files."""
+    if sent := sorted(name for name in parameters if name == "config" or name.startswith("file:")):
+        raise UnsupportedError(
+            f"load takes no {', '.join(sent)}: the service loads models from the folders of AVEX_BUNDLE alone"
+        )

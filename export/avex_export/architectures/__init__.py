@@ -1,4 +1,4 @@
-"""The architectures that the exporter knows, a file each. A further one is a file here and its name in the list."""
+"""The architectures that the exporter knows, one file each. To add one, add its file and its name in the list."""
 
 from collections.abc import Callable
 
@@ -16,11 +16,11 @@ _UNKNOWN = Architecture("other backbones", ModelBase, FRONT_ENDS)
 
 
 def architecture_of(model: ModelBase) -> Architecture:
-    """The architecture of a backbone; one that only rewrites front ends if the class is not known."""
+    """The architecture of a backbone; for an unknown class, one that only rewrites front ends."""
     return next(each for each in (*ARCHITECTURES, _UNKNOWN) if isinstance(model, each.backbone))
 
 
 def names(which: Callable[[Architecture], object]) -> str:
-    """Names of the architectures for which `which` is true, as a sentence lists them."""
+    """Names of the architectures for which `which` is true, as text: "A, B and C"."""
     *others, last = [each.name for each in ARCHITECTURES if which(each)]
     return " and ".join([", ".join(others), last] if others else [last])

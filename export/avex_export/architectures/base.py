@@ -1,11 +1,13 @@
-"""What the exporter can do with a backbone: its passes, half precision, int8. And what the passes work on."""
+"""What the exporter can do with a backbone: passes, half precision, int8; and the object that passes rewrite."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.probes import Probe
+
+_Backbone = TypeVar("_Backbone", bound=ModelBase)
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Target:
     probes: tuple[Probe, ...]
     samples: int  # of a clip; if clips may have any length, of a typical one
     any_length: bool = False
-    masked: bool = False  # whether the graph takes a padding mask
+    takes_padding_mask: bool = False
 
     @property
     def model(self) -> ModelBase:
@@ -23,6 +25,11 @@ class Target:
         model = self.probes[0].base_model
         assert model is not None
         return model
+
+    def model_as(self, backbone: type[_Backbone]) -> _Backbone:
+        """The backbone, which the caller knows to be of this class."""
+        assert isinstance(self.model, backbone)
+        return self.model
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -32,12 +39,11 @@ class Target:
     @property
     def pooling(self) -> Literal["mean", "cls_token"] | None:
         """How every probe reduces time first; None if they differ, or if one of them excludes padding."""
-        pads = self.model.fills_clips or self.masked
+        pads = self.model.fills_clips or self.takes_padding_mask
         if pads and any(probe.exclude_padding for probe in self.probes):
             return None
         ways = {_pooling(probe) for probe in self.probes}
-        (way,) = ways if len(ways) == 1 else (None,)
-        return way
+        return ways.pop() if len(ways) == 1 else None
 
 
 def _pooling(probe: Probe) -> Literal["mean", "cls_token"] | None:
@@ -48,13 +54,13 @@ def _pooling(probe: Probe) -> Literal["mean", "cls_token"] | None:
 
 @dataclass(frozen=True)
 class Pass:
-    """A rewriting under the name that ``--without`` and ``--explain`` use; architectures do it in their own ways."""
+    """A rewriting, by its name in ``--without`` and ``--explain``; each architecture has its own code for it."""
 
     name: str
     summary: str
 
 
-Rewrite = Callable[[Target], bool]  # rewrites the copies in place; returns whether there was anything to do
+Rewrite = Callable[[Target], bool]  # rewrites the copies in place; returns whether it changed anything
 
 DEAD_LAYERS = Pass("dead-layers", "leave out what comes after the tapped layers, and classifiers")
 PROJECTIONS = Pass("projections", "one product for queries, keys, values and gates, with their scale")
@@ -72,10 +78,10 @@ class Architecture:
         name: in messages.
         backbone: the class.
         passes: in the order in which they are applied.
-        network: path of the module that reads the front end's features. With ``--half`` the front end stays in
-            float32 and the cast to float16 is here. None: there is no half precision.
+        network: path of the module whose input is the front end's features. With ``--half`` the front end stays in
+            float32, and the cast to float16 is here. None: there is no half precision.
         blocks: path of the blocks whose linear maps ``--quantize int8`` turns into integers. None: there is no int8.
-        refusals: by option, why these backbones refuse it, if there is more to say than that they can't.
+        refusals: by option, the reason why these backbones refuse it, where the usual message doesn't suffice.
     """
 
     name: str

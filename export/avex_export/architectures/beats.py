@@ -1,4 +1,4 @@
-"""BEATs: how its graph is made fast."""
+"""The passes of BEATs."""
 
 from typing import Any
 
@@ -28,21 +28,16 @@ _NORM = f"{_ENCODER}.layer_norm"  # before the blocks, or after them if they nor
 _PATCHES = "backbone.patch_embedding"
 
 
-def _model(target: Target) -> BEATsModel:
-    assert isinstance(target.model, BEATsModel)
-    return target.model
-
-
 def _drop_dead_layers(target: Target) -> bool:
-    model = _model(target)
+    model = target.model_as(BEATsModel)
     model.classifier = model.backbone.predictor = None
     _BLOCKS.trim(target, {*_OUTPUTS, _NORM} if model.backbone.encoder.cfg.layer_norm_first else _OUTPUTS)
     return True
 
 
 def _bake_positions(target: Target) -> bool:
-    """Make constants of the relative position bias and of the kernel of the positional convolution."""
-    backbone = _model(target).backbone
+    """Turn the relative position bias and the kernel of the positional convolution into constants."""
+    backbone = target.model_as(BEATsModel).backbone
     encoder = backbone.encoder
     # Not by remove_parametrizations, which breaks the modules that this one was copied from.
     encoder.pos_conv[0] = _plain_convolution(encoder.pos_conv[0])
@@ -123,7 +118,7 @@ class BEATsAttention(MergedAttention):
 
 def _fold_norms(target: Target) -> bool:
     """See `Blocks.fold_norms`; not for blocks that normalise first or have gated units."""
-    encoder = _model(target).backbone.encoder
+    encoder = target.model_as(BEATsModel).backbone.encoder
     if encoder.cfg.layer_norm_first or encoder.cfg.activation_fn == "glu":
         return False
     unchanged = {*_OUTPUTS, _PATCHES, "backbone.layer_norm", "backbone.post_extract_proj"}
@@ -139,7 +134,7 @@ def _pool(target: Target) -> bool:
         else:
             block.fc1 = Then(pool, block.fc1)
 
-    tokens = None if target.any_length else _model(target).backbone.tokens(target.samples)
+    tokens = None if target.any_length else target.model_as(BEATsModel).backbone.tokens(target.samples)
     outputs, others = {*_OUTPUTS, _NORM}, {_PATCHES, f"{_ENCODER}.pos_conv"}
     return _BLOCKS.pool(target, tokens, _BLOCKS.fed, outputs, others, insert)
 

@@ -1,4 +1,4 @@
-"""EAT: how its graph is made fast."""
+"""The passes of EAT."""
 
 from torch import Tensor, nn
 
@@ -22,13 +22,8 @@ _OUTPUTS = {BACKBONE, _NETWORK}
 _PATCHES = {f"{_NETWORK}.local_encoder", f"{_NETWORK}.local_encoder.proj"}
 
 
-def _model(target: Target) -> EATModel:
-    assert isinstance(target.model, EATModel)
-    return target.model
-
-
 def _drop_dead_layers(target: Target) -> bool:
-    model = _model(target)
+    model = target.model_as(EATModel)
     model.classifier = None
     network = model.backbone.model
     table = network.fixed_positional_encoder
@@ -37,14 +32,14 @@ def _drop_dead_layers(target: Target) -> bool:
     tapped = _BLOCKS.tapped(target)
     if tapped and _OUTPUTS.isdisjoint(target.layers):
         last = max(tapped)
-        if all(part.startswith("attn") for part in tapped[last]):  # the pass ends with the attention
+        if all(part.startswith("attn") for part in tapped[last]):  # nothing follows the attention
             for name in ("mlp", *_BLOCKS.norms):
                 setattr(network.blocks[last], name, nn.Identity())
     return True
 
 
 class EATAttention(MergedAttention):
-    """EAT's attention, which has one product already."""
+    """EAT's attention. It already has one product; its queries are scaled beforehand."""
 
     def __init__(self, attention: SelfAttention) -> None:
         weight, bias = rows_of(attention.qkv)
@@ -64,7 +59,7 @@ class EATAttention(MergedAttention):
 
 def _fold_norms(target: Target) -> bool:
     """See `Blocks.fold_norms`."""
-    return _BLOCKS.fold_norms(target, _model(target).backbone.model.pre_norm, _OUTPUTS | _PATCHES)
+    return _BLOCKS.fold_norms(target, target.model_as(EATModel).backbone.model.pre_norm, _OUTPUTS | _PATCHES)
 
 
 def _pool(target: Target) -> bool:
@@ -74,7 +69,7 @@ def _pool(target: Target) -> bool:
         _, output = _BLOCKS.linears(block)
         block.set_submodule(output, Then(pool, block.get_submodule(output)))
 
-    tokens = _model(target).cfg.patches + 1
+    tokens = target.model_as(EATModel).cfg.patches + 1
     return _BLOCKS.pool(target, tokens, _BLOCKS.attended, _OUTPUTS, _PATCHES, insert)
 
 

@@ -1,4 +1,4 @@
-"""EfficientNet: how its graph is made fast."""
+"""The passes of EfficientNet."""
 
 from collections.abc import Iterable, Sequence
 
@@ -18,13 +18,8 @@ _FEATURES = "model.features"
 _STEM = f"{_FEATURES}.0"
 
 
-def _model(target: Target) -> EfficientNetModel:
-    assert isinstance(target.model, EfficientNetModel)
-    return target.model
-
-
 def _drop_dead_layers(target: Target) -> bool:
-    model = _model(target)
+    model = target.model_as(EfficientNetModel)
     model.model.classifier = None
     if {"model.avgpool", BACKBONE}.isdisjoint(target.layers):  # else the last feature map is needed
         _cut(model.model.features, _FEATURES, target.layers)
@@ -32,7 +27,7 @@ def _drop_dead_layers(target: Target) -> bool:
 
 
 def _cut(chain: nn.ModuleList, name: str, layers: Iterable[str]) -> None:
-    """Drop what follows the deepest of the layers, in place."""
+    """Drop all parts after the deepest of the layers, in place."""
     inside = [layer.removeprefix(f"{name}.") for layer in layers if layer.startswith(f"{name}.")]
     if name in layers or not inside:
         return
@@ -49,11 +44,9 @@ def _cut(chain: nn.ModuleList, name: str, layers: Iterable[str]) -> None:
 
 
 def _merge_channels(target: Target) -> bool:
-    """Give the first convolution the spectrogram once, with its weights summed, instead of three times."""
-    model = _model(target)
-    first = model.model.features[0]
-    assert isinstance(first, ConvNorm)
-    stem = _convolution(first)
+    """Pass the spectrogram to the first convolution once, with summed weights, instead of three times."""
+    model = target.model_as(EfficientNetModel)
+    stem = _convolution(model.model.features[0])
     with torch.no_grad():
         stem.weight = nn.Parameter(stem.weight.double().sum(dim=1, keepdim=True).float(), requires_grad=False)
     stem.in_channels = model.channels = 1
@@ -71,7 +64,7 @@ class MeanOverTime(nn.Module):
 class PooledGains(nn.Module):
     """Squeeze and excitation (B, C, H, W) → the same, and its mean over time (B, C, H).
 
-    The mean of a channel is computed from the mean over time, which therefore costs nothing.
+    The mean of a channel is computed from the mean over time, which therefore takes no extra time.
     """
 
     def __init__(self, part: SqueezeExcite) -> None:
@@ -87,7 +80,7 @@ class PooledGains(nn.Module):
 
 
 class PooledConvolution(ConvNorm):
-    """Convolution and what follows. The convolution's layer is its output for the mean over time, (B, C' * H)."""
+    """A convolution with its norm and activation. Its tapped layer is its output for the mean, (B, C' * H)."""
 
     weight: Tensor  # of the convolution, without the norm that may be folded into it later
 
@@ -96,7 +89,7 @@ class PooledConvolution(ConvNorm):
         self.register_buffer("weight", _convolution(part).weight.detach())
 
     def offer(self, pooled: Tensor, x: Tensor, taps: Taps, name: str) -> Tensor:
-        """Offer the pooled output (B, C', H, …), and compute what follows from the convolution's input."""
+        """Tap the pooled output (B, C', H, …), and compute the rest from the convolution's input."""
         taps(f"{name}.0", pooled.reshape(-1, pooled.shape[1] * pooled.shape[2]))
         if not taps.complete:
             for part in self:
@@ -105,7 +98,7 @@ class PooledConvolution(ConvNorm):
 
 
 class PooledProjection(PooledConvolution):
-    """The end of a bottleneck, behind `PooledGains`."""
+    """The end of a bottleneck, after `PooledGains`."""
 
     def forward(self, pair: tuple[Tensor, Tensor], taps: Taps, name: str) -> Tensor:  # type: ignore[override]
         """Offers the convolution."""
@@ -114,12 +107,12 @@ class PooledProjection(PooledConvolution):
 
 
 class PooledStem(PooledConvolution):
-    """The first convolution and what follows.
+    """The first convolution with its norm and activation.
 
-    Each column of the kernel sees other frames of the image, so each has a mean of its own.
+    Each column of the kernel covers other frames of the image, so each has a separate mean.
     """
 
-    seen: Tensor  # (frames, kernel): 1 where a column of the kernel sees a frame
+    seen: Tensor  # (frames, kernel): 1 where a column of the kernel covers a frame
     bias: Tensor
 
     def __init__(self, part: ConvNorm, frames: int) -> None:
@@ -148,7 +141,7 @@ def _pool(target: Target) -> bool:
 
     The mean commutes with a convolution. Before the stem this works in clips of one length only.
     """
-    model, layers = _model(target), target.layers
+    model, layers = target.model_as(EfficientNetModel), target.layers
     modules = dict(model.named_modules())
     if target.pooling != "mean" or not all(isinstance(modules.get(layer), nn.Conv2d) for layer in layers):
         return False
@@ -161,9 +154,7 @@ def _pool(target: Target) -> bool:
     pooled = set()
     for name, part in modules.items():
         if isinstance(part, Bottleneck) and len(part.block) > part.last_part:  # not cut off
-            filtering = part.block[part.last_part - 2]
-            assert isinstance(filtering, ConvNorm)
-            size = _strided(size, _convolution(filtering))
+            size = _strided(size, _convolution(part.block[part.last_part - 2]))
             if _pool_bottleneck(part, name, size, layers):
                 pooled.add(f"{name}.block.{part.last_part}.0")
     if f"{_STEM}.0" in layers and not target.any_length:
@@ -189,7 +180,7 @@ def _pool_bottleneck(part: Bottleneck, name: str, size: tuple[int, int], layers:
     assert isinstance(squeeze, SqueezeExcite)
     assert isinstance(projection, ConvNorm)
     if _convolution(projection).in_channels > 2 * size[0] * size[1]:
-        return False  # its weights are larger than its output, whose mean is then cheap
+        return False  # its weights are larger than its output, so the mean of the output takes less time
     part.block[end - 1], part.block[end] = PooledGains(squeeze), PooledProjection(projection)
     return True
 
@@ -200,7 +191,7 @@ def _strided(size: tuple[int, int], convolution: nn.Conv2d) -> tuple[int, int]:
 
 def _fold_batch_norms(target: Target) -> bool:
     """Fold each batch norm into its convolution, unless the convolution's own output is tapped."""
-    for name, part in _model(target).model.named_modules(prefix="model"):
+    for name, part in target.model_as(EfficientNetModel).model.named_modules(prefix="model"):
         if not isinstance(part, ConvNorm) or len(part) == 1:
             continue
         if isinstance(part, PooledConvolution) or f"{name}.0" not in target.layers:
@@ -208,16 +199,17 @@ def _fold_batch_norms(target: Target) -> bool:
             assert isinstance(norm, nn.BatchNorm2d)
             part[0] = fuse_conv_bn_eval(_convolution(part), norm)
             part[1] = nn.Identity()
-        else:  # without a bias, the graph makes zeros at each run, and onnxruntime can't block the convolution
+        else:  # without a bias, the graph creates zeros in each run, and onnxruntime can't block the convolution
             zeros = torch.zeros(_convolution(part).out_channels)
             _convolution(part).bias = nn.Parameter(zeros, requires_grad=False)
     return True
 
 
-def _convolution(part: ConvNorm) -> nn.Conv2d:
+def _convolution(part: nn.Module) -> nn.Conv2d:
+    assert isinstance(part, ConvNorm)
     convolution = part[0]
     if isinstance(convolution, nn.Sequential):
-        *_, convolution = convolution  # behind `MeanOverTime`
+        *_, convolution = convolution  # after `MeanOverTime`
     assert isinstance(convolution, nn.Conv2d)
     return convolution
 
@@ -234,7 +226,7 @@ EFFICIENTNET = Architecture(
     },
     network=_STEM,
     refusals={
-        "--padding-mask": "EfficientNet has no use for one, since its convolutions process every sample",
+        "--padding-mask": "EfficientNet can't use one, since its convolutions process every sample",
         "--quantize": "EfficientNet has no int8 graph: on CPUs with AVX2 alone its convolutions are slower in "
         "integers than in float32, and its embeddings are wrong (cosine 0.6)",
     },

@@ -1,7 +1,7 @@
-"""Front ends, whatever the backbone: power spectra as products with constant matrices, and smaller products.
+"""Front ends of all backbones: power spectra as products with constant matrices, and smaller products.
 
-No runtime has a fast FFT. The matrices are made in float64. In nearly empty bands a product is more exact than an
-FFT in float32.
+No runtime has a fast FFT. The matrices are computed in float64. In nearly empty bands a product is more exact than
+an FFT in float32.
 """
 
 import math
@@ -15,7 +15,7 @@ from avex_serve.models.frontends import FramePower, KaldiFbank, Spectrogram
 
 
 def front_ends(model: nn.Module) -> list[KaldiFbank | Spectrogram]:
-    """The modules of a backbone that make features of waveforms."""
+    """The modules of a backbone that compute features from waveforms."""
     return [part for part in model.modules() if isinstance(part, KaldiFbank | Spectrogram)]
 
 
@@ -52,8 +52,8 @@ FRONT_ENDS: Mapping[Pass, Rewrite] = {
 class ProductFramePower(FramePower):
     """Kaldi's power spectrum of a frame, with the transform as a product and, if folded, the window in its matrices.
 
-    Mean and pre-emphasis are linear too, but are never folded. What they remove, a recorder's offset or wind, may be
-    thousands of times larger than the signal, and the product would keep its rounding noise.
+    Mean and pre-emphasis are linear too, but are never folded. They remove a recorder's offset or wind, which may be
+    thousands of times larger than the signal, and a product would keep the rounding noise of these.
     """
 
     def __init__(self, power: FramePower, window: Tensor, *, folded: bool) -> None:
@@ -87,8 +87,8 @@ class FoldedPower(nn.Module):
     """Power spectrum of windowed frames of even length, by four products that take a quarter of the work.
 
     Samples n and n_fft - n have equal cosines and opposite sines, so sums and differences of the two need half the
-    rows. Frequencies k and n_fft / 2 - k differ in the sign of every other row only, so even and odd rows apart need
-    half the columns. Each matrix is (about n_fft / 4, n_fft // 4 + 1).
+    rows. Frequencies k and n_fft / 2 - k differ only in the sign of every other row, so separate products of even
+    and odd rows need half the columns. Each matrix is (about n_fft / 4, n_fft // 4 + 1).
     """
 
     cos_even: Tensor
@@ -102,7 +102,7 @@ class FoldedPower(nn.Module):
         sample = torch.arange(half + 1, dtype=torch.float64)[:, None]
         angle = 2 * math.pi * sample * torch.arange(half // 2 + 1, dtype=torch.float64) / n_fft
         cos, sin = angle.cos().float(), angle.sin().float()
-        sin[-1] = 0  # sin(pi k), which floating point does not make exactly 0
+        sin[-1] = 0  # sin(pi k), which is not exactly 0 in floating point
         for name, rows in {
             "cos_even": cos[::2],
             "cos_odd": cos[1::2],
@@ -116,7 +116,7 @@ class FoldedPower(nn.Module):
         half = self.nyquist
         first = frames[..., : half + 1]  # samples 0 to half
         mirrored = nn.functional.pad(frames[..., half + 1 :].flip(-1), (1, 1))  # sample n_fft - n at place n
-        even, odd = first + mirrored, first - mirrored  # what cosines and sines see
+        even, odd = first + mirrored, first - mirrored  # the inputs of cosines and of sines
         cosines = even[..., ::2] @ self.cos_even, even[..., 1::2] @ self.cos_odd
         sines = odd[..., 1::2] @ self.sin_odd, odd[..., ::2] @ self.sin_even
         low = (cosines[0] + cosines[1]).square() + (sines[0] + sines[1]).square()  # (B, F, n_fft // 4 + 1)

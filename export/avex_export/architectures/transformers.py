@@ -1,4 +1,4 @@
-"""What transformers share: merged attention, folded norms, and the mean before the last operator."""
+"""Passes that transformers share: merged attention, folded norms, and the mean before the last operator."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
@@ -13,17 +13,17 @@ from avex_export.architectures.base import Target
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where a transformer's blocks are, and their parts, by paths in a block.
+    """Path of a transformer's blocks, and of their parts within a block.
 
     A block is two residual branches, attention and feed-forward, each with a norm after its residual.
     """
 
     path: str  # of the list of blocks in the model
     attention: str
-    projections: tuple[str, ...]  # the linear maps that read the input of the attention
-    attended: str  # the linear map that makes its output
-    widening: str  # the linear map that reads the input of the feed-forward layers
-    fed: str  # the linear map that makes their output
+    projections: tuple[str, ...]  # the first linear maps of the attention
+    attended: str  # the last linear map of the attention
+    widening: str  # the first linear map of the feed-forward layers
+    fed: str  # their last linear map
     norms: tuple[str, str]  # after each residual
 
     def of(self, target: Target) -> Any:
@@ -55,7 +55,7 @@ class Blocks:
         return replaced
 
     def linears(self, block: nn.Module) -> tuple[tuple[str, ...], str]:
-        """The linear maps that read the input of the attention, merged or not, and the one that makes its output."""
+        """The first linear maps of the attention, merged or not, and the last one."""
         if isinstance(block.get_submodule(self.attention), MergedAttention):
             return (f"{self.attention}.projection",), f"{self.attention}.out"
         return self.projections, self.attended
@@ -63,14 +63,10 @@ class Blocks:
     def fold_norms(self, target: Target, norm: nn.Module, unchanged: Collection[str]) -> bool:
         """Fold DeepNorm's scale of the residuals, and the biases that are added to them, into the layer norms.
 
-        A norm then gives scale * x + b instead of x, where b is the bias of the branch that is added to it. The
-        linear maps that read the norm undo both in their own weights. The layers between these maps change their
-        values and must not be tapped. The bias of a tapped branch stays where it is.
-
-        Args:
-            target: what is rewritten.
-            norm: before the first block.
-            unchanged: layers outside of blocks whose values stay the same.
+        A norm then returns scale * x + b instead of x, where b is the bias of the branch that is added to it. The
+        weights of the linear maps after the norm undo both. The layers between these maps change their values and
+        must not be tapped; layers outside of blocks don't change if they are in `unchanged`. The bias of a tapped
+        branch stays where it is. `norm` is the norm before the first block.
         """
         tapped = self.tapped(target)
         outside = {layer for layer in target.layers if not layer.startswith(f"{self.path}.")}
@@ -84,7 +80,7 @@ class Blocks:
             )
             _fold(block, norm, *self.linears(block), scale, attended)
             norm = block.get_submodule(self.norms[0])
-            if isinstance(norm, nn.LayerNorm):  # else the pass ends with the attention
+            if isinstance(norm, nn.LayerNorm):  # else nothing follows the attention
                 _fold(block, norm, (self.widening,), self.fed, scale, fed)
                 norm = block.get_submodule(self.norms[1])
             if scale != 1.0:
@@ -100,17 +96,17 @@ class Blocks:
         others: Collection[str],
         insert: Callable[[Any, "Pool"], None],
     ) -> bool:
-        """Take the mean or first token before a linear map if the pass ends with it, and the mean of other layers.
+        """Take the mean or first token before a linear map if it is the last layer, and the mean of other layers.
 
         The mean of its outputs is its output for the mean, and the first token commutes with any map of single
-        tokens. The layer then has one step of time.
+        tokens. The layer then has one time step.
 
         Args:
             target: what is rewritten.
             tokens: of a clip; None: clips may have any length.
             part: of a block, the linear map.
-            outputs: layers that follow all blocks; if one is tapped, the pass doesn't end earlier.
-            others: layers that are no sequences of all tokens.
+            outputs: layers after all blocks; if one of them is tapped, no block has the last layer.
+            others: layers that are not sequences of all tokens.
             insert: puts the pooling into the block.
         """
         if target.pooling is None:
@@ -134,7 +130,7 @@ def _ends(part: str, *outputs: str) -> bool:
 
 @torch.no_grad()
 def _fold(block: Any, norm: Any, readers: Sequence[str], output: str, scale: float, tapped: bool) -> None:
-    """Fold a residual's scale and the bias of its branch, which leads from the norm through readers to an output."""
+    """Fold a residual's scale, and the bias of the branch that leads from the norm through readers to an output."""
     end = block.get_submodule(output)
     shift = torch.zeros_like(norm.bias) if tapped else end.bias.detach().clone()
     for name in readers:
@@ -221,14 +217,14 @@ Pool = Callable[[Tensor], Tensor]  # `MeanOverTime` or the first token
 
 
 class Then(nn.Module):
-    """One thing after the other; both may be functions."""
+    """Two modules or functions in sequence."""
 
     def __init__(self, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.first, self.second = first, second
 
     def forward(self, x: Tensor) -> Tensor:
-        """Both."""
+        """The second's output for the first's output."""
         return self.second(self.first(x))
 
 

@@ -1,20 +1,21 @@
-"""Products in integers: how a graph's linear maps become `Int8Linear`, one after the other."""
+"""Products in integers: the linear maps of a graph are replaced by `Int8Linear`, one after the other."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from tqdm import tqdm
 
 from avex_export.architectures import architecture_of
-from avex_export.graph import AudioGraph
-from avex_export.progress import counter
-from avex_serve.models.base_model import ModelBase
+from avex_export.graph import Graph
 from avex_serve.models.probes import Probe
 
-# How much of the activations' range moves into the weights; each product uses the best. SmoothQuant's is 0.5.
+# Shares of the activations' range that move into the weights; each product uses the best. SmoothQuant's is 0.5.
 _STRENGTHS = (0.2, 0.35, 0.5, 0.65, 0.8)
 # Rows of each clip on which the best is chosen.
 _ROWS = 32
-# Channels of activations or weights that are nearly zero count as this.
+# Lowest range of a channel of activations or weights, so that none is divided by zero.
 _LEAST = 1e-5
 # Weights are -64 to 64. On CPUs with AVX2 but without VNNI, onnxruntime adds two products of 8 bits each in 16 bits.
 # With weights of 8 bits they saturate, and silently (255 * 127 * 2 > 2 ** 15; 255 * 64 * 2 is not).
@@ -28,8 +29,8 @@ _COLUMNS = 128
 class Int8Linear(nn.Module):
     """A linear map (B, T, K) → (B, T, N) of 8-bit activations, rounded at run time, with 7-bit weights.
 
-    The activations' range is measured over a whole call. The service runs batches of one clip, which are therefore
-    rounded as in the calibration. In a graph this is four standard operators, which onnxruntime fuses into one.
+    A graph measures the range of the activations over the whole batch. The service therefore runs batches of one
+    clip, as in the calibration. In a graph this module is four standard operators, which onnxruntime fuses into one.
     """
 
     smoothing: Tensor  # (K,) factors of the activations; the weights are divided by them
@@ -70,27 +71,28 @@ def quantised(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 class _Calibrating(nn.Module):
-    """Stands in for a linear map. Its first call gets all clips and makes the `Int8Linear` from them."""
+    """Takes the place of a linear map. Its first call gets all clips and makes the `Int8Linear` from them."""
 
-    def __init__(self, linear: nn.Linear, mean: Tensor) -> None:
-        """Take the linear map and the mean (N,) of its output in float32."""
+    def __init__(self, linear: nn.Linear, mean: Tensor, advance: Callable[[], object]) -> None:
+        """Take the linear map, the mean (N,) of its output in float32, and what to call after the calibration."""
         super().__init__()
-        self.linear, self.mean = linear, mean
+        self.linear, self.mean, self.advance = linear, mean, advance
         self.made: Int8Linear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, K) → (B, T, N)."""
         if self.made is None:
             self.made = _calibrated(self.linear, x, self.mean)
+            self.advance()
         return self.made(x)
 
 
 @torch.no_grad()
-def quantise(graph: AudioGraph, clips: Tensor) -> int:
+def quantise(graph: Graph, clips: Tensor) -> int:
     """Turn the products of a rewritten graph's transformer into integers, in place, one after the other.
 
-    Each is rounded on its inputs behind the products that were rounded before it, and its bias takes up the mean of
-    all their errors. Products of one token a clip, behind the pooling, stay in float32, since they cost nothing. So
+    Each is rounded on the inputs that the products rounded before it compute, and its bias takes up the mean of all
+    their errors. Products of one token a clip, after the pooling, stay in float32, since they take little time. So
     does BEATs' small product for each head of each token, where it isn't merged with the large ones.
 
     Args:
@@ -104,12 +106,14 @@ def quantise(graph: AudioGraph, clips: Tensor) -> int:
     assert isinstance(probe, Probe)
     model = probe.base_model
     assert model is not None
-    linears = _linears(model)
+    path = architecture_of(model).blocks
+    assert path is not None
+    parts = model.get_submodule(path).named_modules(prefix=path)
+    linears = {name: part for name, part in parts if isinstance(part, nn.Linear)}
     means = _means(graph, clips, linears)
-    calibrating = {name: _Calibrating(linears[name], mean) for name, mean in means.items()}
-    with counter(len(calibrating), "round to int8") as count:
+    with tqdm(total=len(means), desc="round to int8", leave=False, disable=None) as shown:
+        calibrating = {name: _Calibrating(linears[name], mean, shown.update) for name, mean in means.items()}
         for name, product in calibrating.items():
-            product.register_forward_hook(lambda *_: count())
             model.set_submodule(name, product)
         graph.combine(clips)
     for name, product in calibrating.items():
@@ -118,26 +122,15 @@ def quantise(graph: AudioGraph, clips: Tensor) -> int:
     return len(calibrating)
 
 
-def _linears(model: ModelBase) -> dict[str, nn.Linear]:
-    """The linear maps of the blocks by name."""
-    path = architecture_of(model).blocks
-    assert path is not None
-    parts = model.get_submodule(path).named_modules(prefix=path)
-    return {name: part for name, part in parts if isinstance(part, nn.Linear)}
-
-
-def _means(graph: AudioGraph, clips: Tensor, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:
+def _means(graph: Graph, clips: Tensor, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
     """The mean output (N,) of each linear map that processes several tokens of a clip."""
     means: dict[str, Tensor] = {}
 
-    def record(name: str) -> RemovableHandle:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.ndim == 3 and output.shape[1] > 1:
-                means[name] = output.flatten(0, 1).mean(dim=0)
+    def record(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.ndim == 3 and output.shape[1] > 1:
+            means[name] = output.flatten(0, 1).mean(dim=0)
 
-        return linears[name].register_forward_hook(note)
-
-    handles = [record(name) for name in linears]
+    handles = [linear.register_forward_hook(partial(record, name)) for name, linear in linears.items()]
     graph.combine(clips)
     for handle in handles:
         handle.remove()
@@ -155,9 +148,9 @@ def _calibrated(linear: nn.Linear, x: Tensor, mean: Tensor) -> Int8Linear:
 
 
 def _smoothing(linear: nn.Linear, x: Tensor) -> Tensor:
-    """Factors (K,) that even out the channels of x, at the expense of the weights, as far as it reduces the error.
+    """Factors (K,) that make the channels of x more equal and the weights less equal; those with the least error.
 
-    Source: Xiao et al., "SmoothQuant" (arXiv 2211.10438), the strength searched for each product.
+    Source: Xiao et al., "SmoothQuant" (arXiv 2211.10438), here with the best of several strengths for each product.
     """
     low, high = x.aminmax(dim=1)  # (B, K) each
     reach = torch.maximum(high, -low).amax(dim=0).clamp(min=_LEAST)
@@ -191,18 +184,10 @@ def nearest(weight: Tensor, step: Tensor) -> Tensor:
 
 
 def compensated(weight: Tensor, step: Tensor, inputs: Tensor) -> Tensor:
-    """Integers whose product with these inputs is near the weight's, rather than integers near the weight.
+    """Integers (N, K), as floats, whose product with inputs (R, K) is near that of the weight (N, K); steps (N,).
 
-    Columns are rounded one after the other, those with the strongest inputs first. The remaining columns take up the
-    error of each. Source: Frantar et al., "GPTQ" (arXiv 2210.17323), with its order by activation.
-
-    Args:
-        weight: (N, K).
-        step: (N,).
-        inputs: (R, K) rows that the product will get.
-
-    Returns:
-        (N, K) integers, as floats.
+    Columns are rounded one after the other, those with the strongest inputs first. The remaining columns compensate
+    for the error of each. Source: Frantar et al., "GPTQ" (arXiv 2210.17323), with its order by activation.
     """
     moments = inputs.T @ inputs / len(inputs)  # (K, K)
     moments.diagonal().add_(_DAMPING * moments.diagonal().mean().clamp(min=1e-12))
