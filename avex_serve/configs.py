@@ -14,13 +14,13 @@ InputProcessing = Literal["flatten", "sequence", "pooled", "none"]
 
 SEQUENCE_PROBES: tuple[ProbeType, ...] = ("lstm", "attention", "transformer")
 
-# avex demands `num_layers` of an attention probe, its documentation doesn't; 2 is what avex's AttentionProbe
-# class takes when it is built directly.
+# avex requires `num_layers` for an attention probe, its documentation doesn't. 2 is the default of its class
+# AttentionProbe.
 DEFAULT_ATTENTION_LAYERS = 2
 
 
 class AudioConfig(BaseModel):
-    """What audio a backbone expects."""
+    """The audio that a backbone expects."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -31,12 +31,12 @@ class AudioConfig(BaseModel):
     window: Literal["hann", "hamming"] = Field("hann", description="window function")
     n_mels: int = Field(128, gt=0, description="mel bins")
     representation: Literal["spectrogram", "mel_spectrogram", "raw"] = Field(
-        "mel_spectrogram", description="what reaches the backbone; BEATs and EAT take raw"
+        "mel_spectrogram", description="input of the backbone; BEATs and EAT need raw"
     )
     normalize: bool = Field(True, description="log and min-max per clip, for spectrogram representations")
     target_length_seconds: int | None = Field(None, gt=0, description="length of a clip in seconds")
     window_selection: Literal["random", "center"] = Field(
-        "random", description="which part of a longer recording training takes"
+        "random", description="the part of a longer recording that training uses"
     )
     center: bool = Field(True, description="centre the frames, for spectrogram representations")
     extra_config: dict[str, Any] | None = Field(None, description="free-form options of a custom model")
@@ -50,7 +50,7 @@ class ModelSpec(BaseModel):
     name: str = Field(description="architecture, a name in list_model_classes()")
     pretrained: bool = Field(True, description="whether load_model must find weights")
     device: Literal["cpu", "cuda"] = Field("cuda", description="used where no device is given")
-    audio_config: AudioConfig | None = Field(None, description="what audio the backbone expects")
+    audio_config: AudioConfig | None = Field(None, description="the audio that the backbone expects")
     init_config: dict[str, Any] | None = Field(
         None,
         description="geometry and flags of the architecture, for BEATs the fields of BEATsConfig, "
@@ -62,22 +62,20 @@ class ModelSpec(BaseModel):
     eat_cfg: dict[str, Any] | None = Field(None, description="EAT: the same as init_config, under avex's name")
     eat_norm_mean: float | None = Field(
         -4.268,
-        description="EAT: subtracted from the log-mel features; avex computes with the default even where its YAML "
-        "files say -5.553",
+        description="EAT: subtracted from the log-mel features; avex uses this default even if its YAML has -5.553",
     )
     eat_norm_std: float | None = Field(
         4.569,
         gt=0,
-        description="EAT: the log-mel features are divided by twice this; avex computes with the default even where "
-        "its YAML files say 4.606",
+        description="EAT: half the divisor of log-mel features; avex uses this default even if its YAML has 4.606",
     )
-    # avex has these for architectures that are not here; a registered class gets those that its constructor takes.
+    # avex has these for other architectures. A registered class gets those that its constructor accepts.
     model_id: str = Field("worstchan/EAT-base_epoch30_pretrain", description="name of a model on the hub")
     fairseq_weights_path: str | None = Field(None, description="weights that fairseq wrote")
     pretraining_mode: bool | None = Field(None, description="whether the model is built for pre-training")
-    handle_padding: bool | None = Field(None, description="whether the model honours padding masks")
-    text_model_name: str | None = Field(None, description="text encoder of a model that reads text too")
-    projection_dim: int | None = Field(None, description="width that audio and text share")
+    handle_padding: bool | None = Field(None, description="whether the model uses padding masks")
+    text_model_name: str | None = Field(None, description="text encoder of a model for audio and text")
+    projection_dim: int | None = Field(None, description="common width of audio and text embeddings")
     temperature: float | None = Field(None, description="of the similarity between audio and text")
     language: str | None = Field(None, description="language of labels or text")
     extra_config: dict[str, Any] | None = Field(
@@ -86,7 +84,7 @@ class ModelSpec(BaseModel):
 
 
 class ProbeConfig(BaseModel):
-    """What a probe is: its head, the layers it taps and how their embeddings reach the head.
+    """Describes a probe: its head, the layers that it taps, and the way from their embeddings to the head.
 
     Rules, each an error that names the field, its value and the remedy:
 
@@ -96,10 +94,10 @@ class ProbeConfig(BaseModel):
       ``attention_dim`` (``num_layers`` is 2 if not set); transformer all three of these.
     - ``online_training=False`` needs ``freeze_backbone=True``.
 
-    ``input_processing`` acts only if it was set: left alone, an aggregated embedding passes, a linear or mlp
-    head flattens what is not aggregated, and a sequence head takes it as a sequence. A mapping of all fields, as
-    avex and ``model_dump()`` write it, leaves it alone too where it says the default ``pooled``; to keep a choice of
-    it, write a config with ``model_dump(exclude_unset=True)``.
+    ``input_processing`` acts only if it was set. Otherwise an aggregated embedding is not changed, a linear or mlp
+    head flattens an unaggregated one, and a sequence head reads it as a sequence. In a mapping of all fields, as
+    written by avex and ``model_dump()``, the default ``pooled`` counts as not set. To keep a choice of it, write a
+    config with ``model_dump(exclude_unset=True)``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -113,8 +111,8 @@ class ProbeConfig(BaseModel):
     )
     input_processing: InputProcessing = Field(
         "pooled",
-        description="how an embedding is brought to the head, if set: averaged over time (pooled), kept as a "
-        "sequence (sequence), flattened to one vector (flatten), or passed as it is (none)",
+        description="how an embedding is prepared for the head, if set: averaged over time (pooled), kept as a "
+        "sequence (sequence), flattened to one vector (flatten), or unchanged (none)",
     )
     target_layers: list[str | int] = Field(
         description="layers to tap: names, indices into the model's layers (negative ones count from the "
@@ -153,15 +151,15 @@ class ProbeConfig(BaseModel):
     )
     extra_config: dict[str, Any] | None = Field(
         None,
-        description="further options; 'exclude_padding': true keeps padded time steps out of the head and "
-        "out of means over time, which avex does not",
+        description="further options; with 'exclude_padding': true, unlike in avex, the head and means over time "
+        "leave out padded time steps",
     )
 
     @field_validator("target_layers", mode="before")
     @classmethod
     def _refuse_bools(cls, layers: Any) -> Any:
         if isinstance(layers, list | tuple) and any(isinstance(layer, bool) for layer in layers):
-            raise ValueError(f"target_layers is {layers}: a bool is no layer; use a name or an integer index")
+            raise ValueError(f"target_layers is {layers}: a bool is no layer; use a name or an index")
         return layers
 
     @model_validator(mode="before")

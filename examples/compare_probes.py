@@ -2,9 +2,9 @@
 
     python compare_probes.py --probes linear_last attention_all --clips 400
 
-The probes are named variants, see ``avex-export --list``. Printed are the parameters of the head, how many numbers
-are stored for a clip, and the share of the test clips that are named right. The sounds are synthetic, and the demo
-model was trained on their like: this shows how to compare, not which probe is best for your sounds.
+The probes are named variants, see ``avex-export --list``. For each, the program prints the parameters of the head,
+the numbers stored for a clip, and the accuracy on test clips. The sounds are synthetic, and the demo model was
+trained on similar ones. So this shows how to compare, not which probe is best for your sounds.
 """
 
 import argparse
@@ -36,13 +36,13 @@ def main() -> None:
     test_waves, test_targets = make_clips(rng, args.clips)
     train, test = embed_all(base, train_waves), embed_all(base, test_waves)
 
-    print(f"{args.clips} clips to train with and as many to test with, of {len(LABELS)} labels")
+    print(f"{args.clips} clips to train with and {args.clips} to test with, of {len(LABELS)} labels")
     print(f"{'probe':18}{'parameters':>12}{'stored a clip':>16}{'accuracy':>10}")
     for name in args.probes:
         torch.manual_seed(args.seed)
         config = find_recipe(name).config
         stored = inputs(base, config, train)
-        shapes = [tuple(embedding.shape[1:]) for embedding in stored]  # of one clip, a shape a layer
+        shapes = [tuple(embedding.shape[1:]) for embedding in stored]  # of one clip, one per layer
         head = build_probe_from_config(config, len(LABELS), "cpu", input_dim=shapes)
         fit(head, stored, train_targets, args.epochs)
         accuracy = accuracy_of(head.eval(), inputs(base, config, test), test_targets)
@@ -52,10 +52,12 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description="Compare the probe types on stored embeddings.")
     parser.add_argument("--probes", nargs="+", default=DEFAULT, choices=list(variants()), metavar="NAME")
-    parser.add_argument("--clips", type=int, default=160, help="to train with, and as many to test with")
+    parser.add_argument(
+        "--clips", type=int, default=160, help="number of clips to train with, and the same number to test with"
+    )
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -77,7 +79,7 @@ def embed_all(base: ModelBase, waves: Tensor) -> dict[str, Tensor]:
 
 
 def inputs(base: ModelBase, config: ProbeConfig, embeddings: dict[str, Tensor]) -> list[Tensor]:
-    """What the head of a configuration reads, each (N, ...): its layers, aggregated as the backbone would."""
+    """The inputs (N, ...) of a head: the layers of its configuration, aggregated as for a probe on the backbone."""
     layers = base.resolve_layers(config.target_layers)
     merged = concatenate([embeddings[layer] for layer in layers], config.aggregation)
     return merged if isinstance(merged, list) else [merged]
@@ -96,7 +98,7 @@ def fit(head: Probe, stored: list[Tensor], targets: Tensor, epochs: int) -> None
 
 @torch.no_grad()
 def accuracy_of(head: Probe, stored: list[Tensor], targets: Tensor) -> float:
-    """The share of clips whose highest logit is the right one."""
+    """The share of clips whose highest logit is that of their label."""
     batches = zip(*(embedding.split(BATCH) for embedding in stored), strict=True)
     logits = torch.cat([head(list(batch)) for batch in batches])
     return (logits.argmax(dim=1) == targets).float().mean().item()

@@ -4,11 +4,11 @@
 
 The file holds, for N windows of all recordings together:
 
-- ``recordings``: the paths of the recordings, and ``recording`` (N,): which of them each window is of;
-- ``spans`` (N, 2): start and end of the window in its recording, in seconds;
+- ``recordings``: the paths of the recordings, and ``recording`` (N,): the index of each window's recording;
+- ``spans`` (N, 2): start and end of each window in its recording, in seconds;
 - one array for each layer under the layer's name, (N, D), or (N, T, D) with ``--aggregation none``.
 
-Without recordings, two synthetic ones are written and used.
+Without arguments, the program writes two synthetic recordings and uses them.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description="Store the embeddings of recordings in an .npz file.")
     parser.add_argument("recordings", type=Path, nargs="*", help="WAV, FLAC, OGG or MP3 (default: synthetic ones)")
     parser.add_argument("--model", default="avex_demo", help="the backbone, a registered name or a YAML file")

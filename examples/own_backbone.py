@@ -1,8 +1,8 @@
-"""Bring a backbone of your own: a small convolutional network, trained with its probe from random weights.
+"""Use a backbone of your own: a small convolutional network, trained with its probe from random weights.
 
     python own_backbone.py
 
-What a backbone must have, and how to register, save by name and export it: docs/own-backbone.md.
+docs/own-backbone.md describes what a backbone must have, and how to register, save and export it.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class SmallNetwork(nn.Module):
         """(B, S) to (B, T, 32)."""
         spectrum = torch.stft(wave, 512, hop_length=160, window=self.window, return_complex=True)  # (B, 257, T)
         features = (spectrum.abs() + 1e-4).log()
-        features = features - features.mean(dim=(1, 2), keepdim=True)  # the level of a clip says nothing
+        features = features - features.mean(dim=(1, 2), keepdim=True)  # ignore the level of a clip
         features = self.high(self.low(features).relu()).relu()  # (B, 64, T)
         return self.mix(features.transpose(1, 2))
 
@@ -70,14 +70,14 @@ def main() -> None:
             optimiser.step()
     print(f"accuracy after training  {accuracy_of(probe, test_waves, test_targets):.2f}")
 
-    # The folder holds the backbone's weights too, since they were trained; the class is given when it is loaded.
+    # The folder holds the backbone's weights too, since they were trained. To load it, give the module.
     save_probe(probe, args.output, labels=LABELS)
     loaded = load_probe(args.output, base_model=SmallNetwork())
     print(f"accuracy of {args.output}, loaded: {accuracy_of(loaded, test_waves, test_targets):.2f}")
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description="Train a probe on a backbone of your own.")
     parser.add_argument("--clips", type=int, default=240, help="synthetic clips to train with")
     parser.add_argument("--epochs", type=int, default=8)
@@ -95,7 +95,7 @@ def make_clips(rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def accuracy_of(probe: Probe, waves: Tensor, targets: Tensor) -> float:
-    """The share of clips whose highest logit is the right one."""
+    """The share of clips whose highest logit is that of their label."""
     return (probe.eval()(waves).argmax(dim=1) == targets).float().mean().item()
 
 

@@ -1,4 +1,4 @@
-"""Train a probe on a folder of labelled clips, save it, and name the sounds of a recording with it.
+"""Train a probe on a folder of labelled clips, save it, and use it to label the windows of a recording.
 
     python train_probe.py --clips my_clips --recording my_recording.wav
 
@@ -8,8 +8,8 @@ The folder has a folder of WAV, FLAC, OGG or MP3 files for each label::
     my_clips/bat/002.wav
     my_clips/bee/001.wav
 
-Give a label such as ``background`` to clips without a call: the probe names one label in every window. Without
-``--clips`` a folder of synthetic sounds is written and used.
+Give a label such as ``background`` to clips without a call, because the probe chooses one label for every window.
+Without ``--clips`` the program writes a folder of synthetic sounds and uses it.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
             optimiser.step()
     with torch.no_grad():
         right = (head.eval()(embeddings[test]).argmax(dim=1) == targets[test]).sum().item()
-    print(f"{len(targets)} clips of {len(labels)} labels; {right} of {int(test.sum())} held-out clips named right")
+    print(f"{len(targets)} clips of {len(labels)} labels; {right} of {int(test.sum())} held-out clips are right")
 
     # Put the head on the backbone, and save it.
     probe = build_probe_from_config(config, len(labels), "cpu", base_model=base).eval()
@@ -74,7 +74,7 @@ def main() -> None:
     save_probe(probe, args.output, labels=labels, model=args.model)
     print(f"wrote {args.output}; export it: avex-export --probe {args.output} --activation softmax")
 
-    # Name the sounds of the recording, window by window.
+    # Label the recording, window by window.
     wave, rate = read(recording, base)
     plan = plan_windows(wave.size, base.clip_samples, rate, overlap=0.0)
     with torch.no_grad():
@@ -85,10 +85,12 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What the command line says."""
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description="Train a probe on labelled clips and use it on a recording.")
-    parser.add_argument("--clips", type=Path, help="a folder with a folder of clips a label (default: synthetic)")
-    parser.add_argument("--recording", type=Path, help="to name the sounds of (default: a synthetic one)")
+    parser.add_argument(
+        "--clips", type=Path, help="a folder with one folder of clips per label (default: synthetic)"
+    )
+    parser.add_argument("--recording", type=Path, help="the recording to label (default: a synthetic one)")
     parser.add_argument("--model", default="avex_demo", help="the backbone, a registered name or a YAML file")
     parser.add_argument("--output", type=Path, default=Path("my_probe"), help="where the probe is saved")
     parser.add_argument("--epochs", type=int, default=40)
@@ -100,10 +102,10 @@ def write_clips(folder: Path, seed: int) -> None:
     """Write twelve synthetic clips of each sound, and of the background alone."""
     rng = np.random.default_rng(seed)
     sounds: dict[str, list[str]] = {**{label: [label] for label in LABELS}, "background": []}
-    for label, heard in sounds.items():
+    for label, parts in sounds.items():
         (folder / label).mkdir(parents=True, exist_ok=True)
         for i in range(12):
-            clip = make_clip(rng, heard, snr_db=rng.uniform(0, 20))
+            clip = make_clip(rng, parts, snr_db=rng.uniform(0, 20))
             soundfile.write(folder / label / f"{i:03}.wav", clip, 16000)
 
 

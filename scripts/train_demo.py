@@ -1,4 +1,4 @@
-"""Train the demo model: synthesise sounds, train the backbone and the ten probes on it, and print their accuracy.
+"""Train the demo model: synthesise sounds, train the backbone, train ten probes on it, and print their accuracy.
 
 ``python scripts/train_demo.py`` takes minutes on two CPU cores. It writes ``official_models/avex_demo.safetensors``
 and ``demo/probes/<name>`` into the package. The model is for trying the software, not for the field.
@@ -40,7 +40,7 @@ SHORTER, SHORTEST_SECONDS = 0.15, 0.8
 BACKBONE_CLIPS, PROBE_CLIPS, TEST_CLIPS = 16000, 4000, 1200
 BATCH = 16
 BACKBONE_EPOCHS = 5
-# A head on the mean over time costs next to nothing; one on the sequence costs as much as a block of the backbone.
+# A head on the mean over time is cheap. One on the sequence costs as much as a block of the backbone.
 POOLED_EPOCHS, SEQUENCE_EPOCHS = 20, 2
 BACKBONE_RATE, PROBE_RATE = 1e-3, 3e-3
 THREADS = 2
@@ -140,10 +140,10 @@ def _steps(event: Event) -> slice:
 
 
 def train_backbone(clips: Clips, clock: Clock) -> ModelBase:
-    """Train it end to end, with three linear heads that are not kept.
+    """Train the backbone end to end, with three linear heads that are discarded afterwards.
 
     One head is on the mean of the last layer that probes tap, one on the mean of the output, and one on the output
-    of each time step. The targets of the last one say when a sound occurs, which halves the number of clips needed.
+    of each time step. The last head learns when a sound occurs, which halves the number of clips needed.
     """
     spec = get_model_spec(MODEL)
     assert spec is not None
@@ -171,7 +171,7 @@ def train_backbone(clips: Clips, clock: Clock) -> ModelBase:
 def start_with_cosines(patch_embedding: nn.Conv2d) -> None:
     """Start with the slowest two-dimensional cosines as filters, without the constant one.
 
-    The patch embedding then ignores the level from the start, and training needs fewer clips.
+    Then the patch embedding ignores the level from the start, and training needs fewer clips.
     """
     place = (np.arange(PATCH) + 0.5) / PATCH
     cosines = np.cos(np.pi * np.arange(PATCH)[:, None] * place)  # (order, place)
@@ -183,7 +183,7 @@ def start_with_cosines(patch_embedding: nn.Conv2d) -> None:
 
 
 def save_backbone(base: ModelBase, path: Path) -> None:
-    """Write its weights; cloned, since the blocks share a table and safetensors stores no tensor twice."""
+    """Write the backbone's weights, cloned: the blocks share a table, and safetensors refuses shared memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().clone().contiguous() for name, tensor in base.state_dict().items()}
     about = {"format": "pt", "description": "backbone of avex_demo, made by scripts/train_demo.py", "licence": "MIT"}
@@ -201,14 +201,14 @@ def tap_all(base: ModelBase, waves: Tensor, layers: list[str]) -> dict[str, Tens
 
 
 def input_of(probe: Probe, embeddings: dict[str, Tensor]) -> list[Tensor]:
-    """The inputs (N, ...) of the probe's offline twin: its layers, aggregated as the probe does it."""
+    """The inputs (N, ...) of the probe's offline copy: its layers, aggregated as by the probe."""
     assert probe.config is not None
     merged = concatenate([embeddings[layer] for layer in probe.layers], probe.config.aggregation)
     return merged if isinstance(merged, list) else [merged]
 
 
 def train_head(probe: Probe, embeddings: dict[str, Tensor], targets: Tensor, name: str, clock: Clock) -> Probe:
-    """Train an offline twin of the probe on stored embeddings, without running the backbone."""
+    """Train an offline copy of the probe on stored embeddings, without running the backbone."""
     assert probe.config is not None
     twin = build_probe_from_config(probe.config, CLASSES, "cpu", input_dim=probe.input_dim).train()
     stored = input_of(probe, embeddings)
@@ -230,7 +230,7 @@ def predict(head: Probe, embeddings: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def check_agreement(probe: Probe, logits: Tensor, waves: Tensor) -> None:
-    """Raise AssertionError unless the probe on its backbone has the logits of its head on stored embeddings."""
+    """Raise AssertionError if the logits of a probe on its backbone and on stored embeddings differ."""
     torch.testing.assert_close(probe(waves[:BATCH]), logits[:BATCH], rtol=1e-4, atol=1e-4)
 
 
@@ -245,7 +245,7 @@ def fit(
 ) -> None:
     """Minimise the loss of batches, given as indices (B,) of clips."""
     steps = epochs * (count // BATCH)
-    # A short memory of squared gradients (0.98): the default of 0.999 outlasts a run of a thousand steps.
+    # The default of 0.999 averages squared gradients over a thousand steps, which is as long as a run.
     optimiser = torch.optim.AdamW(module.parameters(), lr=rate, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
     for epoch in range(epochs):
@@ -272,8 +272,9 @@ HEADER = f"""{"":16} |  top-1 of one sound, by SNR in dB  | named | false | macr
 def evaluate(name: str, logits: Tensor, clips: Clips) -> str:
     """A row of the table.
 
-    Top-1 accuracy on clips with one sound; among those above 10 dB, the share whose sound scores at least 0.5; among
-    all clips, the share in which an absent sound does; average precision on all clips, averaged over the classes.
+    The columns: top-1 accuracy on clips with one sound. Among those above 10 dB, the share whose sound has a score
+    of at least 0.5. Among all clips, the share in which an absent sound has such a score. Average precision on all
+    clips, averaged over the classes.
     """
     scores, targets = logits.sigmoid().numpy(), clips.targets.numpy()
     right = scores.argmax(axis=1) == targets.argmax(axis=1)

@@ -44,11 +44,8 @@ _COMPUTED = re.compile(r"(^|\.)fbank\.(window|mel_fb)$")
 def read_checkpoint(path: Path) -> tuple[StateDict, int | None]:
     """The state dict in a checkpoint, and the number of its classifier's classes if the file states it.
 
-    The file is safetensors, or a torch file with nothing but tensors, numbers and text. Wrappers of training
-    frameworks are removed; names stay as they are, see `brought_to`.
-
-    Raises:
-        ValueError: an empty or truncated file, or one without a state dict.
+    The file is safetensors, or a torch file with only tensors, numbers and text. Wrappers of training frameworks are
+    removed, names are not changed. Raises ValueError for an empty or truncated file, or one without a state dict.
     """
     content = _read(path)
     classes = _stated_classes(content)

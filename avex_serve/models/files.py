@@ -148,7 +148,8 @@ def _from_cloud(uri: str, scheme: str, kind: str) -> Path:
         ) from error
     try:
         version = system.ukey(remote)  # changes with the remote file
-        folder = _cache_folder() / hashlib.sha256(f"{uri} {version}".encode()).hexdigest()[:32]
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avex_serve" / "checkpoints"
+        folder = cache / hashlib.sha256(f"{uri} {version}".encode()).hexdigest()[:32]
         target = folder / Path(remote).name
         if not target.is_file():
             _download(system, remote, target)
@@ -167,8 +168,3 @@ def _download(system: Any, remote: str, target: Path) -> None:
         part = Path(scratch) / target.name
         system.get_file(remote, str(part))
         part.replace(target)
-
-
-def _cache_folder() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "avex_serve" / "checkpoints"

@@ -39,20 +39,16 @@ class KaldiFbank(nn.Module):
         sample_frequency: float,
         frame_length: float,
         frame_shift: float,
-        preemphasis: float = 0.97,
-        low_frequency: float = 20.0,
         window: Literal["povey", "hanning"] = "povey",
         in_state: bool = True,
     ) -> None:
         """Build the constant buffers.
 
         Args:
-            num_mel_bins: filters between `low_frequency` and half the sample frequency, both in Hz.
+            num_mel_bins: filters between 20 Hz and half the sample frequency.
             sample_frequency: Hz, which determines window, hop and filters in samples.
             frame_length: ms.
             frame_shift: ms.
-            preemphasis: coefficient.
-            low_frequency: see `num_mel_bins`.
             window: Kaldi's ``hanning`` is a symmetric Hann window, ``povey`` that to the power 0.85
                 (feature-window.cc).
             in_state: whether window and filters are in the state dict, as in BEATs' checkpoints.
@@ -61,9 +57,9 @@ class KaldiFbank(nn.Module):
         self.win_length = int(sample_frequency * frame_length / 1000)
         self.hop_length = int(sample_frequency * frame_shift / 1000)
         self.n_fft = 1 << (self.win_length - 1).bit_length()
-        self.power: nn.Module = FramePower(self.n_fft, preemphasis)
+        self.power: nn.Module = FramePower(self.n_fft, preemphasis=0.97)
         self.fixed_samples: int | None = None
-        mel = kaldi_mel_filters(self.n_fft, num_mel_bins, sample_frequency, low_frequency)
+        mel = kaldi_mel_filters(self.n_fft, num_mel_bins, sample_frequency, low=20.0)
         hann = torch.hann_window(self.win_length, periodic=False)
         # Some of avex's checkpoints hold these two under these names.
         self.register_buffer("window", hann if window == "hanning" else hann.pow(0.85), persistent=in_state)

@@ -21,10 +21,7 @@ BACKBONE = "backbone"  # the model's own output
 def resolve_layers(selectors: Sequence[str | int], layers: Sequence[str], tappable: Iterable[str]) -> list[str]:
     """Layer names for the selectors that a user wrote, without duplicates, in avex's order.
 
-    Args:
-        selectors: names, indices into `layers`, ``all`` (appended after the others), ``last_layer``.
-        layers: the model's discoverable layers in order.
-        tappable: every name that the model can tap.
+    A selector is a tappable name, an index into `layers`, ``all`` (appended after the others) or ``last_layer``.
 
     Raises:
         TypeError: a bool among the selectors.

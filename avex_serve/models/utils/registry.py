@@ -308,11 +308,7 @@ def build_model_from_spec(model_spec: ModelSpec, device: str | None = None, **kw
 
 
 def list_model_layers(model: str | ModelBase | Backbone, device: str = "cpu") -> dict[str, list[str] | str]:
-    """The layers that a probe can tap.
-
-    Args:
-        model: a registered name (its weights are not needed) or a model.
-        device: where to build a model that is given by name.
+    """The layers that a probe can tap, of a model or a registered name, which is built on `device` without weights.
 
     Returns:
         ``layers`` and ``all``: the discoverable layers in order. ``last_layer``: the layer that this selector means.
