@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from avex_serve.cli import drop_output, escape_unprintable
+from avex_serve.cli.output import drop_output, escape_unprintable
 from avex_serve.errors import AvexServeError, DependencyError, ExportError, InputError
 
 # Windows has no SIGHUP.

@@ -1,0 +1,37 @@
+"""``avex-serve``: one module for each command.
+
+A module adds the command's options in `add_parser` and names the function that runs it. This function imports what
+the command needs, so that a small command starts at once.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from avex_serve import __version__
+from avex_serve.cli import demo, predict, settings, verify
+from avex_serve.cli.output import drop_output, escape_unprintable, fail
+from avex_serve.errors import AvexServeError
+
+COMMANDS = (predict, verify, settings, demo)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code is 0, or the error's own (see `avex_serve.errors`)."""
+    arguments = _parser().parse_args(argv)
+    escape_unprintable()
+    try:
+        return int(arguments.run(arguments))
+    except AvexServeError as error:
+        return fail(error)
+    except BrokenPipeError:  # `avex-serve predict … | head`: the reader has what it wanted
+        drop_output()
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="avex-serve", description="Name the sounds in recordings with a bundle.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,24 @@
+"""What commands print, and where."""
+
+import io
+import os
+import sys
+
+from avex_serve.errors import AvexServeError
+
+
+def escape_unprintable() -> None:
+    """Make standard output escape characters that it can't show: labels and file names may have any."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def drop_output() -> None:
+    """Discard further output: its reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(error: AvexServeError) -> int:
+    """Print an error; returns its exit code."""
+    print(f"avex-serve: {error}", file=sys.stderr)
+    return error.exit_code

@@ -1,0 +1,33 @@
+"""``avex-serve verify``: the evidence of a bundle, run again."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from avex_serve.errors import VerificationError
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser("verify", help="run the bundle's evidence again, on this machine")
+    parser.set_defaults(run=run)
+    parser.add_argument("bundle", type=Path, help="made by avex-export")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the comparison of each format with the evidence.
+
+    Raises:
+        VerificationError: a format differs.
+    """
+    from avex_serve.evidence.verify import verify_bundle
+
+    report, passed = verify_bundle(arguments.bundle, arguments.device)
+    print(report)
+    if not passed:
+        raise VerificationError(
+            f"on this machine {arguments.bundle} differs from its evidence (✗ above); copy it again, or send this "
+            "table to its makers"
+        )
+    return 0
