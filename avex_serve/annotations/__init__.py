@@ -1,1 +1,1 @@
-"""Tables of detections in the formats of other programs: a module for each format, with one writer."""
+"""Formats of annotations: who labelled what, when, in which recording."""

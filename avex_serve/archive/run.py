@@ -6,7 +6,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -14,13 +14,13 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from avex_serve.archive.plan import Pass, ResultSet, Target, read_stored
-from avex_serve.archive.store import PIECE_VALUES, Entry, Piece, Store, Writer
-from avex_serve.audio.reader import AudioStream, Wave, open_audio
+from avex_serve.archive.plan import Pass, ResultSet, read_stored
+from avex_serve.archive.store import Entry, ResultFile, Store
+from avex_serve.audio.reader import Wave, open_audio
 from avex_serve.bundles.reading import sha256_of
 from avex_serve.errors import AudioError, AvexServeError, StorageError
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.pipeline import stream_recording
+from avex_serve.inference.pipeline import stream_windows
 from avex_serve.scheduling.request import Request, answering
 
 Rows = Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]  # spans (B, 2) and outputs (B, …) of windows
@@ -95,7 +95,6 @@ def classify(store: Store, reader: Engine, report: Report) -> Progress:
     sets = store.sets()
     targets = read_stored(reader, list(sets.values()))
     store.use_sets([*store.current(), *(target.results for target in targets)])
-    writer = Writer(store)
     entries = {entry.recording: entry for entry in store.journal().values() if entry.computed}
     progress = Progress(0, 0, 0)
     todo = []
@@ -107,16 +106,13 @@ def classify(store: Store, reader: Engine, report: Report) -> Progress:
     progress.known = progress.total - len(todo)
     progress.size = sum(entries[recording].size for _, _, recording in todo)
     report(progress, None)
-    try:
-        for target, sources, recording in todo:
-            pieces = _Pieces(target.results, recording, writer)
+    for target, sources, recording in todo:
+        with ResultFile(store, target.results, recording) as file:
             for spans, rows in read_embeddings(store, sources, recording):
-                pieces.add(spans, target.scores(rows))
-            pieces.close()
-            progress.add(entries[recording])
-            report(progress, entries[recording])
-    finally:
-        writer.close()
+                file.add(spans, target.scores(rows))
+            file.publish()
+        progress.add(entries[recording])
+        report(progress, entries[recording])
     return progress
 
 
@@ -176,7 +172,6 @@ class _Run:
             return
         todo = iter(pending)
         outcomes: queue.SimpleQueue[Entry | BaseException | None] = queue.SimpleQueue()
-        writer = Writer(self._store)
 
         def work() -> None:
             try:
@@ -185,7 +180,9 @@ class _Run:
                         entry = next(todo, None)
                     if entry is None:
                         break
-                    outcomes.put(self._compute(entry, writer))
+                    entry = self._compute(entry)
+                    note(entry)
+                    outcomes.put(entry)
             except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
                 outcomes.put(error)
             else:
@@ -194,26 +191,26 @@ class _Run:
         # One more than infer: while a recording is decoded, the others keep the cores busy.
         count = min(len(pending), 1 + max(each.source.threads for each in self._passes))
         workers = [threading.Thread(target=work, name=f"avex-run-{index}", daemon=True) for index in range(count)]
-        for worker in workers:
-            worker.start()
-        try:
-            ended = 0
-            while ended < count:
-                outcome = outcomes.get()
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                if outcome is None:
-                    ended += 1
-                else:
-                    self._note(outcome, progress, report)
-        finally:
-            self._stopped = True
-            with self._lock:
-                for request in self._requests:
-                    request.abandon()
+        with self._store.journaling() as note:
             for worker in workers:
-                worker.join()
-            writer.close()
+                worker.start()
+            try:
+                ended = 0
+                while ended < count:
+                    outcome = outcomes.get()
+                    if isinstance(outcome, BaseException):
+                        raise outcome
+                    if outcome is None:
+                        ended += 1
+                    else:
+                        self._note(outcome, progress, report)
+            finally:
+                self._stopped = True
+                with self._lock:
+                    for request in self._requests:
+                        request.abandon()
+                for worker in workers:
+                    worker.join()
 
     def _note(self, entry: Entry, progress: Progress, report: Report) -> None:
         self._journal[entry.path] = entry
@@ -230,8 +227,8 @@ class _Run:
 
     # -- in the threads --------------------------------------------------------------------------------------------
 
-    def _compute(self, entry: Entry, writer: Writer) -> Entry:
-        """Compute a recording, and put its rows and its line into the store."""
+    def _compute(self, entry: Entry) -> Entry:
+        """Compute a recording and store its results; its entry for the journal."""
         request = Request()
         with self._lock:
             self._requests.add(request)
@@ -245,7 +242,7 @@ class _Run:
                     raise AudioError(now.error)
                 recording = recording or _digest(entry.path)
                 with self._alone(recording):
-                    sound = self._fill(msgspec.structs.replace(now, recording=recording), writer)
+                    sound = self._fill(msgspec.structs.replace(now, recording=recording))
             now = msgspec.structs.replace(sound, path=now.path, size=now.size, modified=now.modified)
         except StorageError:
             raise
@@ -256,7 +253,6 @@ class _Run:
         finally:
             with self._lock:
                 self._requests.discard(request)
-        writer.put(now)
         return now
 
     @contextmanager
@@ -276,7 +272,7 @@ class _Run:
                 del self._running[recording]
             mine.set()
 
-    def _fill(self, entry: Entry, writer: Writer) -> Entry:
+    def _fill(self, entry: Entry) -> Entry:
         """Compute the sets that lack the recording; its entry, with duration and rate."""
         recording = entry.recording
         assert recording is not None
@@ -288,98 +284,71 @@ class _Run:
             )
             if not lacking:
                 continue
-            targets = [target for target in each.targets if target.results in lacking]
-            rows = self._stored_rows(each, lacking, targets, recording) if sound is not None else None
-            listener = _Listener(Path(entry.path))
-            if rows is None:
-                kept = {output: results for output, results in each.embeddings.items() if results in lacking}
-                names = [output for target in targets for output in target.sources.values()]
-                rows = stream_recording(
-                    each.source, listener.open, each.query.overlap, list(dict.fromkeys([*names, *kept]))
-                )
-            else:
-                kept = {}
-            pieces = {one.name: _Pieces(one, recording, writer) for one in lacking}
-            for spans, outputs in rows:
-                for target in targets:
-                    pieces[target.results.name].add(spans, target.scores(outputs))
-                for output, results in kept.items():
-                    pieces[results.name].add(spans, outputs[output].reshape(len(spans), -1))
-            if not _look(entry.path).same_file(entry):
-                raise AudioError(f"{entry.path} {CHANGED}")
-            for one in lacking:
-                pieces[one.name].close()
-                self._done[one.name].add(recording)
-            if sound is None:
-                sound = msgspec.structs.replace(
-                    entry, duration=listener.frames / listener.sample_rate, sample_rate=listener.sample_rate
-                )
+            computed = self._compute_sets(each, lacking, entry, known=sound is not None)
+            sound = sound or computed
         assert sound is not None
         self._sounds[recording] = sound
         return sound
 
-    def _stored_rows(
-        self, each: Pass, lacking: Sequence[ResultSet], targets: Sequence[Target], recording: str
-    ) -> Rows | None:
-        """The stored embeddings that the targets read; None: some are not stored, or the recording is needed."""
-        if len(targets) < len(lacking) or any(target.engine is each.source for target in targets):
-            return None
-        sources = {output: each.embeddings[output] for target in targets for output in target.sources.values()}
-        if any(recording not in self._done[results.name] for results in sources.values()):
-            return None
-        return read_embeddings(self._store, sources, recording)
+    def _compute_sets(self, each: Pass, lacking: Sequence[ResultSet], entry: Entry, *, known: bool) -> Entry:
+        """Compute these sets of a pass, from stored embeddings if the recording is known.
+
+        Returns:
+            The entry, with what was read of the recording.
+        """
+        recording = entry.recording
+        assert recording is not None
+        targets = [target for target in each.targets if target.results in lacking]
+        kept = {output: results for output, results in each.embeddings.items() if results in lacking}
+        with ExitStack() as stack:
+            files = {one.name: stack.enter_context(ResultFile(self._store, one, recording)) for one in lacking}
+
+            def add(rows: Rows) -> None:
+                for spans, outputs in rows:
+                    for target in targets:
+                        files[target.results.name].add(spans, target.scores(outputs))
+                    for output, results in kept.items():
+                        files[results.name].add(spans, outputs[output])
+
+            sources = {
+                output: each.embeddings.get(output) for target in targets for output in target.sources.values()
+            }
+            stored = {output: results for output, results in sources.items() if results is not None}
+            if known and not kept and len(stored) == len(sources) and self._holds(stored.values(), recording):
+                add(read_embeddings(self._store, stored, recording))
+            else:
+                with open_audio(entry.path) as stream:
+                    counted = _Counted(stream.blocks)
+                    stream = stream._replace(blocks=counted)
+                    add(stream_windows(each.source, stream, each.query.overlap, list(sources | kept)))
+                entry = msgspec.structs.replace(
+                    entry,
+                    duration=counted.frames / stream.sample_rate,
+                    sample_rate=stream.sample_rate,
+                    warnings=tuple(stream.warnings),
+                )
+            if not _look(entry.path).same_file(entry):
+                raise AudioError(f"{entry.path} {CHANGED}")
+            for results in lacking:
+                files[results.name].publish()
+                self._done[results.name].add(recording)
+        return entry
+
+    def _holds(self, sets: Iterable[ResultSet], recording: str) -> bool:
+        return all(recording in self._done[results.name] for results in sets)
 
 
-class _Listener:
-    """Counts the samples of a recording while it is read."""
+class _Counted:
+    """The blocks of a recording; counts their samples while they are read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, blocks: Iterable[Wave]) -> None:
         self.frames = 0
-        self.sample_rate = 1
-        self._path = path
+        self._blocks = blocks
 
-    @contextmanager
-    def open(self) -> Iterator[AudioStream]:
-        """The recording as a stream."""
-        with open_audio(self._path) as stream:
-            self.sample_rate = stream.sample_rate
-            yield stream._replace(blocks=self._count(stream.blocks))
-
-    def _count(self, blocks: Iterable[Wave]) -> Iterator[Wave]:
-        for block in blocks:
+    def __iter__(self) -> Iterator[Wave]:
+        for block in self._blocks:
             self.frames += block.size
             yield block
-
-
-class _Pieces:
-    """Rows of one recording in one set, put into the store in pieces of a fixed number of rows."""
-
-    def __init__(self, results: ResultSet, recording: str, writer: Writer) -> None:
-        self._results = results
-        self._recording = recording
-        self._writer = writer
-        self._spans: list[np.ndarray] = []
-        self._values: list[np.ndarray] = []
-        self._count = 0
-
-    def add(self, spans: np.ndarray, values: np.ndarray) -> None:
-        """Add rows: (B, 2) seconds and (B, C) values."""
-        self._spans.append(spans)
-        self._values.append(values)
-        self._count += len(spans)
-        most = max(1, PIECE_VALUES // values.shape[1])
-        while self._count > most:  # never the last row, which `close` puts
-            spans, values = np.concatenate(self._spans), np.concatenate(self._values)
-            self._put(spans[:most], values[:most], last=False)
-            self._spans, self._values = [spans[most:]], [values[most:]]
-            self._count -= most
-
-    def close(self) -> None:
-        """Put the last rows."""
-        self._put(np.concatenate(self._spans), np.concatenate(self._values), last=True)
-
-    def _put(self, spans: np.ndarray, values: np.ndarray, *, last: bool) -> None:
-        self._writer.put(Piece(self._results, self._recording, spans, values, last))
 
 
 def read_embeddings(store: Store, sources: Mapping[str, ResultSet], recording: str) -> Rows:

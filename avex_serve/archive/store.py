@@ -6,19 +6,15 @@ docs/archives.md describes the layout.
 import contextlib
 import fcntl
 import os
-import queue
-import shutil
-import threading
-import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import BinaryIO, Final, Self
 
 import duckdb
 import msgspec
 import numpy as np
 
+from avex_serve.archive.parquet import ParquetWriter, cycles, lists, plain, runs
 from avex_serve.archive.plan import ResultSet
 from avex_serve.errors import InputError, NotFoundError, StorageError
 
@@ -29,9 +25,8 @@ JOURNAL: Final = "journal.ndjson"
 RECORDINGS: Final = "recordings.parquet"
 TABLES: Final = "tables"
 SCRATCH: Final = ".unfinished"
-PIECE_VALUES: Final = 2**20  # values that are kept in memory for each recording that is being computed
-BATCH_VALUES: Final = 100_000  # values that are written together: less than a row group, so that none is cut in two
-BATCH_SECONDS: Final = 1.0  # what a kill may lose
+LOCK: Final = "lock"
+GROUP_VALUES: Final = 2**20  # values in a group of rows: as many are in memory for each recording that is computed
 
 
 class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -43,6 +38,7 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     recording: str | None = None  # SHA-256 of the file; None: it wasn't read
     duration: float = 0.0  # seconds
     sample_rate: int = 0  # Hz
+    warnings: tuple[str, ...] = ()  # reasons to doubt its results, a sentence each
     error: str | None = None  # why it couldn't be computed
 
     @property
@@ -60,16 +56,6 @@ class Description(msgspec.Struct, frozen=True):
 
     layout: int
     current: tuple[str, ...]  # names of the sets that the last run computed
-
-
-class Piece(NamedTuple):
-    """Consecutive rows of one recording in one set."""
-
-    results: ResultSet
-    recording: str
-    spans: np.ndarray  # (N, 2) float64, seconds
-    values: np.ndarray  # (N, C) float32: scores, or flat embeddings
-    last: bool
 
 
 class Store:
@@ -111,7 +97,7 @@ class Store:
         scratch = folder / SCRATCH
         with report_full_disk():
             scratch.mkdir(parents=True, exist_ok=True)
-            lock = (scratch / "lock").open("w")
+            lock = (scratch / LOCK).open("w")
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,11 +182,22 @@ class Store:
                 database.execute(
                     f"""COPY (SELECT * FROM read_ndjson({quoted(unfinished)}, columns = {{
                         path: VARCHAR, size: BIGINT, modified: BIGINT, recording: VARCHAR, duration: DOUBLE,
-                        sample_rate: INTEGER, error: VARCHAR}}))
+                        sample_rate: INTEGER, warnings: 'VARCHAR[]', error: VARCHAR}}))
                     TO {quoted(self.folder / SCRATCH / RECORDINGS)} (FORMAT parquet, COMPRESSION zstd)"""
                 )
             for name in (JOURNAL, RECORDINGS):
                 (self.folder / SCRATCH / name).replace(self.folder / name)
+
+    @contextlib.contextmanager
+    def journaling(self) -> Iterator[Callable[[Entry], None]]:
+        """A function that adds a line to the journal, from any thread; StorageError if the disk is full."""
+        with (self.folder / JOURNAL).open("ab", buffering=0) as file:
+
+            def note(entry: Entry) -> None:
+                with report_full_disk():
+                    file.write(msgspec.json.encode(entry) + b"\n")
+
+            yield note
 
     def read_embeddings(self, results: ResultSet, recording: str) -> tuple[np.ndarray, np.ndarray]:
         """Spans (N, 2) and embeddings (N, …) of a recording."""
@@ -211,151 +208,75 @@ class Store:
         return np.stack([columns["start"], columns["end"]], axis=1), rows.reshape(len(rows), *results.shape)
 
 
-class Writer:
-    """Writes results in a thread of its own, so that threads that infer don't wait for the disk.
+class ResultFile:
+    """The results of one recording in one set, written in groups of rows. They appear when it is `published`."""
 
-    Small recordings are written together, each to its own file, since the statement that writes takes longer than
-    their content. A line in the journal is written after the results that it promises.
-    """
+    def __init__(self, store: Store, results: ResultSet, recording: str) -> None:
+        self._results = results
+        self._recording = recording
+        self._target = store.path(results, recording)
+        self._unfinished = store.folder / SCRATCH / f"{results.name}-{recording}.parquet"
+        self._file: BinaryIO | None = None
+        self._spans: list[np.ndarray] = []
+        self._values: list[np.ndarray] = []
+        self._count = 0
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._scratch = store.folder / SCRATCH
-        self._queue: queue.Queue[Piece | Entry | None] = queue.Queue(maxsize=16)
-        self._error: BaseException | None = None
-        self._parts: dict[tuple[str, str], list[Path]] = defaultdict(
-            list
-        )  # of long recordings, by set and recording
-        self._thread = threading.Thread(target=self._run, name="avex-write", daemon=True)
-        self._thread.start()
+    def __enter__(self) -> Self:
+        return self
 
-    def put(self, item: Piece | Entry) -> None:
-        """Write rows, or the line of a recording whose rows have all been put.
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._unfinished.unlink(missing_ok=True)
+
+    def add(self, spans: np.ndarray, values: np.ndarray) -> None:
+        """Add rows: (B, 2) seconds, and (B, C) scores or (B, …) embeddings in float32.
 
         Raises:
-            StorageError: the disk is full, for this or an earlier item.
+            StorageError: the disk is full.
         """
-        if self._error is not None:
-            raise self._error
-        self._queue.put(item)
+        values = values.reshape(len(values), -1)
+        self._spans.append(spans)
+        self._values.append(values)
+        self._count += len(values)
+        most = max(1, GROUP_VALUES // values.shape[1])
+        while self._count >= most:  # groups of one size, however the rows arrive
+            spans, values = np.concatenate(self._spans), np.concatenate(self._values)
+            self._write(spans[:most], values[:most])
+            self._spans, self._values, self._count = [spans[most:]], [values[most:]], len(values) - most
 
-    def close(self) -> None:
-        """Write everything that was put; errors as of `put`."""
-        self._queue.put(None)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+    def publish(self) -> None:
+        """Write the last rows, and give the file its name; StorageError if the disk is full."""
+        if self._count:
+            self._write(np.concatenate(self._spans), np.concatenate(self._values))
+        assert self._file is not None
+        with report_full_disk():
+            self._writer.close()
+            self._file.close()
+            self._target.parent.mkdir(exist_ok=True)
+            self._unfinished.replace(self._target)
+        self._file = None
 
-    def _run(self) -> None:
-        try:
-            with report_full_disk(), connect() as database, (self._store.folder / JOURNAL).open("ab") as journal:
-                self._write_all(database, journal)
-        except BaseException as error:  # noqa: BLE001 - raised where something is put
-            self._error = error
-            while self._queue.get() is not None:
-                pass
-
-    def _write_all(self, database: duckdb.DuckDBPyConnection, journal: Any) -> None:
-        pieces: list[Piece] = []
-        entries: list[Entry] = []
-        due = time.monotonic() + BATCH_SECONDS
-        while True:
-            try:
-                item = self._queue.get(timeout=max(0.0, due - time.monotonic()))
-            except queue.Empty:
-                item = None
-                ended = False
-            else:
-                ended = item is None
-            if isinstance(item, Piece):
-                if (
-                    item.last
-                    and item.values.size <= BATCH_VALUES
-                    and (item.results.name, item.recording) not in self._parts
-                ):
-                    pieces.append(item)
-                else:
-                    self._write_part(database, item)
-            elif item is not None:
-                entries.append(item)
-            if item is None or sum(piece.values.size for piece in pieces) > BATCH_VALUES:
-                self._write_batch(database, pieces)
-                journal.write(b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries))
-                journal.flush()
-                pieces, entries = [], []
-                due = time.monotonic() + BATCH_SECONDS
-            if ended:
-                return
-
-    def _write_batch(self, database: duckdb.DuckDBPyConnection, pieces: Sequence[Piece]) -> None:
-        batches: dict[str, list[Piece]] = defaultdict(list)
-        for piece in pieces:
-            batches[piece.results.name].append(piece)
-        for batch in batches.values():
-            folder = self._scratch / "batch"
-            rows = _rows(database, batch)
-            options = "FORMAT parquet, COMPRESSION zstd, PARTITION_BY (recording), WRITE_PARTITION_COLUMNS true"
-            database.execute(f"COPY ({rows}) TO {quoted(folder)} ({options})")
-            for piece in batch:
-                self._publish(folder / f"recording={piece.recording}" / "data_0.parquet", piece)
-            shutil.rmtree(folder)
-
-    def _write_part(self, database: duckdb.DuckDBPyConnection, piece: Piece) -> None:
-        key = (piece.results.name, piece.recording)
-        part = self._scratch / f"{'-'.join(key)}-{len(self._parts[key])}.parquet"
-        options = "FORMAT parquet, COMPRESSION zstd"
-        database.execute(f"COPY ({_rows(database, [piece])}) TO {quoted(part)} ({options})")
-        self._parts[key].append(part)
-        if piece.last:
-            parts = self._parts.pop(key)
-            if len(parts) > 1:
-                part = self._scratch / f"{'-'.join(key)}.parquet"
-                names = ", ".join(map(quoted, parts))
-                database.execute(f"COPY (SELECT * FROM read_parquet([{names}])) TO {quoted(part)} ({options})")
-            self._publish(part, piece)
-            for each in parts:
-                each.unlink(missing_ok=True)
-
-    def _drop_parts(self, entry: Entry) -> None:
-        """Forget the rows of a recording that failed before its last one."""
-        for key in [key for key in self._parts if key[1] == entry.recording]:
-            for part in self._parts.pop(key):
-                part.unlink()
-
-    def _publish(self, file: Path, piece: Piece) -> None:
-        target = self._store.path(piece.results, piece.recording)
-        target.parent.mkdir(exist_ok=True)
-        file.replace(target)
-
-
-def _rows(database: duckdb.DuckDBPyConnection, pieces: Sequence[Piece]) -> str:
-    """Make the rows of these pieces of one set known to the database; the statement that selects them."""
-    results = pieces[0].results
-    width = pieces[0].values.shape[1]
-    spans = np.concatenate([piece.spans for piece in pieces])
-    index = np.repeat(np.arange(len(pieces), dtype=np.int32), [len(piece.spans) for piece in pieces])
-    columns = {
-        "piece": np.repeat(index, width),
-        "start": np.repeat(spans[:, 0], width),
-        "stop": np.repeat(spans[:, 1], width),
-        "value": np.concatenate([piece.values.ravel() for piece in pieces]),
-    }
-    names = np.array([piece.recording for piece in pieces], dtype=object)
-    database.register("pieces", {"piece": np.arange(len(pieces), dtype=np.int32), "recording": names})
-    if results.kind == "embeddings":
-        database.register("rows", columns)
-        return (
-            'SELECT recording, start, stop AS "end", list(value) AS embedding FROM rows JOIN pieces USING (piece) '
-            "GROUP BY piece, recording, start, stop ORDER BY piece, start"
-        )
-    database.register("rows", {**columns, "class": np.tile(np.arange(width, dtype=np.int32), len(spans))})
-    probes = np.array([probe.name for probe in results.probes for _ in probe.labels], dtype=object)
-    labels = np.array([label for probe in results.probes for label in probe.labels], dtype=object)
-    database.register("classes", {"class": np.arange(width, dtype=np.int32), "probe": probes, "label": labels})
-    return (
-        'SELECT recording, start, stop AS "end", probe, label, value AS score '
-        "FROM rows JOIN pieces USING (piece) JOIN classes USING (class)"
-    )
+    def _write(self, spans: np.ndarray, values: np.ndarray) -> None:
+        rows, width = values.shape
+        scored = self._results.kind == "scores"
+        every = width if scored else 1  # rows of the file for a window
+        columns = {
+            "recording": runs([self._recording], rows * every),
+            "start": runs(spans[:, 0], every),
+            "end": runs(spans[:, 1], every),
+        }
+        if scored:
+            probes = tuple(probe.name for probe in self._results.probes for _ in probe.labels)
+            labels = tuple(label for probe in self._results.probes for label in probe.labels)
+            columns |= {"probe": cycles(probes, rows), "label": cycles(labels, rows), "score": plain(values.ravel())}
+        else:
+            columns["embedding"] = lists(values)
+        with report_full_disk():
+            if self._file is None:
+                self._file = self._unfinished.open("wb")
+                self._writer = ParquetWriter(self._file)
+            self._writer.write(columns)
 
 
 # -- files and the database -----------------------------------------------------------------------------------------
@@ -364,8 +285,7 @@ def _rows(database: duckdb.DuckDBPyConnection, pieces: Sequence[Piece]) -> str:
 @contextlib.contextmanager
 def connect(threads: int = 1) -> Iterator[duckdb.DuckDBPyConnection]:
     """A database in memory. With one thread, rows keep their order and files their bytes."""
-    config: dict[str, Any] = {"threads": threads, "memory_limit": "1GB", "partitioned_write_max_open_files": 100_000}
-    database = duckdb.connect(config=config)
+    database = duckdb.connect(config={"threads": threads, "memory_limit": "1GB"})
     try:
         yield database
     finally:
@@ -401,7 +321,5 @@ def _write(folder: Path, name: str, content: bytes) -> None:
 
 def _empty(scratch: Path) -> None:
     for path in scratch.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
+        if path.name != LOCK:
             path.unlink()

@@ -41,6 +41,7 @@ def describe(store: "Store") -> dict[str, Any]:
         "seconds": sum(entry.duration for entry in whole),
         "missing": [entry.path for entry in entries if entry.path not in here],
         "failed": failed,
+        "warnings": {entry.path: list(entry.warnings) for entry in whole if entry.warnings},
         "results": [
             {
                 "name": name,
@@ -58,13 +59,14 @@ def describe(store: "Store") -> dict[str, Any]:
 def _text(status: dict[str, Any]) -> str:
     hours = status["seconds"] / 3600
     lines = [
-        f"{status['recordings']} recordings: {status['done']} done ({hours:.1f} h), {len(status['missing'])} missing, "
-        f"{len(status['failed'])} failed"
+        f"{status['recordings']} recordings: {status['done']} done ({hours:.1f} h), "
+        f"{len(status['missing'])} missing, {len(status['failed'])} failed"
     ]
     for each in status["results"]:
         note = "" if each["current"] else ", of an earlier run"
         bundle = f"{each['bundle']} {each['version']}"
-        lines.append(f"  {each['kind']} {each['name']}: {bundle}, {each['recordings']} files{note}")
+        lines.append(f"  {each['kind']} {each['name']}: {bundle}, {each['recordings']} recordings{note}")
     lines += [f"missing: {path}" for path in status["missing"]]
+    lines += [f"warning: {path}: {each}" for path, warnings in status["warnings"].items() for each in warnings]
     lines += [f"failed: {reason}" for reason in status["failed"].values()]
     return "\n".join(lines)

@@ -73,6 +73,7 @@ class WindowOutputs(NamedTuple):
     window_seconds: float
     spans: np.ndarray  # (N, 2) float64, start and end of each window in seconds
     outputs: dict[str, np.ndarray]  # by name, each (N, …) float32 with one row for each window
+    warnings: tuple[str, ...]  # about the recording, a sentence each
 
     @property
     def duration(self) -> float:
@@ -144,6 +145,7 @@ def embed(models: Models, audio: Audio, query: Query) -> Embedding:
             duration=windows.duration,
             window=windows.window_seconds,
             overlap=float(query.overlap),
+            warnings=windows.warnings,
             spans=[(start, end) for start, end in windows.spans.tolist()],
             embeddings=windows.outputs[name].tolist(),
         )
@@ -175,9 +177,9 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
         )
 
 
-def infer_recording(models: Models, engine: "Engine", audio: Audio, query: Query) -> dict[str, np.ndarray]:
-    """All outputs of a bundle of either kind for a recording, each (N, …) with one row for each window."""
-    return _run_either(models, engine, audio, query, [spec.name for spec in engine.manifest.outputs]).outputs
+def infer_recording(models: Models, engine: "Engine", audio: Audio, query: Query) -> WindowOutputs:
+    """All outputs of a bundle of either kind for a recording."""
+    return _run_either(models, engine, audio, query, [spec.name for spec in engine.manifest.outputs])
 
 
 def _prediction(
@@ -194,6 +196,7 @@ def _prediction(
         window=windows.window_seconds,
         overlap=float(query.overlap),
         score_scale=score_scale(head.activation),
+        warnings=windows.warnings,
         detections=detect(windows.spans, scores, engine.labels(head.name), selection),
     )
 
@@ -204,24 +207,27 @@ def _prediction(
 def run_recording(
     engine: "Engine", audio: Audio, overlap: float, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
 ) -> WindowOutputs:
-    """The outputs of these names for all windows of a recording; errors as of `stream_recording`.
+    """The outputs of these names for all windows of a recording; errors as of `stream_windows`.
 
     Each value will take `value_bytes` of memory until the answer is sent.
     """
+    spec = engine.audio_spec
+    length, rate = spec.window_samples, spec.sample_rate
+    hop_samples(length, rate, overlap)  # raises before the recording is opened
     spans: list[np.ndarray] = []
 
-    def rows() -> Iterator[dict[str, np.ndarray]]:
-        for span, outputs in stream_recording(engine, audio, overlap, names):
+    def rows(stream: AudioStream) -> Iterator[dict[str, np.ndarray]]:
+        for span, outputs in stream_windows(engine, stream, overlap, names):
             spans.append(span)
             yield outputs
 
-    outputs = collect(rows(), value_bytes)
-    spec = engine.audio_spec
-    return WindowOutputs(spec.window_samples / spec.sample_rate, np.concatenate(spans), outputs)
+    with audio() as stream:
+        outputs = collect(rows(stream), value_bytes)
+    return WindowOutputs(length / rate, np.concatenate(spans), outputs, tuple(stream.warnings))
 
 
-def stream_recording(
-    engine: "Engine", audio: Audio, overlap: float, names: Sequence[str]
+def stream_windows(
+    engine: "Engine", stream: AudioStream, overlap: float, names: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Run an audio bundle on a recording while it is read.
 
@@ -237,11 +243,11 @@ def stream_recording(
     """
     spec = engine.audio_spec
     length, rate = spec.window_samples, spec.sample_rate
-    hop = hop_samples(length, rate, overlap)  # raises before the recording is opened
+    hop = hop_samples(length, rate, overlap)
     limits = current().limits
     bounds: deque[np.ndarray] = deque()  # of the windows of each batch whose outputs are still to come
 
-    def batches(stream: AudioStream) -> Iterator[tuple[np.ndarray, ...]]:
+    def batches() -> Iterator[tuple[np.ndarray, ...]]:
         wave = resample_blocks(stream.blocks, stream.sample_rate, rate)
         windows = cut_windows(wave, length, hop, spec.shortest_samples or length)
         count, mask = 0, engine.manifest.takes_padding_mask
@@ -251,20 +257,19 @@ def stream_recording(
             bounds.append(neighbours)
             yield inputs
 
-    with audio() as stream:
-        if stream.frames:  # a header that promises too much is refused before the work begins
-            total = resampled_size(stream.frames, stream.sample_rate, rate)
-            limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
-        for outputs in engine.run(batches(stream), names):
-            yield bounds.popleft() / float(rate), outputs
+    if stream.frames:  # a header that promises too much is refused before the work begins
+        total = resampled_size(stream.frames, stream.sample_rate, rate)
+        limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
+    for outputs in engine.run(batches(), names):
+        yield bounds.popleft() / float(rate), outputs
 
 
 def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYTES) -> dict[str, np.ndarray]:
     """Put the outputs of batches together; TooLargeError if the answer takes too much memory."""
-    kept = []
+    request, kept = current(), []
     for row in rows:
         values = sum(output.size for output in row.values())
-        current().extend_answer(value_bytes * values, "send the recording in pieces, or fewer rows at once")
+        request.extend_answer(value_bytes * values, "send the recording in pieces, or fewer rows at once")
         kept.append(row)
     return {name: np.concatenate([row[name] for row in kept]) for name in kept[0]}
 
