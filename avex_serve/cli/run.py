@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,6 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compute what is missing, and write the tables; the exit code tells whether recordings failed."""
-    from avex_serve.archive.files import find_recordings
     from avex_serve.archive.plan import plan_passes
     from avex_serve.archive.run import run as run_passes
     from avex_serve.archive.store import Store
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     bundles, paths = _split(arguments.arguments)
     choice = read_choice(arguments)
-    recordings = find_recordings(paths)
+    recordings = _find(paths)
     with contextlib.ExitStack() as stack:
         engines = [
             stack.enter_context(open_bundle(bundle, arguments.device, precision=arguments.precision))
@@ -116,6 +116,24 @@ def end_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _find(paths: list[str]) -> dict[str, str | None]:
+    """The recordings by absolute path, sorted; with the reason where there is none.
+
+    Raises:
+        AvexServeError: there are no recordings at all.
+    """
+    from avex_serve.archive.files import LIST, STDIN, find_recordings
+
+    found = find_recordings(LIST + STDIN if path == STDIN else path for path in paths)
+    if (note := found.note()) is not None:
+        print(f"avex-serve: {note}", file=sys.stderr)
+    errors = [error for error in found.recordings.values() if error is not None]
+    if len(errors) == len(found.recordings):
+        raise errors[0] if errors else InputError("the lists name no recordings; expected one path a line")
+    absolute = {os.path.abspath(path): error for path, error in found.recordings.items()}  # noqa: PTH100
+    return {path: None if error is None else str(error) for path, error in sorted(absolute.items())}
 
 
 def _split(arguments: list[str]) -> tuple[list[Path], list[str]]:
