@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     from avex_serve.archive.plan import plan_passes
     from avex_serve.archive.run import run as run_passes
     from avex_serve.archive.store import Store
+    from avex_serve.archive.tables import check_choice
     from avex_serve.inference.backend import open_bundle
     from avex_serve.inference.pipeline import Query
 
@@ -80,6 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
                 )
         query = Query(overlap=arguments.overlap)
         passes = plan_passes(engines, query, hop=arguments.hop, keep_embeddings=arguments.embeddings)
+        scores = [results for each in passes for results in each.sets if results.kind == "scores"]
+        if scores:
+            check_choice(scores, choice)
         store = stack.enter_context(Store.writing(arguments.out))
         try:
             with end_on_sigterm(), reporting(arguments.progress) as report:
@@ -87,9 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print("avex-serve: interrupted; start the same command again to go on", file=sys.stderr)
             return INTERRUPTED
-        tables = []
-        if any(results.kind == "scores" for results in store.current()):
-            tables = write_tables(store, arguments.format, choice)
+        tables = write_tables(store, arguments.format, choice) if scores else []
     return finish(progress, tables, arguments.progress)
 
 
