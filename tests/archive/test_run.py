@@ -402,6 +402,11 @@ def start(bundle, archive, out, *options, limit=None):
     )
 
 
+def finish(process):
+    process.communicate(timeout=120)
+    return process.returncode
+
+
 def make_archive(folder, count):
     folder.mkdir()
     random_ = np.random.default_rng(1)
@@ -436,7 +441,7 @@ def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path, bundles, audi
     archive = make_archive(tmp_path / "archive", 200)
     options = ("--embeddings", "--format", "csv", "--format", "raven", "--format", "parquet")
     began = time.monotonic()
-    assert start(bundles["probes"], archive, tmp_path / "undisturbed", *options).wait(120) == 0
+    assert finish(start(bundles["probes"], archive, tmp_path / "undisturbed", *options)) == 0
     lasted = time.monotonic() - began
     moments = random.Random(0)
     for _ in range(20):
@@ -444,7 +449,7 @@ def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path, bundles, audi
         time.sleep(moments.uniform(0, lasted))
         process.kill()
         process.communicate()
-    assert start(bundles["probes"], archive, tmp_path / "killed", *options).wait(120) == 0
+    assert finish(start(bundles["probes"], archive, tmp_path / "killed", *options)) == 0
     assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
 
 
@@ -465,7 +470,7 @@ def test_a_full_disk(tmp_path, bundles):
     assert "the results can't be written" in error
     assert "start the same command again" in error
     for out in ("full", "undisturbed"):
-        assert start(bundles["probes"], archive, tmp_path / out, "--overlap", "0.09").wait(60) == 0
+        assert finish(start(bundles["probes"], archive, tmp_path / out, "--overlap", "0.09")) == 0
     assert content(tmp_path / "full") == content(tmp_path / "undisturbed")
 
 
