@@ -273,10 +273,10 @@ def level_warnings(peak: float) -> tuple[str, ...]:
 
 def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYTES) -> dict[str, np.ndarray]:
     """Put the outputs of batches together; TooLargeError if the answer takes too much memory."""
-    kept = []
+    request, kept = current(), []
     for row in rows:
         values = sum(output.size for output in row.values())
-        current().extend_answer(value_bytes * values, "send the recording in pieces, or fewer rows at once")
+        request.extend_answer(value_bytes * values, "send the recording in pieces, or fewer rows at once")
         kept.append(row)
     return {name: np.concatenate([row[name] for row in kept]) for name in kept[0]}
 

@@ -8,8 +8,9 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from avex_serve.bundles.manifest import Activation
 from avex_serve.cli.output import drop_output, escape_unprintable
 from avex_serve.errors import AvexServeError, DependencyError, ExportError, InputError
 
@@ -184,14 +185,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     formats.add_argument(
         "--activation",
-        choices=("sigmoid", "softmax", "none"),
+        choices=get_args(Activation),
         help="function that turns logits into scores (default: sigmoid)",
     )
     formats.add_argument(
         "--half", action="store_true", help="TorchScript in float16, for CUDA; the front end stays in float32"
     )
     formats.add_argument(
-        "--quantize", choices=("int8",), help="add an ONNX graph in 8-bit integers, for BEATs and EAT"
+        "--quantize", choices=("int8",), help="add an ONNX graph in 8-bit integers, for transformers (see --list)"
     )
     formats.add_argument(
         "--calibration",
@@ -211,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         help="accept clips of any length; recordings are still cut into windows of --clip-seconds",
     )
     clips.add_argument(
-        "--padding-mask", action="store_true", help="accept a padding mask with the clips, for BEATs and EAT"
+        "--padding-mask", action="store_true", help="accept a padding mask with the clips, for transformers"
     )
 
     verification = parser.add_argument_group("verification")

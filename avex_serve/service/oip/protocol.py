@@ -26,7 +26,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Final, TypedDict
+from typing import Annotated, Any, Final
 
 import numpy as np
 from msgspec import Meta
@@ -353,15 +353,6 @@ REFUSED_METHODS: Final = {
 }
 
 
-class ModelIndex(TypedDict):
-    """A line of the index."""
-
-    name: str
-    version: str
-    state: str
-    reason: str
-
-
 @contextmanager
 def leased_model(repository: Repository, name: str, version: str | None) -> Iterator[Model]:
     """The model of that name and version; errors as of `Repository.lease`."""
@@ -380,15 +371,15 @@ def model_ready(repository: Repository, name: str, version: str | None) -> bool:
         return False
 
 
-def index(repository: Repository, *, ready: bool) -> list[ModelIndex]:
+def index(repository: Repository, *, ready: bool) -> list[dict[str, str]]:
     """Every bundle on disk, or the ready ones alone, with its state and, if it is not served, the reason."""
     return [
-        ModelIndex(
-            name=state.name,
-            version=state.version,
-            state=READY if state.ready else UNAVAILABLE,
-            reason=state.reason,
-        )
+        {
+            "name": state.name,
+            "version": state.version,
+            "state": READY if state.ready else UNAVAILABLE,
+            "reason": state.reason,
+        }
         for state in repository.index()
         if state.ready or not ready
     ]

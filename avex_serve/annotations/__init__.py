@@ -1,0 +1,1 @@
+"""Formats of annotations: who labelled what, when, in which recording."""

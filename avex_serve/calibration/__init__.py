@@ -1,0 +1,1 @@
+"""From logits to probabilities and thresholds, by label; numpy alone, since serving applies it."""

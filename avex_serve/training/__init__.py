@@ -1,0 +1,1 @@
+"""From labelled recordings to a probe with a report; serving never imports this package."""
