@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from avex_serve.audio.reader import AudioStream, resample_blocks, resampled_size
+from avex_serve.audio.reader import AudioStream, Wave, resample_blocks, resampled_size
 from avex_serve.audio.windows import batch_windows, cut_windows, hop_samples, plan_windows
 from avex_serve.bundles.manifest import Manifest, ProbeInfo
-from avex_serve.errors import UnsupportedError
+from avex_serve.errors import AudioError, UnsupportedError
 from avex_serve.inference.results import (
     NUMBER_BYTES,
     Classification,
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 # Memory for each value of an output: twice while rows are put together, twice while the answer is written.
 OUTPUT_BYTES: Final = 16
+# Sound is in [-1, 1]. Decoders of lossy files and recorders with 32-bit floats go a little beyond. Integers that
+# nobody divided go a hundred times beyond and more.
+LOUD: Final = 2.0  # samples beyond are answered with a warning
+LOUDEST: Final = 100.0  # samples beyond are refused
 
 Audio = Callable[[], AbstractContextManager[AudioStream]]  # opens the recording
 
@@ -172,6 +176,7 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
             probe=head.name,
             trained=head.trained,
             score_scale=score_scale(head.activation),
+            warnings=selection.warnings,
             results=rank(scores, engine.labels(head.name), selection),
         )
 
@@ -195,7 +200,7 @@ def _prediction(
         window=windows.window_seconds,
         overlap=float(query.overlap),
         score_scale=score_scale(head.activation),
-        warnings=windows.warnings,
+        warnings=(*selection.warnings, *windows.warnings),
         detections=detect(windows.spans, scores, engine.labels(head.name), selection),
     )
 
@@ -211,7 +216,7 @@ def run_recording(
     Each value will take `value_bytes` of memory until the answer is sent.
 
     Raises:
-        AudioError: the recording can't be used.
+        AudioError: the recording can't be used, or its samples are far from [-1, 1].
         InputError: an overlap that windows of this bundle can't have.
         TensorError: results that are not finite.
         TooLargeError: more windows, or a larger answer, than the current request may ask for.
@@ -221,9 +226,15 @@ def run_recording(
     hop = hop_samples(length, rate, overlap)  # raises before the recording is opened
     limits = current().limits
     bounds: list[np.ndarray] = []  # of the windows of each batch
+    peaks: list[float] = []  # of the blocks
+
+    def levelled(blocks: Iterable[Wave]) -> Iterator[Wave]:
+        for block in blocks:
+            peaks.append(find_peak(block))
+            yield block
 
     def batches(stream: AudioStream) -> Iterator[tuple[np.ndarray, ...]]:
-        wave = resample_blocks(stream.blocks, stream.sample_rate, rate)
+        wave = resample_blocks(levelled(stream.blocks), stream.sample_rate, rate)
         windows = cut_windows(wave, length, hop, spec.shortest_samples or length)
         count, mask = 0, engine.manifest.takes_padding_mask
         for neighbours, inputs in batch_windows(windows, engine.backend.max_batch, padding_mask=mask):
@@ -237,7 +248,27 @@ def run_recording(
             total = resampled_size(stream.frames, stream.sample_rate, rate)
             limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
         outputs = collect(engine.run(batches(stream), names), value_bytes)
-    return WindowOutputs(length / rate, np.concatenate(bounds) / float(rate), outputs, tuple(stream.warnings))
+    return WindowOutputs(
+        length / rate, np.concatenate(bounds) / float(rate), outputs, (*stream.warnings, *level_warnings(max(peaks)))
+    )
+
+
+def find_peak(samples: np.ndarray) -> float:
+    """The largest magnitude of samples; AudioError if they can't be sound in [-1, 1]."""
+    peak = float(max(samples.max(initial=0), -samples.min(initial=0)))
+    if peak > LOUDEST:
+        raise AudioError(
+            f"the samples reach {peak:.4g}; expected sound in [-1, 1]: divide 16-bit integers by 32768, and others "
+            "by the largest that their type holds"
+        )
+    return peak
+
+
+def level_warnings(peak: float) -> tuple[str, ...]:
+    """The warning about sound of this peak, if there is one."""
+    if peak <= LOUD:
+        return ()
+    return (f"the samples reach {peak:.3g}, and sound is in [-1, 1]: their scale may be wrong",)
 
 
 def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYTES) -> dict[str, np.ndarray]:
