@@ -1,4 +1,4 @@
-"""What the README says is true: its Python runs, its commands exist, its tree names every file."""
+"""What the README says is true: its Python runs, its commands exist, its links lead to files."""
 
 import re
 import shlex
@@ -68,14 +68,6 @@ def test_settings_are_listed():
     text = README + (ROOT / "docs" / "securing.md").read_text()
     for field in Settings.model_fields:
         assert f"`AVEX_{field.upper()}" in text
-
-
-def test_the_tree_names_every_file():
-    tree = (ROOT / "docs" / "architecture.md").read_text()
-    folders = ("avex_serve/**/*.py", "export/**/*.py", "scripts/*.py", "examples/*.py", "docs/*.md")
-    files = [path for folder in folders for path in ROOT.glob(folder)]
-    missing = [path.name for path in files if path.name != "__init__.py" and path.name not in tree]
-    assert missing == []
 
 
 def test_its_links_lead_to_files():

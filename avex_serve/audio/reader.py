@@ -47,6 +47,7 @@ class AudioStream(NamedTuple):
     blocks: Iterable[Wave]  # each (S,) float32 in [-1, 1], finite
     sample_rate: int  # Hz
     frames: int | None  # samples in all, as its header says; None: it does not say
+    warnings: list[str]  # reasons to doubt an answer, a sentence each; complete once the blocks are read
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def open_wave(wave: np.ndarray, sample_rate: int) -> Iterator[AudioStream]:
     """Read a waveform in memory, (S,) floating point in [-1, 1], as a stream; AudioError as of `_check_wave`."""
     wave = _check_wave(wave)
     blocks = (wave[start : start + BLOCK_SAMPLES] for start in range(0, wave.size, BLOCK_SAMPLES))
-    yield AudioStream(blocks, sample_rate, wave.size)
+    yield AudioStream(blocks, sample_rate, wave.size, [])
 
 
 def decode(source: bytes | str | os.PathLike[str]) -> Recording:
@@ -115,7 +116,7 @@ def _opened(file: io.BytesIO | int, name: str, size: int) -> Iterator[AudioStrea
     with sound:
         frames = None if sound.frames == UNKNOWN_FRAMES else sound.frames
         current().limits.check_recording(frames or 0, sound.channels, sound.samplerate)
-        yield AudioStream(_read_blocks(sound, name), int(sound.samplerate), frames)
+        yield AudioStream(_read_blocks(sound, name), int(sound.samplerate), frames, [])
 
 
 def _read_at(file: io.BytesIO | int, start: int, size: int) -> bytes:

@@ -121,5 +121,6 @@ def batch_windows(
     for size, alike in itertools.groupby(windows, key=lambda window: window.samples.size):
         while group := list(itertools.islice(alike, most)):
             bounds = np.array([(window.start, window.stop) for window in group], np.int64)
-            batch = np.stack([window.samples for window in group])
+            # The CPU gets windows one by one, and a view of one takes no time.
+            batch = np.stack([window.samples for window in group]) if most > 1 else group[0].samples[None]
             yield bounds, (batch, np.arange(size) >= bounds[:, 1:] - bounds[:, :1]) if padding_mask else (batch,)

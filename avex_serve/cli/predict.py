@@ -52,6 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
             except AvexServeError as error:
                 code = fail(error)
                 continue
+            for warning in prediction.warnings:
+                print(f"avex-serve: {path}: {warning}", file=sys.stderr)
             print(_json(path, prediction) if arguments.json else _table(path, prediction), flush=True)
     return code
 

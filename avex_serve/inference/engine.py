@@ -19,7 +19,7 @@ from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, Prediction
 from avex_serve.inference.scores import activate
 from avex_serve.scheduling.cores import FairSemaphore, usable_cores
-from avex_serve.scheduling.request import INFER, QUEUE, current
+from avex_serve.scheduling.request import INFER, QUEUE, Request, current
 
 if TYPE_CHECKING:
     from avex_serve.inference.backend import Backend
@@ -102,7 +102,7 @@ class Engine:
         heads = self.manifest.probes
         if not heads:
             raise UnsupportedError(
-                f"bundle {self.manifest.name} has no probe and answers embeddings alone; use embed, or serve a "
+                f"bundle {self.manifest.name} has no probe and returns only embeddings; use embed, or serve a "
                 "bundle that was exported without --embeddings"
             )
         for head in heads:
@@ -252,7 +252,7 @@ class Engine:
         request = current()
         if second is None:  # starting a thread for one batch would only cost time
             request.checkpoint()
-            yield self._job(names)(*first)
+            yield self._job(request, names)(*first)
             return
         # A few batches ahead of the threads, not all of them: a recording of hours has many windows.
         ahead = 2 * self.threads
@@ -260,7 +260,7 @@ class Engine:
         try:
             for batch in chain((first, second), batches):
                 request.checkpoint()
-                waiting.append(self._pool.submit(self._job(names), *batch))
+                waiting.append(self._pool.submit(self._job(request, names), *batch))
                 if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
@@ -308,9 +308,8 @@ class Engine:
         if mask.all(axis=1).any():
             raise TensorError(f"input {name!r} marks every sample of a clip as padding; leave out such clips")
 
-    def _job(self, names: Sequence[str]) -> Callable[..., Outputs]:
-        """A function that runs one batch, in any thread, and notes its times in the current request."""
-        request = current()  # a thread of the pool has none
+    def _job(self, request: Request, names: Sequence[str]) -> Callable[..., Outputs]:
+        """A function that runs one batch, in any thread, and notes its times in the request."""
         end_wait = request.begin(QUEUE)
 
         def run(*inputs: np.ndarray) -> Outputs:

@@ -72,6 +72,7 @@ class WindowOutputs(NamedTuple):
     window_seconds: float
     spans: np.ndarray  # (N, 2) float64, start and end of each window in seconds
     outputs: dict[str, np.ndarray]  # by name, each (N, …) float32 with one row for each window
+    warnings: tuple[str, ...]  # about the recording, a sentence each
 
     @property
     def duration(self) -> float:
@@ -143,6 +144,7 @@ def embed(models: Models, audio: Audio, query: Query) -> Embedding:
             duration=windows.duration,
             window=windows.window_seconds,
             overlap=float(query.overlap),
+            warnings=windows.warnings,
             spans=[(start, end) for start, end in windows.spans.tolist()],
             embeddings=windows.outputs[name].tolist(),
         )
@@ -174,9 +176,9 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
         )
 
 
-def infer_recording(models: Models, engine: "Engine", audio: Audio, query: Query) -> dict[str, np.ndarray]:
-    """All outputs of a bundle of either kind for a recording, each (N, …) with one row for each window."""
-    return _run_either(models, engine, audio, query, [spec.name for spec in engine.manifest.outputs]).outputs
+def infer_recording(models: Models, engine: "Engine", audio: Audio, query: Query) -> WindowOutputs:
+    """All outputs of a bundle of either kind for a recording."""
+    return _run_either(models, engine, audio, query, [spec.name for spec in engine.manifest.outputs])
 
 
 def _prediction(
@@ -193,6 +195,7 @@ def _prediction(
         window=windows.window_seconds,
         overlap=float(query.overlap),
         score_scale=score_scale(head.activation),
+        warnings=windows.warnings,
         detections=detect(windows.spans, scores, engine.labels(head.name), selection),
     )
 
@@ -234,15 +237,15 @@ def run_recording(
             total = resampled_size(stream.frames, stream.sample_rate, rate)
             limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
         outputs = collect(engine.run(batches(stream), names), value_bytes)
-    return WindowOutputs(length / rate, np.concatenate(bounds) / float(rate), outputs)
+    return WindowOutputs(length / rate, np.concatenate(bounds) / float(rate), outputs, tuple(stream.warnings))
 
 
 def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYTES) -> dict[str, np.ndarray]:
     """Put the outputs of batches together; TooLargeError if the answer takes too much memory."""
-    kept = []
+    request, kept = current(), []
     for row in rows:
         values = sum(output.size for output in row.values())
-        current().extend_answer(value_bytes * values, "send the recording in pieces, or fewer rows at once")
+        request.extend_answer(value_bytes * values, "send the recording in pieces, or fewer rows at once")
         kept.append(row)
     return {name: np.concatenate([row[name] for row in kept]) for name in kept[0]}
 

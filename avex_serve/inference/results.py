@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 
@@ -14,6 +14,11 @@ NUMBER_BYTES: Final = 80  # memory for each number of JSON, until the answer's t
 def _described(description: str) -> dict[str, str]:
     """The description of a field in the OpenAPI document."""
     return {"description": description}
+
+
+def _warnings() -> Any:
+    """The field of an answer with the reasons to doubt it."""
+    return field(default=(), metadata=_described("reasons to doubt the answer, a sentence each; usually none"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,6 +64,7 @@ class Prediction(_Answer):
     window: float = field(metadata=_described("length of a window in seconds"))
     overlap: float = field(metadata=_described("seconds that neighbouring windows share"))
     score_scale: ScoreScale = field(metadata=_described("what the scores are: sigmoid, softmax or raw logits"))
+    warnings: tuple[str, ...] = _warnings()
     detections: list[Detection]
 
 
@@ -74,6 +80,7 @@ class Classification(_Answer):
     """The scores of a head for embeddings, one list an embedding."""
 
     score_scale: ScoreScale
+    warnings: tuple[str, ...] = _warnings()
     results: list[list[LabelScore]]
 
 
@@ -85,6 +92,7 @@ class Embedding(_Origin):
     duration: float
     window: float
     overlap: float
+    warnings: tuple[str, ...] = _warnings()
     spans: list[tuple[float, float]] = field(metadata=_described("start and end of each window in seconds"))
     embeddings: list[list[float]] | list[list[list[float]]] = field(
         metadata=_described(

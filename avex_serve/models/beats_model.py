@@ -105,14 +105,10 @@ _WITHOUT_EFFECT = {
 
 
 # The parts of a block that can be tapped by name; the empty one is its output.
-_ATTENTION_PARTS = (
-    ".self_attn.q_proj",
-    ".self_attn.k_proj",
-    ".self_attn.v_proj",
-    ".self_attn.out_proj",
-    ".self_attn",
+_BLOCK_PARTS = (
+    *(f".self_attn{part}" for part in (".q_proj", ".k_proj", ".v_proj", ".out_proj", "")),
+    *(".self_attn_layer_norm", ".fc1", ".fc2", ".final_layer_norm", ""),
 )
-_BLOCK_PARTS = (*_ATTENTION_PARTS, ".self_attn_layer_norm", ".fc1", ".fc2", ".final_layer_norm", "")
 
 
 class GatedLinear(nn.Module):
@@ -395,19 +391,17 @@ class BEATs(nn.Module):
         features = self.fbank(precise(wave, self.fbank.window) * _INT16_SCALE)
         return (features - self.cfg.fbank_mean) / (2 * self.cfg.fbank_std)
 
-    def forward(
-        self, wave: Tensor, padding: Tensor | None = None, taps: Taps | None = None, name: str = BACKBONE
-    ) -> Tensor:
+    def forward(self, wave: Tensor, padding: Tensor | None = None, taps: Taps | None = None) -> Tensor:
         """Token features (B, T, D) of waveforms (B, S) in [-1, 1].
 
-        `padding` is (B, T) bool, True for padded tokens. The pass offers its layers to `taps` under `name`, and
-        stops as soon as that is complete. Raises RuntimeError for fewer samples than one patch has.
+        `padding` is (B, T) bool, True for padded tokens. The pass offers its layers to `taps`, and stops as soon as
+        that is complete. Raises RuntimeError for fewer samples than one patch has.
         """
         if not is_tracing() and wave.shape[-1] < self.shortest_samples:
             raise RuntimeError(
                 f"{wave.shape[-1]} samples are too few: one patch takes {self.shortest_samples}; pad the clip"
             )
-        taps = Taps([name]) if taps is None else taps
+        name, taps = BACKBONE, Taps([BACKBONE]) if taps is None else taps
         patches = self.patch_embedding(self.preprocess(wave)[:, None])  # (B, E, time, frequency)
         taps(f"{name}.patch_embedding", patches)
         normed = self.layer_norm(patches.flatten(2).transpose(1, 2))  # (B, T, E): all frequencies of a time step

@@ -187,15 +187,15 @@ class EfficientNet(nn.Module):
             nn.Dropout(_DROPOUT), nn.Linear(_TOP_CHANNELS, num_classes)
         )
 
-    def forward(self, image: Tensor, taps: Taps, name: str = "model") -> Tensor:
+    def forward(self, image: Tensor, taps: Taps) -> Tensor:
         """(B, 3, n_mels, frames) → the last feature map (B, 1280, n_mels / 32, frames / 32), rounded up.
 
-        The image is a spectrogram, repeated for the three channels. The pass offers its layers to `taps` under
-        `name`, and stops as soon as that is complete.
+        The image is a spectrogram, repeated for the three channels. The pass offers its layers to `taps`, and stops
+        as soon as that is complete.
         """
-        x = self.features(image, taps, f"{name}.features")
-        if taps.wants(f"{name}.avgpool"):
-            taps(f"{name}.avgpool", self.pool(x))
+        x = self.features(image, taps, "model.features")
+        if taps.wants("model.avgpool"):
+            taps("model.avgpool", self.pool(x))
         taps(BACKBONE, x)
         return x
 

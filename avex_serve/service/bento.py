@@ -34,7 +34,7 @@ MAX_WAITING: Final = 32  # requests of a connection that wait for the answer to 
 STALL_SECONDS: Final = 60.0  # without a byte of an answer read, after which a client is given up
 
 _LINE_BYTES: Final = len(b": \r\n")  # of a header, besides its name and value
-_NO_REQUEST: Final = (400, "this is no valid HTTP request; expected one by RFC 9112")
+_NO_REQUEST: Final = (400, "this is not a valid HTTP request; expected one by RFC 9112")
 _TOO_LARGE: Final = (
     431, f"the request's head is too large; expected at most {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers"
 )  # fmt: skip
@@ -56,7 +56,7 @@ class BoundedHttp(HttpToolsProtocol):
     _in_body = False  # whether a head was complete, and its body isn't
     _ended = False  # whether nothing more is parsed
     _fault = _NO_REQUEST
-    _working: RequestResponseCycle | None = None  # the request in work; `cycle` is the last that has arrived
+    _working: RequestResponseCycle | None = None  # the running request; `cycle` is the last that has arrived
     _stalled: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
@@ -140,7 +140,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._unwatch()
 
     def _let_go(self) -> None:
-        """Let the request in work know that nobody waits for its answer; uvicorn tells only the last one."""
+        """Report the end of the connection to the running request; uvicorn reports it only to the last one."""
         if self._working is not None and not self._working.response_complete:
             self._working.disconnected = True
             self._working.message_event.set()
@@ -216,7 +216,7 @@ def share_log(name: str) -> list[logging.Handler]:
 
 
 class HttpConfiguration(NamedTuple):
-    """The part of BentoML's section `http` that BentoML applies to its own routes alone."""
+    """The part of BentoML's section `http` that BentoML applies only to its own routes."""
 
     cors: dict[str, Any] | None  # arguments of Starlette's CORSMiddleware; None: it is off
     sends_trace_id: bool

@@ -1,11 +1,22 @@
 """Every setting of the service: one environment variable each, read at start; `avex-serve settings` lists them."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, IPvAnyAddress, SecretStr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    IPvAnyAddress,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
 from avex_serve.errors import InputError
@@ -18,11 +29,43 @@ GUARDS: Final = ("api_keys", "api_keys_file", "grpc_certificate", "grpc_key", "g
 
 REDACTED: Final = "(set)"  # in place of a secret
 
+# Variables of the project's tests and tools, which may be set in the shell that starts a service.
+OF_TOOLS: Final = frozenset({"AVEX_SHARED", "AVEX_FUZZ_REQUESTS", "AVEX_FUZZ_SEED", "AVEX_SOAK_SECONDS"})
+# Kubernetes sets these for each Service whose name begins with avex. AVEX_PORT counts only with Kubernetes' value.
+OF_KUBERNETES: Final = re.compile(
+    r"AVEX_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*"
+    r"|AVEX_(\w+_)?PORT=(tcp|udp|sctp)://.*",
+    re.DOTALL,
+)
+
+_UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(?:(|[kmg]i?)b?)", re.IGNORECASE)
+_SECONDS: Final = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|m|min|h|d)", re.IGNORECASE)
+
+
+def _bytes(value: object) -> object:
+    """Bytes from a number with a unit; anything else unchanged."""
+    if isinstance(value, str) and (found := _SIZE.fullmatch(value.strip())):
+        return float(found[1]) * _UNITS[found[2].lower()]
+    return value
+
+
+def _seconds(value: object) -> object:
+    """Seconds from a number with a unit; anything else unchanged."""
+    if isinstance(value, str) and (found := _DURATION.fullmatch(value.strip())):
+        return float(found[1]) * _SECONDS[found[2].lower()]
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes)]  # 400000000, 400MB, 380MiB
+Seconds = Annotated[float, BeforeValidator(_seconds)]  # 30, 30s, 500ms, 5min
+
 
 class Settings(BaseModel):
     """What `bentoml serve` reads: the field ``bundle`` is the variable ``AVEX_BUNDLE``, and so on.
 
-    Other variables that begin with ``AVEX_`` are ignored: Kubernetes sets some for a Service named avex.
+    Other variables that begin with ``AVEX_`` are refused, unless `OF_TOOLS` or `OF_KUBERNETES` knows them.
     """
 
     model_config = ConfigDict(frozen=True, validate_default=True)
@@ -39,7 +82,7 @@ class Settings(BaseModel):
     precision: Literal["auto", "float32", "int8"] = Field(
         "auto", description="which graph runs; auto: int8 on a CPU where the bundle has it"
     )
-    reload_seconds: float = Field(
+    reload_seconds: Seconds = Field(
         10, ge=0, le=86_400, description="between two looks for new bundles on disk; 0: never"
     )
     model_control: Literal["none", "explicit"] = Field(
@@ -54,7 +97,7 @@ class Settings(BaseModel):
         description="threads that infer in each worker; by default the usable cores divided by the workers",
     )
     log_format: Literal["text", "json"] = Field("text", description="text as BentoML's, or a JSON document a line")
-    drain_seconds: float = Field(30.0, gt=0, description="for running requests after SIGTERM, in seconds")
+    drain_seconds: Seconds = Field(30.0, gt=0, description="for running requests after SIGTERM, in seconds")
 
     concurrency: int | None = Field(
         None,
@@ -64,32 +107,32 @@ class Settings(BaseModel):
     queue: int | None = Field(
         None, ge=0, description="requests that wait for those at work; by default 16 times as many"
     )
-    timeout_seconds: float = Field(
+    timeout_seconds: Seconds = Field(
         300, gt=0, le=86_400, description="from a request's arrival to its answer, in seconds"
     )
-    read_timeout_seconds: float = Field(
+    read_timeout_seconds: Seconds = Field(
         60,
         gt=0,
         le=86_400,
         description="for a body to arrive, and between two pieces of it, in seconds; over HTTP one more for each "
         "8 KiB received",
     )
-    max_body_bytes: int = Field(128 * 2**20, ge=1, lt=2**31, description="of one HTTP body or gRPC message")
-    max_held_bytes: int = Field(2**30, ge=1, description="of all bodies that a worker holds at once")
-    max_json_bytes: int = Field(8 * 2**20, ge=1, description="of JSON in one body; binary tensors don't count")
-    max_seconds: float = Field(3600, gt=0, description="length of a recording, in seconds")
-    max_clip_seconds: float = Field(
+    max_body_bytes: Bytes = Field(128 * 2**20, ge=1, lt=2**31, description="of one HTTP body or gRPC message")
+    max_held_bytes: Bytes = Field(2**30, ge=1, description="of all bodies that a worker holds at once")
+    max_json_bytes: Bytes = Field(8 * 2**20, ge=1, description="of JSON in one body; binary tensors don't count")
+    max_seconds: Seconds = Field(3600, gt=0, description="length of a recording, in seconds")
+    max_clip_seconds: Seconds = Field(
         30, gt=0, description="length of a clip that is inferred in one piece, for bundles of clips of any length"
     )
     max_steps: int = Field(
         4096, ge=1, description="length of a sequence of embeddings, for heads that read sequences"
     )
-    max_decoded_bytes: int = Field(
+    max_decoded_bytes: Bytes = Field(
         2 * 2**30, ge=1, description="of a recording once decoded: 4 for each sample of each channel"
     )
     max_channels: int = Field(64, ge=1, description="channels of a recording")
     max_windows: int = Field(10_000, ge=1, description="windows of a recording; more with more overlap")
-    max_answer_bytes: int = Field(
+    max_answer_bytes: Bytes = Field(
         256 * 2**20,
         ge=1,
         description="of memory for making an answer: 512 for each detection, 96 for each number as JSON, "
@@ -122,9 +165,11 @@ class Settings(BaseModel):
         """The settings; an empty variable counts as unset, but those of keys and TLS are refused.
 
         Raises:
-            InputError: a value that can't be used.
+            InputError: a value that can't be used, or a variable that is no setting.
         """
         names = {field: PREFIX + field.upper() for field in cls.model_fields}
+        if unknown := _unknown(environment, names.values()):
+            raise InputError("; ".join(unknown))
         given = {field: environment[name] for field, name in names.items() if environment.get(name)}
         if empty := [names[field] for field in GUARDS if environment.get(names[field]) == ""]:
             raise InputError(f"{', '.join(empty)} is set and empty; fill it in, or unset it to do without")
@@ -132,7 +177,9 @@ class Settings(BaseModel):
             return cls.model_validate(given)
         except ValidationError as error:
             faults = [
-                f"{names[str(fault['loc'][0])]} is {fault['input']!r}: {fault['msg']}" for fault in error.errors()
+                f"{names[field]} is {given.get(field, fault['input'])!r}: {fault['msg']}{_hint(field)}"
+                for fault in error.errors()
+                for field in [str(fault["loc"][0])]
             ]
             raise InputError("; ".join(faults)) from None
 
@@ -141,6 +188,28 @@ class Settings(BaseModel):
         """Host and port as gRPC writes them."""
         host = f"[{self.grpc_host}]" if self.grpc_host.version == 6 else str(self.grpc_host)
         return f"{host}:{self.grpc_port}"
+
+
+def _unknown(environment: Mapping[str, str], known: Iterable[str]) -> list[str]:
+    """A message for each variable that looks like a setting and is none."""
+    known = list(known)
+    messages = []
+    for name, value in sorted(environment.items()):
+        if not name.startswith(PREFIX) or name in known or name in OF_TOOLS:
+            continue
+        if OF_KUBERNETES.fullmatch(f"{name}={value}"):
+            continue
+        nearest = get_close_matches(name, known, 1)
+        remedy = f"did you mean {nearest[0]}?" if nearest else "unset it."
+        messages.append(f"{name} is no setting; {remedy} `avex-serve settings` lists all settings")
+    return messages
+
+
+def _hint(field: str) -> str:
+    """How the units of a field are written."""
+    if field.endswith("_bytes"):
+        return " (bytes: 400000000, 400MB or 380MiB)"
+    return " (seconds: 30, 30s, 500ms or 5min)" if field.endswith("seconds") else ""
 
 
 class Setting(NamedTuple):

@@ -8,8 +8,9 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from avex_serve.bundles.manifest import Activation
 from avex_serve.cli.output import drop_output, escape_unprintable
 from avex_serve.errors import AvexServeError, DependencyError, ExportError, InputError
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(given: dict[str, Any]) -> None:
-    alone = not given.keys() & {"probe", "embeddings"}
+    no_probe = not given.keys() & {"probe", "embeddings"}
     try:
         if "list" in given:
             _refuse_others(given, {"list"}, "--list")
@@ -47,10 +48,10 @@ def _run(given: dict[str, Any]) -> None:
 
             _say(listing())
         elif "explain" in given:
-            if alone:
+            if no_probe:
                 _refuse_others(given, {"explain", "without"}, "--explain without --probe")
-            _explain(given, alone=alone)
-        elif alone:
+            _explain(given, no_probe=no_probe)
+        elif no_probe:
             raise InputError("nothing to export: give --probe, or --list to see the probes")
         else:
             _export(given)
@@ -64,14 +65,14 @@ def _refuse_others(given: dict[str, Any], used: set[str], mode: str) -> None:
         raise InputError(f"--{others[0].replace('_', '-')} has no effect with {mode}; leave out one of them")
 
 
-def _explain(given: dict[str, Any], *, alone: bool) -> None:
+def _explain(given: dict[str, Any], *, no_probe: bool) -> None:
     from avex_export.assemble import assemble
     from avex_export.graph import export_graph
     from avex_export.passes import CONSTANTS, EXTERNAL_DATA, SUMMARIES
     from avex_export.request import ExportRequest, read_probes
 
     request, applied = ExportRequest(**given), None
-    if not alone:
+    if not no_probe:
         applied = export_graph(assemble(request, read_probes(request)), request.without).passes
     _say("passes, in order:")
     for name, summary in SUMMARIES.items():
@@ -184,14 +185,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     formats.add_argument(
         "--activation",
-        choices=("sigmoid", "softmax", "none"),
+        choices=get_args(Activation),
         help="function that turns logits into scores (default: sigmoid)",
     )
     formats.add_argument(
         "--half", action="store_true", help="TorchScript in float16, for CUDA; the front end stays in float32"
     )
     formats.add_argument(
-        "--quantize", choices=("int8",), help="add an ONNX graph in 8-bit integers, for BEATs and EAT"
+        "--quantize", choices=("int8",), help="add an ONNX graph in 8-bit integers, for transformers (see --list)"
     )
     formats.add_argument(
         "--calibration",
@@ -211,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         help="accept clips of any length; recordings are still cut into windows of --clip-seconds",
     )
     clips.add_argument(
-        "--padding-mask", action="store_true", help="accept a padding mask with the clips, for BEATs and EAT"
+        "--padding-mask", action="store_true", help="accept a padding mask with the clips, for transformers"
     )
 
     verification = parser.add_argument_group("verification")

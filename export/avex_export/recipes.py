@@ -4,6 +4,7 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
+from avex_export.architectures import names
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import NotFoundError
 from avex_serve.models.files import find_local
@@ -61,11 +62,11 @@ def find_recipe(probe: str) -> Recipe:
 _FORMATS = [
     ["onnx", "every probe on every backbone", "served on CPUs by onnxruntime"],
     ["torchscript", "every probe on every backbone", "served by torch on CUDA, and on CPUs without an ONNX graph"],
-    ["  --half", "BEATs, EAT, EfficientNet", "TorchScript in float16, half the size"],
+    ["  --half", names(lambda each: each.network), "TorchScript in float16, half the size"],
     ["pt2", "every probe on every backbone", "not served: for compilation by torch (AOTInductor)"],
     [
         "onnx --quantize int8",
-        "BEATs, EAT",
+        names(lambda each: each.blocks),
         "a second ONNX graph in int8, a third of the size, tested on other clips",
     ],
     ["--dynamic-length", "BEATs, EfficientNet, your own", "ONNX and TorchScript for clips of any length"],

@@ -125,6 +125,7 @@ def test_prediction_without_options(any_engine, oracle, wave):
         "window": 0.1,
         "overlap": 0.0,
         "score_scale": SCALES[activation],
+        "warnings": (),
     }
 
 

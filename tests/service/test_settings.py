@@ -70,6 +70,60 @@ def test_bad_value_is_named(name, value):
         Settings.from_environment({name: value})
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("400000000", 400_000_000), ("400MB", 400_000_000), ("400 mb", 400_000_000), ("380MiB", 380 * 2**20),
+     ("1.5 GiB", 3 * 2**29), ("64k", 64_000), ("64Ki", 2**16), ("12B", 12)],
+)  # fmt: skip
+def test_sizes_have_units(value, expected):
+    assert Settings.from_environment({"AVEX_MAX_BODY_BYTES": value}).max_body_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("30", 30), ("30s", 30), ("500ms", 0.5), ("5 min", 300), ("2m", 120), ("1.5h", 5400)]
+)
+def test_durations_have_units(value, expected):
+    for field in ("drain_seconds", "max_seconds", "timeout_seconds"):
+        assert getattr(Settings.from_environment({f"AVEX_{field.upper()}": value}), field) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [("AVEX_MAX_BODY_BYTES", "400 lines", "400MB"), ("AVEX_MAX_BODY_BYTES", "3GB", "2147483648"),
+     ("AVEX_MAX_BODY_BYTES", "1.5", "400MB"), ("AVEX_DRAIN_SECONDS", "30 parsecs", "30s"),
+     ("AVEX_DRAIN_SECONDS", "-3s", "30s")],
+)  # fmt: skip
+def test_a_value_in_another_unit_is_named(name, value, remedy):
+    with pytest.raises(InputError, match=f"^{name} is '{value}': .*{remedy}"):
+        Settings.from_environment({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("AVEX_API_KEY", "AVEX_API_KEYS"), ("AVEX_BUNDLES", "AVEX_BUNDLE"), ("AVEX_PORT", "AVEX_GRPC_PORT"),
+     ("AVEX_MAX_BODY_SIZE", "AVEX_MAX_BODY_BYTES")],
+)  # fmt: skip
+def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_name(name, nearest):
+    with pytest.raises(InputError, match=rf"^{name} is no setting; did you mean {nearest}\?"):
+        Settings.from_environment({name: "8080"})
+
+
+def test_variables_of_kubernetes_and_of_the_tests_are_no_settings():
+    address = "tcp://10.0.0.1:3000"
+    for service in ("AVEX", "AVEX_SERVE"):
+        Settings.from_environment(
+            {
+                f"{service}_SERVICE_HOST": "10.0.0.1",
+                f"{service}_SERVICE_PORT": "3000",
+                f"{service}_SERVICE_PORT_HTTP": "3000",
+                f"{service}_PORT": address,
+                f"{service}_PORT_3000_TCP": address,
+                f"{service}_PORT_3000_TCP_ADDR": "10.0.0.1",
+                "AVEX_SHARED": "/data",
+            }
+        )
+
+
 def test_separators_without_folders():
     with pytest.raises(InputError, match=r"^AVEX_BUNDLE is ':': it names no folder; name one, or unset it"):
         Settings.from_environment({"AVEX_BUNDLE": os.pathsep})

@@ -13,12 +13,10 @@ class AttentionProbe(SequenceProbe):
     """Self-attention layers as wide as the embedding, each with a residual and a norm."""
 
     options: ClassVar[dict[str, Any]] = {
+        **SequenceProbe.options,
         "num_heads": 8,
         "attention_dim": 512,
         "num_layers": 2,
-        "dropout_rate": 0.1,
-        "max_sequence_length": None,
-        "use_positional_encoding": False,
     }
     without_effect = frozenset({"attention_dim"})
     num_heads: int

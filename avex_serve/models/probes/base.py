@@ -328,6 +328,11 @@ class Probe(nn.Module, ABC):
 class SequenceProbe(Probe):
     """A head that reads a sequence: positions before its encoder, and the mean over time before its classifier."""
 
+    options: ClassVar[dict[str, Any]] = {
+        "dropout_rate": 0.1,
+        "max_sequence_length": None,
+        "use_positional_encoding": False,
+    }
     takes_sequence = True
     dropout_rate: float
     max_sequence_length: int | None

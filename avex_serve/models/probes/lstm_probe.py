@@ -13,12 +13,10 @@ class LSTMProbe(SequenceProbe):
     """A recurrent network. As in avex, it reads padded steps too, unless the probe excludes padding."""
 
     options: ClassVar[dict[str, Any]] = {
+        **SequenceProbe.options,
         "lstm_hidden_size": 256,
         "num_layers": 2,
         "bidirectional": False,
-        "dropout_rate": 0.1,
-        "max_sequence_length": None,
-        "use_positional_encoding": False,
     }
     lstm_hidden_size: int
     num_layers: int

@@ -11,12 +11,10 @@ class TransformerProbe(SequenceProbe):
     """A transformer encoder, post-norm; `attention_dim` is the width of its feed-forward layers."""
 
     options: ClassVar[dict[str, Any]] = {
+        **SequenceProbe.options,
         "num_heads": 12,
         "attention_dim": 768,
         "num_layers": 4,
-        "dropout_rate": 0.1,
-        "max_sequence_length": None,
-        "use_positional_encoding": False,
     }
     num_heads: int
     attention_dim: int

@@ -60,13 +60,7 @@ class ClassifyRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     def query(self) -> Query:
         """The options."""
-        return Query(
-            model=self.model,
-            version=self.version,
-            threshold=self.threshold,
-            top_k=self.top_k,
-            probe=self.probe,
-        )
+        return msgspec.convert(self, Query, from_attributes=True)
 
 
 def document(paths: dict[str, Any]) -> Schema:

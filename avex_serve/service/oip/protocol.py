@@ -13,7 +13,8 @@ clip is padded. Without it, nothing is padded.
 The answer has the outputs of the manifest and, for each probe, ``scores``: the logits after the activation, one row
 a window. If there are several probes, they are NAME.scores and NAME.logits. For BYTES the rows of all recordings
 follow one another, and the response parameter ``windows`` holds a JSON list of the number of rows of each recording,
-e.g. ``"[3, 1]"``. The response parameter ``trained`` is present, and false, if a head has random weights. Request
+e.g. ``"[3, 1]"``. The response parameter ``warnings`` is present, a JSON list of sentences, if there are reasons to
+doubt the answer. The response parameter ``trained`` is present, and false, if a head has random weights. Request
 parameters are ``overlap`` in seconds (for BYTES) and ``probe``; others are ignored, since clients add their own.
 
 An output that is requested with the parameter ``classification: k`` (Triton's extension) is answered as BYTES, the k
@@ -25,7 +26,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Final, TypedDict
+from typing import Annotated, Any, Final
 
 import numpy as np
 from msgspec import Meta
@@ -77,7 +78,7 @@ class ModelMetadata:
     platform: str
     inputs: tuple[TensorMetadata, ...]
     outputs: tuple[TensorMetadata, ...]
-    parameters: dict[str, bool]  # over HTTP alone: gRPC's message has no field for them
+    parameters: dict[str, bool]  # only over HTTP: gRPC's message has no field for them
 
 
 @dataclass(frozen=True)
@@ -189,8 +190,10 @@ class Model:
         tensor, mask = self._inputs(request.inputs)
         parameters: dict[str, str | bool] = {}
         if isinstance(tensor.data, list):
-            outputs, windows = self._infer_recordings(tensor.data, request.query)
+            outputs, windows, warnings = self._infer_recordings(tensor.data, request.query)
             parameters["windows"] = json.dumps(windows)
+            if warnings:
+                parameters["warnings"] = json.dumps(warnings, ensure_ascii=False)
         else:
             outputs = self._engine.infer(_shaped(tensor), mask)
         labels: dict[str, tuple[str, ...]] = {}
@@ -239,15 +242,23 @@ class Model:
             )
         return tensor, _shaped(mask)
 
-    def _infer_recordings(self, recordings: list[bytes], query: Query) -> tuple[dict[str, np.ndarray], list[int]]:
+    def _infer_recordings(
+        self, recordings: list[bytes], query: Query
+    ) -> tuple[dict[str, np.ndarray], list[int], list[str]]:
+        """The outputs, the number of windows of each recording, and the warnings about them."""
         if not recordings:
             raise TensorError("no recordings; send at least one element")
         answers = [
             pipeline.infer_recording(self._repository, self._engine, partial(open_audio, recording), query)
             for recording in recordings
         ]
-        outputs = {name: np.concatenate([answer[name] for answer in answers]) for name in answers[0]}
-        return outputs, [len(next(iter(answer.values()))) for answer in answers]
+        outputs = {name: np.concatenate([answer.outputs[name] for answer in answers]) for name in answers[0].outputs}
+        warnings = [
+            f"recording {number}: {warning}" if len(answers) > 1 else warning
+            for number, answer in enumerate(answers, 1)
+            for warning in answer.warnings
+        ]
+        return outputs, [len(answer.spans) for answer in answers], warnings
 
 
 def server_metadata() -> dict[str, Any]:
@@ -339,15 +350,6 @@ REFUSED_METHODS: Final = {
 }
 
 
-class ModelIndex(TypedDict):
-    """A line of the index."""
-
-    name: str
-    version: str
-    state: str
-    reason: str
-
-
 @contextmanager
 def leased_model(repository: Repository, name: str, version: str | None) -> Iterator[Model]:
     """The model of that name and version; errors as of `Repository.lease`."""
@@ -366,15 +368,15 @@ def model_ready(repository: Repository, name: str, version: str | None) -> bool:
         return False
 
 
-def index(repository: Repository, *, ready: bool) -> list[ModelIndex]:
-    """Every bundle on disk, or the ready ones alone, with its state and, if it is not served, the reason."""
+def index(repository: Repository, *, ready: bool) -> list[dict[str, str]]:
+    """Every bundle on disk, or only the ready ones, with its state and, if it is not served, the reason."""
     return [
-        ModelIndex(
-            name=state.name,
-            version=state.version,
-            state=READY if state.ready else UNAVAILABLE,
-            reason=state.reason,
-        )
+        {
+            "name": state.name,
+            "version": state.version,
+            "state": READY if state.ready else UNAVAILABLE,
+            "reason": state.reason,
+        }
         for state in repository.index()
         if state.ready or not ready
     ]
@@ -384,5 +386,5 @@ def check_load_parameters(parameters: Mapping[str, Any]) -> None:
     """Raise UnsupportedError for parameters of Triton that carry a configuration or files."""
     if sent := sorted(name for name in parameters if name == "config" or name.startswith("file:")):
         raise UnsupportedError(
-            f"load takes no {', '.join(sent)}: the service loads models from the folders of AVEX_BUNDLE alone"
+            f"load takes no {', '.join(sent)}: the service loads models only from the folders of AVEX_BUNDLE"
         )
