@@ -1,13 +1,12 @@
 """Windows of recordings through the serving engine, stored by content. Needs no torch.
 
 A recording's outputs are a file that is named after the digest of the recording, in a folder that is named after
-everything else that determines them. It appears by renaming, so a run that was interrupted continues where it was, and
+everything else that determines them. It appears by renaming: a run that was interrupted continues where it was, and
 the next run on the same recordings computes nothing.
 """
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,7 +18,7 @@ from typing import Final
 import numpy as np
 
 from avex_serve.audio.reader import open_audio
-from avex_serve.errors import AvexServeError, InputError
+from avex_serve.errors import InputError
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import run_recording
 from avex_serve.training.dataset import MIN_OVERLAP, Dataset, Recording
@@ -46,7 +45,7 @@ class Windows:
     @property
     def splits(self) -> np.ndarray:
         """(N,) str, the split that the data says, or "" where it doesn't."""
-        return np.array([recording.split or "" for recording in self.recordings])[self.recording]
+        return np.asarray(np.array([recording.split or "" for recording in self.recordings])[self.recording])
 
 
 def run_windows(
@@ -89,7 +88,7 @@ def run_windows(
             spans = stored["spans"]
         whole = replace(recording, seconds=float(spans[-1, 1]))  # as decoded, whatever the header says
         targets = dataset.targets(whole, spans, min_overlap)
-        kept = (targets >= 0).any(axis=1)
+        kept = np.asarray((targets >= 0).any(axis=1))
         if kept.any():
             found.append((whole, kept, targets[kept], spans[kept]))
     if not found:
@@ -145,15 +144,11 @@ def _run_missing(
         windows = run_recording(engine, partial(open_audio, recording.path), overlap, outputs)
         path = _file(folder, recording)
         path.parent.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            try:
-                arrays = {str(i): windows.outputs[name] for i, name in enumerate(outputs)}
-                np.savez(file, spans=windows.spans, **arrays)
-                file.close()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
+            arrays = {str(i): windows.outputs[name] for i, name in enumerate(outputs)}
+            part = Path(unfinished) / path.name
+            np.savez(part, spans=windows.spans, **arrays)  # type: ignore[arg-type]
+            part.replace(path)
 
     failed: dict[str, str] = {}  # by digest
     # The engine spreads the windows of one recording over its threads; short recordings have one window each.
@@ -166,7 +161,7 @@ def _run_missing(
                     future.result()
                 except InputError as error:
                     failed[recording.digest] = f"left out: {error}"
-                if done == len(running) or done % max(1, len(running) // 20) == 0:
+                if done == len(running) or done % max(1, len(running) // 10) == 0:
                     say(
                         f"embedded {done} of {len(running)} recordings; {len(recordings) - len(running)} were stored"
                     )
