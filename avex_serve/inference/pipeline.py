@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from avex_serve.audio.reader import AudioStream, resample_blocks, resampled_size
+from avex_serve.audio.reader import AudioStream, Wave, resample_blocks, resampled_size
 from avex_serve.audio.windows import batch_windows, cut_windows, hop_samples, plan_windows
 from avex_serve.bundles.manifest import Manifest, ProbeInfo
-from avex_serve.errors import UnsupportedError
+from avex_serve.errors import AudioError, UnsupportedError
 from avex_serve.inference.results import (
     NUMBER_BYTES,
     Classification,
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 # Memory for each value of an output: twice while rows are put together, twice while the answer is written.
 OUTPUT_BYTES: Final = 16
+# Sound is in [-1, 1]. Decoders of lossy files and recorders with 32-bit floats go a little beyond. Integers that
+# nobody divided go a hundred times beyond and more.
+LOUD: Final = 2.0  # samples beyond are answered with a warning
+LOUDEST: Final = 100.0  # samples beyond are refused
 
 Audio = Callable[[], AbstractContextManager[AudioStream]]  # opens the recording
 
@@ -173,6 +177,7 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
             probe=head.name,
             trained=head.trained,
             score_scale=score_scale(head.activation),
+            warnings=selection.warnings,
             results=rank(scores, engine.labels(head.name), selection),
         )
 
@@ -196,7 +201,7 @@ def _prediction(
         window=windows.window_seconds,
         overlap=float(query.overlap),
         score_scale=score_scale(head.activation),
-        warnings=windows.warnings,
+        warnings=(*selection.warnings, *windows.warnings),
         detections=detect(windows.spans, scores, engine.labels(head.name), selection),
     )
 
@@ -236,7 +241,7 @@ def stream_windows(
         each (B, …) float32.
 
     Raises:
-        AudioError: the recording can't be used.
+        AudioError: the recording can't be used, or its samples are far from [-1, 1].
         InputError: an overlap that windows of this bundle can't have.
         TensorError: results that are not finite.
         TooLargeError: more windows, or a larger answer, than the current request may ask for.
@@ -246,9 +251,16 @@ def stream_windows(
     hop = hop_samples(length, rate, overlap)
     limits = current().limits
     bounds: deque[np.ndarray] = deque()  # of the windows of each batch whose outputs are still to come
+    peak = 0.0
+
+    def levelled(blocks: Iterable[Wave]) -> Iterator[Wave]:
+        nonlocal peak
+        for block in blocks:
+            peak = max(peak, find_peak(block))
+            yield block
 
     def batches() -> Iterator[tuple[np.ndarray, ...]]:
-        wave = resample_blocks(stream.blocks, stream.sample_rate, rate)
+        wave = resample_blocks(levelled(stream.blocks), stream.sample_rate, rate)
         windows = cut_windows(wave, length, hop, spec.shortest_samples or length)
         count, mask = 0, engine.manifest.takes_padding_mask
         for neighbours, inputs in batch_windows(windows, engine.backend.max_batch, padding_mask=mask):
@@ -262,6 +274,25 @@ def stream_windows(
         limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
     for outputs in engine.run(batches(), names):
         yield bounds.popleft() / float(rate), outputs
+    stream.warnings.extend(level_warnings(peak))
+
+
+def find_peak(samples: np.ndarray) -> float:
+    """The largest magnitude of samples; AudioError if they can't be sound in [-1, 1]."""
+    peak = float(max(samples.max(initial=0), -samples.min(initial=0)))
+    if peak > LOUDEST:
+        raise AudioError(
+            f"the samples reach {peak:.4g}; expected sound in [-1, 1]: divide 16-bit integers by 32768, and others "
+            "by the largest that their type holds"
+        )
+    return peak
+
+
+def level_warnings(peak: float) -> tuple[str, ...]:
+    """The warning about sound of this peak, if there is one."""
+    if peak <= LOUD:
+        return ()
+    return (f"the samples reach {peak:.3g}, and sound is in [-1, 1]: their scale may be wrong",)
 
 
 def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYTES) -> dict[str, np.ndarray]:

@@ -111,7 +111,7 @@ def test_a_choice_needs_no_inference(archive, bundles, command, tmp_path, count_
 
 
 def test_thresholds_and_labels_by_file(archive, bundles, command, tmp_path):
-    (tmp_path / "limits.csv").write_text("label,threshold\nrobin,0.6\nZaunkönig,2\n", "utf-8")
+    (tmp_path / "limits.csv").write_text("label,threshold\nrobin,0.6\nZaunkönig,1\n", "utf-8")
     (tmp_path / "labels.txt").write_text("robin\nZaunkönig\n", "utf-8")
     options = ("--threshold", tmp_path / "limits.csv", "--label", f"@{tmp_path / 'labels.txt'}")
     command("run", bundles["plain"], archive, "--out", tmp_path / "out", *options)
