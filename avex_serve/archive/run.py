@@ -5,7 +5,7 @@ import queue
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,25 +137,25 @@ class _Run:
 
     def run(self, recordings: Mapping[str, str | None], report: Report) -> Progress:
         """See `run`."""
-        seen = [
-            _look(path) if reason is None else Entry(path, 0, 0, error=reason) for path, reason in recordings.items()
-        ]
-        pending = []
-        for entry in seen:
+        before = dict(self._journal)
+        seen: set[str] = set()
+        pending: list[Entry] = []
+        failed: list[Entry] = []
+        for path, reason in recordings.items():
+            entry = _look(path) if reason is None else Entry(path, 0, 0, error=reason)
+            seen.add(entry.path)
             known = self._journal.get(entry.path)
             if known is not None and known.computed and known.same_file(entry):
+                entry = known
                 if not self._missing(known.recording):
                     continue
-                entry = known
-            else:
-                self._journal[entry.path] = entry
-            if entry.error is None:
-                pending.append(entry)
-        failed = [entry for entry in seen if entry.error is not None]
+            self._journal[entry.path] = entry
+            (pending if entry.error is None else failed).append(entry)
         size = sum(entry.size for entry in pending)
-        progress = Progress(len(seen), len(seen) - len(pending) - len(failed), size)
+        progress = Progress(len(recordings), len(recordings) - len(pending) - len(failed), size)
         self._store.use_sets(self._sets)
-        self._store.write_journal(self._journal.values())
+        if pending:  # so that status knows what is missing, whatever happens to this process
+            self._store.write_journal(self._journal.values())
         report(progress, None)
         for entry in failed:
             self._note(entry, progress, report)
@@ -163,7 +163,8 @@ class _Run:
             self._compute_all(pending, progress, report)
         finally:
             self._forget_moved(seen)
-            self._store.write_journal(self._journal.values())
+            if pending or not self._store.compact or self._journal != before:
+                self._store.write_journal(self._journal.values())
         return progress
 
     def _missing(self, recording: str | None) -> list[ResultSet]:
@@ -219,13 +220,12 @@ class _Run:
         progress.add(entry)
         report(progress, entry)
 
-    def _forget_moved(self, seen: Sequence[Entry]) -> None:
+    def _forget_moved(self, seen: Collection[str]) -> None:
         """Forget recordings whose file is gone, if they failed or this run found their content elsewhere."""
-        now = {entry.path for entry in seen}
-        found = {self._journal[path].recording for path in now} - {None}
+        found = {self._journal[path].recording for path in seen} - {None}
         for path, entry in list(self._journal.items()):
             replaced = entry.recording in found or not entry.computed
-            if path not in now and replaced and not os.path.lexists(path):
+            if path not in seen and replaced and not os.path.lexists(path):
                 del self._journal[path]
 
     # -- in the threads --------------------------------------------------------------------------------------------

@@ -407,6 +407,18 @@ def finish(process):
     return process.returncode
 
 
+def test_killed_before_the_journal_is_written_again(archive, bundles, command, tmp_path):
+    (archive / "broken.wav").unlink()
+    command("run", bundles["plain"], archive, "--out", tmp_path / "out")
+    after = content(tmp_path / "out")
+    lines = (tmp_path / "out" / "journal.ndjson").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out" / "journal.ndjson").write_bytes(b"".join([*lines[::-1], lines[0], lines[1][:20]]))
+    (tmp_path / "out" / "recordings.parquet").write_bytes(b"of a run before")
+    code, lines = command("run", bundles["plain"], archive, "--out", tmp_path / "out")
+    assert (code, lines[-1]) == (0, "0 computed, 5 known, 0 failed")
+    assert content(tmp_path / "out") == after
+
+
 def make_archive(folder, count):
     folder.mkdir()
     random_ = np.random.default_rng(1)
