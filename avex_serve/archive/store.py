@@ -161,7 +161,7 @@ class Store:
     # -- recordings ------------------------------------------------------------------------------------------------
 
     def journal(self) -> dict[str, Entry]:
-        """The recordings by path, as far as they are known. Sets `compact`: whether `write_journal` wrote it last."""
+        """The recordings by path. Sets `compact`, whether `write_journal` was the last to write the journal."""
         decode = msgspec.json.Decoder(Entry).decode
         entries: dict[str, Entry] = {}
         last = ""
