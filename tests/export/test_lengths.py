@@ -58,7 +58,7 @@ def trained(tmp_path, backbones):
             for parameter in probe.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-        save_probe(probe, tmp_path / "probe", labels=LABELS, model=path)
+        save_probe(probe, tmp_path / "probe", labels=LABELS, model=path, activation="sigmoid")
         return probe, tmp_path / "probe"
 
     return save
