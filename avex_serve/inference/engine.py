@@ -102,7 +102,7 @@ class Engine:
         heads = self.manifest.probes
         if not heads:
             raise UnsupportedError(
-                f"bundle {self.manifest.name} has no probe and answers embeddings alone; use embed, or serve a "
+                f"bundle {self.manifest.name} has no probe and returns only embeddings; use embed, or serve a "
                 "bundle that was exported without --embeddings"
             )
         for head in heads:

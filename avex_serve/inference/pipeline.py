@@ -9,6 +9,7 @@ when the head's input fingerprint equals one of the bundle's embedding fingerpri
 recording is opened last, after model, head and options have been checked.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
         name = names.pop() if len(names) == 1 else None
     with (
         models.lease(name, query.version) as source,
-        models.lease_those(lambda reader: bool(_links(source.manifest, reader))) as readers,
+        models.lease_those(lambda reader: bool(links(source.manifest, reader))) as readers,
     ):
         newest: dict[str, Engine] = {}
         for reader in readers:
@@ -122,7 +123,7 @@ def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
         # Each head with its engine, and the output of the audio bundle that holds its logits or its input.
         heads = [(source, head, head.logits) for head in source.manifest.probes]
         for reader in newest.values():
-            heads += [(reader, head, output) for head, output in _links(source.manifest, reader.manifest)]
+            heads += [(reader, head, output) for head, output in links(source.manifest, reader.manifest)]
         if not heads:
             source.probe(None)  # raises, with the reason
         selections = [Selection.of(head.activation, query.threshold, query.top_k) for _, head, _ in heads]
@@ -211,9 +212,33 @@ def _prediction(
 def run_recording(
     engine: "Engine", audio: Audio, overlap: float, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
 ) -> WindowOutputs:
-    """Run an audio bundle on a recording while it is read; the outputs of these names.
+    """The outputs of these names for all windows of a recording; errors as of `stream_windows`.
 
     Each value will take `value_bytes` of memory until the answer is sent.
+    """
+    spec = engine.audio_spec
+    length, rate = spec.window_samples, spec.sample_rate
+    hop_samples(length, rate, overlap)  # raises before the recording is opened
+    spans: list[np.ndarray] = []
+
+    def rows(stream: AudioStream) -> Iterator[dict[str, np.ndarray]]:
+        for span, outputs in stream_windows(engine, stream, overlap, names):
+            spans.append(span)
+            yield outputs
+
+    with audio() as stream:
+        outputs = collect(rows(stream), value_bytes)
+    return WindowOutputs(length / rate, np.concatenate(spans), outputs, tuple(stream.warnings))
+
+
+def stream_windows(
+    engine: "Engine", stream: AudioStream, overlap: float, names: Sequence[str]
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Run an audio bundle on a recording while it is read.
+
+    Yields:
+        Batch by batch: (B, 2) float64, start and end of each window in seconds, and the outputs of these names,
+        each (B, …) float32.
 
     Raises:
         AudioError: the recording can't be used, or its samples are far from [-1, 1].
@@ -223,17 +248,18 @@ def run_recording(
     """
     spec = engine.audio_spec
     length, rate = spec.window_samples, spec.sample_rate
-    hop = hop_samples(length, rate, overlap)  # raises before the recording is opened
+    hop = hop_samples(length, rate, overlap)
     limits = current().limits
-    bounds: list[np.ndarray] = []  # of the windows of each batch
-    peaks: list[float] = []  # of the blocks
+    bounds: deque[np.ndarray] = deque()  # of the windows of each batch whose outputs are still to come
+    peak = 0.0
 
     def levelled(blocks: Iterable[Wave]) -> Iterator[Wave]:
+        nonlocal peak
         for block in blocks:
-            peaks.append(find_peak(block))
+            peak = max(peak, find_peak(block))
             yield block
 
-    def batches(stream: AudioStream) -> Iterator[tuple[np.ndarray, ...]]:
+    def batches() -> Iterator[tuple[np.ndarray, ...]]:
         wave = resample_blocks(levelled(stream.blocks), stream.sample_rate, rate)
         windows = cut_windows(wave, length, hop, spec.shortest_samples or length)
         count, mask = 0, engine.manifest.takes_padding_mask
@@ -243,14 +269,12 @@ def run_recording(
             bounds.append(neighbours)
             yield inputs
 
-    with audio() as stream:
-        if stream.frames:  # a header that promises too much is refused before the work begins
-            total = resampled_size(stream.frames, stream.sample_rate, rate)
-            limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
-        outputs = collect(engine.run(batches(stream), names), value_bytes)
-    return WindowOutputs(
-        length / rate, np.concatenate(bounds) / float(rate), outputs, (*stream.warnings, *level_warnings(max(peaks)))
-    )
+    if stream.frames:  # a header that promises too much is refused before the work begins
+        total = resampled_size(stream.frames, stream.sample_rate, rate)
+        limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
+    for outputs in engine.run(batches(), names):
+        yield bounds.popleft() / float(rate), outputs
+    stream.warnings.extend(level_warnings(peak))
 
 
 def find_peak(samples: np.ndarray) -> float:
@@ -299,7 +323,7 @@ def _run_either(models: Models, engine: "Engine", audio: Audio, query: Query, na
     return windows._replace(outputs=engine.infer(windows.outputs[output]))
 
 
-def _links(source: Manifest, reader: Manifest) -> list[tuple[ProbeInfo, str]]:
+def links(source: Manifest, reader: Manifest) -> list[tuple[ProbeInfo, str]]:
     """The heads that read an embedding of the audio bundle, each with the name of that output."""
     pairs = [(head, _link(source, reader, head)) for head in reader.probes]
     return [(head, output) for head, output in pairs if output is not None]

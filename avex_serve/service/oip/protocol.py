@@ -78,7 +78,7 @@ class ModelMetadata:
     platform: str
     inputs: tuple[TensorMetadata, ...]
     outputs: tuple[TensorMetadata, ...]
-    parameters: dict[str, bool]  # over HTTP alone: gRPC's message has no field for them
+    parameters: dict[str, bool]  # only over HTTP: gRPC's message has no field for them
 
 
 @dataclass(frozen=True)
@@ -372,7 +372,7 @@ def model_ready(repository: Repository, name: str, version: str | None) -> bool:
 
 
 def index(repository: Repository, *, ready: bool) -> list[dict[str, str]]:
-    """Every bundle on disk, or the ready ones alone, with its state and, if it is not served, the reason."""
+    """Every bundle on disk, or only the ready ones, with its state and, if it is not served, the reason."""
     return [
         {
             "name": state.name,
@@ -389,5 +389,5 @@ def check_load_parameters(parameters: Mapping[str, Any]) -> None:
     """Raise UnsupportedError for parameters of Triton that carry a configuration or files."""
     if sent := sorted(name for name in parameters if name == "config" or name.startswith("file:")):
         raise UnsupportedError(
-            f"load takes no {', '.join(sent)}: the service loads models from the folders of AVEX_BUNDLE alone"
+            f"load takes no {', '.join(sent)}: the service loads models only from the folders of AVEX_BUNDLE"
         )
