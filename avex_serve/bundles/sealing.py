@@ -41,8 +41,9 @@ def atomic_directory(target: Path, *, marker: str) -> Iterator[Path]:
             fresh = Path(scratch) / "new"
             fresh.mkdir()
             yield fresh
-            for path in fresh.iterdir():  # safetensors and onnx write files that only their owner can read
-                path.chmod(fresh.stat().st_mode & _FILE_MODES)
+            for path in fresh.rglob("*"):
+                if path.is_file():  # safetensors writes files that only their owner can read
+                    path.chmod(fresh.stat().st_mode & _FILE_MODES)
             if target.exists():
                 target.rename(Path(scratch) / "old")
             fresh.rename(target)

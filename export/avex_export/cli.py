@@ -96,9 +96,8 @@ def _export(given: dict[str, Any]) -> None:
     if set(request.format) == {"pt2"}:
         _say("PT2 is for compilation and can't be served; to serve the bundle, export --format onnx or torchscript")
     else:
-        _say(
-            f"serve it: AVEX_BUNDLE={shlex.quote(str(bundle.directory))} bentoml serve avex_serve.service:AvexService"
-        )
+        folder = shlex.quote(str(bundle.directory))
+        _say(f"serve it: AVEX_BUNDLE={folder} bentoml serve avex_serve.service:AvexService")
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import avex_serve
-from avex_export.labels import read_label_file
 from avex_export.passes import SUMMARIES
 from avex_export.recipes import Recipe, find_recipe
+from avex_serve.bundles.labels import read_label_file
 from avex_serve.bundles.manifest import LABELS, NAME_PATTERN, Activation
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError, InputError, NotFoundError

@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, save_probe
+from avex_serve.service.settings import Settings
 from tests.export.conftest import CLIPS, LABELS, UNTRAINED, head, row, trained_probe, with_one_format
 from tests.models.backbones import RATE, noise, tiny_beats
 
@@ -628,6 +630,15 @@ def test_the_probe_is_left_as_it_was(trained):
         exported = export_graph(assembly)(wave)[0]
         torch.testing.assert_close(eager_graph(assembly)(wave)[0], before, rtol=0, atol=0)
     torch.testing.assert_close(exported, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["my bundle", "it's", "run_10:30"])
+def test_the_command_to_serve_it_can_be_copied(tmp_path, export, name):
+    code, out, _ = export(*ALONE, "--output", tmp_path / name)
+    variable, *command = shlex.split(out.splitlines()[-1].removeprefix("serve it: "))
+    assert (code, command) == (0, ["bentoml", "serve", "avex_serve.service:AvexService"])
+    settings = Settings.from_environment(dict([variable.split("=", 1)]))
+    assert settings.bundle == (tmp_path / name,)
 
 
 # -- standard output -----------------------------------------------------------------------------------------------

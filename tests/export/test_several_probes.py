@@ -169,7 +169,7 @@ def test_other_backbones(make):
     wave = noise(2)
     with torch.no_grad():
         expected = {name: probe(wave) for name, probe in probes}
-    heads = tuple(Head(name, probe, tuple("abcde"), True, None, None) for name, probe in probes)
+    heads = tuple(Head(name, probe, tuple("abcde"), "sigmoid", True, None, None) for name, probe in probes)
     graph = export_graph(Assembly(heads, "own", None, "CC0", CLIPS))
     assert isinstance(graph, OnePassGraph)
     found = dict(zip(graph.outputs, graph(wave), strict=True))

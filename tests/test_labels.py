@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from avex_export.labels import read_label_file
+from avex_serve.bundles.labels import read_label_file
 from avex_serve.errors import InputError
 
 THREE = ("bat", "bee", "bird")
