@@ -188,7 +188,7 @@ def _threshold(
 ) -> Threshold | None:
     """The lowest logit from which on the mean probability reaches the target; None if none does.
 
-    Sure detections would make up for others that are likely wrong, so each must also be more likely right than wrong.
+    Sure detections would make up for others that are likely wrong, so each must be more likely right than wrong too.
     `drawn` (B, 2) and `counts` (B, G) are those of `_resampled`.
     """
     order = np.argsort(-x, kind="stable")

@@ -14,8 +14,8 @@ def add_parser(commands: Any) -> None:
         "fit",
         help="train a probe on labelled recordings, and evaluate it",
         argument_default=argparse.SUPPRESS,  # the defaults are those of `FitRequest`
-        description="Train a probe on labelled recordings, and evaluate it on recordings that did not train it. DATA "
-        "is a folder with a folder for each class, a folder with annotation tables (Raven, Audacity, CSV with "
+        description="Train a probe on labelled recordings, and evaluate it on recordings that did not train it. "
+        "DATA is a folder with a folder for each class, a folder with annotation tables (Raven, Audacity, CSV with "
         "the columns file, start, end, label), or such a table.",
     )
     parser.set_defaults(run=run)
