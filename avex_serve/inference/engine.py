@@ -173,8 +173,8 @@ class Engine:
         self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, probe: str | None = None
     ) -> WindowScores:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
-        head = self.probe(probe)
-        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, [head.logits])
+        head, query = self.probe(probe), Query(overlap=overlap)
+        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [head.logits])
         return WindowScores(windows.spans, activate(windows.outputs[head.logits], head.activation))
 
     def embed(
@@ -184,14 +184,14 @@ class Engine:
 
         `output` names the output that is the embedding; the bundle's first one by default.
         """
-        name = self.embedding(output).output
-        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, [name])
+        name, query = self.embedding(output).output, Query(overlap=overlap)
+        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [name])
         return WindowEmbeddings(windows.spans, windows.outputs[name])
 
     def infer_recording(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> Outputs:
         """The graph's raw outputs for a recording, each (N, …) with one row for each window; see `predict`."""
-        names = [spec.name for spec in self.manifest.outputs]
-        return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, names).outputs
+        names, query = [spec.name for spec in self.manifest.outputs], Query(overlap=overlap)
+        return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, names).outputs
 
     # -- tensors --------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ when the head's input fingerprint equals one of the bundle's embedding fingerpri
 recording is opened last, after model, head and options have been checked.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
         name = names.pop() if len(names) == 1 else None
     with (
         models.lease(name, query.version) as source,
-        models.lease_those(lambda reader: bool(_links(source.manifest, reader))) as readers,
+        models.lease_those(lambda reader: bool(links(source.manifest, reader))) as readers,
     ):
         newest: dict[str, Engine] = {}
         for reader in readers:
@@ -118,11 +119,11 @@ def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
         # Each head with its engine, and the output of the audio bundle that holds its logits or its input.
         heads = [(source, head, head.logits) for head in source.manifest.probes]
         for reader in newest.values():
-            heads += [(reader, head, output) for head, output in _links(source.manifest, reader.manifest)]
+            heads += [(reader, head, output) for head, output in links(source.manifest, reader.manifest)]
         if not heads:
             source.probe(None)  # raises, with the reason
         selections = [Selection.of(head.activation, query.threshold, query.top_k) for _, head, _ in heads]
-        windows = run_recording(source, audio, query.overlap, list(dict.fromkeys(output for _, _, output in heads)))
+        windows = run_recording(source, audio, query, list(dict.fromkeys(output for _, _, output in heads)))
         predictions = []
         for (engine, head, output), selection in zip(heads, selections, strict=True):
             logits = windows.outputs[output]
@@ -136,7 +137,7 @@ def embed(models: Models, audio: Audio, query: Query) -> Embedding:
     """The embeddings of a recording from an audio bundle; errors as of `predict`."""
     with models.lease(query.model, query.version) as engine:
         name = engine.embedding(query.output).output
-        windows = run_recording(engine, audio, query.overlap, [name], OUTPUT_BYTES + NUMBER_BYTES)
+        windows = run_recording(engine, audio, query, [name], OUTPUT_BYTES + NUMBER_BYTES)
         return Embedding(
             bundle=engine.manifest.name,
             version=engine.manifest.version,
@@ -204,11 +205,36 @@ def _prediction(
 
 
 def run_recording(
-    engine: "Engine", audio: Audio, overlap: float, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
+    engine: "Engine", audio: Audio, query: Query, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
 ) -> WindowOutputs:
-    """Run an audio bundle on a recording while it is read; the outputs of these names.
+    """The outputs of these names for all windows of a recording; errors as of `stream_recording`.
 
     Each value will take `value_bytes` of memory until the answer is sent.
+    """
+    spec = engine.audio_spec
+    hop_samples(spec.window_samples, spec.sample_rate, query.overlap)  # raises before the recording is opened
+    spans: list[np.ndarray] = []
+
+    def rows(stream: AudioStream) -> Iterator[dict[str, np.ndarray]]:
+        for span, outputs in stream_recording(engine, stream, query, names):
+            spans.append(span)
+            yield outputs
+
+    with audio() as stream:
+        outputs = collect(rows(stream), value_bytes)
+    return WindowOutputs(
+        spec.window_samples / spec.sample_rate, np.concatenate(spans), outputs, tuple(stream.warnings)
+    )
+
+
+def stream_recording(
+    engine: "Engine", stream: AudioStream, query: Query, names: Sequence[str]
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Run an audio bundle on an open recording while it is read.
+
+    Yields:
+        Batch by batch: (B, 2) float64, start and end of each window in seconds, and the outputs of these names,
+        each (B, …) float32.
 
     Raises:
         AudioError: the recording can't be used.
@@ -218,11 +244,14 @@ def run_recording(
     """
     spec = engine.audio_spec
     length, rate = spec.window_samples, spec.sample_rate
-    hop = hop_samples(length, rate, overlap)  # raises before the recording is opened
+    hop = hop_samples(length, rate, query.overlap)
     limits = current().limits
-    bounds: list[np.ndarray] = []  # of the windows of each batch
+    bounds: deque[np.ndarray] = deque()  # of the windows of each batch whose outputs are still to come
+    if stream.frames:  # a header that promises too much is refused before the work begins
+        total = resampled_size(stream.frames, stream.sample_rate, rate)
+        limits.check_windows(len(plan_windows(total, length, rate, query.overlap).starts))
 
-    def batches(stream: AudioStream) -> Iterator[tuple[np.ndarray, ...]]:
+    def batches() -> Iterator[tuple[np.ndarray, ...]]:
         wave = resample_blocks(stream.blocks, stream.sample_rate, rate)
         windows = cut_windows(wave, length, hop, spec.shortest_samples or length)
         count, mask = 0, engine.manifest.takes_padding_mask
@@ -232,12 +261,8 @@ def run_recording(
             bounds.append(neighbours)
             yield inputs
 
-    with audio() as stream:
-        if stream.frames:  # a header that promises too much is refused before the work begins
-            total = resampled_size(stream.frames, stream.sample_rate, rate)
-            limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
-        outputs = collect(engine.run(batches(stream), names), value_bytes)
-    return WindowOutputs(length / rate, np.concatenate(bounds) / float(rate), outputs, tuple(stream.warnings))
+    for outputs in engine.run(batches(), names):
+        yield bounds.popleft() / float(rate), outputs
 
 
 def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYTES) -> dict[str, np.ndarray]:
@@ -257,18 +282,18 @@ def _run_either(models: Models, engine: "Engine", audio: Audio, query: Query, na
     """The outputs of a bundle of either kind; one that takes embeddings gets them from an audio bundle."""
     reader = engine.manifest
     if reader.kind == "audio":
-        return run_recording(engine, audio, query.overlap, names)
+        return run_recording(engine, audio, query, names)
     head = engine.probe(query.probe)
     with models.lease_those(lambda source: _link(source, reader, head) is not None) as sources:
         if not sources:
             raise UnsupportedError(_why_none(models, reader, head))
         output = _link(sources[0].manifest, reader, head)
         assert output is not None
-        windows = run_recording(sources[0], audio, query.overlap, [output])
+        windows = run_recording(sources[0], audio, query, [output])
     return windows._replace(outputs=engine.infer(windows.outputs[output]))
 
 
-def _links(source: Manifest, reader: Manifest) -> list[tuple[ProbeInfo, str]]:
+def links(source: Manifest, reader: Manifest) -> list[tuple[ProbeInfo, str]]:
     """The heads that read an embedding of the audio bundle, each with the name of that output."""
     pairs = [(head, _link(source, reader, head)) for head in reader.probes]
     return [(head, output) for head, output in pairs if output is not None]
