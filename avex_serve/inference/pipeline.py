@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from avex_serve.audio.reader import AudioStream, resample_blocks, resampled_size
-from avex_serve.audio.windows import batch_windows, cut_windows, hop_samples, plan_windows
+from avex_serve.audio.reader import AudioStream, Channel, resample_blocks, resampled_size
+from avex_serve.audio.windows import FinalClip, batch_windows, cut_windows, hop_samples, plan_windows
 from avex_serve.bundles.manifest import Manifest, ProbeInfo
 from avex_serve.errors import UnsupportedError
 from avex_serve.inference.results import (
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # Memory for each value of an output: twice while rows are put together, twice while the answer is written.
 OUTPUT_BYTES: Final = 16
 
-Audio = Callable[[], AbstractContextManager[AudioStream]]  # opens the recording
+Audio = Callable[[Channel], AbstractContextManager[AudioStream]]  # opens the recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class Query:
     model: str | None = None  # name of the bundle; None: the only one that fits
     version: str | None = None  # of the bundle; None: the newest one
     overlap: float = 0.0  # of neighbouring windows, in seconds
+    final_clip: FinalClip = "remainder"  # how the end of a recording is answered; see `avex_serve.audio.windows`
+    channel: Channel = "mix"  # of the recording, from 1; mix: the mean of all
     threshold: float | None = None  # lowest score to report; see `avex_serve.inference.scores.Selection`
     top_k: int | None = None  # most labels to report for a window
     probe: str | None = None  # name of the head; None: the first one of the bundle
@@ -70,15 +72,11 @@ class Models(Protocol):
 class WindowOutputs(NamedTuple):
     """The outputs of a graph for the windows of a recording."""
 
+    duration: float  # of the recording, in seconds
     window_seconds: float
     spans: np.ndarray  # (N, 2) float64, start and end of each window in seconds
     outputs: dict[str, np.ndarray]  # by name, each (N, …) float32 with one row for each window
     warnings: tuple[str, ...]  # about the recording, a sentence each
-
-    @property
-    def duration(self) -> float:
-        """Of the recording, in seconds: the last window reaches its end."""
-        return float(self.spans[-1, 1])
 
 
 # -- questions ------------------------------------------------------------------------------------------------------
@@ -220,10 +218,15 @@ def run_recording(
             spans.append(span)
             yield outputs
 
-    with audio() as stream:
+    with audio(query.channel) as stream:
         outputs = collect(rows(stream), value_bytes)
+    samples = resampled_size(stream.samples, stream.sample_rate, spec.sample_rate)
     return WindowOutputs(
-        spec.window_samples / spec.sample_rate, np.concatenate(spans), outputs, tuple(stream.warnings)
+        duration=samples / spec.sample_rate,
+        window_seconds=spec.window_samples / spec.sample_rate,
+        spans=np.concatenate(spans),
+        outputs=outputs,
+        warnings=tuple(stream.warnings),
     )
 
 
@@ -249,11 +252,11 @@ def stream_recording(
     bounds: deque[np.ndarray] = deque()  # of the windows of each batch whose outputs are still to come
     if stream.frames:  # a header that promises too much is refused before the work begins
         total = resampled_size(stream.frames, stream.sample_rate, rate)
-        limits.check_windows(len(plan_windows(total, length, rate, query.overlap).starts))
+        limits.check_windows(plan_windows(total, length, rate, query.overlap, final_clip=query.final_clip).count)
 
     def batches() -> Iterator[tuple[np.ndarray, ...]]:
-        wave = resample_blocks(stream.blocks, stream.sample_rate, rate)
-        windows = cut_windows(wave, length, hop, spec.shortest_samples or length)
+        wave = resample_blocks(stream, stream.sample_rate, rate)
+        windows = cut_windows(wave, length, hop, spec.shortest_samples or length, query.final_clip)
         count, mask = 0, engine.manifest.takes_padding_mask
         for neighbours, inputs in batch_windows(windows, engine.backend.max_batch, padding_mask=mask):
             count += len(neighbours)
