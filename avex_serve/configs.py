@@ -159,7 +159,7 @@ class ProbeConfig(BaseModel):
     @classmethod
     def _refuse_bools(cls, layers: Any) -> Any:
         if isinstance(layers, list | tuple) and any(isinstance(layer, bool) for layer in layers):
-            raise ValueError(f"target_layers is {layers}: a bool is no layer; use a name or an index")
+            raise ValueError(f"target_layers is {layers}: a bool is not a layer; use a name or an index")
         return layers
 
     @model_validator(mode="before")

@@ -16,7 +16,7 @@
     ├── ForbiddenError        the service's settings forbid it     403  PERMISSION_DENIED    exit 2
     ├── UnavailableError      known, but not served at present     503  UNAVAILABLE          exit 3
     │   └── ShuttingDownError the service is shutting down         503  UNAVAILABLE          exit 3
-    ├── BundleError           the folder is no whole bundle        422  FAILED_PRECONDITION  exit 3
+    ├── BundleError           the folder isn't a whole bundle      422  FAILED_PRECONDITION  exit 3
     ├── DependencyError       an optional package is missing       500  FAILED_PRECONDITION  exit 3
     ├── ExportError           the exporter can't continue          500  INTERNAL             exit 4
     └── VerificationError     a bundle's answers differ here       500  INTERNAL             exit 5
@@ -118,7 +118,7 @@ class DeadlineError(AvexServeError):
 class ClientGoneError(AvexServeError):
     """The client has gone."""
 
-    http_status = 499  # nginx's number for it, seen in logs alone
+    http_status = 499  # nginx's number for it, seen only in logs
     grpc_status = "CANCELLED"
 
 

@@ -113,6 +113,7 @@ def test_a_folder_that_is_no_bundle(tmp_path, files):
     [
         (["--threshold", "high"], "--threshold"),
         (["--threshold", "nan"], "threshold is nan"),
+        (["--threshold", "50"], "threshold is 50"),
         (["--top-k", "0"], "top_k is 0"),
         (["--top-k", "1.5"], "--top-k"),
         (["--overlap", "0.1"], "overlap is 0.1"),

@@ -393,10 +393,12 @@ def _downmix(samples: np.ndarray) -> Wave:
     """Mean over channels: (S, channels) → (S,) float32."""
     with np.errstate(over="ignore", invalid="ignore"):  # `_check_wave` refuses the result
         # Channel by channel: a mean over so short an axis takes numpy twenty times as long.
-        total = samples[:, 0].copy()
+        total: Wave = samples[:, 0].copy()
         for channel in range(1, samples.shape[1]):
             total += samples[:, channel]
-        return total if samples.shape[1] == 1 else total / np.float32(samples.shape[1])
+        if samples.shape[1] > 1:
+            total /= np.float32(samples.shape[1])
+    return total
 
 
 def _check_wave(wave: np.ndarray, name: str = "the waveform") -> Wave:

@@ -4,14 +4,14 @@
 
 The windows start every hop. `final_clip` says what happens at the end, where less than a window remains:
 
-    remainder  the default: the remainder is a window, padded with zeros up to the shortest that the model takes. Less
-               than `EVIDENCE` of a window is no evidence: then the last window is moved back, as by full
+    remainder  the default: the remainder is a window, padded with zeros up to the shortest that the model takes.
+               Less than `EVIDENCE` of a window is no evidence: then the last window is moved back, as by full
     full       the last window is moved back, so that it ends with the recording
     extend     the remainder is padded with zeros to a whole window
     none       the remainder is left out
 
-The span of a window never goes beyond the end of the recording. A recording shorter than a window is one window, padded
-with zeros; with none it is refused.
+The span of a window never goes beyond the end of the recording. A recording shorter than a window is one window,
+padded with zeros; with none it is refused.
 """
 
 import itertools
@@ -23,7 +23,6 @@ import numpy as np
 
 from avex_serve.audio.reader import Wave
 from avex_serve.errors import InputError
-
 
 FinalClip = Literal["none", "extend", "remainder", "full"]
 EVIDENCE: Final = 0.1  # of a window: a shorter remainder is not answered for itself

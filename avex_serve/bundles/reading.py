@@ -17,8 +17,8 @@ import msgspec
 from avex_serve.bundles.manifest import MANIFEST, SCHEMA_VERSION, Manifest, ProbeInfo
 from avex_serve.errors import BundleError, InputError, NotFoundError
 
-# What stands before the place of weights outside of an ONNX graph, and its length, as protobuf writes them:
-# StringStringEntryProto(key="location", value=…).
+# The bytes that precede the path of an external file of weights in an ONNX graph, and the path's length: protobuf's
+# encoding of StringStringEntryProto(key="location", value=…).
 EXTERNAL_DATA: Final = b"\x0a\x08location\x12"
 
 

@@ -103,7 +103,7 @@ class Engine:
         heads = self.manifest.probes
         if not heads:
             raise UnsupportedError(
-                f"bundle {self.manifest.name} has no probe and answers embeddings alone; use embed, or serve a "
+                f"bundle {self.manifest.name} has no probe and returns only embeddings; use embed, or serve a "
                 "bundle that was exported without --embeddings"
             )
         for head in heads:
@@ -143,7 +143,7 @@ class Engine:
         """Name the sounds in a recording.
 
         Args:
-            wave: (S,) floating point, mono, in [-1, 1].
+            wave: (S,) floating point, mono, in [-1, 1]; if it goes a little beyond, the answer has a warning.
             sample_rate: of the wave, in Hz; resampled to the model's.
             threshold: lowest score to report.
             top_k: most labels to report for a window; see `scores.Selection` for the defaults.
@@ -174,7 +174,13 @@ class Engine:
         return pipeline.predict_all(self, partial(open_wave, wave, sample_rate), query).predictions
 
     def score(
-        self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, final_clip: FinalClip = "remainder", probe: str | None = None
+        self,
+        wave: np.ndarray,
+        sample_rate: int,
+        *,
+        overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
+        probe: str | None = None,
     ) -> WindowScores:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
         head, query = self.probe(probe), Query(overlap=overlap, final_clip=final_clip)
@@ -182,7 +188,13 @@ class Engine:
         return WindowScores(windows.spans, activate(windows.outputs[head.logits], head.activation))
 
     def embed(
-        self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, final_clip: FinalClip = "remainder", output: str | None = None
+        self,
+        wave: np.ndarray,
+        sample_rate: int,
+        *,
+        overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
+        output: str | None = None,
     ) -> WindowEmbeddings:
         """The embeddings of a recording; arguments and errors as in `predict`.
 
@@ -192,7 +204,9 @@ class Engine:
         windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [name])
         return WindowEmbeddings(windows.spans, windows.outputs[name])
 
-    def infer_recording(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, final_clip: FinalClip = "remainder") -> Outputs:
+    def infer_recording(
+        self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, final_clip: FinalClip = "remainder"
+    ) -> Outputs:
         """The graph's raw outputs for a recording, each (N, …) with one row for each window; see `predict`."""
         names, query = [spec.name for spec in self.manifest.outputs], Query(overlap=overlap, final_clip=final_clip)
         return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, names).outputs
@@ -224,6 +238,7 @@ class Engine:
             padding_mask: (B, S) bool, True where a clip is padded; None: nowhere.
 
         Raises:
+            AudioError: samples far from [-1, 1].
             TensorError: another shape or type, no rows, or values or results that are not finite.
             TooLargeError: longer clips or sequences than the current request may send.
             UnsupportedError: a mask, and the bundle takes none.
@@ -274,7 +289,7 @@ class Engine:
                 future.cancel()
 
     def check_input(self, batch: np.ndarray) -> None:
-        """Raise TensorError unless the graph takes the batch."""
+        """Raise TensorError unless the graph takes the batch, AudioError for samples far from [-1, 1]."""
         spec = self.manifest.inputs[0]
         if not spec.fits(batch.shape):
             raise TensorError(f"input {spec.name!r} has shape {list(batch.shape)}; expected {list(spec.shape)}")
@@ -290,6 +305,8 @@ class Engine:
             raise TensorError(f"input {spec.name!r} of shape {list(batch.shape)} is empty; send at least one row")
         if not np.isfinite(batch).all():
             raise TensorError(f"input {spec.name!r} has NaN or infinite values; expected finite ones")
+        if audio is not None:
+            pipeline.find_peak(batch)
 
     def _check_length(self, batch: np.ndarray) -> None:
         limits = current().limits

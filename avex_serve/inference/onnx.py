@@ -37,7 +37,7 @@ class OnnxBackend:
             self._session = onnxruntime.InferenceSession(
                 str(path), sess_options=options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # onnxruntime's own error classes derive from Exception alone
+        except Exception as error:  # onnxruntime's own error classes derive directly from Exception
             raise BundleError(f"onnxruntime can't load {path}: {error}") from error
         _return_memory()
         given = [node.name for node in self._session.get_inputs()]

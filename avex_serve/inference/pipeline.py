@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from avex_serve.audio.reader import AudioStream, Channel, resample_blocks, resampled_size
+from avex_serve.audio.reader import AudioStream, Channel, Wave, resample_blocks, resampled_size
 from avex_serve.audio.windows import FinalClip, batch_windows, cut_windows, hop_samples, plan_windows
 from avex_serve.bundles.manifest import Manifest, ProbeInfo
-from avex_serve.errors import UnsupportedError
+from avex_serve.errors import AudioError, UnsupportedError
 from avex_serve.inference.results import (
     NUMBER_BYTES,
     Classification,
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 # Memory for each value of an output: twice while rows are put together, twice while the answer is written.
 OUTPUT_BYTES: Final = 16
+# Sound is in [-1, 1]. Decoders of lossy files and recorders with 32-bit floats go a little beyond. Integers that
+# nobody divided go a hundred times beyond and more.
+LOUD: Final = 2.0  # samples beyond are answered with a warning
+LOUDEST: Final = 100.0  # samples beyond are refused
 
 Audio = Callable[[Channel], AbstractContextManager[AudioStream]]  # opens the recording
 
@@ -171,6 +175,7 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
             probe=head.name,
             trained=head.trained,
             score_scale=score_scale(head.activation),
+            warnings=selection.warnings,
             results=rank(scores, engine.labels(head.name), selection),
         )
 
@@ -194,7 +199,7 @@ def _prediction(
         window=windows.window_seconds,
         overlap=float(query.overlap),
         score_scale=score_scale(head.activation),
-        warnings=windows.warnings,
+        warnings=(*selection.warnings, *windows.warnings),
         detections=detect(windows.spans, scores, engine.labels(head.name), selection),
     )
 
@@ -205,7 +210,7 @@ def _prediction(
 def run_recording(
     engine: "Engine", audio: Audio, query: Query, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
 ) -> WindowOutputs:
-    """The outputs of these names for all windows of a recording; errors as of `stream_recording`.
+    """The outputs of these names for all windows of a recording; errors as of `stream_windows`.
 
     Each value will take `value_bytes` of memory until the answer is sent.
     """
@@ -214,7 +219,7 @@ def run_recording(
     spans: list[np.ndarray] = []
 
     def rows(stream: AudioStream) -> Iterator[dict[str, np.ndarray]]:
-        for span, outputs in stream_recording(engine, stream, query, names):
+        for span, outputs in stream_windows(engine, stream, query, names):
             spans.append(span)
             yield outputs
 
@@ -230,7 +235,7 @@ def run_recording(
     )
 
 
-def stream_recording(
+def stream_windows(
     engine: "Engine", stream: AudioStream, query: Query, names: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Run an audio bundle on an open recording while it is read.
@@ -240,7 +245,7 @@ def stream_recording(
         each (B, …) float32.
 
     Raises:
-        AudioError: the recording can't be used.
+        AudioError: the recording can't be used, or its samples are far from [-1, 1].
         InputError: an overlap that windows of this bundle can't have.
         TensorError: results that are not finite.
         TooLargeError: more windows, or a larger answer, than the current request may ask for.
@@ -250,12 +255,19 @@ def stream_recording(
     hop = hop_samples(length, rate, query.overlap)
     limits = current().limits
     bounds: deque[np.ndarray] = deque()  # of the windows of each batch whose outputs are still to come
+    peak = 0.0
     if stream.frames:  # a header that promises too much is refused before the work begins
         total = resampled_size(stream.frames, stream.sample_rate, rate)
         limits.check_windows(plan_windows(total, length, rate, query.overlap, final_clip=query.final_clip).count)
 
+    def levelled() -> Iterator[Wave]:
+        nonlocal peak
+        for block in stream:
+            peak = max(peak, find_peak(block))
+            yield block
+
     def batches() -> Iterator[tuple[np.ndarray, ...]]:
-        wave = resample_blocks(stream, stream.sample_rate, rate)
+        wave = resample_blocks(levelled(), stream.sample_rate, rate)
         windows = cut_windows(wave, length, hop, spec.shortest_samples or length, query.final_clip)
         count, mask = 0, engine.manifest.takes_padding_mask
         for neighbours, inputs in batch_windows(windows, engine.backend.max_batch, padding_mask=mask):
@@ -266,6 +278,25 @@ def stream_recording(
 
     for outputs in engine.run(batches(), names):
         yield bounds.popleft() / float(rate), outputs
+    stream.warnings.extend(level_warnings(peak))
+
+
+def find_peak(samples: np.ndarray) -> float:
+    """The largest magnitude of samples; AudioError if they can't be sound in [-1, 1]."""
+    peak = float(max(samples.max(initial=0), -samples.min(initial=0)))
+    if peak > LOUDEST:
+        raise AudioError(
+            f"the samples reach {peak:.4g}; expected sound in [-1, 1]: divide 16-bit integers by 32768, and others "
+            "by the largest that their type holds"
+        )
+    return peak
+
+
+def level_warnings(peak: float) -> tuple[str, ...]:
+    """The warning about sound of this peak, if there is one."""
+    if peak <= LOUD:
+        return ()
+    return (f"the samples reach {peak:.3g}, and sound is in [-1, 1]: their scale may be wrong",)
 
 
 def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYTES) -> dict[str, np.ndarray]:

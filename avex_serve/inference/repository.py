@@ -306,7 +306,7 @@ class Repository:
                 engine.infer_recording(np.zeros(audio.window_samples, np.float32), audio.sample_rate)
             else:
                 engine.infer(np.zeros([1 if size == -1 else size for size in manifest.inputs[0].shape], np.float32))
-        except Exception as error:  # onnxruntime and torch raise errors of their own
+        except Exception as error:  # onnxruntime and torch have their own error classes
             engine.close()
             raise BundleError(f"bundle {manifest.name} loads, but fails to answer for silence: {error}") from error
         return engine
@@ -373,7 +373,7 @@ class Repository:
             if len(names) > 1:
                 raise InputError(f"several models are served: {self._names()}; name one as the option 'model'")
             if not names:
-                raise UnavailableError("no model is served at present; the index of the repository tells why")
+                raise UnavailableError("no model is served at present; the index of the repository has the reasons")
             name = names.pop()
         found = [served for served in everything if served.key[0] == name]
         for served in found:
@@ -404,5 +404,5 @@ def _order(version: str) -> list[tuple[int, str]]:
 
 
 def _as_utf8(text: str) -> str:
-    """The text, with question marks for the bytes of a path that are no UTF-8: they can't be sent."""
+    """The text, with question marks for the bytes of a path that are not UTF-8 and so can't be sent."""
     return text.encode("utf-8", "replace").decode()

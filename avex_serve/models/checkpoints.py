@@ -75,7 +75,7 @@ def load_backbone(model: ModelBase, state: StateDict, source: str, *, keep_class
 
     Names are adapted to the module's, see `brought_to`. Constant buffers of the front end may be missing. Unless
     `keep_classifier`, a classifier is loaded if it fits the module's, and ignored otherwise. Raises ValueError for
-    tensors without values, for zeros alone, and as `load_strictly`.
+    tensors without values, for only zeros, and as `load_strictly`.
     """
     _refuse_placeholder(state, source)
     module = model.called_module

@@ -217,7 +217,9 @@ class Spectrogram(nn.Module):
         """Build the constant buffers. Raises ValueError for raw audio, or a window longer than the transform."""
         super().__init__()
         if config.representation == "raw":
-            raise ValueError("audio_config.representation is 'raw', which is no spectrogram; set 'mel_spectrogram'")
+            raise ValueError(
+                "audio_config.representation is 'raw', which is not a spectrogram; set 'mel_spectrogram'"
+            )
         self.n_fft = config.n_fft
         self.hop_length = config.hop_length or config.n_fft // 4
         win_length = config.win_length or config.n_fft

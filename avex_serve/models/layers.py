@@ -32,7 +32,7 @@ def resolve_layers(selectors: Sequence[str | int], layers: Sequence[str], tappab
     named: list[str] = []
     for selector in selectors:
         if isinstance(selector, bool):
-            raise TypeError(f"target_layers holds {selector}: a bool is no layer; use a name or an index")
+            raise TypeError(f"target_layers holds {selector}: a bool is not a layer; use a name or an index")
         if isinstance(selector, int):
             if not -len(layers) <= selector < len(layers):
                 raise ValueError(

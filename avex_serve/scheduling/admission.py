@@ -4,9 +4,9 @@
                         ▲                                     │
                         └──── its next turn ◀─────────────────┘ after each turn, while others wait
 
-A request waits without a thread and without a slot. In its slot, a thread of its own decodes it, resamples it and
-runs the graph. A request that works for longer than a turn passes its slot to the request that has waited longest
-and joins the queue again. So a recording of an hour delays nobody for longer than its turn, even with one slot.
+A request waits without a thread and without a slot. In its slot, its own thread decodes it, resamples it and runs
+the graph. A request that works for longer than a turn passes its slot to the request that has waited longest, and
+joins the queue again. So a recording of an hour delays another request by one turn at most, even with one slot.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ class Admission:
                 end_wait()
             raise
         finally:
-            request.abandon()  # however the wait ended, nobody reads what the thread still finds
+            request.abandon()  # however the wait ended: the thread's result is not read after it
             del answer  # this frame is in the traceback of the error that it holds: no cycle
 
     def _starter(
@@ -186,7 +186,7 @@ class _Places:
             return True
 
     def swap_slot(self, wake: Callable[[], object]) -> bool:
-        """Pass the slot to the request that has waited longest and join the queue; False if nobody waits."""
+        """Pass the slot to the request that has waited longest and join the queue; False if none waits."""
         with self._lock:
             if not self._waiting:
                 return False

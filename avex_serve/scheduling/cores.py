@@ -22,13 +22,13 @@ def usable_cores(cgroups: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
         cgroups: where the control groups are mounted, version 1 or 2.
         membership: which groups this process is in.
     """
-    # Linux alone knows which cores a process may use.
+    # Only Linux reports which cores a process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *map(math.ceil, _quotas(cgroups, membership))]))
 
 
 def threads_of_worker(workers: int) -> int:
-    """The share of each of so many worker processes: cores = workers × threads."""
+    """Threads of each of these worker processes, which share the cores."""
     return max(1, usable_cores() // workers)
 
 

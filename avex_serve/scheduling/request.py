@@ -177,7 +177,7 @@ class Request:
             self._due = min(self._due, time.monotonic() + seconds)
 
     def abandon(self) -> None:
-        """Note that nobody waits for the answer any more; ends `wait`."""
+        """Note that the client no longer waits for the answer; ends `wait`."""
         self._abandoned = True
         if self._wake is not None:
             self._wake()

@@ -22,7 +22,7 @@ class Body:
         """A body of at most `max_bytes`.
 
         It is due after `seconds`, and each `SLOWEST` bytes that arrive give it a second more. It is never due later
-        than `seconds` after what arrived last: who sends fast at first can't be silent for long at the end.
+        than `seconds` after what arrived last: a client that sends fast at first can't pause for long at the end.
         """
         self.client_gone = False
         self._request = request
@@ -86,7 +86,7 @@ class Body:
 
 
 class Messages:
-    """The messages of gRPC that are arriving; used on the event loop alone.
+    """The messages of gRPC that are arriving; used only on the event loop.
 
     A call whose client sends nothing looks like one whose message has arrived in half. So each message may take a
     moment, within which the network bounds how much there can be of them, and only a few may take longer. No message

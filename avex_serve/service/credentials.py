@@ -77,7 +77,7 @@ _TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # a bearer token by RFC 675
 
 
 class Keys:
-    """The valid keys; if there are none, everybody may ask."""
+    """The valid keys; if there are none, requests need no key."""
 
     def __init__(self, valid: Callable[[], frozenset[bytes]]) -> None:
         """`valid` returns them at each request."""
@@ -127,10 +127,10 @@ def _parsed(name: str, texts: list[str]) -> frozenset[bytes]:
     """The keys; messages never repeat them."""
     texts = [text.strip() for text in texts]
     if not any(texts):
-        raise InputError(f"{name} is set and holds no key; unset it to let everybody ask")
+        raise InputError(f"{name} is set and holds no key; unset it to accept requests without a key")
     for number, text in enumerate(texts, 1):
         if text and not _TOKEN.fullmatch(text):
-            raise InputError(f"{name}: entry {number} is no key; expected letters, digits and any of -._~+/")
+            raise InputError(f"{name}: entry {number} is not a key; expected letters, digits and any of -._~+/")
     return frozenset(text.encode() for text in texts if text)
 
 

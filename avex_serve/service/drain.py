@@ -4,7 +4,7 @@ BentoML on its own would close HTTP first, leave gRPC unchanged until then, and 
 the listening socket open until its workers have ended, so clients of a worker that stopped accepting would wait in
 vain. This worker goes on accepting, and answers 503.
 
-Whatever a thread does, the process has ended soon after AVEX_DRAIN_SECONDS. A worker whose supervisor has died gets
+The process ends soon after AVEX_DRAIN_SECONDS, whatever its threads do. A worker whose supervisor has died gets
 no signal, so it looks for its supervisor and then ends in the same way.
 """
 

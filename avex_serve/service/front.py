@@ -7,7 +7,7 @@
     4. Its time limit is not a number of seconds                400
     5. Its body is too large, by the length in its head         413
        All requests together hold too many bytes                503
-    6. The queue in front of the engines is full                503      RESOURCE_EXHAUSTED  inference alone
+    6. The queue in front of the engines is full                503      RESOURCE_EXHAUSTED  only inference
     7. The body arrives too slowly                              408      DEADLINE_EXCEEDED
        or is too large after all, or all bodies together are    413, 503 INVALID_ARGUMENT, RESOURCE_EXHAUSTED
     8. Its handler answers. The answer is late                  504      DEADLINE_EXCEEDED
@@ -189,7 +189,7 @@ class Found(NamedTuple):
 
 
 class Application(Protocol):
-    """What the front of HTTP stands before."""
+    """The application behind the front of HTTP."""
 
     def find(self, scope: Scope) -> Found:
         """What answers the request."""
@@ -220,10 +220,22 @@ class HttpFront:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] == "http":
-            await self._record(scope, receive, send)
-        else:  # the start and the end of the service; upgrades to WebSocket are ignored
+        if scope["type"] != "http":  # the start and the end of the service; upgrades to WebSocket are ignored
             await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._record(scope, receive, sending)
+        except Exception as error:
+            if started:
+                raise  # the connection is closed
+            await http_refusal(error, OTHER)(scope, receive, send)  # a fault before or in the recording
 
     async def _record(self, scope: Scope, receive: Receive, send: Send) -> None:
         front, headers = self._front(), Headers(scope=scope)
@@ -354,7 +366,7 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         # Metadata is text, except that of names that end in -bin. The first value of a name counts.
         metadata = details.invocation_metadata or ()
         pairs = [(key, text) for key, text in metadata if isinstance(text, str)]
-        # gRPC limits the metadata of those clients alone that have confirmed the limit.
+        # gRPC applies its limit on metadata only to clients that have confirmed it.
         fits = len(metadata) <= MAX_METADATA and sum(map(len, chain(*metadata))) <= MAX_METADATA_BYTES
         call = self._behind(handler, details.method, dict(reversed(pairs)) if fits else None)
         if handler is None:

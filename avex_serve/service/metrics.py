@@ -9,10 +9,10 @@
     avex_batch_size                                     rows of each batch that was inferred
     avex_model_info{name, version, format, device}      1 for each model that is served
 
-A route is a template or `other`, so that paths nobody serves don't make series. Workers share their series by files
-in PROMETHEUS_MULTIPROC_DIR, which BentoML sets and clears. A worker that takes the place of one that died begins by
-taking the requests of the dead out of those in progress. A worker for whose files the disk has no room counts in its
-own memory.
+A route is a template or `other`, so that unknown paths don't make series. Workers share their series by files
+in PROMETHEUS_MULTIPROC_DIR, which BentoML sets and clears. A new worker first removes the
+requests of dead workers from those in progress. If the disk has no room for its files, a worker counts in its own
+memory.
 """
 
 import logging
@@ -48,7 +48,7 @@ REFUSALS: Final = frozenset({
 class Metrics:
     """The metrics of this process, and those of all workers as text.
 
-    `served` lends the engines that are served when it is asked.
+    `served` lends the engines in service each time that the metrics are read.
     """
 
     def __init__(self, served: Callable[[], AbstractContextManager[Iterable[Engine]]]) -> None:
@@ -153,12 +153,12 @@ def _reserve_files(directory: Path) -> None:
 
 
 def _forget_the_dead(directory: Path) -> None:
-    """Take what workers were at when they died out of the gauges."""
+    """Remove the requests of dead workers from the gauges."""
     for file in directory.glob("gauge_live*_*.db"):
         pid = int(file.stem.rpartition("_")[2])
         try:
             os.kill(pid, 0)
-        except OSError:  # no such process, or somebody else's by now
+        except OSError:  # no such process, or by now another user's
             with suppress(FileNotFoundError):  # another worker, which starts at the same time, was faster
                 mark_process_dead(pid)  # type: ignore[no-untyped-call]
 

@@ -1,6 +1,6 @@
 """What clients send, from bytes and text to checked values: JSON, options and tensors.
 
-This is the only place that decodes them. What a document may cost is checked here, before it is decoded.
+This is the only place that decodes them. Limits on a document are checked here, before it is decoded.
 """
 
 import math
@@ -71,7 +71,7 @@ def value(name: str, given: object, kind: Any) -> Any:
     """An option or parameter as a value of that type; numbers may be written as text.
 
     Raises:
-        InputError: it is none.
+        InputError: it isn't one.
     """
     number = given
     if isinstance(given, str | bool):
@@ -260,8 +260,8 @@ def _array(name: str, data: msgspec.Raw, characters: bytes, values: str, dtype: 
     Args:
         name: for messages.
         data: the JSON.
-        characters: of which its values are written.
-        values: what they are, for messages.
+        characters: that its values consist of.
+        values: their name in messages.
         dtype: of the array.
     """
     text = bytes(data).translate(None, b" \t\r\n")

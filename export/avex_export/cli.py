@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(given: dict[str, Any]) -> None:
-    alone = not given.keys() & {"probe", "embeddings"}
+    no_probe = not given.keys() & {"probe", "embeddings"}
     try:
         if "list" in given:
             _refuse_others(given, {"list"}, "--list")
@@ -48,10 +48,10 @@ def _run(given: dict[str, Any]) -> None:
 
             _say(listing())
         elif "explain" in given:
-            if alone:
+            if no_probe:
                 _refuse_others(given, {"explain", "without"}, "--explain without --probe")
-            _explain(given, alone=alone)
-        elif alone:
+            _explain(given, no_probe=no_probe)
+        elif no_probe:
             raise InputError("nothing to export: give --probe, or --list to see the probes")
         else:
             _export(given)
@@ -65,14 +65,14 @@ def _refuse_others(given: dict[str, Any], used: set[str], mode: str) -> None:
         raise InputError(f"--{others[0].replace('_', '-')} has no effect with {mode}; leave out one of them")
 
 
-def _explain(given: dict[str, Any], *, alone: bool) -> None:
+def _explain(given: dict[str, Any], *, no_probe: bool) -> None:
     from avex_export.assemble import assemble
     from avex_export.graph import export_graph
     from avex_export.passes import CONSTANTS, EXTERNAL_DATA, SUMMARIES
     from avex_export.request import ExportRequest, read_probes
 
     request, applied = ExportRequest(**given), None
-    if not alone:
+    if not no_probe:
         applied = export_graph(assemble(request, read_probes(request)), request.without).passes
     _say("passes, in order:")
     for name, summary in SUMMARIES.items():

@@ -86,8 +86,8 @@ class Assembly:
         digests = [each.input_fingerprint if self.headless else each.pooled_fingerprint for each in self.heads]
         first = head if digests[head] is None else digests.index(digests[head])
         what: Kind = "features" if self.headless else "pooled"
-        alone = digests[0] is not None and len(set(digests)) == 1
-        return Output("embedding", first, what) if alone else self._output(first, what)
+        is_shared = digests[0] is not None and len(set(digests)) == 1
+        return Output("embedding", first, what) if is_shared else self._output(first, what)
 
     def _output(self, head: int, what: Kind) -> Output:
         name = "logits" if what == "logits" else "embedding"

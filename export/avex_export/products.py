@@ -22,7 +22,7 @@ _LEAST = 1e-5
 _LARGEST = 64
 # Added to the diagonal of the second moments, relative to its mean; GPTQ's value.
 _DAMPING = 0.01
-# Columns that are rounded before their errors reach the rest, for speed alone; GPTQ's value.
+# Columns that are rounded before their errors reach the rest, only for speed; GPTQ's value.
 _COLUMNS = 128
 
 
@@ -91,7 +91,7 @@ class _Calibrating(nn.Module):
 def quantise(graph: Graph, clips: Tensor) -> int:
     """Turn the products of a rewritten graph's transformer into integers, in place, one after the other.
 
-    Each is rounded on the inputs that the products rounded before it compute, and its bias takes up the mean of all
+    Each is rounded on the inputs that the products rounded before it compute, and its bias corrects the mean of all
     their errors. Products of one token a clip, after the pooling, stay in float32, since they take little time. So
     does BEATs' small product for each head of each token, where it isn't merged with the large ones.
 

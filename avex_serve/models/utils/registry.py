@@ -167,7 +167,7 @@ def read_model_yaml(path: Path) -> ModelEntry:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a mapping, or fields that are no ModelSpec.
+        ValueError: not such a mapping, or fields that don't fit ModelSpec.
     """
     if not path.is_file():
         raise FileNotFoundError(f"Model config file not found: {path}")
@@ -239,7 +239,7 @@ def register_model_class(cls: _Class) -> _Class:
         TypeError: not a class of torch modules.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"{cls!r} is no model class; derive it from avex_serve.models.base_model.ModelBase")
+        raise TypeError(f"{cls!r} is not a model class; derive it from avex_serve.models.base_model.ModelBase")
     name = getattr(cls, "name", cls.__name__.lower())
     if name in _MODEL_CLASSES:
         logger.warning("model class %r is registered already; it is replaced", name)
@@ -315,7 +315,7 @@ def list_model_layers(model: str | ModelBase | Backbone, device: str = "cpu") ->
         ``special_options``: the selectors.
 
     Raises:
-        ValueError: no such model, or an object that is no model.
+        ValueError: no such model, or an object that isn't a model.
     """
     if isinstance(model, str):
         spec = get_model_spec(model)
@@ -337,7 +337,7 @@ def _arguments(cls: ModelClass, spec: ModelSpec, device: str, keywords: dict[str
     parameters = inspect.signature(cls).parameters
     fields = spec.model_dump(exclude=_NOT_FOR_THE_CLASS, exclude_none=True)
     for name in sorted(fields.keys() - parameters.keys()):
-        # avex's specs carry the fields of every architecture, so a default value is no choice.
+        # avex's specs carry the fields of every architecture, so a default value doesn't count as a choice.
         if fields[name] != ModelSpec.model_fields[name].default:
             logger.warning(
                 "model class '%s' does not accept %s=%r, which is ignored; remove it from the ModelSpec",

@@ -23,7 +23,7 @@ _Answer = health_pb2.HealthCheckResponse
 
 
 class Health:
-    """The service; used on the event loop alone."""
+    """The service; used only on the event loop."""
 
     def __init__(self, ready: Callable[[], bool]) -> None:
         """`ready` says whether the service accepts requests."""

@@ -52,15 +52,15 @@ _RAW: Final = 7  # raw_input_contents of the request
 
 
 def message(kind: type[MessageType], data: bytes) -> MessageType:
-    """The message of that kind in bytes. If gRPC decoded it, it would log a traceback for bytes that are none.
+    """The message of that kind in bytes. If gRPC decoded it, it would log a traceback for other bytes.
 
     Raises:
-        InputError: the bytes are no such message.
+        InputError: the bytes are not such a message.
     """
     try:
         return kind.FromString(data)
     except DecodeError:
-        raise InputError(f"the request is no {kind.DESCRIPTOR.name}") from None
+        raise InputError(f"the request is not a {kind.DESCRIPTOR.name}") from None
 
 
 def split(data: bytes) -> tuple[bytes, list[memoryview]]:
@@ -68,7 +68,7 @@ def split(data: bytes) -> tuple[bytes, list[memoryview]]:
 
     Raises:
         TooLargeError: the message has more than `MAX_PARTS`.
-        InputError: the bytes are no such message.
+        InputError: the bytes are not such a message.
     """
     fields: list[tuple[int, int, int]] = []  # start, start of the content, end
     _count(data, 0, len(data), _REQUEST, 0, fields)
@@ -133,4 +133,4 @@ def _varint(data: bytes, at: int, end: int) -> tuple[int, int]:
 
 
 def _malformed() -> InputError:
-    return InputError("the request is no ModelInferRequest")
+    return InputError("the request is not a ModelInferRequest")

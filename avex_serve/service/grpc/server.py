@@ -30,7 +30,7 @@ OPTIONS: Final = (
     ("grpc.so_reuseport", 1),  # workers share the port
     ("grpc.max_send_message_length", -1),
     # Compressed messages are refused (UNIMPLEMENTED): gRPC inflates one before anything looks at it.
-    ("grpc.compression_enabled_algorithms_bitset", 1),  # no algorithm alone
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # only the lack of compression
     ("grpc.per_message_decompression", 0),
     ("grpc.max_allowed_incoming_connections", 1000),
     ("grpc.max_connection_idle_ms", 300_000),
@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 class GrpcServer:
-    """A server that is started again should it end by itself; `start` makes one."""
+    """A server that starts again if it ends by itself; `start` makes one."""
 
     _server: grpc.aio.Server
     _running: asyncio.Task[None]
@@ -119,7 +119,7 @@ class GrpcServer:
 class _Server(cygrpc.AioServer):  # type: ignore[misc]
     """grpc.aio's server with another way for unknown methods, which are those that aren't registered.
 
-    grpc.aio decodes the path of their calls in the loop that accepts all calls: one path that was no UTF-8 ended the
+    grpc.aio decodes the path of their calls in the loop that accepts all calls: a path that was not UTF-8 ended the
     server. Here no path is read, and all are calls of one unknown method.
     """
 
@@ -156,7 +156,7 @@ def check_port_is_free(settings: Settings) -> None:
     """
     family = socket.AF_INET6 if settings.grpc_host.version == 6 else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections in TIME_WAIT are no server
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection in TIME_WAIT is not a server
         try:
             probe.bind((str(settings.grpc_host), settings.grpc_port))
         except OSError as error:

@@ -54,8 +54,8 @@ class Endpoint(NamedTuple):
 class Routes:
     """Finds what answers a request.
 
-    It matches by Starlette's routes, as BentoML does behind it, so that no spelling of a path gets past them to the
-    handlers of BentoML that they cover.
+    It matches by Starlette's routes, as BentoML does behind it, so that no spelling of a path reaches the BentoML
+    handlers that they replace.
     """
 
     def __init__(self, front: Callable[[], Front], bentoml: ASGIApp) -> None:

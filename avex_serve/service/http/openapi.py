@@ -5,11 +5,12 @@ It replaces BentoML's, which knows neither the Open Inference Protocol nor bodie
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_args
 
 import msgspec
 
 from avex_serve import __version__
+from avex_serve.audio.windows import FinalClip
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, Detection, Embedding, LabelScore, Prediction, Predictions
 

@@ -1,7 +1,7 @@
 """The pages about the service itself: what is served, and its metrics.
 
 They replace BentoML's: its page loads a tracker from elsewhere, and its metrics make a series of every path that
-somebody tries.
+a client tries.
 """
 
 import html

@@ -72,7 +72,7 @@ def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
         json_length: value of the header `JSON_LENGTH`, None without it.
 
     Raises:
-        InputError: a body that is no such request.
+        InputError: a body that is not such a request.
     """
     split = _split(body, json_length)
     request = parsing.document(_Request, body[:split], strict=False)
@@ -106,7 +106,7 @@ def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
 
 
 def parse_index_request(body: bytes) -> bool:
-    """Whether the index is to hold ready models alone; the body may be empty."""
+    """Whether the index is to hold only ready models; the body may be empty."""
     return parsing.document(_IndexRequest, body or b"{}", strict=False).ready
 
 

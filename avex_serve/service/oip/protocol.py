@@ -79,7 +79,7 @@ class ModelMetadata:
     platform: str
     inputs: tuple[TensorMetadata, ...]
     outputs: tuple[TensorMetadata, ...]
-    parameters: dict[str, bool]  # over HTTP alone: gRPC's message has no field for them
+    parameters: dict[str, bool]  # only over HTTP: gRPC's message has no field for them
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,13 @@ class Model:
         if isinstance(tensor.data, list):
             outputs, windows, warnings = self._infer_recordings(tensor.data, request.query)
             parameters["windows"] = json.dumps(windows)
-            if warnings:
-                parameters["warnings"] = json.dumps(warnings, ensure_ascii=False)
         else:
-            outputs = self._engine.infer(_shaped(tensor), mask)
+            batch = _shaped(tensor)
+            outputs, warnings = self._engine.infer(batch, mask), []
+            if self._engine.manifest.kind == "audio":
+                warnings += pipeline.level_warnings(pipeline.find_peak(batch))
+        if warnings:
+            parameters["warnings"] = json.dumps(warnings, ensure_ascii=False)
         labels: dict[str, tuple[str, ...]] = {}
         for probe in self._engine.manifest.probes:
             outputs[probe.scores] = activate(outputs[probe.logits], probe.activation)
@@ -370,7 +373,7 @@ def model_ready(repository: Repository, name: str, version: str | None) -> bool:
 
 
 def index(repository: Repository, *, ready: bool) -> list[dict[str, str]]:
-    """Every bundle on disk, or the ready ones alone, with its state and, if it is not served, the reason."""
+    """Every bundle on disk, or only the ready ones, with its state and, if it is not served, the reason."""
     return [
         {
             "name": state.name,
@@ -387,5 +390,5 @@ def check_load_parameters(parameters: Mapping[str, Any]) -> None:
     """Raise UnsupportedError for parameters of Triton that carry a configuration or files."""
     if sent := sorted(name for name in parameters if name == "config" or name.startswith("file:")):
         raise UnsupportedError(
-            f"load takes no {', '.join(sent)}: the service loads models from the folders of AVEX_BUNDLE alone"
+            f"load takes no {', '.join(sent)}: the service loads models only from the folders of AVEX_BUNDLE"
         )

@@ -227,7 +227,7 @@ EFFICIENTNET = Architecture(
     network=_STEM,
     refusals={
         "--padding-mask": "EfficientNet can't use one, since its convolutions process every sample",
-        "--quantize": "EfficientNet has no int8 graph: on CPUs with AVX2 alone its convolutions are slower in "
+        "--quantize": "EfficientNet has no int8 graph: on CPUs that have only AVX2 its convolutions are slower in "
         "integers than in float32, and its embeddings are wrong (cosine 0.6)",
     },
 )

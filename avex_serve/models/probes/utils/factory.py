@@ -37,7 +37,7 @@ def build_probe_from_config(
         **kwargs: options of the head that the configuration doesn't set.
 
     Raises:
-        ValueError: both or neither of `base_model` and `input_dim`, a `base_model` that is no backbone, unknown
+        ValueError: both or neither of `base_model` and `input_dim`, a `base_model` that isn't a backbone, unknown
             layers, or incompatible shapes or processing.
         TypeError: an unknown keyword.
         RuntimeError: a clip too short for the backbone.

@@ -36,7 +36,7 @@ def list_probe_classes() -> list[str]:
 def register_probe_class(name: str, cls: type[Probe]) -> None:
     """Make ``probe_type=name``, one of `ProbeConfig`'s types, build your own subclass of `Probe`, else TypeError."""
     if not (isinstance(cls, type) and issubclass(cls, Probe)):
-        raise TypeError(f"{cls!r} is no probe class; derive it from avex_serve.models.probes.Probe")
+        raise TypeError(f"{cls!r} is not a probe class; derive it from avex_serve.models.probes.Probe")
     _PROBE_CLASSES[name.lower()] = cls
 
 
@@ -45,7 +45,7 @@ def load_probe_config(yaml_path: str | Path) -> ProbeConfig:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no such mapping, or fields that are no ProbeConfig.
+        ValueError: no such mapping, or fields that don't fit ProbeConfig.
     """
     path = Path(yaml_path)
     try:
