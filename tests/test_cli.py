@@ -82,7 +82,7 @@ def test_json_is_the_engines_document(audio_bundle, files, ask, options):
 
 
 def test_no_detections(audio_bundle, files):
-    result = run("predict", audio_bundle, files[0], "--threshold", "2")
+    result = run("predict", audio_bundle, files[0], "--threshold", "1")
     assert (result.returncode, result.stdout) == (0, f"{files[0]}: 0.4 s, 0 detections\n")
 
 

@@ -66,7 +66,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     bundles, paths = _split(arguments.arguments)
     choice = read_choice(arguments)
-    recordings = find_recordings(paths)
+    found = find_recordings(paths)
+    if note := found.note():
+        print(f"avex-serve: {note}", file=sys.stderr)
+    recordings = [str(Path(path).absolute()) for path in found.recordings]
     with contextlib.ExitStack() as stack:
         engines = [
             stack.enter_context(open_bundle(bundle, arguments.device, precision=arguments.precision))
