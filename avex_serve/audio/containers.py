@@ -158,6 +158,7 @@ class Header:
     channels: int
     frames: int | None  # samples of a channel; None: the header does not say
     pcm: Pcm | None = None  # None: compressed
+    byte_rate: int = 0  # of the data, in bytes a second; 0: not known
     warnings: list[str] = field(default_factory=list)
     cut: bool = False  # the file ends within the audio that its header declares
     metadata: dict[str, bytes] = field(default_factory=dict)  # contents of chunks, and comments of FLAC and OGG
@@ -343,6 +344,8 @@ def _read_chunks(source: Source, name: str) -> Header:
     header.cut = extent.cut
     if header.pcm is not None:
         header.frames = extent.size // (header.pcm.width * header.channels)
+    elif header.byte_rate:
+        header.frames = round(extent.size / header.byte_rate * header.sample_rate)
     header.parts = _whole(source, data, extent.size, name)
     return header
 
@@ -373,12 +376,15 @@ def _keep(metadata: dict[str, bytes], name: bytes, content: bytes, order: Order)
 
 
 def _wav_form(form: bytes, order: Order, start: int) -> Header:
-    code, channels, rate, _, align, bits = struct.unpack(f"{order}HHIIHH", form[:16])
+    code, channels, rate, byte_rate, align, bits = struct.unpack(f"{order}HHIIHH", form[:16])
     if code == 0xFFFE and len(form) >= 26:
         code = struct.unpack(f"{order}H", form[24:26])[0]
     width = -(-bits // 8) or (align // channels if channels else 0)
     kind: Literal["u", "i", "f"] | None = {1: "u" if width == 1 else "i", 3: "f"}.get(code)
-    return _form("WAV", rate, channels, kind, width, order, start)
+    header = _form("WAV", rate, channels, kind, width, order, start)
+    if header.pcm is None:
+        header.byte_rate = byte_rate
+    return header
 
 
 def _aiff_form(form: bytes, order: Order, start: int) -> Header:
@@ -413,8 +419,9 @@ def _form(
 ) -> Header:
     if channels == 0:
         raise AudioError("its header says that it has no channels")
-    known = kind is not None and width in _WIDTHS[kind]
-    return Header(name, rate, channels, None, Pcm(start, kind, width, order) if known and kind else None)
+    if kind is None or width not in _WIDTHS[kind]:
+        return Header(name, rate, channels, None)
+    return Header(name, rate, channels, None, Pcm(start, kind, width, order), rate * channels * width)
 
 
 class _Extent(NamedTuple):
@@ -431,9 +438,7 @@ def _extent(source: Source, data: _Chunk, long_size: int | None, header: Header,
     frame = header.pcm.width * header.channels if header.pcm else 1
 
     def seconds(size: int) -> str:
-        if header.pcm is None or header.sample_rate <= 0:
-            return f"{size} bytes"
-        return f"{size / frame / header.sample_rate:.2f} s"
+        return f"{size / header.byte_rate:.2f} s" if header.byte_rate else f"{size} bytes"
 
     wide = layout.size_bytes == 8
     sizes = [data.size]
@@ -776,7 +781,13 @@ def _mp3_info(source: Source) -> tuple[_Frame, _Info]:
 def _read_mp3(source: Source) -> Header:
     frame, info = _mp3_info(source)
     channels = 1 if source.read(3, 1)[0] >> 6 == 3 else 2
-    return Header("MP3", frame.rate, channels, info.frames and info.frames * frame.samples)
+    samples = info.frames and info.frames * frame.samples
+    if samples and info.name_at:  # LAME and Lavf say how many samples of padding begin and end it
+        tag = source.read(info.name_at + 120, 24)
+        if tag[:4] in (b"LAME", b"Lavf", b"Lavc"):
+            padding = int.from_bytes(tag[21:24], "big")
+            samples -= (padding >> 12) + (padding & 0xFFF)
+    return Header("MP3", frame.rate, channels, samples)
 
 
 class Mp3Frames(NamedTuple):

@@ -87,15 +87,21 @@ def open_audio(source: bytes | str | os.PathLike[str], channel: Channel = "mix")
         with _opened(Source(source), "the audio", channel) as stream:
             yield stream
         return
-    path = Path(source)
+    with _opened_file(source) as file, _opened(file, os.fspath(source), channel) as stream:
+        yield stream
+
+
+@contextmanager
+def _opened_file(name: str | os.PathLike[str]) -> Iterator[Source]:
+    path = Path(name)
     try:
         if not path.is_file():
             raise NotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"{path}: no such file")
         file = path.open("rb")
     except OSError as error:
         raise AudioError(f"{path} can't be read: {error.strerror}") from None
-    with file, _opened(Source(file.fileno()), str(path), channel) as stream:
-        yield stream
+    with file:
+        yield Source(file.fileno())
 
 
 @contextmanager
@@ -149,6 +155,25 @@ def _opened(source: Source, name: str, channel: Channel) -> Iterator[AudioStream
         stream.sample_rate, stream.frames = header.sample_rate, header.frames
         stream.blocks = _mixed(blocks, source, header, stream, channel, name)
         yield stream
+
+
+def describe(path: str | os.PathLike[str]) -> Header:
+    """What the header of a recording says, compared with the file, without decoding it.
+
+    Raises:
+        NotFoundError, AudioError: as of `open_audio`.
+    """
+    with _opened_file(path) as source:
+        if source.size == 0:
+            raise AudioError("is empty (0 bytes)")
+        found, header = read_header(source)
+        if header.format in AV_FORMATS:
+            with ExitStack() as files:
+                _open_av(found, header, AudioStream((), 0, None), files)
+        elif header.format == "MP3" and header.frames is None:
+            frames = mp3_frames(found)
+            header.frames = frames.frames * frames.samples
+        return header
 
 
 def _check_channel(channel: Channel, channels: int) -> None:
@@ -219,6 +244,9 @@ def _open_sound(source: Source, header: Header, stream: AudioStream, files: Exit
     elif header.format == "OGG":
         links, fault = ogg_links(source)
         views, declared = [View(source, [link]) for link in links], None
+        header.frames = header.frames if len(links) == 1 else None
+    elif header.format != "FLAC":  # a guess by the bytes of a second
+        declared = None
     try:
         first = files.enter_context(_Sound(_buffered(views[0])))
     except (soundfile.LibsndfileError, RuntimeError) as error:
