@@ -2,16 +2,15 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import tzinfo
+from typing import NamedTuple
 
 from avex_serve.audio.reader import describe
 from avex_serve.audio.recorder import find_origin, format_offset
 from avex_serve.errors import AvexServeError
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A recording; None: unknown."""
 
     path: str

@@ -29,6 +29,7 @@ METADATA: Final = (b"guan", b"wamd", b"bext", b"LIST")
 SLACK: Final = 64  # bytes that a header may count too many without a sign that audio is missing
 STREAMED: Final = 2**16  # a writer that can't know the size writes 2 or 4 GiB, give or take a header
 UNKNOWN: Final = 2**64 - 1  # size of data that a 64-bit header doesn't know
+HEAD: Final = 2**12  # bytes of a file that are read once for all that its header needs
 PIECE: Final = 2**20  # bytes that are read at once while a file is searched
 
 Order = Literal["<", ">"]
@@ -44,6 +45,7 @@ class Source:
         """Content: bytes, or the descriptor of a file; start: where the recording begins in it."""
         self._content = content
         self._start = start
+        self._head = os.pread(content, HEAD, start) if isinstance(content, int) else b""
         self._opened = os.fstat(content) if isinstance(content, int) else None
         self.size = (len(content) if isinstance(content, bytes) else self._opened.st_size) - start  # type: ignore[union-attr]
 
@@ -52,6 +54,8 @@ class Source:
         size = min(size, self.size - start)
         if size <= 0:
             return b""
+        if start + size <= len(self._head):
+            return self._head[start : start + size]
         start += self._start
         if isinstance(self._content, bytes):
             return self._content[start : start + size]

@@ -5,7 +5,6 @@ import csv
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def _counted(rows: "Iterable[Row]", counts: dict[bool, int]) -> "Iterable[Row]":
 def _write_json(rows: "Iterable[Row]") -> None:
     separator = "["
     for row in rows:
-        print(separator, json.dumps(asdict(row), ensure_ascii=False), sep="\n", end="")
+        print(separator, json.dumps(row._asdict(), ensure_ascii=False), sep="\n", end="")
         separator = ","
     print("\n]" if separator == "," else "[]")
 
@@ -74,10 +73,9 @@ def _write_csv(rows: "Iterable[Row]") -> None:
     from avex_serve.archive.inventory import Row
 
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow([each.name for each in fields(Row)])
+    writer.writerow(Row._fields)
     for row in rows:
-        values = asdict(row) | {"warnings": "; ".join(row.warnings)}
-        writer.writerow(["" if value is None else value for value in values.values()])
+        writer.writerow(["" if value is None else value for value in (*row[:-1], "; ".join(row.warnings))])
 
 
 def _write_table(rows: "Iterable[Row]") -> None:
