@@ -7,18 +7,21 @@ and what is in the file are compared; a stream's `warnings` report a difference.
 
 import io
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import IO, Final, Literal, NamedTuple
 
 import numpy as np
 import soundfile
 import soxr
 
 from avex_serve.audio.containers import Header, Source, View, mp3_frames, ogg_links, read_header
-from avex_serve.errors import AudioError, InputError, NotFoundError
+from avex_serve.errors import AudioError, InputError, NotFoundError, quoted
 from avex_serve.scheduling.request import DECODE, RESAMPLE, current, stage
 
 BLOCK_SAMPLES: Final = 2**18  # of all channels; 5 s at 48 kHz, mono
@@ -33,6 +36,7 @@ AV_SLACK: Final = 4096  # samples of a frame or two, by which lengths in their h
 AV_CODECS: Final = ("aac", "alac", "mp3", "mp3float", "opus", "libopus", "vorbis", "flac")
 READABLE: Final = "WAV, FLAC, OGG (Vorbis, Opus), MP3, or another format that docs/recordings.md lists"
 Wave = np.ndarray[tuple[int], np.dtype[np.float32]]
+Encoded = bytes | str | os.PathLike[str] | IO[bytes]  # the bytes, the path of a file, or a binary file
 Channel = int | Literal["mix"]  # from 1; mix: the mean of all
 
 
@@ -53,6 +57,7 @@ class AudioStream:
     warnings: list[str] = field(default_factory=list)  # reasons to doubt an answer; complete once all is read
     partial: bool = False  # whether the warnings say that audio is missing; known once all is read
     samples: int = 0  # read until now
+    name: str = "the waveform"  # for messages
 
     def __iter__(self) -> Iterator[Wave]:
         """The blocks, counted."""
@@ -67,14 +72,14 @@ class AudioStream:
 
 
 @contextmanager
-def open_audio(source: bytes | str | os.PathLike[str], channel: Channel = "mix") -> Iterator[AudioStream]:
+def open_audio(source: Encoded, channel: Channel = "mix") -> Iterator[AudioStream]:
     """Read an encoded recording (WAV, FLAC, OGG, MP3 and their relatives) as a mono stream.
 
     The block of the ``with`` statement reads the stream. The errors of damaged audio come while it is read. A
     recording that ends early is read as far as it is whole, and the stream's warnings say so.
 
     Args:
-        source: the encoded bytes, or the path of a file.
+        source: the encoded bytes, the path of a file or a pipe, or a binary file, read from its position on.
         channel: which channel to read, from 1; "mix": the mean of all.
 
     Raises:
@@ -87,21 +92,50 @@ def open_audio(source: bytes | str | os.PathLike[str], channel: Channel = "mix")
         with _opened(Source(source), "the audio", channel) as stream:
             yield stream
         return
-    with _opened_file(source) as file, _opened(file, os.fspath(source), channel) as stream:
+    with _open_file(source) as (file, name), _opened(Source(file.fileno()), name, channel) as stream:
         yield stream
 
 
 @contextmanager
-def _opened_file(name: str | os.PathLike[str]) -> Iterator[Source]:
-    path = Path(name)
+def _open_file(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[tuple[IO[bytes], str]]:
+    """A file on disk, and its name for messages; pipes and file objects are copied to a temporary one."""
+    if not isinstance(source, str | os.PathLike):
+        given = getattr(source, "name", None)
+        name = quoted(given) if isinstance(given, str) else "the audio"
+        with _on_disk(source, name) as file:
+            yield file, name
+        return
+    path, name = Path(source), quoted(source)
     try:
-        if not path.is_file():
-            raise NotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"{path}: no such file")
-        file = path.open("rb")
-    except OSError as error:
-        raise AudioError(f"{path} can't be read: {error.strerror}") from None
-    with file:
-        yield Source(file.fileno())
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise NotFoundError(f"{name} is a folder, not a file")
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+            raise AudioError(f"{name} is a device, not a recording; name a file or a pipe")
+        opened = path.open("rb")
+    except FileNotFoundError:
+        raise NotFoundError(f"{name}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{name} can't be read: {getattr(error, 'strerror', error)}") from None
+    with opened:
+        if stat.S_ISREG(mode):
+            yield opened, name
+        else:
+            with _on_disk(opened, name) as file:
+                yield file, name
+
+
+@contextmanager
+def _on_disk(source: IO[bytes], name: str) -> Iterator[IO[bytes]]:
+    """The rest of a file, in a temporary file: decoders seek, and a long recording would fill the memory."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(source, file)
+            file.seek(0)
+        except (OSError, TypeError, ValueError) as error:
+            raise AudioError(f"{name} can't be read as bytes: {getattr(error, 'strerror', error)}") from None
+        yield file
 
 
 @contextmanager
@@ -113,7 +147,7 @@ def open_wave(wave: np.ndarray, sample_rate: int, channel: Channel = "mix") -> I
     yield AudioStream(blocks, sample_rate, wave.size)
 
 
-def decode(source: bytes | str | os.PathLike[str], channel: Channel = "mix") -> Recording:
+def decode(source: Encoded, channel: Channel = "mix") -> Recording:
     """Decode an encoded recording and mix it down to mono; arguments and errors as of `open_audio`.
 
     Returns:
@@ -125,8 +159,7 @@ def decode(source: bytes | str | os.PathLike[str], channel: Channel = "mix") -> 
     with open_audio(source, channel) as stream:
         wave = np.concatenate(list(stream))
         if stream.partial:
-            name = "the audio" if isinstance(source, bytes) else os.fspath(source)
-            raise AudioError(f"{name} is truncated, damaged or silent: {'; '.join(stream.warnings)}")
+            raise AudioError(f"{stream.name} is truncated, damaged or silent: {'; '.join(stream.warnings)}")
         return Recording(wave, stream.sample_rate)
 
 
@@ -153,6 +186,7 @@ def _opened(source: Source, name: str, channel: Channel) -> Iterator[AudioStream
         _check_channel(channel, header.channels)
         current().limits.check_recording(header.frames or 0, header.channels, header.sample_rate)
         stream.sample_rate, stream.frames = header.sample_rate, header.frames
+        stream.name = name
         stream.blocks = _mixed(blocks, source, header, stream, channel, name)
         yield stream
 
@@ -163,7 +197,8 @@ def describe(path: str | os.PathLike[str]) -> Header:
     Raises:
         NotFoundError, AudioError: as of `open_audio`.
     """
-    with _opened_file(path) as source:
+    with _open_file(path) as (file, _):
+        source = Source(file.fileno())
         if source.size == 0:
             raise AudioError("is empty (0 bytes)")
         found, header = read_header(source)
