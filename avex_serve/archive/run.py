@@ -16,7 +16,7 @@ import numpy as np
 
 from avex_serve.archive.plan import Pass, ResultSet, read_stored
 from avex_serve.archive.store import Entry, ResultFile, Store
-from avex_serve.audio.reader import Wave, open_audio
+from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.reading import sha256_of
 from avex_serve.errors import AudioError, AvexServeError, StorageError
 from avex_serve.inference.engine import Engine
@@ -320,13 +320,11 @@ class _Run:
             if known and not kept and len(stored) == len(sources) and self._holds(stored.values(), recording):
                 add(read_embeddings(self._store, stored, recording))
             else:
-                with open_audio(entry.path) as stream:
-                    counted = _Counted(stream.blocks)
-                    stream = stream._replace(blocks=counted)
-                    add(stream_windows(each.source, stream, each.query.overlap, list(sources | kept)))
+                with open_audio(entry.path, each.query.channel) as stream:
+                    add(stream_windows(each.source, stream, each.query, list(sources | kept)))
                 entry = msgspec.structs.replace(
                     entry,
-                    duration=counted.frames / stream.sample_rate,
+                    duration=stream.samples / stream.sample_rate,
                     sample_rate=stream.sample_rate,
                     warnings=tuple(stream.warnings),
                 )
@@ -339,19 +337,6 @@ class _Run:
 
     def _holds(self, sets: Iterable[ResultSet], recording: str) -> bool:
         return all(recording in self._done[results.name] for results in sets)
-
-
-class _Counted:
-    """The blocks of a recording; counts their samples while they are read."""
-
-    def __init__(self, blocks: Iterable[Wave]) -> None:
-        self.frames = 0
-        self._blocks = blocks
-
-    def __iter__(self) -> Iterator[Wave]:
-        for block in self._blocks:
-            self.frames += block.size
-            yield block
 
 
 def read_embeddings(store: Store, sources: Mapping[str, ResultSet], recording: str) -> Rows:

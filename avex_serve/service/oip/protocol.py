@@ -15,7 +15,8 @@ a window. If there are several probes, they are NAME.scores and NAME.logits. For
 follow one another, and the response parameter ``windows`` holds a JSON list of the number of rows of each recording,
 e.g. ``"[3, 1]"``. The response parameter ``warnings`` is present, a JSON list of sentences, if there are reasons to
 doubt the answer. The response parameter ``trained`` is present, and false, if a head has random weights. Request
-parameters are ``overlap`` in seconds (for BYTES) and ``probe``; others are ignored, since clients add their own.
+parameters are ``overlap`` in seconds, ``final_clip`` and ``channel`` (all for BYTES), and ``probe``; others are
+ignored, since clients add their own.
 
 An output that is requested with the parameter ``classification: k`` (Triton's extension) is answered as BYTES, the k
 largest values of each row as ``value:index:label``.
@@ -57,7 +58,7 @@ EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_configuratio
 _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 STEP: Final = 1000  # texts of a classification that are made in about a millisecond
 TEXT_BYTES: Final = 256  # of memory for each of these texts in an answer: measured, rounded up
-PARAMETERS: Final = ("overlap", "probe")  # request parameters with a meaning here
+PARAMETERS: Final = ("overlap", "final_clip", "channel", "probe")  # request parameters with a meaning here
 
 
 @dataclass(frozen=True)
