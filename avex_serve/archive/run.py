@@ -16,7 +16,8 @@ import numpy as np
 
 from avex_serve.archive.plan import Pass, ResultSet, read_stored
 from avex_serve.archive.store import Entry, ResultFile, Store
-from avex_serve.audio.reader import open_audio
+from avex_serve.audio.reader import describe, open_audio
+from avex_serve.audio.recorder import find_origin, format_offset
 from avex_serve.bundles.reading import sha256_of
 from avex_serve.errors import AudioError, AvexServeError, StorageError
 from avex_serve.inference.engine import Engine
@@ -246,13 +247,14 @@ class _Run:
                 recording = recording or _digest(entry.path)
                 with self._alone(recording):
                     sound = self._fill(msgspec.structs.replace(now, recording=recording))
-            now = msgspec.structs.replace(sound, path=now.path, size=now.size, modified=now.modified)
+            now = _with_origin(msgspec.structs.replace(sound, path=now.path, size=now.size, modified=now.modified))
         except StorageError:
             raise
         except AvexServeError as error:
             if self._stopped:
                 raise
-            now = msgspec.structs.replace(now, recording=recording, error=str(error))
+            reason = str(error) if entry.path in str(error) else f"{entry.path}: {error}"
+            now = msgspec.structs.replace(now, recording=recording, error=reason)
         finally:
             with self._lock:
                 self._requests.discard(request)
@@ -360,6 +362,22 @@ def _look(path: str) -> Entry:
     if not stat.S_ISREG(status.st_mode):
         return Entry(path, 0, 0, error=f"{path} is not a file")
     return Entry(path, status.st_size, status.st_mtime_ns)
+
+
+def _with_origin(entry: Entry) -> Entry:
+    """The entry with what name and header say of time and place."""
+    header = describe(entry.path)
+    origin = find_origin(os.path.basename(entry.path), header.metadata, entry.duration)  # noqa: PTH119
+    return msgspec.structs.replace(
+        entry,
+        channels=header.channels,
+        start=None if origin.start is None else origin.start.isoformat(),
+        offset=format_offset(origin.offset),
+        latitude=origin.latitude,
+        longitude=origin.longitude,
+        recorder=origin.recorder,
+        warnings=tuple(dict.fromkeys((*entry.warnings, *origin.warnings))),
+    )
 
 
 def _digest(path: str) -> str:

@@ -38,6 +38,12 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     recording: str | None = None  # SHA-256 of the file; None: it wasn't read
     duration: float = 0.0  # seconds
     sample_rate: int = 0  # Hz
+    channels: int = 0
+    start: str | None = None  # local time in ISO 8601; None: unknown, like those that follow
+    offset: str | None = None  # of that time from UTC, such as +10:00
+    latitude: float | None = None  # degrees, north positive
+    longitude: float | None = None  # degrees, east positive
+    recorder: str | None = None
     warnings: tuple[str, ...] = ()  # reasons to doubt its results, a sentence each
     error: str | None = None  # why it couldn't be computed
 
@@ -190,7 +196,9 @@ class Store:
                 database.execute(
                     f"""COPY (SELECT * FROM read_ndjson({quoted(unfinished)}, columns = {{
                         path: VARCHAR, size: BIGINT, modified: BIGINT, recording: VARCHAR, duration: DOUBLE,
-                        sample_rate: INTEGER, warnings: 'VARCHAR[]', error: VARCHAR}}))
+                        sample_rate: INTEGER, channels: INTEGER, start: VARCHAR, "offset": VARCHAR,
+                        latitude: DOUBLE, longitude: DOUBLE, recorder: VARCHAR, warnings: 'VARCHAR[]',
+                        error: VARCHAR}}))
                     TO {quoted(self.folder / SCRATCH / RECORDINGS)} (FORMAT parquet, COMPRESSION zstd)"""
                 )
             for name in (RECORDINGS, JOURNAL):  # a compact journal promises the table

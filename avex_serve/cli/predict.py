@@ -37,13 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--threshold", type=float, help="lowest score to report (default: 0.5)")
     parser.add_argument("--top-k", type=int, help="report at most this number of labels for each window")
     parser.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
-    parser.add_argument(
-        "--final-clip",
-        choices=("none", "extend", "remainder", "full"),
-        default="remainder",
-        help="an end shorter than a window: left out, padded, as it is (default), or a window moved back",
-    )
-    parser.add_argument("--channel", type=parse_channel, default="mix", help="N, from 1, or mix: the mean of all")
+    add_reading(parser)
     parser.add_argument("--probe", help="which head of the bundle to run")
     parser.add_argument(
         "--hide", action="append", default=[], metavar="LABEL", help="don't report this label; repeat it for several"
@@ -62,6 +56,17 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="a line of JSON for each recording: the service's answer, or an error, with the file",
     )
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Add the options of which part of a recording is run."""
+    parser.add_argument(
+        "--final-clip",
+        choices=("none", "extend", "remainder", "full"),
+        default="remainder",
+        help="an end shorter than a window: left out, padded, as it is (default), or a window moved back",
+    )
+    parser.add_argument("--channel", type=parse_channel, default="mix", help="N, from 1, or mix: the mean of all")
 
 
 def run(arguments: argparse.Namespace) -> int:
