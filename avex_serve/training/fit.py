@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -128,8 +128,10 @@ def fit(request: FitRequest, say: Say = print) -> Evaluation:
         task = Task(config, dataset.labels, windows.outputs, windows.targets, windows.groups)
         copies = _copies(windows, parts)
         say(f"train on {len(windows.targets)} windows of {len(windows.recordings)} recordings: {parts.how}")
-        predictions, heads = [], []
+        predictions, heads, known = [], [], windows.targets.copy()
         for rows, held in parts.parts:
+            # A label without a recording to train with can't be evaluated there.
+            known[np.ix_(held, ~(windows.targets[rows] == 1).any(axis=0))] = -1
             trained = train(task, rows, request.seed, request.target_precision)
             left = np.flatnonzero(held)
             predictions.append(Predictions.of(left, trained.logits(task, left), trained.calibration))
@@ -138,6 +140,7 @@ def fit(request: FitRequest, say: Say = print) -> Evaluation:
             trained = train(task, np.ones(len(windows.targets), bool), request.seed, request.target_precision)
         else:
             (trained,) = heads
+        windows = replace(windows, targets=known)
         noise = _noise(task, trained, engine, outputs, windows, predictions, cache / "embeddings")
     evaluation = _evaluation(request, dataset, windows, parts, trained, predictions, noise, [*lost, *copies])
     probe = build_probe_from_config(config, len(dataset.labels), "cpu", base_model=base)
