@@ -375,7 +375,7 @@ def _write(
 ) -> None:
     try:
         with atomic_directory(request.output, marker=PROBE) as folder:
-            save_probe(probe, folder, labels=labels, model=request.model)
+            save_probe(probe, folder, labels=labels, model=request.model, activation="sigmoid")
             calibration.write(folder)
             evaluation.write(folder)
     except FileExistsError as error:

@@ -278,7 +278,7 @@ def test_files_are_read_again(renewable, certificates):
                 return error.code() is not grpc.StatusCode.UNAVAILABLE
 
     (folder / "keys").write_text("no key at all\n")
-    until(lambda: status("key-of-before") == 200 and "entry 1 is no key" in server.log)
+    until(lambda: status("key-of-before") == 200 and "entry 1 is not a key" in server.log)
     assert status("key-of-now") == 401
     (folder / "keys").write_text("key-of-now\n")
     until(lambda: status("key-of-now") == 200)
@@ -320,8 +320,8 @@ def test_no_keys_let_everybody_in():
     ("text", "reason"),
     [
         (",", "is set and holds no key"),
-        ("good,s3cret with blank", "entry 2 is no key"),
-        ("schlüssel", "entry 1 is no"),
+        ("good,s3cret with blank", "entry 2 is not a key"),
+        ("schlüssel", "entry 1 is not a"),
     ],
 )
 def test_keys_that_are_none(tmp_path, text, reason):

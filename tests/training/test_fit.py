@@ -103,9 +103,7 @@ def test_the_same_seed_gives_the_same_bytes_from_stored_embeddings(fitted, data,
 
 def test_the_served_score_is_the_score_of_the_training(fitted, data, tmp_path, capsys):
     bundle = tmp_path / "bundle"
-    module.run_exporter(
-        ["--probe", str(fitted), "--activation", "sigmoid", "--format", "onnx", "--output", str(bundle)]
-    )
+    module.run_exporter(["--probe", str(fitted), "--format", "onnx", "--output", str(bundle)])
     path = data / "trill" / "00.wav"
     capsys.readouterr()
     assert main(["predict", str(bundle), str(path), "--threshold", "0", "--json"]) == 0
