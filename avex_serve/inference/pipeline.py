@@ -237,7 +237,10 @@ def run_recording(
             total = resampled_size(stream.frames, stream.sample_rate, rate)
             limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
         outputs = collect(engine.run(batches(stream), names), value_bytes)
-    return WindowOutputs(length / rate, np.concatenate(bounds) / float(rate), outputs, tuple(stream.warnings))
+    current().timings.audio.append((engine.model, float(bounds[-1][-1, 1]) / rate))
+    return WindowOutputs(
+        length / rate, np.concatenate(bounds) / float(rate), outputs, (*engine.warnings, *stream.warnings)
+    )
 
 
 def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYTES) -> dict[str, np.ndarray]:

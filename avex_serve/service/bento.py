@@ -8,7 +8,9 @@ import json
 import logging
 import math
 import shutil
+import signal
 import tempfile
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
@@ -192,11 +194,22 @@ PROXY_PORT: Final = 8000  # BentoML's default
 
 def workers(service: str) -> int:
     """How many processes serve, as BentoML is configured; 1 outside of its server."""
-    if bentoml.server_context.worker_index is None:
+    if not serves():
         return 1
     # BentoML gives a worker its own number, but not the total.
     configured = (BentoMLContainer.config.services.get().get(service) or {}).get("workers") or 1
     return int(system_resources()["cpu"]) or 1 if configured == "cpu_count" else int(configured)
+
+
+def worker() -> int | None:
+    """The number of this worker; None outside of workers."""
+    return bentoml.server_context.worker_index
+
+
+def serves() -> bool:
+    """Whether this process is BentoML's server: a worker, or the supervisor of the workers."""
+    command = click.get_current_context(silent=True)
+    return worker() is not None or (command is not None and command.info_name == "serve")
 
 
 def http_address() -> tuple[str, int]:
@@ -251,18 +264,41 @@ def _listed(name: str, setting: Any) -> Any:
     return [setting] if isinstance(setting, str) and name != "allow_origin_regex" else setting
 
 
+STARTUP_FAILED: Final = 3  # exit code of a worker, uvicorn's for this case
+SERVES_AFTER: Final = 60.0  # seconds since its start, after which a worker counts as one that serves
+
+
 class _Supervisor(circus.Arbiter):
     """BentoML's supervisor, controlled by sockets in a folder that no other user can open.
 
     BentoML makes it listen on two TCP ports of loopback. Whoever can connect there, other users of the machine or
     containers of the same pod, can make it run any command.
+
+    It ends with code 1 when a worker can't start and no other serves. BentoML would start it again for ever.
     """
+
+    _failed = False
 
     def __init__(self, watchers: list[Any], **options: Any) -> None:
         folder = tempfile.mkdtemp(prefix="avex-serve-")  # only its owner can open it
         options["endpoint"], options["pubsub_endpoint"] = f"ipc://{folder}/control", f"ipc://{folder}/events"
         super().__init__(watchers, **options)
         self.exit_stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        for watcher in watchers:
+            watcher.hooks["after_reap"] = self._note_end
+
+    def start(self, cb: Callable[[Any], Any] | None = None) -> None:
+        """Supervise until the end; SystemExit if the workers can't start."""
+        super().start(cb)
+        if self._failed:
+            raise SystemExit(1)
+
+    def _note_end(self, watcher: Any, exit_code: int, **_: Any) -> None:
+        others = [process for process in watcher.processes.values() if process.age() > SERVES_AFTER]
+        if exit_code == STARTUP_FAILED and not others and not self._failed:
+            self._failed = True
+            watcher.respawn = False
+            signal.raise_signal(signal.SIGTERM)
 
 
 def close_control_port() -> None:

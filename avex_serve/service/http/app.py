@@ -325,7 +325,7 @@ ENDPOINTS: Final = (
     *_models(f"{pages.MODEL}/versions/{{version}}", "name", "version"),
     _get("/livez", None, openapi.text("Whether the process is alive")),
     _get("/healthz", None, openapi.text("As /livez")),
-    _get("/readyz", None, openapi.text("As /v2/health/ready", unready=True)),
+    _get("/readyz", pages.readyz, openapi.text("As /v2/health/ready", unready=True)),
     _get(METRICS, pages.metrics, openapi.text("Metrics in Prometheus' text format")),
     _get("/docs.json", _document, openapi.get("This document", None)),
     _get("/schema.json", None, openapi.get("The schema that BentoML's client reads", None)),
