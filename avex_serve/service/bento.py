@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
@@ -27,6 +26,8 @@ from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from avex_serve.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 # -- HTTP connections -----------------------------------------------------------------------------------------------
 
@@ -274,10 +275,9 @@ class _Supervisor(circus.Arbiter):
     BentoML makes it listen on two TCP ports of loopback. Whoever can connect there, other users of the machine or
     containers of the same pod, can make it run any command.
 
-    It ends with code 1 when a worker can't start and no other serves. BentoML would start it again for ever.
+    A worker that can't start is not started again unless another one serves. Once none is left, the supervisor ends
+    with code 1. BentoML would start them again for ever, and in containers end with a traceback.
     """
-
-    _failed = False
 
     def __init__(self, watchers: list[Any], **options: Any) -> None:
         folder = tempfile.mkdtemp(prefix="avex-serve-")  # only its owner can open it
@@ -288,17 +288,16 @@ class _Supervisor(circus.Arbiter):
             watcher.hooks["after_reap"] = self._note_end
 
     def start(self, cb: Callable[[Any], Any] | None = None) -> None:
-        """Supervise until the end; SystemExit if the workers can't start."""
-        super().start(cb)
-        if self._failed:
-            raise SystemExit(1)
+        """Supervise until the end; SystemExit if no worker is left."""
+        try:
+            super().start(cb)
+        except RuntimeError:  # circus raises it when no process is left
+            logger.critical("no worker is left; the service ends")
+            raise SystemExit(1) from None
 
     def _note_end(self, watcher: Any, exit_code: int, **_: Any) -> None:
-        others = [process for process in watcher.processes.values() if process.age() > SERVES_AFTER]
-        if exit_code == STARTUP_FAILED and not others and not self._failed:
-            self._failed = True
+        if exit_code == STARTUP_FAILED and all(each.age() < SERVES_AFTER for each in watcher.processes.values()):
             watcher.respawn = False
-            signal.raise_signal(signal.SIGTERM)
 
 
 def close_control_port() -> None:

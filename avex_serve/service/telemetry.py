@@ -140,7 +140,8 @@ def _add_ids(record: logging.LogRecord) -> bool:
     if identity := current().id:
         record.request_id = identity
         # BentoML's text ends with this field.
-        record.trace_msg = f"{getattr(record, 'trace_msg', '')} (request_id={identity})"
+        key = f", key={name}" if (name := current().key) else ""
+        record.trace_msg = f"{getattr(record, 'trace_msg', '')} (request_id={identity}{key})"
     span = trace.get_current_span().get_span_context()
     if span.trace_flags.sampled:
         record.trace_id, record.span_id = trace.format_trace_id(span.trace_id), trace.format_span_id(span.span_id)

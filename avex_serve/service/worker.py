@@ -280,10 +280,10 @@ def _check_workers(settings: Settings) -> None:
 def _check_ports(settings: Settings) -> None:
     """Raise InputError if a port is taken, or set for two uses."""
     http = bento.http_address()
-    uses = [("HTTP", *http, "--port or --host")]
-    uses += [("gRPC", str(settings.grpc_host), settings.grpc_port, "AVEX_GRPC_PORT or AVEX_GRPC_HOST")]
+    uses = [("HTTP", *http, "choose another --port")]
+    uses += [("gRPC", str(settings.grpc_host), settings.grpc_port, "set AVEX_GRPC_PORT or AVEX_GRPC_HOST")]
     if (port := settings.metrics_port) is not None:
-        uses += [("metrics", str(settings.metrics_host), port, "AVEX_METRICS_PORT or AVEX_METRICS_HOST")]
+        uses += [("metrics", str(settings.metrics_host), port, "set AVEX_METRICS_PORT or AVEX_METRICS_HOST")]
     for (first, *one), (second, *other) in combinations(uses, 2):
         hosts = {one[0], other[0]}
         if one[1] == other[1] and (len(hosts) == 1 or hosts & ALL_INTERFACES):
@@ -309,7 +309,7 @@ def check_port_is_free(use: str, host: str, port: int, remedy: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise InputError(
-                f"{use} can't listen on {address}: {error.strerror}; stop what listens there, or set {remedy}"
+                f"{use} can't listen on {address}: {error.strerror}; stop what listens there, or {remedy}"
             ) from None
 
 
