@@ -82,7 +82,7 @@ def test_json_is_the_engines_document(audio_bundle, files, ask, options):
 
 
 def test_no_detections(audio_bundle, files):
-    result = run("predict", audio_bundle, files[0], "--threshold", "2")
+    result = run("predict", audio_bundle, files[0], "--threshold", "1")
     assert (result.returncode, result.stdout) == (0, f"{files[0]}: 0.4 s, 0 detections\n")
 
 
@@ -113,6 +113,7 @@ def test_a_folder_that_is_no_bundle(tmp_path, files):
     [
         (["--threshold", "high"], "--threshold"),
         (["--threshold", "nan"], "threshold is nan"),
+        (["--threshold", "50"], "threshold is 50"),
         (["--top-k", "0"], "top_k is 0"),
         (["--top-k", "1.5"], "--top-k"),
         (["--overlap", "0.1"], "overlap is 0.1"),

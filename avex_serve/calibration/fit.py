@@ -188,16 +188,19 @@ def _threshold(
 ) -> Threshold | None:
     """The lowest logit from which on the mean probability reaches the target; None if none does.
 
+    Sure detections would carry along others that are likely wrong, so each must also be more likely right than
+    wrong.
     `drawn` (B, 2) and `counts` (B, G) are those of `_resampled`.
     """
     order = np.argsort(-x, kind="stable")
-    expected = np.cumsum(sigmoid(scale.slope * x[order] + scale.offset)) / np.arange(1, x.size + 1)
+    probable = sigmoid(scale.slope * x[order] + scale.offset)
+    expected = np.cumsum(probable) / np.arange(1, x.size + 1)
     # It falls with the logit. Far below the target, no resample reaches it either: leaving those windows out keeps
     # the arrays below as small as the number of sounds.
     order = order[: max(1, int((expected >= target / 2).sum()))]
     top, expected = x[order], expected[: order.size]
     last = np.append(np.diff(top) != 0, True)  # windows with the same logit pass together
-    reaching = np.flatnonzero((expected >= target) & last)
+    reaching = np.flatnonzero((expected >= target) & (probable[: order.size] >= 0.5) & last)
     if not reaching.size:
         return None
     place = int(reaching[-1])
@@ -206,7 +209,8 @@ def _threshold(
     with np.errstate(invalid="ignore", divide="ignore"):
         precisions = np.cumsum(weights * likely, axis=1) / np.cumsum(weights, axis=1)
     # Where a resample never reaches the target, the highest logit stands for a threshold beyond it.
-    places = [int(found[-1]) if (found := np.flatnonzero(row >= target)).size else 0 for row in precisions]
+    lowest = (precisions >= target) & (likely >= 0.5)
+    places = [int(found[-1]) if (found := np.flatnonzero(row)).size else 0 for row in lowest]
     return Threshold(
         logit=float(top[place]),
         logit_interval=_interval(top[places]),

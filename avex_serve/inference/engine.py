@@ -147,7 +147,7 @@ class Engine:
         """Name the sounds in a recording.
 
         Args:
-            wave: (S,) floating point, mono, in [-1, 1].
+            wave: (S,) floating point, mono, in [-1, 1]; if it goes a little beyond, the answer has a warning.
             sample_rate: of the wave, in Hz; resampled to the model's.
             threshold: lowest score to report.
             top_k: most labels to report for a window; see `scores.Selection` for the defaults.
@@ -226,6 +226,7 @@ class Engine:
             padding_mask: (B, S) bool, True where a clip is padded; None: nowhere.
 
         Raises:
+            AudioError: samples far from [-1, 1].
             TensorError: another shape or type, no rows, or values or results that are not finite.
             TooLargeError: longer clips or sequences than the current request may send.
             UnsupportedError: a mask, and the bundle takes none.
@@ -278,7 +279,7 @@ class Engine:
                 future.cancel()
 
     def check_input(self, batch: np.ndarray) -> None:
-        """Raise TensorError unless the graph takes the batch."""
+        """Raise TensorError unless the graph takes the batch, AudioError for samples far from [-1, 1]."""
         spec = self.manifest.inputs[0]
         if not spec.fits(batch.shape):
             raise TensorError(f"input {spec.name!r} has shape {list(batch.shape)}; expected {list(spec.shape)}")
@@ -294,6 +295,8 @@ class Engine:
             raise TensorError(f"input {spec.name!r} of shape {list(batch.shape)} is empty; send at least one row")
         if not np.isfinite(batch).all():
             raise TensorError(f"input {spec.name!r} has NaN or infinite values; expected finite ones")
+        if audio is not None:
+            pipeline.find_peak(batch)
 
     def _check_length(self, batch: np.ndarray) -> None:
         limits = current().limits

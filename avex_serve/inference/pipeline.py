@@ -9,6 +9,7 @@ when the head's input fingerprint equals one of the bundle's embedding fingerpri
 recording is opened last, after model, head and options have been checked.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from avex_serve.audio.reader import AudioStream, resample_blocks, resampled_size
+from avex_serve.audio.reader import AudioStream, Wave, resample_blocks, resampled_size
 from avex_serve.audio.windows import batch_windows, cut_windows, hop_samples, plan_windows
 from avex_serve.bundles.manifest import Manifest, ProbeInfo
-from avex_serve.errors import UnsupportedError
+from avex_serve.errors import AudioError, UnsupportedError
 from avex_serve.inference.results import (
     NUMBER_BYTES,
     Classification,
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
 # Memory for each value of an output: twice while rows are put together, twice while the answer is written.
 OUTPUT_BYTES: Final = 16
+# Sound is in [-1, 1]. Decoders of lossy files and recorders with 32-bit floats go a little beyond. Integers that
+# nobody divided go a hundred times beyond and more.
+LOUD: Final = 2.0  # samples beyond are answered with a warning
+LOUDEST: Final = 100.0  # samples beyond are refused
 
 Audio = Callable[[], AbstractContextManager[AudioStream]]  # opens the recording
 
@@ -110,7 +115,7 @@ def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
         name = names.pop() if len(names) == 1 else None
     with (
         models.lease(name, query.version) as source,
-        models.lease_those(lambda reader: bool(_links(source.manifest, reader))) as readers,
+        models.lease_those(lambda reader: bool(links(source.manifest, reader))) as readers,
     ):
         newest: dict[str, Engine] = {}
         for reader in readers:
@@ -118,7 +123,7 @@ def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
         # Each head with its engine, and the output of the audio bundle that holds its logits or its input.
         heads = [(source, head, head.logits) for head in source.manifest.probes]
         for reader in newest.values():
-            heads += [(reader, head, output) for head, output in _links(source.manifest, reader.manifest)]
+            heads += [(reader, head, output) for head, output in links(source.manifest, reader.manifest)]
         if not heads:
             source.probe(None)  # raises, with the reason
         selections = [Selection.of(head.activation, query.threshold, query.top_k) for _, head, _ in heads]
@@ -172,6 +177,7 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
             probe=head.name,
             trained=head.trained,
             score_scale=score_scale(head.activation),
+            warnings=selection.warnings,
             results=rank(scores, engine.labels(head.name), selection),
         )
 
@@ -195,7 +201,7 @@ def _prediction(
         window=windows.window_seconds,
         overlap=float(query.overlap),
         score_scale=score_scale(head.activation),
-        warnings=windows.warnings,
+        warnings=(*selection.warnings, *windows.warnings),
         detections=detect(windows.spans, scores, engine.labels(head.name), selection),
     )
 
@@ -206,24 +212,55 @@ def _prediction(
 def run_recording(
     engine: "Engine", audio: Audio, overlap: float, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
 ) -> WindowOutputs:
-    """Run an audio bundle on a recording while it is read; the outputs of these names.
+    """The outputs of these names for all windows of a recording; errors as of `stream_windows`.
 
     Each value will take `value_bytes` of memory until the answer is sent.
+    """
+    spec = engine.audio_spec
+    length, rate = spec.window_samples, spec.sample_rate
+    hop_samples(length, rate, overlap)  # raises before the recording is opened
+    spans: list[np.ndarray] = []
+
+    def rows(stream: AudioStream) -> Iterator[dict[str, np.ndarray]]:
+        for span, outputs in stream_windows(engine, stream, overlap, names):
+            spans.append(span)
+            yield outputs
+
+    with audio() as stream:
+        outputs = collect(rows(stream), value_bytes)
+    return WindowOutputs(length / rate, np.concatenate(spans), outputs, (*engine.warnings, *stream.warnings))
+
+
+def stream_windows(
+    engine: "Engine", stream: AudioStream, overlap: float, names: Sequence[str]
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Run an audio bundle on a recording while it is read.
+
+    Yields:
+        Batch by batch: (B, 2) float64, start and end of each window in seconds, and the outputs of these names,
+        each (B, …) float32.
 
     Raises:
-        AudioError: the recording can't be used.
+        AudioError: the recording can't be used, or its samples are far from [-1, 1].
         InputError: an overlap that windows of this bundle can't have.
         TensorError: results that are not finite.
         TooLargeError: more windows, or a larger answer, than the current request may ask for.
     """
     spec = engine.audio_spec
     length, rate = spec.window_samples, spec.sample_rate
-    hop = hop_samples(length, rate, overlap)  # raises before the recording is opened
+    hop = hop_samples(length, rate, overlap)
     limits = current().limits
-    bounds: list[np.ndarray] = []  # of the windows of each batch
+    bounds: deque[np.ndarray] = deque()  # of the windows of each batch whose outputs are still to come
+    peak = 0.0
 
-    def batches(stream: AudioStream) -> Iterator[tuple[np.ndarray, ...]]:
-        wave = resample_blocks(stream.blocks, stream.sample_rate, rate)
+    def levelled(blocks: Iterable[Wave]) -> Iterator[Wave]:
+        nonlocal peak
+        for block in blocks:
+            peak = max(peak, find_peak(block))
+            yield block
+
+    def batches() -> Iterator[tuple[np.ndarray, ...]]:
+        wave = resample_blocks(levelled(stream.blocks), stream.sample_rate, rate)
         windows = cut_windows(wave, length, hop, spec.shortest_samples or length)
         count, mask = 0, engine.manifest.takes_padding_mask
         for neighbours, inputs in batch_windows(windows, engine.backend.max_batch, padding_mask=mask):
@@ -232,15 +269,32 @@ def run_recording(
             bounds.append(neighbours)
             yield inputs
 
-    with audio() as stream:
-        if stream.frames:  # a header that promises too much is refused before the work begins
-            total = resampled_size(stream.frames, stream.sample_rate, rate)
-            limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
-        outputs = collect(engine.run(batches(stream), names), value_bytes)
-    current().timings.audio.append((engine.model, float(bounds[-1][-1, 1]) / rate))
-    return WindowOutputs(
-        length / rate, np.concatenate(bounds) / float(rate), outputs, (*engine.warnings, *stream.warnings)
-    )
+    if stream.frames:  # a header that promises too much is refused before the work begins
+        total = resampled_size(stream.frames, stream.sample_rate, rate)
+        limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
+    for outputs in engine.run(batches(), names):
+        span = bounds.popleft() / float(rate)
+        yield span, outputs
+    current().timings.audio.append((engine.model, float(span[-1, 1])))
+    stream.warnings.extend(level_warnings(peak))
+
+
+def find_peak(samples: np.ndarray) -> float:
+    """The largest magnitude of samples; AudioError if they can't be sound in [-1, 1]."""
+    peak = float(max(samples.max(initial=0), -samples.min(initial=0)))
+    if peak > LOUDEST:
+        raise AudioError(
+            f"the samples reach {peak:.4g}; expected sound in [-1, 1]: divide 16-bit integers by 32768, and others "
+            "by the largest that their type holds"
+        )
+    return peak
+
+
+def level_warnings(peak: float) -> tuple[str, ...]:
+    """The warning about sound of this peak, if there is one."""
+    if peak <= LOUD:
+        return ()
+    return (f"the samples reach {peak:.3g}, and sound is in [-1, 1]: their scale may be wrong",)
 
 
 def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYTES) -> dict[str, np.ndarray]:
@@ -271,7 +325,7 @@ def _run_either(models: Models, engine: "Engine", audio: Audio, query: Query, na
     return windows._replace(outputs=engine.infer(windows.outputs[output]))
 
 
-def _links(source: Manifest, reader: Manifest) -> list[tuple[ProbeInfo, str]]:
+def links(source: Manifest, reader: Manifest) -> list[tuple[ProbeInfo, str]]:
     """The heads that read an embedding of the audio bundle, each with the name of that output."""
     pairs = [(head, _link(source, reader, head)) for head in reader.probes]
     return [(head, output) for head, output in pairs if output is not None]

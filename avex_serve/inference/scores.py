@@ -49,18 +49,30 @@ class Selection:
 
     threshold: float
     top_k: int | None
+    warnings: tuple[str, ...] = ()  # reasons to doubt that this is what the client wants
 
     @classmethod
     def of(cls, activation: Activation, threshold: float | None, top_k: int | None) -> "Selection":
-        """The selection that a client asks for; InputError for values that can't be."""
+        """The selection that a client asks for; InputError for values that can't be, or that no score can reach."""
+        warnings: tuple[str, ...] = ()
         if threshold is not None and not math.isfinite(threshold):
             raise InputError(f"threshold is {threshold}; expected a finite number")
+        if threshold is not None and activation != "none":
+            if threshold > 1:
+                raise InputError(
+                    f"threshold is {threshold:g}, and no {activation} score is above 1; expected 0 to 1, such as 0.5"
+                )
+            if threshold < 0:
+                warnings = (
+                    f"threshold is {threshold:g}, and no {activation} score is below 0: every label is reported",
+                )
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k is {top_k}; expected at least 1")
         if threshold is None:
             default = 0.0 if activation == "none" else 0.5
             threshold = default if top_k is None else -math.inf
-        return cls(threshold, None if top_k is None else min(top_k, sys.maxsize))  # numpy knows no larger numbers
+        # numpy knows no larger numbers
+        return cls(threshold, None if top_k is None else min(top_k, sys.maxsize), warnings)
 
     def best(self, scores: np.ndarray) -> list[int]:
         """Indices into scores (C,) that pass, the highest first and equals in the order of the labels."""

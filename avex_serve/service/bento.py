@@ -35,12 +35,21 @@ MAX_HEAD_BYTES: Final = 2**16
 MAX_HEADERS: Final = 256
 MAX_WAITING: Final = 32  # requests of a connection that wait for the answer to the one before
 STALL_SECONDS: Final = 60.0  # without a byte of an answer read, after which a client is given up
+LINGER_SECONDS: Final = 10.0  # for the rest of a request that was refused before all of it had arrived
 
 _LINE_BYTES: Final = len(b": \r\n")  # of a header, besides its name and value
 _NO_REQUEST: Final = (400, "this is not a valid HTTP request; expected one by RFC 9112")
 _TOO_LARGE: Final = (
     431, f"the request's head is too large; expected at most {MAX_HEAD_BYTES} bytes and {MAX_HEADERS} headers"
 )  # fmt: skip
+
+
+class _Answering(NamedTuple):
+    """What an answer needs of its transport."""
+
+    write: Callable[[bytes], None]
+    is_closing: Callable[[], bool]
+    close: Callable[[], None]
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -51,6 +60,8 @@ class BoundedHttp(HttpToolsProtocol):
     - Up to `MAX_WAITING` requests may arrive before the answer to the one before; the connection ends with theirs.
     - An upgrade is ignored: the request is answered as any other, as RFC 9110, 7.8, allows.
     - A client that reads nothing of an answer for `STALL_SECONDS` is disconnected.
+    - A connection that is closed in the middle of a request first discards the rest of it, for `LINGER_SECONDS` at
+      most. Otherwise the kernel resets the connection, and a client that is still sending loses the answer.
 
     What can't be parsed is answered 400. Refusals are JSON, and the connection is closed after them.
     """
@@ -61,6 +72,7 @@ class BoundedHttp(HttpToolsProtocol):
     _fault = _NO_REQUEST
     _working: RequestResponseCycle | None = None  # the running request; `cycle` is the last that has arrived
     _stalled: asyncio.TimerHandle | None = None
+    _lingering: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
         """Parse data from the client."""
@@ -101,6 +113,8 @@ class BoundedHttp(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_headers_complete()
             self._in_body = True
+            answering = _Answering(self.transport.write, self.transport.is_closing, self._close)
+            self.cycle.transport = answering  # type: ignore[assignment]
 
     def on_body(self, body: bytes) -> None:
         """Accept a piece of a body."""
@@ -130,7 +144,19 @@ class BoundedHttp(HttpToolsProtocol):
             body = json.dumps({"error": error})
             head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
             self.transport.write(STATUS_LINE[status] + (head + body).encode())
-        self.transport.close()
+        self._close()
+
+    def _close(self) -> None:
+        """Close the connection, as soon as the client has sent the rest."""
+        self.pipeline.clear()
+        if not (self._in_body or self._ended):
+            self.transport.close()
+            return
+        self._ended = True
+        if self.transport.can_write_eof():  # not with TLS
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self._lingering = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._working = cycle
@@ -141,6 +167,10 @@ class BoundedHttp(HttpToolsProtocol):
         self._let_go()
         super().connection_lost(exc)
         self._unwatch()
+        if self._lingering is not None:
+            self._lingering.cancel()
+        self.pipeline.clear()  # its requests, and the last one, hold this connection
+        self.cycle = self._working = None  # type: ignore[assignment]
 
     def _let_go(self) -> None:
         """Report the end of the connection to the running request; uvicorn reports it only to the last one."""

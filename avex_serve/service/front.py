@@ -220,10 +220,22 @@ class HttpFront:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] == "http":
-            await self._record(scope, receive, send)
-        else:  # the start and the end of the service; upgrades to WebSocket are ignored
+        if scope["type"] != "http":  # the start and the end of the service; upgrades to WebSocket are ignored
             await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._record(scope, receive, sending)
+        except Exception as error:
+            if started:
+                raise  # the connection is closed
+            await http_refusal(error, OTHER)(scope, receive, send)  # a fault before or in the recording
 
     async def _record(self, scope: Scope, receive: Receive, send: Send) -> None:
         front, headers = self._front(), Headers(scope=scope)

@@ -88,9 +88,10 @@ def test_activations_of_extreme_logits(activation):
         np.testing.assert_allclose(scores, scores_of(logits, activation), rtol=1e-5, atol=1e-37)
 
 
-def test_extreme_logits_through_the_engine(any_engine, oracle, wave):
-    # Tens of thousands of times as loud as audio is: logits of some thousands.
-    loud = wave * np.float32(3000)
+def test_extreme_logits_through_the_engine(any_engine, oracle, wave, monkeypatch):
+    monkeypatch.setattr(pipeline, "LOUDEST", np.inf)
+    # A thousand times as loud as audio is: logits of some thousands.
+    loud = wave * np.float32(1000)
     logits = oracle(loud)[2]
     assert abs(logits).max() > 1000
     scores = any_engine.score(loud, SAMPLE_RATE).scores
@@ -99,7 +100,8 @@ def test_extreme_logits_through_the_engine(any_engine, oracle, wave):
     assert len(any_engine.predict(loud, SAMPLE_RATE, top_k=3).detections) == scores.size
 
 
-def test_a_result_that_is_not_finite_is_refused(engine, audio_bundle):
+def test_a_result_that_is_not_finite_is_refused(engine, audio_bundle, monkeypatch):
+    monkeypatch.setattr(pipeline, "LOUDEST", np.inf)
     wave = np.float32(3e38) * np.sign(weights(audio_bundle)[0][:, 0])
     for ask in (engine.score, engine.predict, engine.embed, engine.infer_recording):
         with pytest.raises(TensorError, match="is not finite"):
@@ -129,8 +131,28 @@ def test_prediction_without_options(any_engine, oracle, wave):
     }
 
 
+def test_doubtful_questions_are_answered_with_a_warning(engine, any_engine, offline, wave):
+    assert engine.predict(wave, SAMPLE_RATE, threshold=0, top_k=1).warnings == ()
+    below = [
+        engine.predict(wave, SAMPLE_RATE, threshold=-1),
+        engine.predict_all(wave, SAMPLE_RATE, threshold=-1)[0],
+        offline.classify(np.zeros((1, DIM), np.float32), threshold=-1),
+    ]
+    for answer in below:
+        assert [warning.split(":")[0] for warning in answer.warnings] == [
+            f"threshold is -1, and no {answer.score_scale} score is below 0"
+        ]
+    # Recorders with 32-bit floats go a little beyond full scale.
+    loudest = np.float32(0.9) * wave / abs(wave).max()
+    for gain, doubtful in ((2, False), (8, True)):
+        warnings = any_engine.predict(gain * loudest, SAMPLE_RATE).warnings
+        assert [f"reach {0.9 * gain:g}" in warning for warning in warnings] == [True] * doubtful
+    if any_engine.probe(None).activation == "none":
+        assert any_engine.predict(wave, SAMPLE_RATE, threshold=-50).warnings == ()
+
+
 @pytest.mark.parametrize("top_k", [None, 1, 2, 3, 4, 1000])
-@pytest.mark.parametrize("threshold", [None, -1.0, 0.0, 0.4, 0.6, 1.0, 1e300])
+@pytest.mark.parametrize("threshold", [None, -1.0, 0.0, 0.4, 0.6, 1.0])
 def test_threshold_and_top_k_are_independent(engine, oracle, wave, threshold, top_k):
     spans, _, logits = oracle(wave, 0.02)
     scores = scores_of(logits, "sigmoid")
@@ -205,6 +227,8 @@ def test_waves_of_any_float_type_and_layout(engine, wave, dtype):
         (np.array([0, np.nan], np.float32), "NaN"),
         (np.array([0, -np.inf]), "NaN"),
         (np.array([0, 1e300]), "NaN"),
+        (np.array([0, 12000.0]), "reach 1.2e.04"),
+        (np.array([-200.5], np.float32), "reach 200.5; expected sound in"),
     ],
 )
 def test_refuses_bad_waves(engine, wave, expected):
@@ -219,6 +243,8 @@ def test_refuses_bad_waves(engine, wave, expected):
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"threshold": float("inf")}, "threshold is inf"),
         ({"threshold": -float("inf")}, "threshold is -inf"),
+        ({"threshold": 1.5}, "threshold is 1.5, and no s.* score is above 1"),
+        ({"threshold": 50}, "threshold is 50"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"overlap": 0.1}, "overlap is 0.1"),
@@ -270,6 +296,7 @@ def test_embedding_document(engine, wave):
         "duration": 0.73,
         "window": 0.1,
         "overlap": 0.05,
+        "warnings": (),
         "spans": [tuple(span) for span in embedded.spans.tolist()],
         "embeddings": embedded.embeddings.tolist(),
     }

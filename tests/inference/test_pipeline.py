@@ -120,7 +120,7 @@ def test_all_heads_in_one_pass_of_the_backbone(tmp_path):
 
 def test_a_bundle_without_heads_lends_its_embeddings(tmp_path):
     audio_bundle(tmp_path / "tiny", probes=[])
-    with repository(tmp_path) as (opened, _), pytest.raises(UnsupportedError, match="answers embeddings alone"):
+    with repository(tmp_path) as (opened, _), pytest.raises(UnsupportedError, match="returns only embeddings"):
         pipeline.predict_all(opened, record, Query())
     head_bundle(tmp_path / "head")
     with repository(tmp_path) as (opened, runs):

@@ -61,6 +61,6 @@ def test_a_backbone_without_heads_answers_embeddings_alone(backbone, wave):
     assert list(backbone.infer_recording(wave, SAMPLE_RATE)) == ["embedding"]
     for ask in (backbone.predict, backbone.predict_all, backbone.score):
         with pytest.raises(
-            UnsupportedError, match="tiny-embeddings has no probe and answers embeddings alone; use embed"
+            UnsupportedError, match="tiny-embeddings has no probe and returns only embeddings; use embed"
         ):
             ask(wave, SAMPLE_RATE)

@@ -24,6 +24,8 @@ def silence(seconds, rate=16000, channels=1):
 
 
 def _written(samples, rate, container, subtype):
+    if subtype in ("FLOAT", "DOUBLE"):  # libsndfile writes integers to them as they are
+        samples = samples / np.float32(2**15)
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format=container, subtype=subtype)
     return file.getvalue()

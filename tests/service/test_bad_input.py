@@ -17,11 +17,17 @@ from tests.service.conftest import encode
 
 INFER = "/v2/models/tiny/infer"
 WAV = encode(0.37, 44100, 2, "WAV")
-NAN_WAV = (
-    WAV[:12]
-    + struct.pack("<4sIHHIIHH4sI", b"fmt ", 16, 3, 1, 16000, 64000, 4, 32, b"data", 8)
-    + struct.pack("<2f", 0, np.nan)
-)
+
+
+def floats(samples):
+    """A WAV of 32-bit floats at 16 kHz."""
+    data = np.asarray(samples, "<f4").tobytes()
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 3, 1, 16000, 64000, 4, 32)
+    chunks = b"WAVE" + form + struct.pack("<4sI", b"data", len(data)) + data
+    return struct.pack("<4sI", b"RIFF", len(chunks)) + chunks
+
+
+INTEGERS = 20_000 * np.sin(np.arange(4000, dtype=np.float32))  # 16-bit integers that nobody divided
 BAD_AUDIO = {
     "empty": b"",
     "truncated header": WAV[:20],
@@ -30,10 +36,9 @@ BAD_AUDIO = {
     "a url": b"http://127.0.0.1:9/a.wav",
     "a quoted url": b'"http://127.0.0.1:9/a.wav"',
     "a path": b"/etc/passwd",
-    "nan": NAN_WAV,
-    "overflow": WAV[:12]
-    + struct.pack("<4sIHHIIHH4sI", b"fmt ", 16, 3, 1, 16000, 64000, 4, 32, b"data", 12800)
-    + np.full(3200, 3e38, "<f4").tobytes(),
+    "nan": floats([0, np.nan]),
+    "overflow": floats([3e38] * 3200),
+    "integers": floats(INTEGERS),
     "rate too high": WAV[:24] + struct.pack("<I", 2**31 - 1) + WAV[28:],
     # libsndfile seeks before the start of this one
     "cut aiff": encode(0.1, 16000, 1, "AIFF")[:30],
@@ -44,6 +49,8 @@ BAD_OPTIONS = [
     ({"threshold": "nan"}, 400, "threshold is nan"),
     ({"threshold": "inf"}, 400, "threshold is inf"),
     ({"threshold": "[1]"}, 400, "threshold is '[1]'"),
+    ({"threshold": "50"}, 400, "threshold is 50, and no sigmoid score is above 1"),
+    ({"threshold": "1.5"}, 400, "threshold is 1.5"),
     ({"top_k": "abc"}, 400, "top_k is 'abc'"),
     ({"top_k": "1.5"}, 400, "top_k is '1.5'"),
     ({"top_k": "nan"}, 400, "top_k is 'nan'"),
@@ -81,6 +88,37 @@ def test_bad_audio(audio_server, audio):
         assert refused(audio_server.post(path, files={"audio": audio}), 400)
     assert refused(audio_server.post(INFER, **binary_request([audio])), 400)
     assert rpc_error(audio_server, infer_recording(audio)) == "INVALID_ARGUMENT"
+
+
+def test_samples_of_another_scale(audio_server):
+    """A few times beyond full scale is answered with a warning, and 16-bit integers are refused, in any form."""
+    expected = "the samples reach 8, and sound is in [-1, 1]: their scale may be wrong"
+    for samples, doubtful in ((np.clip(INTEGERS, -1, 1), False), (np.clip(INTEGERS, -8, 8), True)):
+        loud, window = floats(samples), np.float32(samples[:WINDOW])
+        expected_list = [expected] * doubtful
+        for answer in (
+            audio_server.post("/predict", content=loud),
+            audio_server.post("/embed", content=loud),
+        ):
+            assert answer.json()["warnings"] == expected_list
+        (prediction,) = audio_server.post("/predict_all", content=loud).json()["predictions"]
+        assert prediction["warnings"] == expected_list
+        tensor = {"name": "waveform", "shape": [1, WINDOW], "datatype": "FP32", "data": window.tolist()}
+        for answer in (
+            audio_server.post(INFER, **binary_request([loud])),
+            audio_server.post(INFER, json={"inputs": [tensor]}),
+        ):
+            assert json.loads(answer.json().get("parameters", {}).get("warnings", "[]")) == expected_list
+        for request in (infer_recording(loud), infer_windows(raw=[window.tobytes()])):
+            parameters = service_pb2.ModelInferResponse.FromString(
+                call(audio_server, "ModelInfer", request.SerializeToString())
+            ).parameters
+            assert ("warnings" in parameters) is doubtful
+            assert json.loads(parameters["warnings"].string_param or "[]") == expected_list
+    window = np.float32(INTEGERS[:WINDOW]).tobytes()
+    assert rpc_error(audio_server, infer_windows(raw=[window])) == "INVALID_ARGUMENT"
+    two = audio_server.post(INFER, **binary_request([WAV, floats(np.clip(INTEGERS, -8, 8))]))
+    assert json.loads(two.json()["parameters"]["warnings"]) == [f"recording 2: {expected}"]
 
 
 @pytest.mark.parametrize(("options", "status", "text"), BAD_OPTIONS)

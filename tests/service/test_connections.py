@@ -207,6 +207,46 @@ def test_curl_that_offers_http2(audio_server, wav, tmp_path):
     assert done.stdout.decode() == 2 * audio_server.post("/predict", content=wav).text
 
 
+# Refusals while the client is still sending
+
+EARLY = {
+    "malformed form": (b"Content-Length: 33554432\r\nContent-Type: multipart/form-data; boundary=b", b"--x", 400),
+    "too large": (b"Content-Length: 999999999", b"", 413),
+    "malformed chunk": (b"Transfer-Encoding: chunked", b"xyz\r\n", 400),
+    "too large a head": (b"X: " + b"a" * 2**17, b"", 431),
+}
+
+
+@pytest.mark.parametrize("keeps", [b"keep-alive", b"close"])
+@pytest.mark.parametrize(("header", "start", "status"), EARLY.values(), ids=EARLY)
+def test_an_early_refusal_reaches_a_client_that_reads_last(audio_server, header, start, status, keeps):
+    """Bytes that nobody reads would make the kernel reset the connection, and the client would lose the answer."""
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nConnection: " + keeps + b"\r\n" + header + b"\r\n\r\n" + start
+    with connect(audio_server) as connection:
+        connection.sendall(head)
+        for _ in range(32):
+            connection.sendall(b"a" * MIB)
+        connection.shutdown(socket.SHUT_WR)
+        assert STATUS.match(rest(connection))[1] == b"%d" % status
+
+
+def test_a_refused_client_that_never_stops_is_disconnected(monkeypatch):
+    monkeypatch.setattr(bento, "LINGER_SECONDS", 0.5)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 400, "headers": [(b"connection", b"close")]})
+        await send({"type": "http.response.body"})
+
+    with serving(app) as port, socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999999\r\n\r\n")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 1000 * PATIENCE:
+                sent += connection.send(bytes(10))
+                time.sleep(0.01)
+    assert sent < 1000 * PATIENCE
+
+
 # What is no request
 
 NO_REQUESTS = {
@@ -282,16 +322,17 @@ Routes.find = faulty
 def test_a_fault_of_ours_is_answered_and_logged(tmp_path, audio_bundle):
     (tmp_path / "faulty.py").write_text(FAULTY)
     variables = {"cwd": tmp_path, "service": ("faulty:AvexService",), "AVEX_BUNDLE": str(audio_bundle)}
-    statuses = []
+    answers = []
 
     def ask():
         with running_server(tmp_path / "server", **variables) as server:
-            statuses.extend(exchange(server, LAST.replace(b"livez", b"fault"))[0])
-            statuses.extend(exchange(server, LAST)[0])
+            answers.append(exchange(server, LIVE.replace(b"livez", b"fault"), LAST))
 
     with pytest.raises(AssertionError, match="RuntimeError: fault of a layer"):  # the log has a traceback
         ask()
-    assert statuses == [500, 200]
+    ((statuses, answer),) = answers
+    assert statuses == [500, 200]  # on one connection
+    assert b'{"error":"unexpected error' in answer
 
 
 @contextlib.contextmanager

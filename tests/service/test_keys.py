@@ -278,7 +278,7 @@ def test_files_are_read_again(renewable, certificates):
                 return error.code() is not grpc.StatusCode.UNAVAILABLE
 
     (folder / "keys").write_text("no key at all\n")
-    until(lambda: status("key-of-before") == 200 and "entry 1 is no key" in server.log)
+    until(lambda: status("key-of-before") == 200 and "entry 1 is not a key" in server.log)
     assert status("key-of-now") == 401
     (folder / "keys").write_text("key-of-now\n")
     until(lambda: status("key-of-now") == 200)

@@ -192,10 +192,13 @@ class Model:
         if isinstance(tensor.data, list):
             outputs, windows, warnings = self._infer_recordings(tensor.data, request.query)
             parameters["windows"] = json.dumps(windows)
-            if warnings:
-                parameters["warnings"] = json.dumps(warnings, ensure_ascii=False)
         else:
-            outputs = self._engine.infer(_shaped(tensor), mask)
+            batch = _shaped(tensor)
+            outputs, warnings = self._engine.infer(batch, mask), [*self._engine.warnings]
+            if self._engine.manifest.kind == "audio":
+                warnings += pipeline.level_warnings(pipeline.find_peak(batch))
+        if warnings:
+            parameters["warnings"] = json.dumps(warnings, ensure_ascii=False)
         labels: dict[str, tuple[str, ...]] = {}
         for probe in self._engine.manifest.probes:
             outputs[probe.scores] = activate(outputs[probe.logits], probe.activation)

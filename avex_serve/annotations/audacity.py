@@ -1,0 +1,26 @@
+"""Label tracks of Audacity: a file for each recording, in folders like those of the recordings."""
+
+import os
+from pathlib import Path
+
+from avex_serve.annotations.table import Format, Table, one_line
+from avex_serve.bundles.sealing import atomic_directory
+
+MARKER = "labels.of.audacity"
+
+
+def write(table: Table, target: Path) -> None:
+    """Write a label track for each recording, an empty one where nothing was found."""
+    root = table.root
+    with atomic_directory(target, marker=MARKER) as folder:
+        (folder / MARKER).touch()
+        for recording, annotations in table.rows:
+            file = folder / (os.path.relpath(recording.path, root) + ".txt")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = (
+                f"{one.start:.6f}\t{one.end:.6f}\t{one_line(one.label)} {one.score:.4f}\n" for one in annotations
+            )
+            file.write_text("".join(lines), "utf-8", newline="")
+
+
+FORMAT = Format("audacity", "audacity", write)

@@ -1,0 +1,85 @@
+"""A row for each detection, with everything that is known about it: CSV, NDJSON and Parquet."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from avex_serve.annotations.table import Annotation, Format, Recording, Table, absolute_time, new_file
+
+# Name and type, as DuckDB calls it.
+COLUMNS: Final = {
+    "file": "VARCHAR",
+    "start": "DOUBLE",
+    "end": "DOUBLE",
+    "label": "VARCHAR",
+    "score": "DOUBLE",
+    "start_time": "VARCHAR",  # ISO 8601, with the zone if that is known
+    "bundle": "VARCHAR",
+    "version": "VARCHAR",
+    "probe": "VARCHAR",
+    "recording": "VARCHAR",  # SHA-256 of the file
+}
+
+
+def write_csv(table: Table, target: Path) -> None:
+    """Write a CSV file; an empty cell is an unknown time."""
+    with new_file(target) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in _rows(table):
+            writer.writerow(row)
+
+
+def write_ndjson(table: Table, target: Path) -> None:
+    """Write a line of JSON for each detection; null is an unknown time."""
+    with new_file(target) as file:
+        for row in _rows(table):
+            file.write(json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n")
+
+
+def write_parquet(table: Table, target: Path) -> None:
+    """Write a Parquet file, whose metadata ``avex_serve`` says what the rows were made from."""
+    import duckdb
+
+    rows = target.with_name(f".{target.name}.ndjson")
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        write_ndjson(table, rows)
+        columns = ", ".join(f"'{name}': '{kind}'" for name, kind in COLUMNS.items())
+        about = _quoted(json.dumps(table.about, ensure_ascii=False, sort_keys=True))
+        with duckdb.connect(config={"threads": 1, "memory_limit": "1GB"}) as database:
+            database.execute(
+                f"COPY (SELECT * FROM read_ndjson({_quoted(str(rows))}, columns = {{{columns}}})) TO "
+                f"{_quoted(str(unfinished))} (FORMAT parquet, COMPRESSION zstd, KV_METADATA {{avex_serve: {about}}})"
+            )
+        unfinished.replace(target)
+    finally:
+        rows.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+
+
+def _rows(table: Table) -> Iterator[tuple[Any, ...]]:
+    for recording, annotations in table.rows:
+        for one in annotations:
+            yield _row(recording, one)
+
+
+def _row(recording: Recording, one: Annotation) -> tuple[Any, ...]:
+    # Nine digits tell any two float32 apart, and times to the nanosecond.
+    times = (round(one.start, 9), round(one.end, 9))
+    place = (one.bundle, one.version, one.probe, recording.digest)
+    score = float(f"{one.score:.9g}")
+    return (recording.path, *times, one.label, score, absolute_time(recording, one.start) or None, *place)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+FORMATS = (
+    Format("csv", "detections.csv", write_csv),
+    Format("ndjson", "detections.ndjson", write_ndjson),
+    Format("parquet", "detections.parquet", write_parquet),
+)

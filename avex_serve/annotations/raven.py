@@ -1,0 +1,42 @@
+"""Selection tables of Raven.
+
+Raven reads a table in two ways. As a *selection table* of an open sequence of files, Begin Time and End Time count
+from the start of the first file. As a *sound selection table*, Begin Path and File Offset say where a sound is. Both
+are written, so a file without detections moves the times of those behind it all the same.
+"""
+
+from pathlib import Path
+
+from avex_serve.annotations.table import Format, Table, new_file, one_line
+
+HEADER = (
+    "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\tLow Freq (Hz)\tHigh Freq (Hz)\tBegin File\tBegin Path\t"
+    "File Offset (s)\tLabel\tScore\n"
+)
+
+
+def write(table: Table, target: Path) -> None:
+    """Write a table of all recordings as one sequence, in the order of their paths."""
+    before = 0.0  # seconds of the files before this one
+    selection = 0
+    with new_file(target) as file:
+        file.write(HEADER)
+        for recording, annotations in table.rows:
+            name, path = _cell(recording.name), _cell(recording.path)
+            for one in annotations:
+                selection += 1
+                file.write(
+                    f"{selection}\tSpectrogram 1\t1\t{before + one.start:.6f}\t{before + one.end:.6f}\t0\t"
+                    f"{one.high_frequency(recording):g}\t{name}\t{path}\t{one.start:.6f}\t{_cell(one.label)}\t"
+                    f"{one.score:.4f}\n"
+                )
+            before += recording.duration
+
+
+def _cell(text: str) -> str:
+    """Raven knows no quotes, and programs that read its tables take one at the start of a cell for a quotation."""
+    text = one_line(text)
+    return "'" + text[1:] if text.startswith('"') else text
+
+
+FORMAT = Format("raven", "raven.selections.txt", write)

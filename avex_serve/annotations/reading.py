@@ -1,0 +1,140 @@
+"""Annotations from the tables that people label in: Raven, Audacity, and CSV with a header.
+
+Raven's times count on the whole sequence of open files. `File Offset (s)` counts in the file and is used where a
+table has it. A table without a column of files is about the recording that it is named after:
+`dawn.Table.1.selections.txt`, `dawn.txt` and `dawn.csv` belong to `dawn.wav`.
+"""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from avex_serve.errors import InputError, NotFoundError
+
+TABLES: Final = (".csv", ".tsv", ".txt")
+# Names of columns, in lower case; the first that a table has counts.
+FILES: Final = ("begin path", "begin file", "file", "filename", "audiofilename", "audio_file", "path", "recording")
+STARTS: Final = ("start", "start_time", "start (s)", "start time (s)", "begin time (s)", "begin", "onset")
+ENDS: Final = ("end", "end_time", "end (s)", "end time (s)", "stop", "offset")
+LABELS: Final = (
+    "label",
+    "species",
+    "annotation",
+    "label:species",
+    "common name",
+    "scientific name",
+    "species code",
+    "class",
+)
+
+
+class Annotation(NamedTuple):
+    """A labelled stretch of a recording, a row of a table."""
+
+    file: str | None  # as the table says; None: the recording that the table is named after
+    start: float  # seconds from the start of the recording
+    end: float  # infinite: up to the end of the recording
+    label: str  # may be empty, if the table describes recordings only
+    fields: Mapping[str, str] = {}  # every column of the row, by its name in lower case
+
+
+def read_annotations(path: Path, label_column: str | None = None) -> list[Annotation]:
+    """The annotations in a table of any of the formats.
+
+    Args:
+        path: of the table.
+        label_column: name of the column with the labels; None: the first of `LABELS` that there is.
+
+    Raises:
+        NotFoundError: no such file.
+        InputError: not a table of annotations, or a row without numbers where times are expected.
+    """
+    try:
+        text = path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} can't be read as text: {error}") from None
+    lines = text.splitlines()
+    if lines and _is_number(lines[0].split("\t")[0]):
+        return read_audacity(lines, path)
+    return _read_columns(lines, path, label_column)
+
+
+def recording_of(table: Path) -> str:
+    """The name, without its suffix, of the recording that a table is named after."""
+    return table.stem.removesuffix(".selections").partition(".Table.")[0]
+
+
+def read_audacity(lines: Iterable[str], path: Path) -> list[Annotation]:
+    """Audacity's label track: start, end, label. Lines of a spectral selection begin with a backslash."""
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("\\"):
+            continue
+        cells = line.split("\t")
+        start, end = (_seconds(cell, path, number) for cell in (*cells, "")[:2])
+        rows.append(_annotation(None, start, end, cells[2] if len(cells) > 2 else "", {}, path, number))
+    return rows
+
+
+def _read_columns(lines: Sequence[str], path: Path, label_column: str | None) -> list[Annotation]:
+    header = lines[0] if lines else ""
+    delimiter = max("\t,;", key=header.count)
+    reader = csv.reader(lines, delimiter=delimiter)
+    names = [name.strip().lower() for name in next(reader, [])]
+    start, end, file = _first(names, STARTS), _first(names, ENDS), _first(names, FILES)
+    label = _first(names, LABELS if label_column is None else (label_column.lower(),))
+    if label is None and (label_column is not None or file is None):
+        expected = label_column or " or ".join(LABELS)
+        raise InputError(f"{path} is no table of annotations: no column {expected}; it has {', '.join(names)}")
+    if (start is None) != (end is None):
+        raise InputError(f"{path} has a column {start or end}, but none for the other end of an annotation")
+    rows = []
+    for number, cells in enumerate(reader, 2):
+        if not any(cell.strip() for cell in cells):
+            continue
+        fields = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
+        first, last = 0.0, math.inf
+        if start is not None and end is not None and (fields.get(start) or fields.get(end)):
+            first, last = _seconds(fields[start], path, number), _seconds(fields.get(end, ""), path, number)
+        if offset := fields.get("file offset (s)"):  # Raven's Begin Time counts on the whole sequence of files
+            first, last = _seconds(offset, path, number), _seconds(offset, path, number) + last - first
+        name = (fields.get(file) if file else None) or fields.get("begin file") or None
+        rows.append(_annotation(name, first, last, fields.get(label, "") if label else "", fields, path, number))
+    if "begin time (s)" in names and "file offset (s)" not in names and len({row.file for row in rows}) > 1:
+        raise InputError(
+            f"{path} has selections of several files without File Offset (s): its times can't be told apart; add "
+            "this measurement in Raven and save the table again"
+        )
+    # Raven writes a row for each view of a selection, waveform and spectrogram.
+    return list({row[:4]: row for row in rows}.values())
+
+
+def _annotation(
+    file: str | None, start: float, end: float, label: str, fields: Mapping[str, str], path: Path, number: int
+) -> Annotation:
+    if not 0 <= start <= end:
+        raise InputError(
+            f"{path}, line {number}: from {start} to {end} s; expected a start of 0 or more, then the end"
+        )
+    return Annotation(file, start, end, label.strip(), fields)
+
+
+def _first(names: Sequence[str], known: Sequence[str]) -> str | None:
+    return next((name for name in known if name in names), None)
+
+
+def _seconds(cell: str, path: Path, number: int) -> float:
+    if not _is_number(cell):
+        raise InputError(f"{path}, line {number}: {cell!r} is not a time; expected seconds, such as 12.5")
+    return float(cell)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False

@@ -1,0 +1,96 @@
+"""What every format is written from, and what a format is."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TextIO
+
+BREAKS: Final = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """A recording, as tables know it."""
+
+    path: str  # absolute
+    digest: str  # SHA-256 of the file
+    duration: float  # seconds
+    sample_rate: int  # Hz
+    start: datetime | None = None  # without a zone if that is not known
+    latitude: float | None = None
+    longitude: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the file."""
+        return os.path.basename(self.path)  # noqa: PTH119 - 100,000 of them
+
+
+class Annotation(NamedTuple):
+    """A label over a span of a recording."""
+
+    start: float  # seconds from the beginning of the recording
+    end: float
+    label: str
+    score: float
+    bandwidth: float  # Hz: the highest frequency that the model receives
+    bundle: str
+    version: str
+    probe: str
+
+    def high_frequency(self, recording: Recording) -> float:
+        """Hz: the highest frequency that the recording has and the model receives."""
+        return min(self.bandwidth, recording.sample_rate / 2)
+
+
+@dataclass
+class Table:
+    """Detections of many recordings, computed while they are written."""
+
+    recordings: Sequence[Recording]  # in order of their paths, those without detections too
+    rows: Iterable[tuple[Recording, Sequence[Annotation]]]  # for each of them, once
+    about: Mapping[str, Any]  # what the detections were made from, and how they were selected
+
+    @property
+    def root(self) -> str:
+        """The deepest folder that holds all recordings."""
+        folders = [os.path.dirname(recording.path) for recording in self.recordings]  # noqa: PTH120
+        return os.path.commonpath(folders) if folders else os.sep
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of tables."""
+
+    name: str  # for --format
+    target: str  # the usual name of its file, or of its folder
+    write: Callable[[Table, Path], None]  # whole or not at all
+
+
+def absolute_time(recording: Recording, seconds: float) -> str:
+    """ISO 8601 of a moment in a recording, in milliseconds, with the zone if that is known; empty: unknown."""
+    if recording.start is None:
+        return ""
+    return (recording.start + timedelta(seconds=seconds)).isoformat(timespec="milliseconds")
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[TextIO]:
+    """A text file that appears at the end of the block, whole, or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def one_line(text: str) -> str:
+    """The text with spaces in place of tabs and line breaks, for formats that can't quote."""
+    return BREAKS.sub(" ", text)

@@ -1,0 +1,381 @@
+"""A run: recordings through the passes of a plan, side by side, into a store."""
+
+import os
+import queue
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from avex_serve.archive.plan import Pass, ResultSet, read_stored
+from avex_serve.archive.store import Entry, ResultFile, Store
+from avex_serve.audio.reader import Wave, open_audio
+from avex_serve.bundles.reading import sha256_of
+from avex_serve.errors import AudioError, AvexServeError, StorageError
+from avex_serve.inference.engine import Engine
+from avex_serve.inference.pipeline import stream_windows
+from avex_serve.scheduling.request import Request, answering
+
+Rows = Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]  # spans (B, 2) and outputs (B, …) of windows
+CHANGED: Final = "changed while it was read; it is read again in the next run"
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    total: int  # recordings that the run was asked for
+    known: int  # of these, computed by earlier runs
+    size: int  # bytes of the others
+    done: int = 0  # computed in this run
+    failed: int = 0
+    seconds: float = 0.0  # of audio, computed in this run
+    processed: int = 0  # bytes of what is done or has failed
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    @property
+    def rate(self) -> float:
+        """Seconds of audio that are computed in a second."""
+        return self.seconds / max(self.elapsed, 1e-9)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the end, by the bytes that are left; None: not known yet."""
+        return self.elapsed / self.processed * (self.size - self.processed) if self.processed else None
+
+    def add(self, entry: Entry) -> None:
+        """Count a recording that is done or has failed."""
+        self.processed += entry.size
+        if entry.error is None:
+            self.done += 1
+            self.seconds += entry.duration
+        else:
+            self.failed += 1
+
+
+Report = Callable[[Progress, Entry | None], None]  # None: the run begins
+
+
+def run(store: Store, passes: Sequence[Pass], paths: Sequence[str], report: Report) -> Progress:
+    """Compute what the store lacks, and note every recording in its journal.
+
+    An interruption (KeyboardInterrupt) loses only the recordings that are being computed.
+
+    Args:
+        store: open for writing.
+        passes: of the plan.
+        paths: absolute paths of the recordings.
+        report: is called in this thread at the start, and after each recording.
+
+    Raises:
+        StorageError: the disk is full.
+        BaseException: a fault of ours, or of a library; the recording that caused it is not in the store.
+    """
+    return _Run(store, passes).run(paths, report)
+
+
+def classify(store: Store, reader: Engine, report: Report) -> Progress:
+    """Score the stored embeddings that a bundle reads, without the recordings; arguments and errors as of `run`.
+
+    Raises:
+        UnsupportedError: the bundle takes audio, or the store lacks what its heads read.
+    """
+    sets = store.sets()
+    targets = read_stored(reader, list(sets.values()))
+    store.use_sets([*store.current(), *(target.results for target in targets)])
+    entries = {entry.recording: entry for entry in store.journal().values() if entry.computed}
+    progress = Progress(0, 0, 0)
+    todo = []
+    for target in targets:
+        sources = {name: sets[name] for name in target.sources.values()}
+        kept = set.intersection(*(store.done(results) for results in sources.values())) & entries.keys()
+        todo += [(target, sources, recording) for recording in sorted(kept - store.done(target.results))]
+        progress.total += len(kept)
+    progress.known = progress.total - len(todo)
+    progress.size = sum(entries[recording].size for _, _, recording in todo)
+    report(progress, None)
+    for target, sources, recording in todo:
+        with ResultFile(store, target.results, recording) as file:
+            for spans, rows in read_embeddings(store, sources, recording):
+                file.add(spans, target.scores(rows))
+            file.publish()
+        progress.add(entries[recording])
+        report(progress, entries[recording])
+    return progress
+
+
+class _Run:
+    def __init__(self, store: Store, passes: Sequence[Pass]) -> None:
+        self._store = store
+        self._passes = passes
+        self._sets = [results for each in passes for results in each.sets]
+        self._done = {results.name: store.done(results) for results in self._all_sets()}
+        self._journal = store.journal()
+        # By digest: duration and rate are known without reading the recording again, wherever it is.
+        self._sounds = {entry.recording: entry for entry in self._journal.values() if entry.computed}
+        self._lock = threading.Lock()
+        self._running: dict[str, threading.Event] = {}  # recordings by digest, so that copies are computed once
+        self._requests: set[Request] = set()
+        self._stopped = False
+
+    def _all_sets(self) -> Iterator[ResultSet]:
+        for each in self._passes:
+            yield from (target.results for target in each.targets)
+            yield from each.embeddings.values()
+
+    def run(self, paths: Sequence[str], report: Report) -> Progress:
+        """See `run`."""
+        seen = [_look(path) for path in paths]
+        pending = []
+        for entry in seen:
+            known = self._journal.get(entry.path)
+            if known is not None and known.computed and known.same_file(entry):
+                if not self._missing(known.recording):
+                    continue
+                entry = known
+            else:
+                self._journal[entry.path] = entry
+            if entry.error is None:
+                pending.append(entry)
+        failed = [entry for entry in seen if entry.error is not None]
+        size = sum(entry.size for entry in pending)
+        progress = Progress(len(seen), len(seen) - len(pending) - len(failed), size)
+        self._store.use_sets(self._sets)
+        self._store.write_journal(self._journal.values())
+        report(progress, None)
+        for entry in failed:
+            self._note(entry, progress, report)
+        try:
+            self._compute_all(pending, progress, report)
+        finally:
+            self._forget_moved(seen)
+            self._store.write_journal(self._journal.values())
+        return progress
+
+    def _missing(self, recording: str | None) -> list[ResultSet]:
+        return [results for results in self._sets if recording not in self._done[results.name]]
+
+    def _compute_all(self, pending: Sequence[Entry], progress: Progress, report: Report) -> None:
+        if not pending:
+            return
+        todo = iter(pending)
+        outcomes: queue.SimpleQueue[Entry | BaseException | None] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                while not self._stopped:
+                    with self._lock:
+                        entry = next(todo, None)
+                    if entry is None:
+                        break
+                    entry = self._compute(entry)
+                    note(entry)
+                    outcomes.put(entry)
+            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+                outcomes.put(error)
+            else:
+                outcomes.put(None)
+
+        # One more than infer: while a recording is decoded, the others keep the cores busy.
+        count = min(len(pending), 1 + max(each.source.threads for each in self._passes))
+        workers = [threading.Thread(target=work, name=f"avex-run-{index}", daemon=True) for index in range(count)]
+        with self._store.journaling() as note:
+            for worker in workers:
+                worker.start()
+            try:
+                ended = 0
+                while ended < count:
+                    outcome = outcomes.get()
+                    if isinstance(outcome, BaseException):
+                        raise outcome
+                    if outcome is None:
+                        ended += 1
+                    else:
+                        self._note(outcome, progress, report)
+            finally:
+                self._stopped = True
+                with self._lock:
+                    for request in self._requests:
+                        request.abandon()
+                for worker in workers:
+                    worker.join()
+
+    def _note(self, entry: Entry, progress: Progress, report: Report) -> None:
+        self._journal[entry.path] = entry
+        progress.add(entry)
+        report(progress, entry)
+
+    def _forget_moved(self, seen: Sequence[Entry]) -> None:
+        """Forget recordings whose file is gone and whose content this run found elsewhere."""
+        now = {entry.path for entry in seen}
+        found = {self._journal[path].recording for path in now} - {None}
+        for path, entry in list(self._journal.items()):
+            if path not in now and entry.recording in found and not os.path.lexists(path):
+                del self._journal[path]
+
+    # -- in the threads --------------------------------------------------------------------------------------------
+
+    def _compute(self, entry: Entry) -> Entry:
+        """Compute a recording and store its results; its entry for the journal."""
+        request = Request()
+        with self._lock:
+            self._requests.add(request)
+            if self._stopped:
+                request.abandon()
+        now = _look(entry.path)  # it may have grown since the recordings were listed
+        recording = entry.recording if now.same_file(entry) else None
+        try:
+            with answering(request):
+                if now.error is not None:
+                    raise AudioError(now.error)
+                recording = recording or _digest(entry.path)
+                with self._alone(recording):
+                    sound = self._fill(msgspec.structs.replace(now, recording=recording))
+            now = msgspec.structs.replace(sound, path=now.path, size=now.size, modified=now.modified)
+        except StorageError:
+            raise
+        except AvexServeError as error:
+            if self._stopped:
+                raise
+            now = msgspec.structs.replace(now, recording=recording, error=str(error))
+        finally:
+            with self._lock:
+                self._requests.discard(request)
+        return now
+
+    @contextmanager
+    def _alone(self, recording: str) -> Iterator[None]:
+        """Let one thread compute the recording; those with a copy of it wait, and find it done."""
+        mine = threading.Event()
+        while True:
+            with self._lock:
+                other = self._running.setdefault(recording, mine)
+            if other is mine:
+                break
+            other.wait()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._running[recording]
+            mine.set()
+
+    def _fill(self, entry: Entry) -> Entry:
+        """Compute the sets that lack the recording; its entry, with duration and rate."""
+        recording = entry.recording
+        assert recording is not None
+        sound = self._sounds.get(recording)
+        for each in self._passes:
+            # A run that was killed may have left results without a line in the journal: they are computed again.
+            lacking = (
+                each.sets if sound is None else [one for one in each.sets if recording not in self._done[one.name]]
+            )
+            if not lacking:
+                continue
+            computed = self._compute_sets(each, lacking, entry, known=sound is not None)
+            sound = sound or computed
+        assert sound is not None
+        self._sounds[recording] = sound
+        return sound
+
+    def _compute_sets(self, each: Pass, lacking: Sequence[ResultSet], entry: Entry, *, known: bool) -> Entry:
+        """Compute these sets of a pass, from stored embeddings if the recording is known.
+
+        Returns:
+            The entry, with what was read of the recording.
+        """
+        recording = entry.recording
+        assert recording is not None
+        targets = [target for target in each.targets if target.results in lacking]
+        kept = {output: results for output, results in each.embeddings.items() if results in lacking}
+        with ExitStack() as stack:
+            files = {one.name: stack.enter_context(ResultFile(self._store, one, recording)) for one in lacking}
+
+            def add(rows: Rows) -> None:
+                for spans, outputs in rows:
+                    for target in targets:
+                        files[target.results.name].add(spans, target.scores(outputs))
+                    for output, results in kept.items():
+                        files[results.name].add(spans, outputs[output])
+
+            sources = {
+                output: each.embeddings.get(output) for target in targets for output in target.sources.values()
+            }
+            stored = {output: results for output, results in sources.items() if results is not None}
+            if known and not kept and len(stored) == len(sources) and self._holds(stored.values(), recording):
+                add(read_embeddings(self._store, stored, recording))
+            else:
+                with open_audio(entry.path) as stream:
+                    counted = _Counted(stream.blocks)
+                    stream = stream._replace(blocks=counted)
+                    add(stream_windows(each.source, stream, each.query.overlap, list(sources | kept)))
+                entry = msgspec.structs.replace(
+                    entry,
+                    duration=counted.frames / stream.sample_rate,
+                    sample_rate=stream.sample_rate,
+                    warnings=tuple(stream.warnings),
+                )
+            if not _look(entry.path).same_file(entry):
+                raise AudioError(f"{entry.path} {CHANGED}")
+            for results in lacking:
+                files[results.name].publish()
+                self._done[results.name].add(recording)
+        return entry
+
+    def _holds(self, sets: Iterable[ResultSet], recording: str) -> bool:
+        return all(recording in self._done[results.name] for results in sets)
+
+
+class _Counted:
+    """The blocks of a recording; counts their samples while they are read."""
+
+    def __init__(self, blocks: Iterable[Wave]) -> None:
+        self.frames = 0
+        self._blocks = blocks
+
+    def __iter__(self) -> Iterator[Wave]:
+        for block in self._blocks:
+            self.frames += block.size
+            yield block
+
+
+def read_embeddings(store: Store, sources: Mapping[str, ResultSet], recording: str) -> Rows:
+    """Stored embeddings of a recording as the rows of a pass: one batch, with an output for each set."""
+    outputs = {}
+    for name, results in sources.items():
+        spans, outputs[name] = store.read_embeddings(results, recording)
+    yield spans, outputs
+
+
+def _look(path: str) -> Entry:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        return Entry(shown, 0, 0, error=f"{shown}: the name is not UTF-8; rename the file")
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a Path for each of 100,000 names is slow
+    except OSError as error:
+        return Entry(path, 0, 0, error=f"{path} can't be read: {error.strerror}")
+    if not stat.S_ISREG(status.st_mode):
+        return Entry(path, 0, 0, error=f"{path} is not a file")
+    return Entry(path, status.st_size, status.st_mtime_ns)
+
+
+def _digest(path: str) -> str:
+    try:
+        return sha256_of(Path(path))
+    except OSError as error:
+        raise AudioError(f"{path} can't be read: {error.strerror}") from None

@@ -1,0 +1,325 @@
+"""The results of a run: a folder that grows, whose files are whole or absent.
+
+docs/archives.md describes the layout.
+"""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, Final, Self
+
+import duckdb
+import msgspec
+import numpy as np
+
+from avex_serve.archive.parquet import ParquetWriter, cycles, lists, plain, runs
+from avex_serve.archive.plan import ResultSet
+from avex_serve.errors import InputError, NotFoundError, StorageError
+
+LAYOUT: Final = 1  # version of the layout
+DESCRIPTION: Final = "store.json"
+SET: Final = "set.json"
+JOURNAL: Final = "journal.ndjson"
+RECORDINGS: Final = "recordings.parquet"
+TABLES: Final = "tables"
+SCRATCH: Final = ".unfinished"
+LOCK: Final = "lock"
+GROUP_VALUES: Final = 2**20  # values in a group of rows: as many are in memory for each recording that is computed
+
+
+class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A recording in the journal. Without `recording` and `error` it is still to be computed."""
+
+    path: str
+    size: int  # bytes
+    modified: int  # nanoseconds since 1970, as the file system says
+    recording: str | None = None  # SHA-256 of the file; None: it wasn't read
+    duration: float = 0.0  # seconds
+    sample_rate: int = 0  # Hz
+    warnings: tuple[str, ...] = ()  # reasons to doubt its results, a sentence each
+    error: str | None = None  # why it couldn't be computed
+
+    @property
+    def computed(self) -> bool:
+        """Whether its results were computed, by bundles that may be others than the current ones."""
+        return self.recording is not None and self.error is None
+
+    def same_file(self, other: "Entry") -> bool:
+        """Whether both were seen at the same path with the same size and time."""
+        return (self.path, self.size, self.modified) == (other.path, other.size, other.modified)
+
+
+class Description(msgspec.Struct, frozen=True):
+    """What the store is; the content of ``store.json``."""
+
+    layout: int
+    current: tuple[str, ...]  # names of the sets that the last run computed
+
+
+class Store:
+    """A store on disk, open for reading; `writing` opens it for one process that adds to it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a store.
+
+        Raises:
+            NotFoundError: there is none.
+            InputError: of another layout, or damaged.
+        """
+        self.folder = folder
+        try:
+            text = (folder / DESCRIPTION).read_bytes()
+        except OSError:
+            raise NotFoundError(f"{folder} holds no {DESCRIPTION}; make a store with avex-serve run") from None
+        try:
+            layout = msgspec.json.decode(text)["layout"]
+            if layout != LAYOUT:
+                raise InputError(
+                    f"{folder} has layout {layout!r}; this avex-serve reads {LAYOUT}: use the one that wrote it"
+                )
+            self.description = msgspec.json.decode(text, type=Description)
+        except (msgspec.MsgspecError, TypeError, KeyError) as error:
+            raise InputError(f"{folder / DESCRIPTION} is damaged: {error}; run into another folder") from None
+
+    @classmethod
+    @contextlib.contextmanager
+    def writing(cls, folder: Path) -> Iterator[Self]:
+        """Open a store, or make one in an empty folder, and let nobody else write to it during the block.
+
+        Raises:
+            InputError: the folder holds something else, or another process writes to it.
+        """
+        others = folder.is_dir() and any(path.name != SCRATCH for path in folder.iterdir())
+        if not (folder / DESCRIPTION).exists() and (others or folder.is_file()):
+            raise InputError(f"{folder} holds no results of avex-serve; choose an empty or new folder")
+        scratch = folder / SCRATCH
+        with report_full_disk():
+            scratch.mkdir(parents=True, exist_ok=True)
+            lock = (scratch / LOCK).open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"another process writes to {folder}; wait for it, or use another folder") from None
+            _empty(scratch)
+            if not (folder / DESCRIPTION).exists():
+                _write(folder, DESCRIPTION, _document(Description(LAYOUT, ())))
+            try:
+                yield cls(folder)
+            finally:
+                _empty(scratch)
+
+    # -- sets ------------------------------------------------------------------------------------------------------
+
+    def sets(self) -> dict[str, ResultSet]:
+        """All sets by name."""
+        found = {}
+        for path in sorted(self.folder.glob(f"*/*/{SET}")):
+            try:
+                results = msgspec.json.decode(path.read_bytes(), type=ResultSet)
+            except msgspec.MsgspecError as error:
+                raise InputError(f"{path} is damaged or of another version: {error}") from None
+            found[path.parent.name] = results
+        return found
+
+    def current(self) -> list[ResultSet]:
+        """The sets that the last run computed."""
+        sets = self.sets()
+        return [sets[name] for name in self.description.current if name in sets]
+
+    def use_sets(self, sets: Sequence[ResultSet]) -> None:
+        """Make these the current sets; new ones get a folder."""
+        for results in sets:
+            folder = self._folder(results)
+            if not (folder / SET).exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                _write(self.folder, str((folder / SET).relative_to(self.folder)), _document(results))
+        self.description = Description(LAYOUT, tuple(each.name for each in sets))
+        _write(self.folder, DESCRIPTION, _document(self.description))
+
+    def done(self, results: ResultSet) -> set[str]:
+        """The digests of the recordings that have results in the set."""
+        found: set[str] = set()
+        with contextlib.suppress(FileNotFoundError):
+            for part in os.scandir(self._folder(results)):
+                if part.is_dir():
+                    with os.scandir(part) as files:
+                        # After a power cut, a file may have lost its content.
+                        found.update(file.name.partition(".")[0] for file in files if file.stat().st_size)
+        return found
+
+    def path(self, results: ResultSet, recording: str) -> Path:
+        """Where the results of a recording are."""
+        return self._folder(results) / recording[:2] / f"{recording}.parquet"
+
+    def _folder(self, results: ResultSet) -> Path:
+        return self.folder / results.kind / results.name
+
+    # -- recordings ------------------------------------------------------------------------------------------------
+
+    def journal(self) -> dict[str, Entry]:
+        """The recordings by path, as far as they are known."""
+        decode = msgspec.json.Decoder(Entry).decode
+        entries = {}
+        with contextlib.suppress(FileNotFoundError), (self.folder / JOURNAL).open("rb") as file:
+            for line in file:
+                with contextlib.suppress(msgspec.MsgspecError):  # a process was killed while it wrote the line
+                    entry = decode(line)
+                    entries[entry.path] = entry
+        return entries
+
+    def write_journal(self, entries: Iterable[Entry]) -> None:
+        """Replace the journal, sorted by path, and the table of recordings that is made from it."""
+        encode = msgspec.json.Encoder().encode
+        unfinished = self.folder / SCRATCH / JOURNAL
+        with report_full_disk():
+            with unfinished.open("wb") as file:
+                for entry in sorted(entries, key=lambda entry: entry.path):
+                    file.write(encode(entry) + b"\n")
+            with connect() as database:
+                database.execute(
+                    f"""COPY (SELECT * FROM read_ndjson({quoted(unfinished)}, columns = {{
+                        path: VARCHAR, size: BIGINT, modified: BIGINT, recording: VARCHAR, duration: DOUBLE,
+                        sample_rate: INTEGER, warnings: 'VARCHAR[]', error: VARCHAR}}))
+                    TO {quoted(self.folder / SCRATCH / RECORDINGS)} (FORMAT parquet, COMPRESSION zstd)"""
+                )
+            for name in (JOURNAL, RECORDINGS):
+                (self.folder / SCRATCH / name).replace(self.folder / name)
+
+    @contextlib.contextmanager
+    def journaling(self) -> Iterator[Callable[[Entry], None]]:
+        """A function that adds a line to the journal, from any thread; StorageError if the disk is full."""
+        with (self.folder / JOURNAL).open("ab", buffering=0) as file:
+
+            def note(entry: Entry) -> None:
+                with report_full_disk():
+                    file.write(msgspec.json.encode(entry) + b"\n")
+
+            yield note
+
+    def read_embeddings(self, results: ResultSet, recording: str) -> tuple[np.ndarray, np.ndarray]:
+        """Spans (N, 2) and embeddings (N, …) of a recording."""
+        with connect() as database:
+            query = f'SELECT start, "end", embedding FROM read_parquet({quoted(self.path(results, recording))})'
+            columns = database.execute(query).fetchnumpy()
+        rows = np.stack([np.asarray(row, np.float32) for row in columns["embedding"]])
+        return np.stack([columns["start"], columns["end"]], axis=1), rows.reshape(len(rows), *results.shape)
+
+
+class ResultFile:
+    """The results of one recording in one set, written in groups of rows. They appear when it is `published`."""
+
+    def __init__(self, store: Store, results: ResultSet, recording: str) -> None:
+        self._results = results
+        self._recording = recording
+        self._target = store.path(results, recording)
+        self._unfinished = store.folder / SCRATCH / f"{results.name}-{recording}.parquet"
+        self._file: BinaryIO | None = None
+        self._spans: list[np.ndarray] = []
+        self._values: list[np.ndarray] = []
+        self._count = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._unfinished.unlink(missing_ok=True)
+
+    def add(self, spans: np.ndarray, values: np.ndarray) -> None:
+        """Add rows: (B, 2) seconds, and (B, C) scores or (B, …) embeddings in float32.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        values = values.reshape(len(values), -1)
+        self._spans.append(spans)
+        self._values.append(values)
+        self._count += len(values)
+        most = max(1, GROUP_VALUES // values.shape[1])
+        while self._count >= most:  # groups of one size, however the rows arrive
+            spans, values = np.concatenate(self._spans), np.concatenate(self._values)
+            self._write(spans[:most], values[:most])
+            self._spans, self._values, self._count = [spans[most:]], [values[most:]], len(values) - most
+
+    def publish(self) -> None:
+        """Write the last rows, and give the file its name; StorageError if the disk is full."""
+        if self._count:
+            self._write(np.concatenate(self._spans), np.concatenate(self._values))
+        assert self._file is not None
+        with report_full_disk():
+            self._writer.close()
+            self._file.close()
+            self._target.parent.mkdir(exist_ok=True)
+            self._unfinished.replace(self._target)
+        self._file = None
+
+    def _write(self, spans: np.ndarray, values: np.ndarray) -> None:
+        rows, width = values.shape
+        scored = self._results.kind == "scores"
+        every = width if scored else 1  # rows of the file for a window
+        columns = {
+            "recording": runs([self._recording], rows * every),
+            "start": runs(spans[:, 0], every),
+            "end": runs(spans[:, 1], every),
+        }
+        if scored:
+            probes = tuple(probe.name for probe in self._results.probes for _ in probe.labels)
+            labels = tuple(label for probe in self._results.probes for label in probe.labels)
+            columns |= {"probe": cycles(probes, rows), "label": cycles(labels, rows), "score": plain(values.ravel())}
+        else:
+            columns["embedding"] = lists(values)
+        with report_full_disk():
+            if self._file is None:
+                self._file = self._unfinished.open("wb")
+                self._writer = ParquetWriter(self._file)
+            self._writer.write(columns)
+
+
+# -- files and the database -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def connect(threads: int = 1) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A database in memory. With one thread, rows keep their order and files their bytes."""
+    database = duckdb.connect(config={"threads": threads, "memory_limit": "1GB"})
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+def quoted(text: str | os.PathLike[str]) -> str:
+    """A string of SQL."""
+    return "'" + str(text).replace("'", "''") + "'"
+
+
+@contextlib.contextmanager
+def report_full_disk() -> Iterator[None]:
+    """Turn errors of a disk that is full or can't be written into StorageError."""
+    try:
+        yield
+    except (OSError, duckdb.IOException) as error:
+        raise StorageError(
+            f"the results can't be written: {error}; make room, and start the same command again: it computes only "
+            "what is missing"
+        ) from error
+
+
+def _document(struct: msgspec.Struct) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(struct), indent=1) + b"\n"
+
+
+def _write(folder: Path, name: str, content: bytes) -> None:
+    unfinished = folder / SCRATCH / "file"
+    unfinished.write_bytes(content)
+    unfinished.replace(folder / name)
+
+
+def _empty(scratch: Path) -> None:
+    for path in scratch.iterdir():
+        if path.name != LOCK:
+            path.unlink()

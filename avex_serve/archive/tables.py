@@ -1,0 +1,205 @@
+"""From the store to tables: which scores are shown, and how consecutive windows become one row."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import duckdb
+import msgspec
+import numpy as np
+
+from avex_serve.annotations.table import Annotation, Recording, Table
+from avex_serve.archive.plan import Probe, ResultSet
+from avex_serve.archive.store import Entry, Store, connect, quoted
+from avex_serve.errors import InputError, NotFoundError
+from avex_serve.inference.scores import Selection
+from avex_serve.scheduling.cores import usable_cores
+
+CHUNK_FILES: Final = 500  # result files that one statement reads
+CHUNK_SECONDS: Final = 48 * 3600  # of the recordings that one statement reads
+SAME_TIME: Final = 1e-6  # seconds, far less than a sample: two windows touch despite rounding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which scores a table shows. None of it changes scores, so that another choice costs no inference."""
+
+    threshold: float | None = None  # lowest score; see `avex_serve.inference.scores.Selection`
+    thresholds: Mapping[str, float] | None = None  # by label; `threshold` is for the labels that aren't in it
+    top_k: int | None = None  # most labels of a window and a probe
+    labels: Sequence[str] | None = None  # the labels to show; None: all
+    merge_gap: float | None = None  # seconds between windows that become one row; None: windows stay apart
+    merge_mean: bool = False  # the score of such a row is the mean of the windows' instead of the highest
+
+
+def make_table(store: Store, choice: Choice) -> Table:
+    """The table of the last run's results; its rows are read while they are written.
+
+    Raises:
+        NotFoundError: the store has no results, or a label of the choice is in no probe.
+        InputError: a choice that can't be.
+    """
+    sets = [results for results in store.current() if results.kind == "scores"]
+    if not sets:
+        raise NotFoundError(f"{store.folder} has no scores; run a bundle with a probe, or classify its embeddings")
+    if choice.merge_gap is not None and not choice.merge_gap >= 0:
+        raise InputError(f"the gap to merge is {choice.merge_gap} s; expected at least 0")
+    classes = _classes(sets, choice)
+    done = [store.done(results) for results in sets]
+    entries = sorted(store.journal().values(), key=lambda entry: entry.path)
+    recordings = [
+        _recording(entry) for entry in entries if entry.computed and any(entry.recording in names for names in done)
+    ]
+    about = {
+        "results": [msgspec.to_builtins(_described(results)) for results in sets],
+        "choice": {name: value for name, value in _fields(choice).items() if value is not None},
+    }
+    return Table(recordings, _rows(store, sets, done, recordings, classes, choice), about)
+
+
+def _fields(choice: Choice) -> dict[str, Any]:
+    return {name: getattr(choice, name) for name in Choice.__slots__}
+
+
+def _described(results: ResultSet) -> ResultSet:
+    """The set without its labels, which may be thousands."""
+    probes = tuple(Probe(probe.name, (), probe.scale, probe.trained) for probe in results.probes)
+    return msgspec.structs.replace(results, probes=probes)
+
+
+def _recording(entry: Entry) -> Recording:
+    assert entry.recording is not None
+    return Recording(path=entry.path, digest=entry.recording, duration=entry.duration, sample_rate=entry.sample_rate)
+
+
+def _classes(sets: Sequence[ResultSet], choice: Choice) -> dict[str, np.ndarray]:
+    """The classes that are shown as columns: set, probe, label, their order, and the lowest score of each."""
+    known = {label for results in sets for probe in results.probes for label in probe.labels}
+    asked = {*(choice.labels or ()), *(choice.thresholds or {})}
+    if unknown := sorted(asked - known):
+        raise NotFoundError(
+            f"no probe has the labels {', '.join(map(repr, unknown[:5]))}; one of the {len(known)} labels is "
+            f"{min(known)!r}"
+        )
+    shown = known if choice.labels is None else set(choice.labels)
+    rows: list[tuple[int, str, str, int, float]] = []
+    for index, results in enumerate(sets):
+        for probe in results.probes:
+            activation = "none" if probe.scale == "logits" else probe.scale
+            lowest = Selection.of(activation, choice.threshold, choice.top_k).threshold
+            for label in probe.labels:
+                if label in shown:
+                    limit = (choice.thresholds or {}).get(label, lowest)
+                    Selection.of(activation, None if limit == lowest else limit, choice.top_k)  # checks it
+                    rows.append((index, probe.name, label, len(rows), limit))
+    columns = list(zip(*rows, strict=True))
+    kinds = (np.int32, object, object, np.int32, np.float64)
+    names = ("source", "probe", "label", "class", "lowest")
+    return {name: np.array(column, kind) for name, column, kind in zip(names, columns, kinds, strict=True)}
+
+
+def _rows(
+    store: Store,
+    sets: Sequence[ResultSet],
+    done: Sequence[set[str]],
+    recordings: Sequence[Recording],
+    classes: dict[str, np.ndarray],
+    choice: Choice,
+) -> Iterator[tuple[Recording, list[Annotation]]]:
+    with connect(threads=usable_cores()) as database:
+        database.register("classes", classes)
+        for chunk in _chunks(recordings, len(sets)):
+            found = _select(database, store, sets, done, chunk, classes, choice)
+            groups = itertools.groupby(found, key=lambda row: row[0])
+            group = next(groups, None)
+            for position, recording in enumerate(chunk):
+                annotations: list[Annotation] = []
+                if group is not None and group[0] == position:
+                    annotations = [_annotation(row, sets) for row in group[1]]
+                    group = next(groups, None)
+                if choice.merge_gap is not None:
+                    annotations = merge(annotations, choice.merge_gap, mean=choice.merge_mean)
+                yield recording, annotations
+
+
+def _chunks(recordings: Sequence[Recording], sets: int) -> Iterator[list[Recording]]:
+    chunk: list[Recording] = []
+    seconds = 0.0
+    for recording in recordings:
+        if chunk and ((len(chunk) + 1) * sets > CHUNK_FILES or seconds + recording.duration > CHUNK_SECONDS):
+            yield chunk
+            chunk, seconds = [], 0.0
+        chunk.append(recording)
+        seconds += recording.duration
+    if chunk:
+        yield chunk
+
+
+def _select(
+    database: duckdb.DuckDBPyConnection,
+    store: Store,
+    sets: Sequence[ResultSet],
+    done: Sequence[set[str]],
+    chunk: Sequence[Recording],
+    classes: dict[str, np.ndarray],
+    choice: Choice,
+) -> Iterator[tuple[Any, ...]]:
+    """Rows of position in the chunk, source, start, end, probe, label and score; in the order of the table."""
+    digests = np.array([recording.digest for recording in chunk], dtype=object)
+    database.register("chunk", {"position": np.arange(len(chunk), dtype=np.int32), "recording": digests})
+    floor = float(classes["lowest"].min())
+    enough = "" if math.isinf(floor) else f" WHERE score::DOUBLE >= {floor!r}"  # before the join, for speed
+    sources = []
+    for index, (results, names) in enumerate(zip(sets, done, strict=True)):
+        files = [quoted(store.path(results, digest)) for digest in dict.fromkeys(digests) if digest in names]
+        if files:
+            sources.append(f"SELECT *, {index} AS source FROM read_parquet([{', '.join(files)}]){enough}")
+    best = (
+        ""
+        if choice.top_k is None
+        else "QUALIFY row_number() OVER (PARTITION BY position, source, probe, start ORDER BY score DESC, class) "
+        f"<= {choice.top_k}"
+    )
+    result = database.execute(
+        f"""SELECT position, source, start, "end", probe, label, score
+        FROM ({" UNION ALL ".join(sources)}) JOIN classes USING (source, probe, label) JOIN chunk USING (recording)
+        WHERE score::DOUBLE >= lowest {best}
+        ORDER BY position, start, source, probe, score DESC, class"""
+    )
+    while rows := result.fetchmany(10_000):
+        yield from rows
+
+
+def _annotation(row: tuple[Any, ...], sets: Sequence[ResultSet]) -> Annotation:
+    _, source, start, end, probe, label, score = row
+    results = sets[source]
+    return Annotation(start, end, label, score, results.cut.bandwidth, results.bundle, results.version, probe)
+
+
+def merge(annotations: Sequence[Annotation], gap: float, *, mean: bool) -> list[Annotation]:
+    """Join annotations of one label and probe whose distance is at most `gap` seconds.
+
+    Args:
+        annotations: of one recording, in order of their start.
+        gap: seconds between the end of one and the start of the next.
+        mean: the score is the mean of the joined ones; else the highest.
+    """
+    ends: dict[tuple[str, ...], float] = {}
+    groups: dict[tuple[str, ...], list[Annotation]] = {}
+    merged: list[list[Annotation]] = []
+    for one in annotations:
+        key = (one.bundle, one.version, one.probe, one.label)
+        if key not in ends or one.start > ends[key] + gap + SAME_TIME:
+            ends[key], groups[key] = one.end, []
+            merged.append(groups[key])
+        ends[key] = max(ends[key], one.end)
+        groups[key].append(one)
+    return [_joined(group, mean=mean) for group in merged]
+
+
+def _joined(group: Sequence[Annotation], *, mean: bool) -> Annotation:
+    scores = [one.score for one in group]
+    score = sum(scores) / len(scores) if mean else max(scores)
+    return group[0]._replace(end=max(one.end for one in group), score=score)

@@ -1,0 +1,39 @@
+"""``avex-serve classify``: another probe on the stored embeddings of a run."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from avex_serve.cli.progress import reporting
+from avex_serve.cli.run import INTERRUPTED, add_progress, end_on_sigterm, finish
+from avex_serve.cli.tables import add_choice, read_choice, write_tables
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser("classify", help="score the stored embeddings of a run with another probe")
+    parser.set_defaults(run=run)
+    parser.add_argument("store", type=Path, metavar="DIR", help="made by avex-serve run --embeddings")
+    parser.add_argument("bundle", type=Path, help="made by avex-export --offline, of a probe on the same backbone")
+    add_progress(parser)
+    add_choice(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compute what is missing, and write the tables."""
+    from avex_serve.archive.run import classify
+    from avex_serve.archive.store import Store
+    from avex_serve.inference.backend import open_bundle
+
+    Store(arguments.store)  # raises if there is none, where `writing` would make one
+    choice = read_choice(arguments)
+    with open_bundle(arguments.bundle, "cpu") as reader, Store.writing(arguments.store) as store:
+        try:
+            with end_on_sigterm(), reporting(arguments.progress) as report:
+                progress = classify(store, reader, report)
+        except KeyboardInterrupt:
+            print("avex-serve: interrupted; start the same command again to go on", file=sys.stderr)
+            return INTERRUPTED
+        tables = write_tables(store, arguments.format, choice)
+    return finish(progress, tables, arguments.progress)

@@ -1,0 +1,89 @@
+"""``avex-serve fit``: from labelled recordings to a head with an honest report."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from avex_serve.errors import DependencyError
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser(
+        "fit",
+        help="train a probe on labelled recordings, and evaluate it",
+        argument_default=argparse.SUPPRESS,  # the defaults are those of `FitRequest`
+        description="Train a probe on labelled recordings, and evaluate it on recordings that did not train it. "
+        "DATA is a folder with a folder for each class, a folder with annotation tables (Raven, Audacity, CSV with "
+        "the columns file, start, end, label), or such a table.",
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("data", type=Path, metavar="DATA", help="labelled recordings")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the probe and its report")
+    parser.add_argument("--model", help="backbone: a registered name or a YAML file (default: avex_demo)")
+    parser.add_argument("--probe", help="a named variant or a YAML file (default: linear_last)")
+    parser.add_argument("--check", action="store_true", help="print what would be trained on, and exit")
+    parser.add_argument(
+        "--export",
+        nargs="?",
+        type=Path,
+        const=None,
+        metavar="DIR",
+        help="export the probe as a bundle too (default folder: export/bundles/NAME)",
+    )
+    parser.add_argument("--seed", type=int, help="of folds and training (default: 0)")
+
+    labels = parser.add_argument_group("labels")
+    labels.add_argument(
+        "--negative",
+        dest="negatives",
+        action="append",
+        metavar="NAME",
+        help="a label of stretches without any of the sounds, besides noise, background and other; repeatable",
+    )
+    labels.add_argument(
+        "--fully-annotated", action="store_true", help="stretches without an annotation have none of the sounds"
+    )
+    labels.add_argument("--label-column", metavar="COLUMN", help="column of the tables with the labels")
+    labels.add_argument(
+        "--min-overlap",
+        type=float,
+        metavar="SECONDS",
+        help="how much of an annotation a window must share to have its label (default: 0.25, or all of it)",
+    )
+    labels.add_argument("--overlap", type=float, metavar="SECONDS", help="of neighbouring windows (default: 0)")
+
+    evaluation = parser.add_argument_group("evaluation")
+    evaluation.add_argument(
+        "--group-by", metavar="COLUMN", help="keep recordings with the same value together, such as site"
+    )
+    evaluation.add_argument(
+        "--target-precision", type=float, metavar="SHARE", help="of the detections above thresholds (default: 0.9)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where embeddings are kept (default: ~/.cache/avex-serve)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the check, or train and print the figures."""
+    try:
+        from avex_serve.training.fit import FitRequest, check, fit, run_exporter
+        from avex_serve.training.report import summary
+    except ModuleNotFoundError as error:
+        raise DependencyError(f"{error.name} is not installed; pip install 'avex-serve[export]'") from error
+
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(arguments).items()}
+    options: dict[str, Any] = {name: given[name] for name in FitRequest.__dataclass_fields__ if name in given}
+    request = FitRequest(**options)
+    if "check" in given:
+        print(check(request))
+        return 0
+    evaluation = fit(request, lambda text: print(text, file=sys.stderr, flush=True))
+    print(summary(evaluation))
+    print(f"wrote {request.output}; the report is {request.output / 'evaluation.json'}")
+    if "export" in given:
+        target = [] if given["export"] is None else ["--output", str(given["export"])]
+        print(run_exporter(["--probe", str(request.output), "--activation", "sigmoid", *target]).splitlines()[-1])
+    return 0

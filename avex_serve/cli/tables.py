@@ -1,0 +1,136 @@
+"""``avex-serve tables``: the results of a run as a table of another program."""
+
+import argparse
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from avex_serve.errors import InputError, NotFoundError
+
+if TYPE_CHECKING:
+    from avex_serve.archive.store import Store
+    from avex_serve.archive.tables import Choice
+
+FORMATS = ("csv", "ndjson", "parquet", "raven", "audacity", "birdnet", "kaleidoscope", "aoef", "camtrap-dp")
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command and its options."""
+    parser = commands.add_parser("tables", help="write the results of a run as a table; needs no inference")
+    parser.set_defaults(run=run)
+    parser.add_argument("store", type=Path, metavar="DIR", help="made by avex-serve run")
+    parser.add_argument("--output", type=Path, help="the file, or the folder of formats that need several files")
+    add_choice(parser)
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose what a table shows."""
+    group = parser.add_argument_group("tables", "None of these needs inference: change them as often as you like.")
+    group.add_argument(
+        "--format", action="append", choices=FORMATS, help="of the table; several times for several (default: csv)"
+    )
+    group.add_argument(
+        "--threshold",
+        metavar="SCORE|FILE",
+        help="lowest score to show (default: 0.5), or a CSV file of label,threshold",
+    )
+    group.add_argument("--top-k", type=int, help="show at most this number of labels for each window")
+    group.add_argument(
+        "--label", action="append", metavar="LABEL|@FILE", help="show this label, or those of a file; several times"
+    )
+    group.add_argument(
+        "--merge", type=float, metavar="GAP", help="join windows of a label that are at most GAP seconds apart"
+    )
+    group.add_argument(
+        "--merge-score", choices=("max", "mean"), default="max", help="of joined windows (default: max)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the tables, and print where they are."""
+    from avex_serve.archive.store import Store
+
+    if arguments.output is not None and len(arguments.format or ()) > 1:
+        raise InputError("--output is for one --format; leave it out to write several into the store")
+    for target in write_tables(Store(arguments.store), arguments.format, read_choice(arguments), arguments.output):
+        print(target)
+    return 0
+
+
+def write_tables(
+    store: "Store", formats: Sequence[str] | None, choice: "Choice", output: Path | None = None
+) -> list[Path]:
+    """Write a table in each format, by default CSV and into the store; returns where they are."""
+    from avex_serve.annotations.formats import FORMATS as WRITERS
+    from avex_serve.archive.store import TABLES, report_full_disk
+    from avex_serve.archive.tables import make_table
+
+    targets = []
+    for name in dict.fromkeys(formats or ["csv"]):
+        target = output or store.folder / TABLES / WRITERS[name].target
+        with report_full_disk():
+            WRITERS[name].write(make_table(store, choice), target)
+        targets.append(target)
+    return targets
+
+
+def read_choice(arguments: argparse.Namespace) -> "Choice":
+    """What the options choose.
+
+    Raises:
+        InputError: a number or a file that can't be used.
+        NotFoundError: no such file.
+    """
+    from avex_serve.archive.tables import Choice
+
+    threshold, thresholds = _read_thresholds(arguments.threshold)
+    return Choice(
+        threshold=threshold,
+        thresholds=thresholds,
+        top_k=arguments.top_k,
+        labels=_read_labels(arguments.label),
+        merge_gap=arguments.merge,
+        merge_mean=arguments.merge_score == "mean",
+    )
+
+
+def _read_labels(given: list[str] | None) -> list[str] | None:
+    if given is None:
+        return None
+    from avex_serve.bundles.reading import read_label_file
+
+    return [label for one in given for label in (read_label_file(Path(one[1:])) if one.startswith("@") else [one])]
+
+
+def _read_thresholds(given: str | None) -> tuple[float | None, dict[str, float] | None]:
+    if given is None:
+        return None, None
+    try:
+        return float(given), None
+    except ValueError:
+        path = Path(given)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except FileNotFoundError:
+        raise NotFoundError(f"threshold {given!r} is neither a number nor a file") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} can't be read: {error}") from None
+    if rows and rows[0] == ["label", "threshold"]:
+        del rows[0]
+    thresholds: dict[str, float] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            label, text = row
+            thresholds[label] = float(text)
+        except ValueError:
+            raise InputError(f"{path}, row {number}: {','.join(row)}; expected label,threshold") from None
+        if not math.isfinite(thresholds[label]):
+            raise InputError(f"{path}, row {number}: a threshold of {text}; expected a finite number")
+    if len(thresholds) < len(rows) or not rows:
+        raise InputError(
+            f"{path} has {'a label twice' if rows else 'no thresholds'}; expected one row for each label"
+        )
+    return None, thresholds

@@ -1,0 +1,324 @@
+"""Labelled recordings: from folders of classes or tables of annotations to targets of windows. Needs no torch.
+
+A folder without tables has a folder for each class; `A,B` stands for both classes, and folders inside it (sites,
+dates) are part of the class. Folders `train` and `test` around the classes are a split. A folder with tables of
+annotations, or a table, has its labels from there.
+"""
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PureWindowsPath
+from typing import Final
+
+import numpy as np
+
+from avex_serve.annotations.reading import TABLES, Annotation, read_annotations, recording_of
+from avex_serve.audio.reader import open_audio
+from avex_serve.bundles.reading import sha256_of
+from avex_serve.errors import AudioError, AvexServeError, InputError, NotFoundError
+from avex_serve.scheduling.cores import usable_cores
+
+AUDIO: Final = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64")
+NEGATIVES: Final = ("noise", "background", "other")
+MIN_OVERLAP: Final = 0.25  # seconds
+SPLITS: Final = {
+    **dict.fromkeys(("train", "training", "val", "valid", "validation", "dev"), "train"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_ABSENT: Final = "-"  # in front of a label: the sound is known to be absent
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording with its annotations."""
+
+    path: Path
+    name: str  # relative to the data, with `/`
+    annotations: tuple[Annotation, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)  # other columns of its rows
+    split: str | None = None  # "train", "test", or None where the data doesn't say
+    digest: str = ""  # sha256 of the file
+    seconds: float = 0.0
+    group: str = ""  # what stays together in a split
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled recordings, and what is wrong with them."""
+
+    labels: tuple[str, ...]
+    recordings: tuple[Recording, ...]
+    negatives: frozenset[str]  # labels, in lower case, of stretches without any of the sounds
+    fully_annotated: bool
+    problems: tuple[str, ...]
+
+    def targets(self, recording: Recording, spans: np.ndarray, min_overlap: float = MIN_OVERLAP) -> np.ndarray:
+        """Whether the windows of a recording have each label.
+
+        Args:
+            recording: of this data.
+            spans: (N, 2) start and end of each window in seconds.
+            min_overlap: seconds that a window shares with an annotation to count as annotated, or all of a shorter
+                annotation.
+
+        Returns:
+            (N, C) int8: 1 with the label, 0 without it, -1 unknown.
+        """
+        index = {label: i for i, label in enumerate(self.labels)}
+        targets = np.full((len(spans), len(index)), 0 if self.fully_annotated else -1, np.int8)
+        touched = np.zeros(targets.shape, bool)
+        present = np.zeros(targets.shape, bool)
+        absent = np.zeros(targets.shape, bool)
+        for annotation in recording.annotations:
+            end = min(annotation.end, recording.seconds)
+            shared = np.minimum(spans[:, 1], end) - np.maximum(spans[:, 0], annotation.start)
+            # An annotation of a point in time lies in the window that it starts in.
+            inside = (spans[:, 0] <= annotation.start) & (annotation.start < spans[:, 1])
+            needed = min(min_overlap, end - annotation.start)
+            covered = (shared >= needed - 1e-9) & (shared > 0) | inside & (needed <= 0)
+            label = annotation.label
+            if label.startswith(_ABSENT) and label[1:] in index:
+                absent[covered, index[label[1:]]] = True
+                continue
+            targets[covered] = np.maximum(targets[covered], 0)
+            if label in index:
+                present[covered, index[label]] = True
+                touched[(shared > 0) & ~covered, index[label]] = True
+        targets[absent] = 0
+        targets[touched] = -1
+        targets[present] = 1
+        return targets
+
+
+def read_dataset(
+    data: Path,
+    *,
+    negatives: Iterable[str] = (),
+    fully_annotated: bool = False,
+    group_by: str | None = None,
+    label_column: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> Dataset:
+    """Read labelled recordings; files that can't be read become problems.
+
+    Args:
+        data: a folder of classes, a folder with tables of annotations, or a table.
+        negatives: labels of stretches without any of the sounds, besides `NEGATIVES`.
+        fully_annotated: whether stretches without an annotation have none of the sounds.
+        group_by: column of the tables that says which recordings stay together, such as ``site``.
+        label_column: column of the tables with the labels.
+        labels: of a head, to evaluate it; None: those of the data.
+
+    Raises:
+        NotFoundError: no such file or folder.
+        InputError: no labels, a table that can't be read, or a recording in two groups or splits.
+    """
+    if not data.exists():
+        raise NotFoundError(f"{data}: no such file or folder")
+    problems: list[str] = []
+    root = data if data.is_dir() else data.parent
+    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in AUDIO and path.is_file()]
+    rows = _read_tables(data, files, label_column, problems)
+    labelled = any(annotation.label for found in rows.values() for annotation in found)
+    if data.is_file() and not labelled:
+        raise InputError(
+            f"{data} has no labels of recordings that are there; expected rows of file, start, end, label"
+        )
+    recordings = [
+        _from_tables(path, root, rows.get(path, [])) if labelled else _from_folders(path, root, rows.get(path, []))
+        for path in (sorted(rows) if labelled and not fully_annotated else files)
+    ]
+    ignored = frozenset(name.lower() for name in (*NEGATIVES, *negatives))
+    known = tuple(labels) if labels is not None else _labels_of(recordings, ignored)
+    if not known:
+        raise InputError(
+            f"{data} has no labels: expected a folder for each class with {', '.join(AUDIO[:4])} files in it, or "
+            "tables of annotations (Raven, Audacity, CSV with the columns file, start, end, label)"
+        )
+    recordings = _scanned(recordings, problems)
+    recordings = [_grouped(recording, group_by) for recording in recordings]
+    recordings = _joined(recordings, problems)
+    problems += _label_problems(recordings, known, ignored, foreign=labels is not None)
+    return Dataset(known, tuple(recordings), ignored, fully_annotated, tuple(problems))
+
+
+# -- from files to recordings -----------------------------------------------------------------------------------
+
+
+def _read_tables(
+    data: Path, files: Sequence[Path], label_column: str | None, problems: list[str]
+) -> dict[Path, list[Annotation]]:
+    """The rows of the tables by recording."""
+    tables = [data] if data.is_file() else [p for p in sorted(data.rglob("*")) if p.suffix.lower() in TABLES]
+    by_name: dict[str, list[Path]] = defaultdict(list)
+    for path in files:
+        by_name[path.name].append(path)
+        by_name[path.stem].append(path)
+    rows: dict[Path, list[Annotation]] = defaultdict(list)
+    for table in tables:
+        try:
+            annotations = read_annotations(table, label_column)
+        except InputError as error:
+            if data.is_file() or "no table of annotations" not in str(error):
+                raise
+            continue  # a text of another kind, such as a README
+        absent: Counter[str] = Counter()
+        for annotation in annotations:
+            name = annotation.file or recording_of(table)
+            found = _find(name, table, by_name)
+            if found is None:
+                absent[name] += 1
+            else:
+                rows[found].append(annotation)
+        problems += [f"{table.name} annotates {name}, which is not there ({n} rows)" for name, n in absent.items()]
+    return rows
+
+
+def _find(name: str, table: Path, by_name: Mapping[str, Sequence[Path]]) -> Path | None:
+    """The recording that a table means: by its path from the table's folder, else by a name that is unique."""
+    path = table.parent / name
+    if path.suffix.lower() in AUDIO and path.is_file():
+        return path
+    found = by_name.get(PureWindowsPath(name).name, ())  # takes either kind of slash
+    beside = [each for each in found if each.parent == table.parent]
+    if len(found) > 1 and len(beside) != 1:
+        raise InputError(
+            f"{table} annotates {name}, and there are {len(found)} files of that name; give their paths"
+        )
+    return next(iter(beside or found), None)
+
+
+def _from_tables(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:
+    fields = _fields_of(path, rows)
+    annotations = tuple(row for row in rows if row.label)
+    return Recording(path, _relative(path, root), annotations, fields, _split_of(path, fields.get("split")))
+
+
+def _from_folders(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:
+    fields = _fields_of(path, rows)
+    parts = path.relative_to(root).parts[:-1]
+    split = fields.get("split")
+    if parts and parts[0].lower() in SPLITS:
+        split, parts = split or parts[0], parts[1:]
+    # Commas separate classes; `-A,B` is the absence of both.
+    folder = parts[0] if parts else ""
+    sign = _ABSENT if folder.startswith(_ABSENT) else ""
+    names = [name.strip() for name in folder.removeprefix(sign).split(",") if name.strip()]
+    annotations = tuple(Annotation(None, 0.0, math.inf, sign + name) for name in names)
+    return Recording(path, _relative(path, root), annotations, fields, _split_of(path, split))
+
+
+def _fields_of(path: Path, rows: Sequence[Annotation]) -> dict[str, str]:
+    """The columns that are the same in every row of a recording; InputError if `split` isn't."""
+    if not rows:
+        return {}
+    fields = {
+        name: value for name, value in rows[0].fields.items() if all(row.fields.get(name) == value for row in rows)
+    }
+    if "split" in rows[0].fields and "split" not in fields:
+        raise InputError(f"{path} is in several splits; a recording belongs to one: its windows are alike")
+    return fields
+
+
+def _split_of(path: Path, text: str | None) -> str | None:
+    if not text:
+        return None
+    if text.lower() not in SPLITS:
+        raise InputError(f"{path}: split {text!r}; expected one of {', '.join(SPLITS)}")
+    return SPLITS[text.lower()]
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
+def _scanned(recordings: Sequence[Recording], problems: list[str]) -> list[Recording]:
+    """The recordings that can be read, each with its digest and length."""
+
+    def scan(recording: Recording) -> Recording | str:
+        try:
+            with open_audio(recording.path) as stream:
+                frames = stream.frames or sum(block.size for block in stream.blocks)
+                if not frames:
+                    raise AudioError(f"{recording.path} has no samples")
+                seconds = frames / stream.sample_rate
+            return replace(recording, digest=sha256_of(recording.path), seconds=seconds)
+        except (AvexServeError, OSError) as error:
+            return f"left out: {error}"
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        scanned = list(pool.map(scan, recordings))
+    problems += [found for found in scanned if isinstance(found, str)]
+    return [found for found in scanned if isinstance(found, Recording)]
+
+
+def _grouped(recording: Recording, column: str | None) -> Recording:
+    if column is None:
+        return replace(recording, group=recording.name)
+    value = recording.fields.get(column.lower())
+    if not value:
+        raise InputError(
+            f"{recording.name} has no single value in the column {column!r} of --group-by; give it in each row"
+        )
+    return replace(recording, group=value)
+
+
+def _joined(recordings: Sequence[Recording], problems: list[str]) -> list[Recording]:
+    """Recordings with groups joined where they share a file of the same content."""
+    leader: dict[str, str] = {}  # of a group
+
+    def find(group: str) -> str:
+        while leader.get(group, group) != group:
+            group = leader[group]
+        return group
+
+    first: dict[str, Recording] = {}  # by digest
+    for recording in recordings:
+        twin = first.setdefault(recording.digest, recording)
+        if twin is recording:
+            continue
+        problems.append(f"{recording.name} has the same content as {twin.name}; they stay together")
+        if {recording.split, twin.split} == {"train", "test"}:
+            problems[-1] = f"{recording.name} has the same content as {twin.name}, in the other split; remove one"
+        leader[find(recording.group)] = find(twin.group)
+    return [replace(recording, group=find(recording.group)) for recording in recordings]
+
+
+# -- labels -------------------------------------------------------------------------------------------------------
+
+
+def _labels_of(recordings: Iterable[Recording], negatives: frozenset[str]) -> tuple[str, ...]:
+    found = {annotation.label for recording in recordings for annotation in recording.annotations}
+    return tuple(sorted(name for name in found if name.lower() not in negatives and not name.startswith(_ABSENT)))
+
+
+def _label_problems(
+    recordings: Sequence[Recording], labels: Sequence[str], negatives: frozenset[str], *, foreign: bool
+) -> list[str]:
+    problems = []
+    alike: dict[str, list[str]] = defaultdict(list)
+    for label in labels:
+        alike["".join(label.lower().replace("_", " ").split())].append(label)
+    problems += [
+        f"labels that differ by case or spaces alone: {', '.join(map(repr, names))}; they are trained as several"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+    groups: dict[str, set[str]] = defaultdict(set)
+    for recording in recordings:
+        for annotation in recording.annotations:
+            groups[annotation.label].add(recording.group)
+    for label in labels:
+        if len(groups[label]) == 0 and not foreign:
+            problems.append(f"{label}: no recording of it can be read")
+        elif len(groups[label]) == 1:
+            problems.append(f"{label}: one recording (or group) only, so nothing can be said about new recordings")
+    for label in sorted(groups):
+        if label.startswith(_ABSENT) and label[1:] not in labels:
+            problems.append(f"{label}: says that {label[1:]} is absent, which is no label here")
+        elif foreign and label not in labels and label.lower() not in negatives and not label.startswith(_ABSENT):
+            problems.append(f"{label}: not a label of the head; its stretches count as without the head's labels")
+    return problems

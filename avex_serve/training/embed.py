@@ -1,0 +1,171 @@
+"""Windows of recordings through the serving engine, stored by content. Needs no torch.
+
+A recording's outputs are a file that is named after the digest of the recording, in a folder that is named after
+everything else that determines them. It appears by renaming: a run that was interrupted continues where it was, and
+the next run on the same recordings computes nothing.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from avex_serve.audio.reader import open_audio
+from avex_serve.errors import InputError
+from avex_serve.inference.engine import Engine
+from avex_serve.inference.pipeline import run_recording
+from avex_serve.training.dataset import MIN_OVERLAP, Dataset, Recording
+
+_FORMAT: Final = 1  # of the stored files
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The labelled windows of a data set with their outputs."""
+
+    outputs: list[np.ndarray]  # (N, ...) float32 each, on disk
+    targets: np.ndarray  # (N, C) int8: 1, 0, or -1 where unknown
+    spans: np.ndarray  # (N, 2) float64, seconds
+    recording: np.ndarray  # (N,) int, index into `recordings`
+    recordings: tuple[Recording, ...]
+
+    @property
+    def groups(self) -> np.ndarray:
+        """(N,) int, the same for windows that stay together."""
+        names = [recording.group for recording in self.recordings]
+        return np.asarray(np.unique(names, return_inverse=True)[1][self.recording])
+
+    @property
+    def splits(self) -> np.ndarray:
+        """(N,) str, the split that the data says, or "" where it doesn't."""
+        return np.asarray(np.array([recording.split or "" for recording in self.recordings])[self.recording])
+
+
+def run_windows(
+    engine: Engine,
+    outputs: Sequence[str],
+    dataset: Dataset,
+    store: Path,
+    scratch: Path,
+    *,
+    overlap: float = 0.0,
+    min_overlap: float = MIN_OVERLAP,
+    say: Callable[[str], None] = print,
+) -> tuple[Windows, list[str]]:
+    """Run the labelled windows of a data set.
+
+    Args:
+        engine: of a bundle that takes audio.
+        outputs: names of its outputs.
+        dataset: the recordings.
+        store: folder where the outputs of recordings are kept.
+        scratch: folder for the arrays of the result.
+        overlap: of neighbouring windows, in seconds.
+        min_overlap: see `Dataset.targets`.
+        say: is called with the progress.
+
+    Returns:
+        The windows with at least one known label, and a sentence for each recording that can't be used.
+
+    Raises:
+        InputError: no labelled window is left, or an overlap that the bundle can't have.
+    """
+    folder = store / _key(engine, outputs, overlap)
+    folder.mkdir(parents=True, exist_ok=True)
+    problems = _run_missing(engine, outputs, dataset.recordings, folder, overlap, say)
+    found: list[tuple[Recording, np.ndarray, np.ndarray, np.ndarray]] = []
+    for recording in dataset.recordings:
+        if recording.name in problems:
+            continue
+        with np.load(_file(folder, recording)) as stored:
+            spans = stored["spans"]
+        whole = replace(recording, seconds=float(spans[-1, 1]))  # as decoded, whatever the header says
+        targets = dataset.targets(whole, spans, min_overlap)
+        kept = np.asarray((targets >= 0).any(axis=1))
+        if kept.any():
+            found.append((whole, kept, targets[kept], spans[kept]))
+    if not found:
+        raise InputError("no window of these recordings has a known label; see the problems of --check")
+    arrays: list[np.ndarray] = []
+    total, start = sum(len(targets) for _, _, targets, _ in found), 0
+    for recording, kept, targets, _ in found:
+        with np.load(_file(folder, recording)) as stored:
+            rows = [stored[str(i)][kept] for i in range(len(outputs))]
+        arrays = arrays or [_array(scratch / f"{i}.npy", (total, *row.shape[1:])) for i, row in enumerate(rows)]
+        for array, row in zip(arrays, rows, strict=True):
+            array[start : start + len(targets)] = row
+        start += len(targets)
+    windows = Windows(
+        outputs=arrays,
+        targets=np.concatenate([targets for _, _, targets, _ in found]),
+        spans=np.concatenate([spans for *_, spans in found]),
+        recording=np.repeat(np.arange(len(found)), [len(targets) for _, _, targets, _ in found]),
+        recordings=tuple(recording for recording, *_ in found),
+    )
+    return windows, list(problems.values())
+
+
+def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+
+
+def _key(engine: Engine, outputs: Sequence[str], overlap: float) -> str:
+    """Digest of what determines the outputs of a recording, besides the recording."""
+    fingerprints = {info.output: info.fingerprint for info in engine.manifest.embeddings}
+    made_by = [fingerprints.get(output) or [engine.bundle.digest, output] for output in outputs]
+    audio = engine.audio_spec
+    parts = [_FORMAT, made_by, audio.sample_rate, audio.window_samples, audio.resampler, overlap]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _file(folder: Path, recording: Recording) -> Path:
+    return folder / recording.digest[:2] / f"{recording.digest}.npz"
+
+
+def _run_missing(
+    engine: Engine,
+    outputs: Sequence[str],
+    recordings: Sequence[Recording],
+    folder: Path,
+    overlap: float,
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """Run the recordings that are not stored yet; a sentence for each that can't be used, by its name."""
+    missing = {r.digest: r for r in recordings if not _file(folder, r).is_file()}
+
+    def run(recording: Recording) -> None:
+        windows = run_recording(engine, partial(open_audio, recording.path), overlap, outputs)
+        path = _file(folder, recording)
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
+            arrays = {str(i): windows.outputs[name] for i, name in enumerate(outputs)}
+            part = Path(unfinished) / path.name
+            np.savez(part, spans=windows.spans, **arrays)  # type: ignore[arg-type]
+            part.replace(path)
+
+    failed: dict[str, str] = {}  # by digest
+    # The engine spreads the windows of one recording over its threads; short recordings have one window each.
+    with ThreadPoolExecutor(engine.threads) as pool:
+        running = {pool.submit(run, recording): recording for recording in missing.values()}
+        try:
+            for done, future in enumerate(as_completed(running), 1):
+                recording = running[future]
+                try:
+                    future.result()
+                except InputError as error:
+                    failed[recording.digest] = f"left out: {error}"
+                if done == len(running) or done % max(1, len(running) // 10) == 0:
+                    say(
+                        f"embedded {done} of {len(running)} recordings; {len(recordings) - len(running)} were stored"
+                    )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return {r.name: failed[r.digest] for r in recordings if r.digest in failed}

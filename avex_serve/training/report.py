@@ -1,0 +1,350 @@
+"""What a head is worth: figures of each label with intervals, as ``evaluation.json`` and ``evaluation.csv``.
+
+Needs no torch. The schema of ``evaluation.json`` is that of `Evaluation`.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from msgspec import Struct
+
+from avex_serve.calibration.scales import Calibration, sigmoid
+from avex_serve.training import metrics
+from avex_serve.training.dataset import Recording
+from avex_serve.training.embed import Windows
+from avex_serve.training.noise import MOST_PER_HOUR
+
+EVALUATION: Final = "evaluation.json"
+TABLE: Final = "evaluation.csv"
+FEW: Final = 5  # recordings with a sound, below which its figures say little
+WORST: Final = 30  # mistakes to list
+NOTHING: Final = "(none)"  # in the confusion: no sound, and no detection
+_LARGE: Final = 20_000  # windows, above which there are fewer resamples
+_POINTS: Final = 100  # of a curve
+
+
+class Measure(Struct, frozen=True, kw_only=True):
+    """A figure with its interval of 95 % over recordings; null where it has no value."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    windows: int  # with the sound
+    recordings: int  # with the sound
+
+
+class Figures(Struct, frozen=True, kw_only=True):
+    """The figures of one label, or their means over labels."""
+
+    average_precision: Measure
+    auroc: Measure
+    precision: Measure  # these three of detections from a score of 0.5 on
+    recall: Measure
+    f1: Measure
+    precision_at_threshold: Measure  # these three of detections from the threshold on
+    recall_at_threshold: Measure
+    f1_at_threshold: Measure
+    calibration_error: Measure  # of probabilities
+
+
+class LabelFigures(Figures, frozen=True, kw_only=True):
+    """The figures of one label, with what they are made of."""
+
+    windows_without: int
+    threshold_score: float | None  # of the saved head
+    precision_recall: tuple[tuple[float, float, float], ...]  # score, precision and recall, along the curve
+    reliability: tuple[dict[str, float], ...]
+    warning: str | None
+
+
+class Mistake(Struct, frozen=True, kw_only=True):
+    """A window that the head judges most wrongly."""
+
+    file: str
+    start: float
+    end: float
+    label: str
+    kind: Literal["missed", "false"]
+    score: float
+
+
+class Noise(Struct, frozen=True, kw_only=True):
+    """Detections an hour in sounds that hold no animal, from the thresholds on; labels without any are left out."""
+
+    seconds: float
+    per_hour: dict[str, float]
+
+
+class Evaluation(Struct, frozen=True, kw_only=True):
+    """The content of ``evaluation.json``."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    probe: str
+    chosen: dict[str, float]  # settings of the saved head, such as C
+    evaluated: str  # "split column", "hold-out", "cross-validation", "all" or "none"
+    windows: int  # evaluated
+    recordings: int
+    groups: int
+    target_precision: float | None
+    macro: Figures | None  # null if nothing could be evaluated
+    labels: dict[str, LabelFigures]
+    confusion: dict[str, dict[str, int]]  # by true label: the label with the highest score, where it is detected
+    worst: tuple[Mistake, ...]
+    noise: dict[str, Noise]
+    problems: tuple[str, ...]  # of the data, and what the figures don't show
+
+    def write(self, folder: Path) -> None:
+        """Write ``evaluation.json`` and ``evaluation.csv`` into a folder."""
+        (folder / EVALUATION).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        (folder / TABLE).write_text(table(self), "utf-8")
+
+
+class Predictions(NamedTuple):
+    """What a head, or several on parts of the data, says about windows that it was not trained on."""
+
+    rows: np.ndarray  # (n,) int, the windows
+    logits: np.ndarray  # (n, C)
+    detected: np.ndarray  # (n, C) float: 1 from the threshold on, 0 below; NaN where the label has no threshold
+    probabilities: np.ndarray  # (n, C); NaN where the label is not calibrated
+
+    @classmethod
+    def of(cls, rows: np.ndarray, logits: np.ndarray, calibration: Calibration) -> "Predictions":
+        """Predictions with a calibration."""
+        thresholds = calibration.thresholds(np.nan)
+        detected = np.where(np.isnan(thresholds), np.nan, logits >= thresholds)
+        return cls(rows, logits, detected, calibration.probabilities(logits).astype(np.float64))
+
+
+def evaluate(
+    windows: Windows, labels: Sequence[str], predictions: Sequence[Predictions], seed: int
+) -> tuple[Figures, dict[str, LabelFigures]]:
+    """The figures of each label, and their means over the labels that have a value.
+
+    Args:
+        windows: with their targets.
+        labels: C names.
+        predictions: of parts of the windows that don't overlap.
+        seed: of the resampling.
+    """
+    joined = _join(predictions)
+    groups, targets = windows.groups[joined.rows], windows.targets[joined.rows]
+    values = _point(joined, targets)
+    drawn = _resampled(joined, targets, groups, seed)  # (metrics, C, B)
+    counts = [
+        ((targets[:, i] == 1).sum(), np.unique(groups[targets[:, i] == 1]).size, (targets[:, i] == 0).sum())
+        for i in range(len(labels))
+    ]
+    found = {}
+    for i, label in enumerate(labels):
+        with_sound, recordings, without = map(int, counts[i])
+        measures = [_measure(values[m, i], drawn[m, i], with_sound, recordings) for m in range(len(_NAMES))]
+        known = targets[:, i] >= 0
+        has, logits = targets[known, i], joined.logits[known, i]
+        calibrated = np.isfinite(joined.probabilities[known, i])
+        found[label] = LabelFigures(
+            **dict(zip(_NAMES, measures, strict=True)),
+            windows_without=without,
+            threshold_score=None,
+            precision_recall=_curve(has, logits),
+            reliability=tuple(metrics.reliability(has[calibrated], joined.probabilities[known, i][calibrated])),
+            warning=_warning(with_sound, recordings, without),
+        )
+    windows_with, recordings_with = int((targets == 1).any(axis=1).sum()), np.unique(groups).size
+    macro = [_measure(_mean(values[m]), _mean(drawn[m]), windows_with, recordings_with) for m in range(len(_NAMES))]
+    return Figures(**dict(zip(_NAMES, macro, strict=True))), found
+
+
+def confusion(
+    windows: Windows, labels: Sequence[str], predictions: Sequence[Predictions]
+) -> dict[str, dict[str, int]]:
+    """Counts by true and detected label, of windows that are known for every label and have one at most."""
+    joined = _join(predictions)
+    targets = windows.targets[joined.rows]
+    single = (targets >= 0).all(axis=1) & (targets.sum(axis=1) <= 1)
+    counts: dict[str, dict[str, int]] = {}
+    for row, logits in zip(targets[single], joined.logits[single], strict=True):
+        true = labels[int(row.argmax())] if row.any() else NOTHING
+        named = labels[int(logits.argmax())] if logits.max() >= 0 else NOTHING
+        counts.setdefault(true, {})
+        counts[true][named] = counts[true].get(named, 0) + 1
+    return counts
+
+
+def worst(windows: Windows, labels: Sequence[str], predictions: Sequence[Predictions]) -> tuple[Mistake, ...]:
+    """The windows and labels with the highest loss among those that a score of 0.5 decides wrongly."""
+    joined = _join(predictions)
+    targets = windows.targets[joined.rows]
+    wrong = np.where(targets == 1, -joined.logits, joined.logits)  # logit of the opposite
+    wrong[targets < 0] = -np.inf
+    order = np.argsort(-wrong, axis=None, kind="stable")[:WORST]
+    found = []
+    for row, label in zip(*np.unravel_index(order, wrong.shape), strict=True):
+        if wrong[row, label] < 0:
+            break
+        window = joined.rows[row]
+        recording: Recording = windows.recordings[windows.recording[window]]
+        found.append(
+            Mistake(
+                file=recording.name,
+                start=float(windows.spans[window, 0]),
+                end=float(windows.spans[window, 1]),
+                label=labels[label],
+                kind="missed" if targets[row, label] == 1 else "false",
+                score=float(sigmoid(joined.logits[row, label])),
+            )
+        )
+    return tuple(found)
+
+
+def table(evaluation: Evaluation) -> str:
+    """``evaluation.csv``: a row for each label, and their means; the first columns are those of BirdNET-Analyzer."""
+    named = {
+        "Precision (0.5)": "precision",
+        "Recall (0.5)": "recall",
+        "F1 Score (0.5)": "f1",
+        "Precision (opt)": "precision_at_threshold",
+        "Recall (opt)": "recall_at_threshold",
+        "F1 Score (opt)": "f1_at_threshold",
+        "AUPRC": "average_precision",
+        "AUROC": "auroc",
+    }
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    intervals = [f"{name} {end}" for name in ("AUPRC", "AUROC") for end in ("low", "high")]
+    writer.writerow(["Class", *named, "Optimal Threshold", "Windows", "Windows without", "Recordings", *intervals])
+    rows: list[tuple[str, Figures]] = list(evaluation.labels.items())
+    if evaluation.macro is not None:
+        rows.append(("OVERALL (macro-averaged)", evaluation.macro))
+    for name, figures in rows:
+        measures = [getattr(figures, field) for field in named.values()]
+        writer.writerow(
+            [
+                name,
+                *(_number(measure.value) for measure in measures),
+                _number(figures.threshold_score) if isinstance(figures, LabelFigures) else "",
+                measures[0].windows,
+                figures.windows_without if isinstance(figures, LabelFigures) else "",
+                measures[0].recordings,
+                *(_number(end) for measure in measures[-2:] for end in (measure.low, measure.high)),
+            ]
+        )
+    return text.getvalue()
+
+
+def summary(evaluation: Evaluation) -> str:
+    """The figures for a terminal: a line for each label, the means, noise, and the problems."""
+    if evaluation.macro is None:
+        lines = ["nothing could be evaluated: all windows belong to one recording or group"]
+    else:
+        how = {"cross-validation": "cross-validation over groups", "split column": "the split of the data"}
+        lines = [
+            f"{evaluation.windows} windows of {evaluation.recordings} recordings, by "
+            f"{how.get(evaluation.evaluated, evaluation.evaluated)}; 95 % intervals over recordings",
+            f"{'':24} {'windows':>8} {'recordings':>10}  {'average precision':20}  {'AUROC':20}  threshold",
+        ]
+        rows: list[tuple[str, Figures]] = [*evaluation.labels.items(), ("mean", evaluation.macro)]
+        for name, figures in rows:
+            threshold = figures.threshold_score if isinstance(figures, LabelFigures) else None
+            lines.append(
+                f"{name[:24]:24} {figures.auroc.windows:8} {figures.auroc.recordings:10}  "
+                f"{_text(figures.average_precision):20}  {_text(figures.auroc):20}  "
+                f"{'–' if threshold is None else f'{threshold:.3f}'}"
+            )
+    for kind, noise in evaluation.noise.items():
+        lines += [
+            f"WARNING: {rate:.0f} detections of {label} an hour in {kind}"
+            for label, rate in noise.per_hour.items()
+            if rate > MOST_PER_HOUR
+        ]
+    return "\n".join([*lines, *(f"note: {problem}" for problem in evaluation.problems)])
+
+
+# -- figures ------------------------------------------------------------------------------------------------------
+
+_NAMES: Final = tuple(field for field in Figures.__struct_fields__)
+
+
+def _point(joined: Predictions, targets: np.ndarray) -> np.ndarray:
+    return _figures(joined, targets, np.ones((1, len(targets))))[..., 0]
+
+
+def _resampled(joined: Predictions, targets: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    resamples = metrics.RESAMPLES if len(targets) <= _LARGE else metrics.RESAMPLES // 5
+    blocks = metrics.resample(groups, seed, resamples)
+    return np.concatenate([_figures(joined, targets, weights) for weights in blocks], axis=-1)
+
+
+def _figures(joined: Predictions, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(metrics, C, B) of weights (B, N), in the order of `_NAMES`."""
+    found = np.full((len(_NAMES), targets.shape[1], len(weights)), np.nan)
+    for i in range(targets.shape[1]):
+        known = targets[:, i] >= 0
+        has, logits, weight = targets[known, i], joined.logits[known, i], weights[:, known]
+        found[0, i] = metrics.average_precision(has, logits, weight)
+        found[1, i] = metrics.auroc(has, logits, weight)
+        decided = (metrics.precision, metrics.recall, metrics.f1)
+        found[2:5, i] = [metric(has, logits >= 0, weight) for metric in decided]
+        where = np.isfinite(joined.detected[known, i])
+        detected = joined.detected[known, i][where] == 1
+        found[5:8, i] = [metric(has[where], detected, weight[:, where]) for metric in decided]
+        where = np.isfinite(joined.probabilities[known, i])
+        found[8, i] = metrics.calibration_error(has[where], joined.probabilities[known, i][where], weight[:, where])
+    return found
+
+
+def _join(predictions: Sequence[Predictions]) -> Predictions:
+    return Predictions(*(np.concatenate(parts) for parts in zip(*predictions, strict=True)))
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean over labels (C, ...) of those that have a value; NaN where none has."""
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray(np.where(known, values, 0).sum(axis=0) / known.sum(axis=0))
+
+
+def _measure(value: np.ndarray, drawn: np.ndarray, windows: int, recordings: int) -> Measure:
+    low, high = metrics.interval(drawn)
+    return Measure(
+        value=_finite(value), low=_finite(low), high=_finite(high), windows=windows, recordings=recordings
+    )
+
+
+def _finite(value: float | np.ndarray) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _curve(targets: np.ndarray, logits: np.ndarray) -> tuple[tuple[float, float, float], ...]:
+    if not (targets == 1).any():
+        return ()
+    order = np.argsort(-logits, kind="stable")
+    last = np.append(np.diff(logits[order]) != 0, True)
+    true = np.cumsum(targets[order] == 1)[last]
+    ranks = np.flatnonzero(last) + 1
+    chosen = np.unique(np.linspace(0, ranks.size - 1, min(_POINTS, ranks.size)).round().astype(int))
+    scores = sigmoid(logits[order][last])
+    return tuple((float(scores[i]), float(true[i] / ranks[i]), float(true[i] / true[-1])) for i in chosen)
+
+
+def _warning(with_sound: int, recordings: int, without: int) -> str | None:
+    if not with_sound or not without:
+        return f"no windows {'with' if not with_sound else 'without'} the sound: it can't be evaluated"
+    if recordings < FEW:
+        return f"{recordings} recordings with the sound: these figures say little about new ones"
+    return None
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _text(measure: Measure) -> str:
+    if measure.value is None or measure.low is None or measure.high is None:
+        return "–"
+    return f"{measure.value:.3f} ({measure.low:.3f}–{measure.high:.3f})"

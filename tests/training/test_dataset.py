@@ -1,0 +1,190 @@
+"""From folders and tables to the targets of windows."""
+
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+
+from avex_serve.errors import InputError, NotFoundError
+from avex_serve.training.dataset import read_dataset
+
+RATE = 8000
+WINDOWS = np.array([[0, 2], [2, 4], [4, 6], [6, 7]], float)  # of a recording of 7 s
+
+
+def write(path, seconds=7.0, seed=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(abs(hash(str(path))) if seed is None else seed)
+    soundfile.write(path, 0.1 * rng.standard_normal(int(seconds * RATE)), RATE)
+    return path
+
+
+def table(folder, text, name="labels.csv"):
+    (folder / name).write_text("file,start,end,label\n" + text)
+    return folder
+
+
+def targets_of(dataset, name, spans=WINDOWS, **options):
+    recording = next(recording for recording in dataset.recordings if recording.name == name)
+    rows = dataset.targets(recording, spans, **options)
+    return {label: rows[:, i].tolist() for i, label in enumerate(dataset.labels)}
+
+
+def test_folders_of_classes(tmp_path):
+    for name in (
+        "robin/a.wav",
+        "robin/site 1/b.wav",
+        "wren/c.flac",
+        "robin, wren/d.wav",
+        "Noise/e.wav",
+        "-wren/f.wav",
+    ):
+        write(tmp_path / name)
+    (tmp_path / "wren" / "notes.txt").write_text("nothing to see")
+    dataset = read_dataset(tmp_path)
+    assert dataset.labels == ("robin", "wren")
+    assert targets_of(dataset, "robin/a.wav") == {"robin": [1] * 4, "wren": [0] * 4}
+    assert targets_of(dataset, "robin/site 1/b.wav") == {"robin": [1] * 4, "wren": [0] * 4}
+    assert targets_of(dataset, "robin, wren/d.wav") == {"robin": [1] * 4, "wren": [1] * 4}
+    assert targets_of(dataset, "Noise/e.wav") == {"robin": [0] * 4, "wren": [0] * 4}
+    assert targets_of(dataset, "-wren/f.wav") == {"robin": [-1] * 4, "wren": [0] * 4}
+    assert dataset.problems == ()
+
+
+def test_folders_may_be_split(tmp_path):
+    for name in ("train/robin/a.wav", "train/wren/b.wav", "test/robin/c.wav", "Test/wren/d.wav"):
+        write(tmp_path / name)
+    dataset = read_dataset(tmp_path)
+    assert dataset.labels == ("robin", "wren")
+    assert {r.name: r.split for r in dataset.recordings}["Test/wren/d.wav"] == "test"
+
+
+def test_a_table_of_recordings_adds_columns_to_folders(tmp_path):
+    write(tmp_path / "robin" / "a.wav")
+    write(tmp_path / "wren" / "b.wav")
+    (tmp_path / "sites.csv").write_text("file,site,split\nrobin/a.wav,north,train\nwren/b.wav,south,test\n")
+    dataset = read_dataset(tmp_path, group_by="Site")
+    assert [(r.group, r.split) for r in dataset.recordings] == [("north", "train"), ("south", "test")]
+    assert dataset.labels == ("robin", "wren")
+
+
+def test_windows_with_around_and_without_annotations(tmp_path):
+    write(tmp_path / "a.wav")
+    table(tmp_path, "a.wav,1.9,3,robin\na.wav,4.5,4.55,wren\n")
+    # The first window shares 0.1 s with the robin: neither with it nor without it.
+    assert targets_of(read_dataset(tmp_path), "a.wav") == {"robin": [-1, 1, 0, -1], "wren": [-1, 0, 1, -1]}
+    fully = read_dataset(tmp_path, fully_annotated=True)
+    assert targets_of(fully, "a.wav") == {"robin": [-1, 1, 0, 0], "wren": [0, 0, 1, 0]}
+    assert targets_of(fully, "a.wav", min_overlap=0.05)["robin"] == [1, 1, 0, 0]
+
+
+def test_points_negatives_and_known_absences(tmp_path):
+    write(tmp_path / "a.wav")
+    table(tmp_path, "a.wav,2,2,robin\na.wav,4,6,Background\na.wav,6,7,-robin\na.wav,0,2,rain\na.wav,0,2,wren\n")
+    dataset = read_dataset(tmp_path, negatives=["rain"])
+    assert targets_of(dataset, "a.wav") == {"robin": [0, 1, 0, 0], "wren": [1, 0, 0, -1]}
+
+
+def test_annotations_outside_of_a_recording_are_cut(tmp_path):
+    write(tmp_path / "a.wav")
+    table(tmp_path, "a.wav,6.9,9,robin\na.wav,10,12,wren\n")
+    assert targets_of(read_dataset(tmp_path), "a.wav") == {"robin": [-1, -1, -1, 1], "wren": [-1, -1, -1, 0]}
+
+
+def test_fully_annotated_takes_recordings_without_annotations(tmp_path):
+    for name in ("a.wav", "b.wav"):
+        write(tmp_path / name)
+    table(tmp_path, "a.wav,0,2,robin\n")
+    assert [r.name for r in read_dataset(tmp_path).recordings] == ["a.wav"]
+    assert targets_of(read_dataset(tmp_path, fully_annotated=True), "b.wav") == {"robin": [0] * 4}
+
+
+def test_tables_beside_recordings(tmp_path):
+    for name in ("x/dawn.wav", "y/dawn.wav", "x/dusk.wav"):
+        write(tmp_path / name)
+    (tmp_path / "x" / "dawn.txt").write_text("0\t2\trobin\n")
+    (tmp_path / "y" / "dawn.Table.1.selections.txt").write_text(
+        "Selection\tBegin Time (s)\tEnd Time (s)\tSpecies\n1\t2\t4\twren\n"
+    )
+    dataset = read_dataset(tmp_path)
+    assert [r.name for r in dataset.recordings] == ["x/dawn.wav", "y/dawn.wav"]
+    assert targets_of(dataset, "x/dawn.wav")["robin"] == [1, -1, -1, -1]
+    assert targets_of(dataset, "y/dawn.wav")["wren"] == [-1, 1, -1, -1]
+
+
+def test_a_table_alone_with_paths_of_another_machine(tmp_path):
+    write(tmp_path / "deep" / "a.wav")
+    table(tmp_path, "C:\\season 1\\a.wav,0,2,robin\nnone.wav,0,2,robin\n")
+    dataset = read_dataset(tmp_path / "labels.csv")
+    assert [r.name for r in dataset.recordings] == ["deep/a.wav"]
+    assert "labels.csv annotates none.wav, which is not there (1 rows)" in dataset.problems
+
+
+def test_files_of_one_name_need_paths(tmp_path):
+    for name in ("x/a.wav", "y/a.wav"):
+        write(tmp_path / name)
+    table(tmp_path, "a.wav,0,2,robin\n")
+    with pytest.raises(InputError, match="there are 2 files of that name"):
+        read_dataset(tmp_path)
+
+
+def test_problems_are_listed(tmp_path):
+    for name in ("robin/a.wav", "Robin /b.wav", "wren/c.wav"):
+        write(tmp_path / name)
+    shutil.copy(tmp_path / "robin" / "a.wav", tmp_path / "wren" / "copy.wav")
+    (tmp_path / "robin" / "broken.wav").write_bytes(b"RIFF")
+    dataset = read_dataset(tmp_path)
+    text = "\n".join(dataset.problems)
+    assert "labels that differ by case or spaces alone: 'Robin', 'robin'" in text
+    assert "broken.wav" in text
+    assert "wren/copy.wav has the same content as robin/a.wav; they stay together" in text
+    assert "robin: one recording (or group) only" in text
+    groups = {r.name: r.group for r in dataset.recordings}
+    assert groups["wren/copy.wav"] == groups["robin/a.wav"] != groups["wren/c.wav"]
+
+
+def test_the_same_content_in_both_splits_is_said(tmp_path):
+    write(tmp_path / "train" / "robin" / "a.wav")
+    write(tmp_path / "test" / "robin" / "b.wav")
+    shutil.copy(tmp_path / "train" / "robin" / "a.wav", tmp_path / "test" / "robin" / "a.wav")
+    assert any("in the other split; remove one" in problem for problem in read_dataset(tmp_path).problems)
+
+
+def test_labels_of_a_head(tmp_path):
+    write(tmp_path / "robin" / "a.wav")
+    write(tmp_path / "wren" / "b.wav")
+    dataset = read_dataset(tmp_path, labels=("wren", "owl"))
+    assert targets_of(dataset, "robin/a.wav") == {"wren": [0] * 4, "owl": [0] * 4}
+    assert any(problem.startswith("robin: not a label of the head") for problem in dataset.problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "reason"),
+    [
+        ("a.wav,0,2,noise\n", {}, "has no labels"),
+        ("a.wav,0,2,robin\n", {"group_by": "site"}, "no single value in the column 'site'"),
+    ],
+)
+def test_what_can_not_be_used_is_refused(tmp_path, text, options, reason):
+    write(tmp_path / "a.wav")
+    with pytest.raises(InputError, match=reason):
+        read_dataset(table(tmp_path, text), **options)
+
+
+def test_a_recording_belongs_to_one_split(tmp_path):
+    write(tmp_path / "a.wav")
+    (tmp_path / "x.csv").write_text("file,start,end,label,split\na.wav,0,2,robin,train\na.wav,2,4,robin,test\n")
+    with pytest.raises(InputError, match="several splits"):
+        read_dataset(tmp_path)
+    (tmp_path / "x.csv").write_text("file,start,end,label,split\na.wav,0,2,robin,fold 1\n")
+    with pytest.raises(InputError, match="split 'fold 1'; expected one of train"):
+        read_dataset(tmp_path)
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(NotFoundError):
+        read_dataset(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="a folder for each class"):
+        read_dataset(tmp_path / "empty")

@@ -1,0 +1,98 @@
+"""Splits keep groups together and give each part its share of the labels."""
+
+import numpy as np
+import pytest
+
+from avex_serve.errors import InputError
+from avex_serve.training.split import folds, near_duplicates, split
+
+
+def season(recordings=60, windows=5, labels=4, seed=0):
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(recordings), windows)
+    holds = rng.random((recordings, labels)) < [0.5, 0.3, 0.2, 0.2]
+    return (holds[groups] & (rng.random((groups.size, labels)) < 0.8)).astype(np.int8), groups
+
+
+def nothing(groups):
+    return np.full(groups.size, "")
+
+
+def test_a_fifth_of_the_groups_is_held_out_where_labels_have_many():
+    targets, groups = season()
+    result = split(targets, groups, nothing(groups), 0)
+    assert (result.how, result.trains_on_all) == ("hold-out", False)
+    ((train, test),) = result.parts
+    assert not (train & test).any()
+    assert (train | test).all()
+    assert not np.intersect1d(groups[train], groups[test]).size
+    assert np.unique(groups[test]).size == 12
+    for label in range(4):
+        with_it = np.unique(groups[targets[:, label] == 1])
+        share = np.isin(with_it, groups[test]).mean()
+        assert 0.1 < share < 0.3
+
+
+def test_few_groups_are_cross_validated():
+    targets, groups = season(recordings=8)
+    result = split(targets, groups, nothing(groups), 0)
+    assert (result.how, result.trains_on_all, len(result.parts)) == ("cross-validation", True, 5)
+    assert (sum(test.astype(int) for _, test in result.parts) == 1).all()
+    for train, test in result.parts:
+        assert not np.intersect1d(groups[train], groups[test]).size
+
+
+def test_two_groups_make_two_folds_and_one_makes_none():
+    targets, groups = season(recordings=2)
+    assert len(split(targets, groups, nothing(groups), 0).parts) == 2
+    targets, groups = season(recordings=1)
+    assert split(targets, groups, nothing(groups), 0).how == "none"
+
+
+def test_the_seed_chooses_the_groups():
+    targets, groups = season()
+    first, again, other = (folds(targets, groups, 5, seed) for seed in (1, 1, 2))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_rare_labels_are_spread():
+    targets, groups = season(recordings=50, labels=4)
+    targets[:, 3] = groups % 10 == 0  # five groups in fifty
+    fold = folds(targets, groups, 5, 0)
+    assert sorted(set(fold[targets[:, 3] == 1])) == [0, 1, 2, 3, 4]
+
+
+def test_a_split_of_the_data_is_honoured():
+    targets, groups = season()
+    given = np.where(groups < 7, "test", "train")
+    result = split(targets, groups, given, 0)
+    assert result.how == "split column"
+    assert (result.parts[0][1] == (groups < 7)).all()
+    assert not result.trains_on_all
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (lambda groups: np.where(groups < 7, "test", ""), "'none', 'test'"),
+        (lambda groups: np.full(groups.size, "train"), "expected train and test"),
+        (lambda groups: np.where(np.arange(groups.size) % 5 < 2, "test", "train"), "60 groups are in both"),
+    ],
+)
+def test_a_split_that_can_not_be_is_refused(given, reason):
+    targets, groups = season()
+    with pytest.raises(InputError, match=reason):
+        split(targets, groups, given(groups), 0)
+
+
+def test_near_duplicates_across_the_split_are_found():
+    rng = np.random.default_rng(0)
+    embeddings = 3 + rng.normal(size=(5000, 16)).astype(np.float32)
+    train = np.arange(5000) < 3000
+    embeddings[4000] = embeddings[17] + 1e-3
+    embeddings[4100] = embeddings[4200]  # both in the test
+    ((test, other, cosine),) = near_duplicates(embeddings, train, ~train)
+    assert (test, other) == (4000, 17)
+    assert cosine > 0.999
+    assert near_duplicates(embeddings, np.zeros(5000, bool), train) == []
