@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: help demo lint test-fast test test-all bench bench-overhead format proto train-demo clean
+.PHONY: help demo lint test-fast test test-all fuzz bench bench-overhead format proto train-demo clean
 
 help:
 	@echo "make demo        export the demo probe, serve it and query it over HTTP and gRPC"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-fast   the tests that take little: under two minutes on two cores"
 	@echo "make test        what CI runs: make lint, and all tests but the nightly ones"
 	@echo "make test-all    make test, with the nightly tests"
+	@echo "make fuzz        send hostile inputs for a minute, or as long as SECONDS=600 says"
 	@echo "make bench       speed and memory against avex (installs it: gigabytes)"
 	@echo "make bench-overhead  what HTTP and gRPC cost on top of the engine"
 	@echo "make format      rewrite the code in the project's format"
@@ -42,6 +43,11 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+SECONDS ?= 60
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 # avex needs gigabytes. To use a Python that already has it: make bench AVEX=…/bin/python
 AVEX ?= .bench/avex/bin/python

@@ -9,7 +9,7 @@
     ├── UnsupportedError      this bundle can't answer that        400  UNIMPLEMENTED        exit 2
     ├── AuthenticationError   no key, or an invalid one            401  UNAUTHENTICATED
     ├── OverloadError         no room for the request now          503  RESOURCE_EXHAUSTED
-    ├── StorageError          no room on disk for the request      507  RESOURCE_EXHAUSTED
+    ├── StorageError          no room on disk                      507  RESOURCE_EXHAUSTED   exit 6
     ├── SlowRequestError      the request didn't arrive in time    408  DEADLINE_EXCEEDED
     ├── DeadlineError         the answer would come too late       504  DEADLINE_EXCEEDED
     ├── ClientGoneError       the client has gone                  499  CANCELLED
@@ -26,7 +26,11 @@ command. A message says what was wrong, what was expected and the remedy. The pr
 and raises what avex raises there: ``ValueError``, ``TypeError``, ``RuntimeError``, ``FileNotFoundError``.
 """
 
-from collections.abc import Mapping
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -94,10 +98,11 @@ class OverloadError(AvexServeError):
 
 
 class StorageError(AvexServeError):
-    """The disk has no room for the request's body."""
+    """The disk has no room for a body or for results."""
 
     http_status = 507
     grpc_status = "RESOURCE_EXHAUSTED"
+    exit_code = 6
 
 
 class SlowRequestError(AvexServeError):
@@ -171,3 +176,22 @@ class VerificationError(AvexServeError):
     """On this machine a bundle's answers differ from its evidence."""
 
     exit_code = 5
+
+
+def quoted(path: str | os.PathLike[str]) -> str:
+    """A path as messages and tables write it: as a shell reads it, in quotes only if it needs them."""
+    text = os.fspath(path)
+    if not text.isprintable():  # such a name must not look like another line
+        return repr(text)
+    return text if re.fullmatch(r"[\w@%+=,./-]+", text) else shlex.quote(text)
+
+
+@contextmanager
+def naming(item: str) -> Iterator[None]:
+    """Make the messages of errors about an input say which item they are about, unless they name it already."""
+    try:
+        yield
+    except InputError as error:
+        if item not in str(error):
+            error.args = (f"{item}: {error}",)
+        raise

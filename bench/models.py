@@ -58,7 +58,9 @@ def write_models(folder: Path) -> None:
         for probe_name, layers in PROBES.items():
             config = ProbeConfig(target_layers=list(layers))
             probe = build_probe_from_config(config, CLASSES, "cpu", base_model=base)
-            save_probe(probe, home / probe_name, [f"class {i}" for i in range(CLASSES)], home / "model.yml")
+            save_probe(
+                probe, home / probe_name, [f"class {i}" for i in range(CLASSES)], home / "model.yml", "sigmoid"
+            )
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def main() -> None:
     print(f"accuracy after training  {accuracy_of(probe, test_waves, test_targets):.2f}")
 
     # The folder holds the backbone's weights too, since they were trained. To load it, give the module.
-    save_probe(probe, args.output, labels=LABELS)
+    save_probe(probe, args.output, labels=LABELS, activation="softmax")
     loaded = load_probe(args.output, base_model=SmallNetwork())
     print(f"accuracy of {args.output}, loaded: {accuracy_of(loaded, test_waves, test_targets):.2f}")
 

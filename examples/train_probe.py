@@ -71,8 +71,8 @@ def main() -> None:
     # Put the head on the backbone, and save it.
     probe = build_probe_from_config(config, len(labels), "cpu", base_model=base).eval()
     load_head(probe, head.state_dict(), "the trained head")
-    save_probe(probe, args.output, labels=labels, model=args.model)
-    print(f"wrote {args.output}; export it: avex-export --probe {args.output} --activation softmax")
+    save_probe(probe, args.output, labels=labels, model=args.model, activation="softmax")
+    print(f"wrote {args.output}; export it: avex-export --probe {args.output}")
 
     # Label the recording, window by window.
     wave, rate = read(recording, base)

@@ -97,7 +97,9 @@ def main() -> None:
         load_head(probe, head.state_dict(), f"the head trained as {recipe.stem}")
         logits = predict(head, input_of(probe, test_embeddings))
         check_agreement(probe.eval(), logits, test.waves)
-        save_probe(probe, args.output / "demo" / "probes" / recipe.stem, labels=LABELS, model=MODEL)
+        save_probe(
+            probe, args.output / "demo" / "probes" / recipe.stem, labels=LABELS, model=MODEL, activation="sigmoid"
+        )
         table.append(evaluate(recipe.stem, logits, test))
     clock.say("done\n")
     print("\n".join(table))

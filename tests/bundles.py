@@ -30,11 +30,18 @@ EMBEDDING = {"output": "embedding", "layers": ["last"]}
 FINGERPRINT = "0123456789abcdef" * 4  # of what makes the embeddings of the bundles that have several heads or none
 
 
-def make_audio_bundle(target: Path, name: str = "tiny", activation: str = "sigmoid", trained: bool = True) -> Path:
+def make_audio_bundle(
+    target: Path,
+    name: str = "tiny",
+    activation: str = "sigmoid",
+    trained: bool = True,
+    labels: tuple[str, str, str] = LABELS,
+) -> Path:
     """(-1, WINDOW) waveforms → embedding (-1, DIM) → logits (-1, labels)."""
     return _make(
         target,
         [TO_EMBEDDING, ("embedding", "logits", (DIM, len(LABELS)))],
+        {"linear": labels},
         name=name,
         kind="audio",
         audio=AUDIO,

@@ -53,7 +53,7 @@ class Question:
     def over_http(self, client):
         """Ask with an httpx client; what came of it."""
         try:
-            answer = client.post("/predict", content=self.audio)
+            answer = client.post("/predict", params={"model": self.model}, content=self.audio)
         except httpx.TransportError:
             return LOST
         if answer.status_code == 503 and "retry-after" in answer.headers and "error" in answer.json():

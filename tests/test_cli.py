@@ -2,8 +2,10 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import avex_serve
 from avex_serve import open_bundle
 from avex_serve.audio.reader import decode
 from avex_serve.cli import main
+from avex_serve.errors import quoted
 from tests.answers import as_json
 from tests.bundles import LABELS, make_audio_bundle
 
@@ -53,7 +56,7 @@ def test_a_table_for_each_file(audio_bundle, files, ask):
     for path, seconds in zip(files, ("0.4", "0.3"), strict=True):
         detections = ask(path).detections
         assert detections
-        assert next(lines) == f"{path}: {seconds} s, {len(detections)} detections"
+        assert next(lines) == f"{quoted(path)}: {seconds} s, {len(detections)} detections"
         for detection in detections:
             start, end, score, label = next(lines).split()
             assert (float(start), float(end)) == (round(detection.start, 2), round(detection.end, 2))
@@ -87,17 +90,102 @@ def test_no_detections(audio_bundle, files):
 
 
 def test_a_bad_file_keeps_none_from_being_answered(tmp_path, audio_bundle, files, ask):
-    bad, missing = tmp_path / "bad.wav", tmp_path / "missing.wav"
+    bad, missing, empty = tmp_path / "bad.wav", tmp_path / "missing.wav", tmp_path / "empty"
     bad.write_text("this is no audio")
-    result = run("predict", audio_bundle, files[0], bad, missing, tmp_path, files[1], "--json")
+    empty.mkdir()
+    given = [files[0], bad, missing, empty, files[1]]
+    result = run("predict", audio_bundle, *given, "--json")
     assert result.returncode == 2
-    assert [json.loads(line) for line in result.stdout.splitlines()] == [
-        {"file": str(path), **as_json(ask(path))} for path in files
-    ]
+    documents = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [document["file"] for document in documents] == [str(path) for path in given]
+    assert [documents[0], documents[4]] == [{"file": str(path), **as_json(ask(path))} for path in files]
     messages = result.stderr.splitlines()
-    assert [message.startswith("avex-serve: ") for message in messages] == [True] * 3
-    for message, path in zip(messages, (bad, missing, tmp_path), strict=True):
+    assert messages == [f"avex-serve: {document['error']}" for document in documents[1:4]]
+    for message, path in zip(messages, (bad, missing, empty), strict=True):
         assert str(path) in message
+
+
+def test_every_fault_of_a_recording_names_it(tmp_path, audio_bundle):
+    soundfile.write(tmp_path / "48 Hz.wav", np.zeros(9600), 48)
+    soundfile.write(tmp_path / "blip.wav", np.zeros(1), 192000)
+    (tmp_path / "a: page.mp3").write_text("<html>")
+    result = run("predict", audio_bundle, tmp_path)
+    messages = result.stderr.splitlines()
+    assert (result.returncode, result.stdout, len(messages)) == (2, "", 3)
+    for message, name in zip(messages, ("'48 Hz.wav'", "'a: page.mp3'", "blip.wav"), strict=True):
+        quote = "'" if name.startswith("'") else ""
+        assert message.startswith(f"avex-serve: {quote}{tmp_path}/{name.lstrip(quote)}")
+
+
+@pytest.mark.parametrize(
+    "option", ["--overlap=3", "--top-k=0", "--threshold=nan", "--probe=x", "--hide=x", "--show=x"]
+)
+def test_a_bad_option_is_reported_once_before_any_recording_is_opened(tmp_path, audio_bundle, files, option):
+    result = run("predict", audio_bundle, tmp_path / "missing.wav", *files, option, "--json")
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+    assert "missing" not in result.stderr
+
+
+def test_folders_patterns_and_lists(tmp_path, audio_bundle, ask):
+    odd = [tmp_path / "a: 1.wav", tmp_path / "[b] 'c'.flac", tmp_path / "deep" / "d.ogg"]
+    odd[2].parent.mkdir()
+    for number, path in enumerate(odd, 1):
+        write(path, 0.1 * number, 16000, 1)
+    (tmp_path / "._a: 1.wav").write_bytes(b"of a Mac")
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in odd))
+    for given in ([tmp_path], [f"{tmp_path}/**/*.*a*", f"{tmp_path}/*", odd[2]], [f"@{tmp_path}/list.txt"]):
+        result = run("predict", audio_bundle, *given, "--json")
+        assert result.returncode == 0
+        documents = {document["file"]: document for document in map(json.loads, result.stdout.splitlines())}
+        assert documents == {str(path): {"file": str(path), **as_json(ask(path))} for path in odd}
+    result = run("predict", audio_bundle, tmp_path, "--top-k=1")
+    hidden = f"avex-serve: 1 hidden file was left out, e.g. '{tmp_path}/._a: 1.wav'\n"
+    assert (result.returncode, result.stderr) == (0, hidden)
+    names = [shlex.split(line)[0].removesuffix(":") for line in result.stdout.splitlines() if line[0] != " "]
+    assert sorted(names) == sorted(map(str, odd))
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin", "pipe"])
+def test_a_pipe_is_read(tmp_path, audio_bundle, files, ask, name):
+    given, data, expected = name, files[1].read_bytes(), as_json(ask(files[1]))
+    if name == "pipe":
+        given = tmp_path / name
+        os.mkfifo(given)
+        threading.Thread(target=given.write_bytes, args=(data,)).start()
+    command = [AVEX_SERVE, "predict", audio_bundle, given, "--json"]
+    result = subprocess.run(command, input=data, capture_output=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert json.loads(result.stdout) == {"file": str(given), **expected}
+
+
+@pytest.mark.parametrize(("name", "expected"), [("-", "is empty"), ("/dev/zero", "is a device, not a recording")])
+def test_what_is_no_recording_is_refused_by_name(audio_bundle, name, expected):
+    command = [AVEX_SERVE, "predict", audio_bundle, name]
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"avex-serve: {name}")
+    assert expected in result.stderr
+
+
+def test_labels_that_are_hidden_are_no_detections(tmp_path, files):
+    bundle = make_audio_bundle(tmp_path / "bundle", labels=("Background", "robin", "wren"))
+    everything = ["--threshold=-1"]
+
+    def rows(*options):
+        lines = run("predict", bundle, files[0], *everything, *options).stdout.splitlines()
+        return lines[0].partition(" s, ")[2], {line.split()[3] for line in lines[1:]}
+
+    assert rows() == ("10 detections, and 5 of hidden labels", {"robin", "wren"})
+    assert rows("--show=Background") == ("15 detections", {"Background", "robin", "wren"})
+    assert rows("--hide=wren") == ("5 detections, and 10 of hidden labels", {"robin"})
+    # A line of JSON is the service's answer but for what is hidden by name.
+    document = json.loads(run("predict", bundle, files[0], *everything, "--json", "--hide=wren").stdout)
+    assert {each["label"] for each in document["detections"]} == {"Background", "robin"}
+    result = run("predict", bundle, files[0], "--hide=Robin")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "avex-serve: the head has no label 'Robin'; did you mean 'robin'?\n"
 
 
 def test_a_folder_that_is_no_bundle(tmp_path, files):
@@ -164,7 +252,7 @@ def test_names_and_labels_that_the_terminal_cannot_show(tmp_path, audio_bundle, 
     missing = os.fsdecode(os.fsencode(tmp_path) + b"/\xe4.flac")
     result = run("predict", audio_bundle, path, missing, "--top-k=3")
     assert (result.returncode, result.stderr.count("no such file")) == (2, 1)
-    assert "z\\udce4.flac: 0.1 s, 3 detections" in result.stdout
+    assert "z\\udce4.flac': 0.1 s, 3 detections" in result.stdout
     assert LABELS[2] in result.stdout
     result = run("predict", audio_bundle, path, "--top-k=3", PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stderr) == (0, "")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from avex_serve.errors import AvexServeError, InputError, NotFoundError
+from avex_serve.errors import AvexServeError, InputError, NotFoundError, quoted
 
 SUFFIXES: Final = (
     *(".wav", ".wave", ".w64", ".rf64", ".flac", ".mp3"),
@@ -30,7 +30,7 @@ class Found(NamedTuple):
         if not self.hidden:
             return None
         files = f"{len(self.hidden)} hidden files were" if len(self.hidden) > 1 else "1 hidden file was"
-        return f"{files} left out, e.g. {self.hidden[0]}"
+        return f"{files} left out, e.g. {quoted(self.hidden[0])}"
 
 
 def find_recordings(arguments: Iterable[str]) -> Found:
@@ -50,7 +50,7 @@ def find_recordings(arguments: Iterable[str]) -> Found:
 
 def _lines(path: str, found: Found) -> Iterator[str]:
     """The lines of a list."""
-    name = "standard input" if path == STDIN else path
+    name = "on standard input" if path == STDIN else quoted(path)
     try:
         data = sys.stdin.buffer.read() if path == STDIN else Path(path).read_bytes()
     except OSError as error:
@@ -71,13 +71,13 @@ def _add(argument: str, found: Found) -> None:
     # can't be read.
     if os.path.isdir(argument):  # noqa: PTH112
         matches = _walk(argument, found)
-        reason = f"{argument}: no recordings in this folder; expected files named {', '.join(SUFFIXES)}"
+        reason = f"{quoted(argument)}: no recordings in this folder; expected files named {', '.join(SUFFIXES)}"
     elif argument == STDIN or os.path.lexists(argument):
         matches, reason = [argument], ""
     else:
         matches = _matching(argument, found)
         pattern = ", and nothing matches it as a pattern" if glob.has_magic(argument) else ""
-        reason = f"{argument}: no such file{pattern}"
+        reason = f"{quoted(argument)}: no such file{pattern}"
     if not matches:
         found.recordings.setdefault(argument, NotFoundError(reason))
     for path in matches:
@@ -113,7 +113,9 @@ def _walk(folder: str, found: Found) -> list[str]:
     recordings: list[str] = []
 
     def unreadable(error: OSError) -> None:
-        found.recordings[str(error.filename)] = InputError(f"{error.filename} can't be read: {error.strerror}")
+        found.recordings[str(error.filename)] = InputError(
+            f"{quoted(error.filename)} can't be read: {error.strerror}"
+        )
 
     for root, folders, names in os.walk(folder, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

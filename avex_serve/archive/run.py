@@ -68,7 +68,7 @@ class Progress:
 Report = Callable[[Progress, Entry | None], None]  # None: the run begins
 
 
-def run(store: Store, passes: Sequence[Pass], paths: Sequence[str], report: Report) -> Progress:
+def run(store: Store, passes: Sequence[Pass], recordings: Mapping[str, str | None], report: Report) -> Progress:
     """Compute what the store lacks, and note every recording in its journal.
 
     An interruption (KeyboardInterrupt) loses only the recordings that are being computed.
@@ -76,14 +76,14 @@ def run(store: Store, passes: Sequence[Pass], paths: Sequence[str], report: Repo
     Args:
         store: open for writing.
         passes: of the plan.
-        paths: absolute paths of the recordings.
+        recordings: by absolute path; with the reason where it is known that there is no recording.
         report: is called in this thread at the start, and after each recording.
 
     Raises:
         StorageError: the disk is full.
         BaseException: a fault of ours, or of a library; the recording that caused it is not in the store.
     """
-    return _Run(store, passes).run(paths, report)
+    return _Run(store, passes).run(recordings, report)
 
 
 def classify(store: Store, reader: Engine, report: Report) -> Progress:
@@ -135,9 +135,11 @@ class _Run:
             yield from (target.results for target in each.targets)
             yield from each.embeddings.values()
 
-    def run(self, paths: Sequence[str], report: Report) -> Progress:
+    def run(self, recordings: Mapping[str, str | None], report: Report) -> Progress:
         """See `run`."""
-        seen = [_look(path) for path in paths]
+        seen = [
+            _look(path) if reason is None else Entry(path, 0, 0, error=reason) for path, reason in recordings.items()
+        ]
         pending = []
         for entry in seen:
             known = self._journal.get(entry.path)
@@ -218,11 +220,12 @@ class _Run:
         report(progress, entry)
 
     def _forget_moved(self, seen: Sequence[Entry]) -> None:
-        """Forget recordings whose file is gone and whose content this run found elsewhere."""
+        """Forget recordings whose file is gone, if they failed or this run found their content elsewhere."""
         now = {entry.path for entry in seen}
         found = {self._journal[path].recording for path in now} - {None}
         for path, entry in list(self._journal.items()):
-            if path not in now and entry.recording in found and not os.path.lexists(path):
+            replaced = entry.recording in found or not entry.computed
+            if path not in now and replaced and not os.path.lexists(path):
                 del self._journal[path]
 
     # -- in the threads --------------------------------------------------------------------------------------------

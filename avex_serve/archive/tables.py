@@ -44,9 +44,7 @@ def make_table(store: Store, choice: Choice) -> Table:
     sets = [results for results in store.current() if results.kind == "scores"]
     if not sets:
         raise NotFoundError(f"{store.folder} has no scores; run a bundle with a probe, or classify its embeddings")
-    if choice.merge_gap is not None and not choice.merge_gap >= 0:
-        raise InputError(f"the gap to merge is {choice.merge_gap} s; expected at least 0")
-    classes = _classes(sets, choice)
+    classes = check_choice(sets, choice)
     done = [store.done(results) for results in sets]
     entries = sorted(store.journal().values(), key=lambda entry: entry.path)
     recordings = [
@@ -74,8 +72,14 @@ def _recording(entry: Entry) -> Recording:
     return Recording(path=entry.path, digest=entry.recording, duration=entry.duration, sample_rate=entry.sample_rate)
 
 
-def _classes(sets: Sequence[ResultSet], choice: Choice) -> dict[str, np.ndarray]:
-    """The classes that are shown as columns: set, probe, label, their order, and the lowest score of each."""
+def check_choice(sets: Sequence[ResultSet], choice: Choice) -> dict[str, np.ndarray]:
+    """Check a choice before anything is computed; errors as of `make_table`.
+
+    Returns:
+        The classes that are shown, as columns: set, probe, label, their order, and the lowest score of each.
+    """
+    if choice.merge_gap is not None and not choice.merge_gap >= 0:
+        raise InputError(f"the gap to merge is {choice.merge_gap} s; expected at least 0")
     known = {label for results in sets for probe in results.probes for label in probe.labels}
     asked = {*(choice.labels or ()), *(choice.thresholds or {})}
     if unknown := sorted(asked - known):

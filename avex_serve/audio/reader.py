@@ -6,16 +6,19 @@ libsndfile decodes, channels are mixed down by their mean, and soxr resamples.
 import io
 import os
 import re
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import IO, Final, Literal, NamedTuple
 
 import numpy as np
 import soundfile
 import soxr
 
-from avex_serve.errors import AudioError, NotFoundError
+from avex_serve.errors import AudioError, NotFoundError, quoted
 from avex_serve.scheduling.request import DECODE, RESAMPLE, current, stage
 
 BLOCK_SAMPLES: Final = 2**18  # of all channels; 5 s at 48 kHz, mono
@@ -32,6 +35,7 @@ FORMATS: Final = re.compile(
 MAX_TAGS: Final = 8  # ID3 tags in front of these
 QUALITY: Final = "HQ"  # soxr's recipe, which the manifest names
 Wave = np.ndarray[tuple[int], np.dtype[np.float32]]
+Encoded = bytes | str | os.PathLike[str] | IO[bytes]  # the bytes, the path of a file, or a binary file
 
 
 class Recording(NamedTuple):
@@ -51,13 +55,13 @@ class AudioStream(NamedTuple):
 
 
 @contextmanager
-def open_audio(source: bytes | str | os.PathLike[str]) -> Iterator[AudioStream]:
+def open_audio(source: Encoded) -> Iterator[AudioStream]:
     """Read an encoded recording (WAV, FLAC, OGG, MP3: the formats of libsndfile) as a mono stream.
 
     The block of the ``with`` statement reads the stream. The errors of damaged audio come while it is read.
 
     Args:
-        source: the encoded bytes, or the path of a file.
+        source: the encoded bytes, the path of a file or a pipe, or a binary file, read from its position on.
 
     Raises:
         NotFoundError: no such file.
@@ -68,17 +72,54 @@ def open_audio(source: bytes | str | os.PathLike[str]) -> Iterator[AudioStream]:
         with _opened(_Bytes(source), "the audio", len(source)) as stream:
             yield stream
         return
-    path = Path(source)
-    try:
-        if not path.is_file():
-            raise NotFoundError(f"{path} is a folder, not a file" if path.is_dir() else f"{path}: no such file")
-        size = path.stat().st_size
-        file = path.open("rb")
-    except OSError as error:
-        raise AudioError(f"{path} can't be read: {error.strerror}") from None
     # By descriptor, since libsndfile takes every file for audio whose name ends in .raw, .vox or .gsm.
-    with file, _opened(file.fileno(), str(path), size) as stream:
+    with (
+        _open_file(source) as (file, name),
+        _opened(file.fileno(), name, os.fstat(file.fileno()).st_size) as stream,
+    ):
         yield stream
+
+
+@contextmanager
+def _open_file(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[tuple[IO[bytes], str]]:
+    """A file on disk, and its name for messages; pipes and file objects are copied to a temporary one."""
+    if not isinstance(source, str | os.PathLike):
+        given = getattr(source, "name", None)
+        name = quoted(given) if isinstance(given, str) else "the audio"
+        with _on_disk(source, name) as file:
+            yield file, name
+        return
+    path, name = Path(source), quoted(source)
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise NotFoundError(f"{name} is a folder, not a file")
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
+            raise AudioError(f"{name} is a device, not a recording; name a file or a pipe")
+        opened = path.open("rb")
+    except FileNotFoundError:
+        raise NotFoundError(f"{name}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{name} can't be read: {getattr(error, 'strerror', error)}") from None
+    with opened:
+        if stat.S_ISREG(mode):
+            yield opened, name
+        else:
+            with _on_disk(opened, name) as file:
+                yield file, name
+
+
+@contextmanager
+def _on_disk(source: IO[bytes], name: str) -> Iterator[IO[bytes]]:
+    """The rest of a file, in a temporary file: decoders seek, and a long recording would fill the memory."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(source, file)
+            file.seek(0)
+        except (OSError, TypeError, ValueError) as error:
+            raise AudioError(f"{name} can't be read as bytes: {getattr(error, 'strerror', error)}") from None
+        yield file
 
 
 @contextmanager
@@ -89,7 +130,7 @@ def open_wave(wave: np.ndarray, sample_rate: int) -> Iterator[AudioStream]:
     yield AudioStream(blocks, sample_rate, wave.size, [])
 
 
-def decode(source: bytes | str | os.PathLike[str]) -> Recording:
+def decode(source: Encoded) -> Recording:
     """Decode an encoded recording and mix it down to mono; arguments and errors as of `open_audio`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Reading a bundle, whose content `avex_serve.bundles.manifest` describes, and files of labels.
+"""Reading a bundle, whose content `avex_serve.bundles.manifest` describes, and its labels.
 
 An incomplete bundle is refused: every listed file must exist, the labels must match the width of the logits, and
 the schema version must be known. Digests take as long as loading a graph, so `check_files` is a separate step.
@@ -6,16 +6,20 @@ the schema version must be known. Digests take as long as loading a graph, so `c
 
 import hashlib
 import json
+import logging
 import mmap
 import os
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from avex_serve.bundles.manifest import MANIFEST, SCHEMA_VERSION, Manifest, ProbeInfo
-from avex_serve.errors import BundleError, InputError, NotFoundError
+from avex_serve.errors import BundleError
+
+logger = logging.getLogger(__name__)
 
 # The bytes that precede the path of an external file of weights in an ONNX graph, and the path's length: protobuf's
 # encoding of StringStringEntryProto(key="location", value=…).
@@ -159,34 +163,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def read_label_file(path: Path) -> tuple[str, ...]:
-    """Labels from JSON ``{label: index}`` (``.json``), or from text with one label a line.
+def check_labels(labels: Sequence[str], source: str) -> None:
+    """Log a warning for labels that differ only by case or spaces.
 
     Raises:
-        NotFoundError: no such file.
-        InputError: the file can't be read, holds no labels, or holds one twice.
+        ValueError: an empty label, or one that is there twice.
     """
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise NotFoundError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from None
-    if path.suffix == ".json":
-        try:
-            return parse_labels(text, source=str(path))
-        except BundleError as error:
-            raise InputError(str(error)) from None
-    labels = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not labels:
-        raise InputError(f"{path} holds no labels; expected one a line")
+    if not all(label.strip() for label in labels):
+        raise ValueError(f"{source} has an empty label; give each class a name")
     if twice := repeated(labels):
-        raise InputError(f"{path} names labels more than once: {', '.join(twice)}")
-    return labels
+        raise ValueError(f"{source} has labels more than once: {', '.join(map(repr, twice))}")
+    alike: dict[str, str] = {}
+    for label in labels:
+        first = alike.setdefault("".join(label.split()).casefold(), label)
+        if first != label:
+            logger.warning("%s has %r and %r, which differ only by case or spaces", source, first, label)
 
 
-def repeated(labels: tuple[str, ...]) -> list[str]:
+def repeated(labels: Sequence[str]) -> list[str]:
     """The first five labels that occur more than once."""
-    return sorted({label for label in labels if labels.count(label) > 1})[:5]
+    return sorted(label for label, count in Counter(labels).items() if count > 1)[:5]

@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -13,10 +14,14 @@ from avex_serve.bundles.manifest import FILE_NAME_PATTERN, MANIFEST, Manifest
 from avex_serve.bundles.reading import Bundle, read_manifest, repeated, sha256_of
 from avex_serve.errors import BundleError
 
+_FILE_MODES: Final = 0o666  # of which the user's umask takes some
+
 
 @contextlib.contextmanager
 def atomic_directory(target: Path, *, marker: str) -> Iterator[Path]:
     """A new folder to fill. Leaving the block moves it to `target`; an error in the block removes it.
+
+    All files get the mode that the user's umask gives.
 
     An existing target is replaced only if it is empty or holds the file `marker`, so that a mistyped path never
     deletes another folder. After an error, parents that were made here are removed too, unless they are in use.
@@ -36,6 +41,9 @@ def atomic_directory(target: Path, *, marker: str) -> Iterator[Path]:
             fresh = Path(scratch) / "new"
             fresh.mkdir()
             yield fresh
+            for path in fresh.rglob("*"):
+                if path.is_file():  # safetensors writes files that only their owner can read
+                    path.chmod(fresh.stat().st_mode & _FILE_MODES)
             if target.exists():
                 target.rename(Path(scratch) / "old")
             fresh.rename(target)

@@ -85,5 +85,5 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"wrote {request.output}; the report is {request.output / 'evaluation.json'}")
     if "export" in given:
         target = [] if given["export"] is None else ["--output", str(given["export"])]
-        print(run_exporter(["--probe", str(request.output), "--activation", "sigmoid", *target]).splitlines()[-1])
+        print(run_exporter(["--probe", str(request.output), *target]).splitlines()[-1])
     return 0

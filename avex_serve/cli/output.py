@@ -20,5 +20,10 @@ def drop_output() -> None:
 
 def fail(error: AvexServeError) -> int:
     """Print an error; returns its exit code."""
-    print(f"avex-serve: {error}", file=sys.stderr)
+    note(str(error))
     return error.exit_code
+
+
+def note(text: str) -> None:
+    """Print a line that is no result."""
+    print(f"avex-serve: {text}", file=sys.stderr)

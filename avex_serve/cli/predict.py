@@ -3,16 +3,24 @@
 import argparse
 import json
 import sys
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from avex_serve.cli.output import fail
-from avex_serve.errors import AvexServeError
+from avex_serve.cli.output import fail, note
+from avex_serve.errors import AudioError, AvexServeError, NotFoundError, naming, quoted
 
 if TYPE_CHECKING:
+    from avex_serve.inference.engine import Engine
+    from avex_serve.inference.pipeline import Query
     from avex_serve.inference.results import Prediction
+
+# Labels by which heads say that nothing is heard. The table counts them as no detections.
+NOTHING: Final = frozenset({"background", "noise", "silence"})
 
 
 def add_parser(commands: Any) -> None:
@@ -20,49 +28,115 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("predict", help="name the sounds in recordings, without a server")
     parser.set_defaults(run=run)
     parser.add_argument("bundle", type=Path, help="made by avex-export")
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="WAV, FLAC, OGG or MP3")
+    parser.add_argument(
+        "recordings",
+        nargs="+",
+        metavar="RECORDING",
+        help="files (WAV, FLAC, OGG or MP3), folders, patterns ('**/*.wav'), @list.txt, or - for standard input",
+    )
     parser.add_argument("--threshold", type=float, help="lowest score to report (default: 0.5)")
     parser.add_argument("--top-k", type=int, help="report at most this number of labels for each window")
     parser.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
     parser.add_argument("--probe", help="which head of the bundle to run")
+    parser.add_argument(
+        "--hide", action="append", default=[], metavar="LABEL", help="don't report this label; repeat it for several"
+    )
+    parser.add_argument(
+        "--show",
+        action="append",
+        default=[],
+        metavar="LABEL",
+        help="report this label in the table, although its name is background, noise or silence",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
     parser.add_argument(
-        "--json", action="store_true", help="a line of JSON for each file: the service's, with the file"
+        "--json",
+        action="store_true",
+        help="a line of JSON for each recording: the service's answer, or an error, with the file",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print an answer for each file; continue after a file that can't be read."""
-    from avex_serve.audio.reader import open_audio
-    from avex_serve.inference import pipeline
+    """Print an answer for each recording; continue after one that can't be read."""
+    from avex_serve.archive.files import find_recordings
     from avex_serve.inference.backend import open_bundle
     from avex_serve.inference.pipeline import Query
 
     query = Query(
         threshold=arguments.threshold, top_k=arguments.top_k, overlap=arguments.overlap, probe=arguments.probe
     )
+    found = find_recordings(arguments.recordings)
     code = 0
     with open_bundle(arguments.bundle, arguments.device, precision=arguments.precision) as engine:
+        _check(engine, query)
+        labels = engine.labels(engine.probe(query.probe).name)
+        hidden, shown = _known(arguments.hide, labels), _known(arguments.show, labels)
+        if not arguments.json:
+            hidden |= {label for label in labels if label.casefold() in NOTHING} - shown
         if not engine.manifest.trained:
-            print("avex-serve: the head has random weights: its answers mean nothing", file=sys.stderr)
-        for path in arguments.files:
+            note("the head has random weights: its answers mean nothing")
+        if (left_out := found.note()) is not None:
+            note(left_out)
+        for path, fault in found.recordings.items():
             try:
-                prediction = pipeline.predict(engine, partial(open_audio, path), query)
+                if fault is not None:
+                    raise fault
+                prediction = _predict(engine, path, query)
             except AvexServeError as error:
                 code = fail(error)
+                if arguments.json:
+                    print(json.dumps({"file": path, "error": str(error)}), flush=True)
                 continue
             for warning in prediction.warnings:
-                print(f"avex-serve: {path}: {warning}", file=sys.stderr)
-            print(_json(path, prediction) if arguments.json else _table(path, prediction), flush=True)
+                note(f"{quoted(path)}: {warning}")
+            kept = [each for each in prediction.detections if each.label not in hidden]
+            count = len(prediction.detections) - len(kept)
+            prediction.detections = kept
+            print(_json(path, prediction) if arguments.json else _table(path, prediction, count), flush=True)
     return code
 
 
-def _json(path: Path, prediction: "Prediction") -> str:
-    return json.dumps({"file": str(path), **asdict(prediction)})
+def _check(engine: "Engine", query: "Query") -> None:
+    """Raise the error of an option, or of a bundle that takes no audio: the pipeline opens the recording last."""
+    from avex_serve.inference import pipeline
+
+    class Opened(Exception): ...
+
+    def audio() -> NoReturn:
+        raise Opened
+
+    with suppress(Opened):
+        pipeline.predict(engine, audio, query)
 
 
-def _table(path: Path, prediction: "Prediction") -> str:
-    lines = [f"{path}: {prediction.duration:.1f} s, {len(prediction.detections)} detections"]
+def _known(names: Sequence[str], labels: Collection[str]) -> set[str]:
+    """These labels; NotFoundError for one that the head doesn't have."""
+    for name in names:
+        if name not in labels:
+            nearest = get_close_matches(name, labels, 1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(sorted(labels)[:20])} …"
+            raise NotFoundError(f"the head has no label {name!r}; {hint}")
+    return set(names)
+
+
+def _predict(engine: "Engine", path: str, query: "Query") -> "Prediction":
+    from avex_serve.archive.files import STDIN
+    from avex_serve.audio.reader import open_audio
+    from avex_serve.inference import pipeline
+
+    if path == STDIN and sys.stdin.isatty():
+        raise AudioError("standard input is a terminal; send a recording through a pipe, or name a file")
+    with naming(quoted(path)):
+        return pipeline.predict(engine, partial(open_audio, sys.stdin.buffer if path == STDIN else path), query)
+
+
+def _json(path: str, prediction: "Prediction") -> str:
+    return json.dumps({"file": path, **asdict(prediction)})
+
+
+def _table(path: str, prediction: "Prediction", hidden: int) -> str:
+    others = f", and {hidden} of hidden labels" if hidden else ""
+    lines = [f"{quoted(path)}: {prediction.duration:.1f} s, {len(prediction.detections)} detections{others}"]
     lines += [f"  {d.start:8.2f} {d.end:8.2f}  {d.score:6.3f}  {d.label}" for d in prediction.detections]
     return "\n".join(lines)

@@ -99,7 +99,7 @@ def read_choice(arguments: argparse.Namespace) -> "Choice":
 def _read_labels(given: list[str] | None) -> list[str] | None:
     if given is None:
         return None
-    from avex_serve.bundles.reading import read_label_file
+    from avex_serve.bundles.labels import read_label_file
 
     return [label for one in given for label in (read_label_file(Path(one[1:])) if one.startswith("@") else [one])]
 

@@ -151,13 +151,18 @@ def fingerprint(module: ModelBase) -> str:
     That is its settings, and the names, types, shapes and bytes of its tensors, without a classifier's.
     """
     digest = hashlib.sha256(module.embedding_settings.encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(plain_names(module.state_dict()).items()):
         if _CLASSIFIER.match(name):
             continue
         array = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}\n".encode())
         digest.update(array.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def plain_names(state: StateDict) -> StateDict:
+    """The state dict without the names that torch.compile puts before those of a module, wherever it was applied."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
 
 
 def some(names: list[str]) -> str:

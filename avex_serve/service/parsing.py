@@ -55,7 +55,12 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
 
 
 def parameters(given: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
-    """The values of parameters in JSON; TooLargeError for a long list or object."""
+    """The values of parameters in JSON.
+
+    Raises:
+        InputError: a number beyond all ranges, or a text that is no UTF-8.
+        TooLargeError: a long list or object.
+    """
     values = {}
     for name, raw in given.items():
         text = bytes(raw)
@@ -63,7 +68,10 @@ def parameters(given: Mapping[str, msgspec.Raw]) -> dict[str, Any]:
             raise TooLargeError(
                 f"the parameter {name[:QUOTED]!r} has {len(text)} bytes; expected at most {MAX_PARAMETER}, or a text"
             )
-        values[name] = msgspec.json.decode(text)
+        try:
+            values[name] = msgspec.json.decode(text)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"the parameter {name[:QUOTED]!r} can't be read: {error}") from None
     return values
 
 
@@ -237,10 +245,9 @@ def from_shape(name: str, shape: msgspec.Raw) -> list[int]:
         )
     try:
         return msgspec.json.decode(text, type=list[int], strict=False)
-    except msgspec.DecodeError:
-        raise TensorError(
-            f"{name}: the shape is {_shortened(text.decode())}; expected a list of whole numbers"
-        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        given = _shortened(text.decode("utf-8", "replace"))
+        raise TensorError(f"{name}: the shape is {given}; expected a list of whole numbers") from None
 
 
 def elements(name: str, shape: Sequence[int]) -> int:

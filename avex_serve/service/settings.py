@@ -176,6 +176,8 @@ class Settings(BaseModel):
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
+        if Path(value).is_dir():  # its name may have the separator in it
+            return [value]
         if folders := [part for part in re.split(_SEPARATOR, value) if part]:
             return folders
         raise PydanticCustomError("no_folder", "it names no folder; name one, or unset it to serve the demo bundle")

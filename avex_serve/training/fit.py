@@ -7,7 +7,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import msgspec
 import numpy as np
 import yaml
 
-from avex_serve.audio.reader import open_wave
 from avex_serve.audio.windows import plan_windows
 from avex_serve.bundles.manifest import MANIFEST
 from avex_serve.bundles.sealing import atomic_directory
@@ -25,7 +23,6 @@ from avex_serve.configs import ProbeConfig
 from avex_serve.errors import AvexServeError, DependencyError, InputError, NotFoundError
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.pipeline import run_recording
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import fingerprint
 from avex_serve.models.probes import build_probe_from_config, load_probe_config, save_probe
@@ -34,7 +31,7 @@ from avex_serve.models.probes.storage import PROBE, load_head
 from avex_serve.models.utils.load import find_entry, load_model
 from avex_serve.training import report
 from avex_serve.training.dataset import MIN_OVERLAP, Dataset, read_dataset
-from avex_serve.training.embed import Windows, run_windows
+from avex_serve.training.embed import Windows, run_windows, stored_outputs
 from avex_serve.training.heads import Task, Trained, train
 from avex_serve.training.noise import SECONDS, noises, per_hour
 from avex_serve.training.report import Evaluation, LabelFigures, Noise, Predictions
@@ -105,6 +102,9 @@ def fit(request: FitRequest, say: Say = print) -> Evaluation:
         AvexServeError: the embeddings bundle can't be made.
     """
     config = probe_config(request.probe)
+    output = request.output
+    if output.exists() and not (output.is_dir() and ((output / PROBE).is_file() or not any(output.iterdir()))):
+        raise InputError(f"--output {output} exists and holds no {PROBE}: not replaced; choose another folder")
     dataset = _dataset(request)
     base = _load(request.model)
     cache = request.cache.expanduser()
@@ -138,7 +138,7 @@ def fit(request: FitRequest, say: Say = print) -> Evaluation:
             trained = train(task, np.ones(len(windows.targets), bool), request.seed, request.target_precision)
         else:
             (trained,) = heads
-        noise = _noise(task, trained, engine, outputs, windows, predictions, request.seed)
+        noise = _noise(task, trained, engine, outputs, windows, predictions, cache / "embeddings")
     evaluation = _evaluation(request, dataset, windows, parts, trained, predictions, noise, [*lost, *copies])
     probe = build_probe_from_config(config, len(dataset.labels), "cpu", base_model=base)
     load_head(probe, trained.state, "the trained head")
@@ -299,16 +299,15 @@ def _noise(
     outputs: Sequence[str],
     windows: Windows,
     predictions: Sequence[Predictions],
-    seed: int,
+    store: Path,
 ) -> dict[str, Noise]:
     """Detections of the saved head in noise, and of the evaluated heads in the user's own background."""
     rate = engine.audio_spec.sample_rate
     seconds = engine.audio_spec.window_samples / rate
     thresholds = trained.calibration.thresholds()
     found = {}
-    for name, wave in noises(rate, seed).items():
-        rows = run_recording(engine, partial(open_wave, wave, rate), 0.0, outputs).outputs
-        inputs = [rows[output] for output in outputs]
+    for name, wave in noises(rate).items():
+        inputs = stored_outputs(engine, outputs, f"{name} of {SECONDS:g} s", wave, store)
         quiet = Task(task.config, task.labels, inputs, np.empty((len(inputs[0]), 0)), np.empty(0))
         logits = trained.logits(quiet, np.arange(len(inputs[0])))
         found[name] = Noise(seconds=SECONDS, per_hour=per_hour(logits, thresholds, task.labels, seconds))
@@ -373,7 +372,7 @@ def _write(
 ) -> None:
     try:
         with atomic_directory(request.output, marker=PROBE) as folder:
-            save_probe(probe, folder, labels=labels, model=request.model)
+            save_probe(probe, folder, labels=labels, model=request.model, activation="sigmoid")
             calibration.write(folder)
             evaluation.write(folder)
     except FileExistsError as error:

@@ -4,25 +4,23 @@ from typing import Final
 
 import numpy as np
 
-SECONDS: Final = 180.0  # of each: one detection is 20 an hour
-MOST_PER_HOUR: Final = 20.0  # detections of a label, above which a report warns
+SECONDS: Final = 120.0  # of each: one detection is 30 an hour
+MOST_PER_HOUR: Final = 30.0  # detections of a label, above which a report warns
 LEVEL: Final = 0.1  # root mean square; full scale is 1
 _HUM: Final = 50.0  # Hz, with its harmonics
 
 
-def noises(sample_rate: int, seed: int, seconds: float = SECONDS) -> dict[str, np.ndarray]:
-    """Silence, white, pink and brown noise, mains hum, and clipped noise.
+def noises(sample_rate: int) -> dict[str, np.ndarray]:
+    """Silence, white, pink and brown noise, mains hum, and clipped noise; the same at each call.
 
     Args:
         sample_rate: in Hz.
-        seed: of the noise.
-        seconds: of each sound.
 
     Returns:
-        The sounds by name, (S,) float32 in [-1, 1].
+        The sounds by name, each of `SECONDS`, (S,) float32 in [-1, 1].
     """
-    rng = np.random.default_rng(seed)
-    samples = round(seconds * sample_rate)
+    rng = np.random.default_rng(0)
+    samples = round(SECONDS * sample_rate)
     size = 1 << (samples - 1).bit_length()
     hertz = np.fft.rfftfreq(size, 1 / sample_rate)
     time = np.arange(samples) / sample_rate

@@ -150,10 +150,20 @@ def _head(request: ExportRequest, source: ProbeSource, probe: Probe) -> Head:
             f"{source.name} merges its layers by weights that are trained with the head; give the saved probe "
             "(--probe FOLDER)"
         )
+    activation = source.activation
+    if activation is None:
+        if source.weights is not None and not request.embeddings:
+            raise ExportError(
+                f"{source.weights} doesn't say what turns the logits into scores, and with another function than in "
+                "the training every score is wrong. Give --activation softmax if the loss was cross entropy (one "
+                "label a clip), --activation sigmoid if it was binary cross entropy (any number of labels), or "
+                "--activation none for raw logits; save_probe(…, activation=…) saves it with the probe"
+            )
+        activation = "sigmoid"  # the scores of a random head mean nothing, and embeddings have none
     digest = _input_fingerprint(probe, source)
     pooled = _digest_of([digest, "mean over time"]) if digest is not None and probe.takes_sequence else digest
     trained = source.weights is not None or (request.embeddings and not merges)
-    return Head(source.name, probe.eval(), source.labels, trained, digest, pooled)
+    return Head(source.name, probe.eval(), source.labels, activation, trained, digest, pooled)
 
 
 def _input_fingerprint(probe: Probe, source: ProbeSource) -> str | None:

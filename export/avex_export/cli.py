@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -95,7 +96,8 @@ def _export(given: dict[str, Any]) -> None:
     if set(request.format) == {"pt2"}:
         _say("PT2 is for compilation and can't be served; to serve the bundle, export --format onnx or torchscript")
     else:
-        _say(f"serve it: AVEX_BUNDLE={bundle.directory} bentoml serve avex_serve.service:AvexService")
+        folder = shlex.quote(str(bundle.directory))
+        _say(f"serve it: AVEX_BUNDLE={folder} bentoml serve avex_serve.service:AvexService")
 
 
 @contextlib.contextmanager
@@ -186,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     formats.add_argument(
         "--activation",
         choices=get_args(Activation),
-        help="function that turns logits into scores (default: sigmoid)",
+        help="function that turns logits into scores, as in the training (default: the one that save_probe saved)",
     )
     formats.add_argument(
         "--half", action="store_true", help="TorchScript in float16, for CUDA; the front end stays in float32"

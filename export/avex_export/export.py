@@ -27,7 +27,6 @@ from avex_serve.bundles.manifest import (
     ONNX_INT8,
     PT2,
     TORCHSCRIPT,
-    Activation,
     EmbeddingInfo,
     Manifest,
     ProbeInfo,
@@ -65,6 +64,10 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
         say(f"[{time.monotonic() - started:5.1f} s] {step}")
 
     sources = read_probes(request)
+    for source in sources:
+        trained = None if source.saved is None or request.embeddings else source.saved.activation
+        if trained not in (None, source.activation):
+            progress(f"--activation {source.activation}: {source.name} was trained for {trained} scores")
     name = bundle_name(request, sources)
     output = request.output or _BUNDLES / name
     with atomic_directory(output, marker=MANIFEST) as folder:
@@ -171,7 +174,7 @@ def _manifest(request: ExportRequest, name: str, assembly: Assembly) -> Manifest
         kind="embedding" if assembly.audio is None else "audio",
         model=assembly.model,
         checkpoint=assembly.checkpoint,
-        probes=tuple(_probe(assembly, index, request.activation or "sigmoid") for index in heads),
+        probes=tuple(_probe(assembly, index) for index in heads),
         embeddings=tuple(_embedding(assembly, output) for output in assembly.outputs if output.what != "logits"),
         audio=assembly.audio,
         inputs=tuple(
@@ -186,7 +189,7 @@ def _manifest(request: ExportRequest, name: str, assembly: Assembly) -> Manifest
     )
 
 
-def _probe(assembly: Assembly, index: int, activation: Activation) -> ProbeInfo:
+def _probe(assembly: Assembly, index: int) -> ProbeInfo:
     head = assembly.heads[index]
     config = head.probe.config
     assert config is not None
@@ -194,7 +197,7 @@ def _probe(assembly: Assembly, index: int, activation: Activation) -> ProbeInfo:
         name=head.name,
         config=config.model_dump(mode="json", exclude_unset=True),
         trained=head.trained,
-        activation=activation,
+        activation=head.activation,
         labels=LABELS if len(assembly.heads) == 1 else f"{head.name}.{LABELS}",
         classes=len(head.labels),
         logits=next(o.name for o in assembly.outputs if o.head == index and o.what == "logits"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from avex_export.architectures.base import Target
 from avex_export.passes import halve, rewrite
-from avex_serve.bundles.manifest import AudioSpec
+from avex_serve.bundles.manifest import Activation, AudioSpec
 from avex_serve.models.probes import Probe
 from avex_serve.models.probes.base import Combined
 
@@ -25,6 +25,7 @@ class Head:
     name: str
     probe: Probe
     labels: tuple[str, ...]
+    activation: Activation  # turns its logits into scores
     trained: bool
     input_fingerprint: str | None  # of the embedding that is the head's input; None: unknown
     pooled_fingerprint: str | None  # of that embedding after its mean over time

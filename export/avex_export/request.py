@@ -9,8 +9,8 @@ from pathlib import Path
 import avex_serve
 from avex_export.passes import SUMMARIES
 from avex_export.recipes import Recipe, find_recipe
+from avex_serve.bundles.labels import read_label_file
 from avex_serve.bundles.manifest import LABELS, NAME_PATTERN, Activation
-from avex_serve.bundles.reading import read_label_file
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError, InputError, NotFoundError
 from avex_serve.models.probes.storage import WEIGHTS, SavedProbe, backbone_of, read_labels, read_saved
@@ -59,7 +59,7 @@ class ExportRequest:
     bundle_version: str = "1"
     output: Path | None = None
     format: tuple[str, ...] = ("onnx", "torchscript")
-    activation: Activation | None = None  # None: sigmoid
+    activation: Activation | None = None  # None: that of the saved probe
     half: bool = False
     quantize: str | None = None
     calibration: Path | None = None
@@ -110,6 +110,7 @@ class ProbeSource:
     name: str
     config: ProbeConfig
     labels: tuple[str, ...]
+    activation: Activation | None  # None: unknown
     weights: Path | None  # of the head; None: random ones
     saved: SavedProbe | None  # the content of probe.yml, if the weights are a saved probe's
     model: str  # name of the backbone, or "unknown"
@@ -212,9 +213,10 @@ def _read_probe(
             f"--labels {request.labels} has {len(labels)} labels, the probe {recipe.name} has {saved.num_classes} "
             "classes"
         )
+    activation = request.activation or (None if saved is None else saved.activation)
     model, backbone = asked or _backbone(request, saved)
     weights = path if saved is None or path is None else path / WEIGHTS
-    return ProbeSource(recipe.name, recipe.config, labels, weights, saved, model, backbone)
+    return ProbeSource(recipe.name, recipe.config, labels, activation, weights, saved, model, backbone)
 
 
 def _find_weights(request: ExportRequest, recipe: Recipe) -> Path | None:

@@ -95,7 +95,7 @@ def test_a_name_that_is_no_text(folder):
     ("argument", "expected"),
     [
         ("nowhere.wav", "nowhere.wav: no such file"),
-        ("*.aiff", "*.aiff: no such file, and nothing matches it as a pattern"),
+        ("*.aiff", "'*.aiff': no such file, and nothing matches it as a pattern"),
         ("list", "list: no recordings in this folder; expected files named .wav, "),
         ("@nowhere.txt", "the list nowhere.txt can't be read: No such file"),
     ],

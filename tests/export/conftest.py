@@ -23,7 +23,7 @@ LABELS = ("bat", "bee", "bird", "frog", "wind")
 
 def head(probe):
     """The probe as a trained head with these labels."""
-    return Head("x", probe, LABELS, trained=True, input_fingerprint=None, pooled_fingerprint=None)
+    return Head("x", probe, LABELS, "sigmoid", trained=True, input_fingerprint=None, pooled_fingerprint=None)
 
 
 def row(name, rows):
@@ -75,7 +75,7 @@ def exported(made_once, model, one_operator_table):
     """The bundle of `trained_probe(name)` with some options, and what its export printed. Tests only read it."""
 
     def make(folder, name, options):
-        save_probe(trained_probe(name), folder / "probe", labels=LABELS, model=model)
+        save_probe(trained_probe(name), folder / "probe", labels=LABELS, model=model, activation="sigmoid")
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             code = main(["--probe", str(folder / "probe"), "--output", str(folder / "bundle"), *options])

@@ -28,7 +28,7 @@ def trained(tmp_path, eat):
         torch.manual_seed(1)
         config = ProbeConfig(**{"target_layers": ["last_layer"], **fields})
         probe = build_probe_from_config(config, 5, "cpu", base_model=tiny_eat(seed=5)).eval()
-        save_probe(probe, tmp_path / "probe", labels=LABELS, model=eat)
+        save_probe(probe, tmp_path / "probe", labels=LABELS, model=eat, activation="sigmoid")
         return probe, tmp_path / "probe"
 
     return save

@@ -93,7 +93,7 @@ def test_a_fine_tuned_probe_is_saved_without_the_unused_classifier_and_exported(
     with torch.no_grad():
         base.model.features[0][1].weight.mul_(1.1)
         expected = probe(noise(2))
-    save_probe(probe, tmp_path / "tuned", labels=LABELS, model=model)
+    save_probe(probe, tmp_path / "tuned", labels=LABELS, model=model, activation="sigmoid")
     assert (tmp_path / "tuned" / "model.safetensors").stat().st_size < 17e6  # 4.0 million parameters, not 5.3
     with torch.no_grad():
         torch.testing.assert_close(load_probe(tmp_path / "tuned")(noise(2)), expected, rtol=0, atol=0)

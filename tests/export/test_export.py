@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, save_probe
+from avex_serve.service.settings import Settings
 from tests.export.conftest import CLIPS, LABELS, UNTRAINED, head, row, trained_probe, with_one_format
 from tests.models.backbones import RATE, noise, tiny_beats
 
@@ -40,7 +42,7 @@ def trained(tmp_path, model):
 
     def save(name="linear_last", **changes):
         probe = trained_probe(name, **changes)
-        save_probe(probe, tmp_path / name, labels=LABELS, model=model)
+        save_probe(probe, tmp_path / name, labels=LABELS, model=model, activation="sigmoid")
         return probe, tmp_path / name
 
     return save
@@ -260,7 +262,7 @@ def test_a_fine_tuned_probe_is_exported_with_its_own_backbone(tmp_path, export, 
     ).eval()
     with torch.no_grad():
         base.backbone.layer_norm.weight.mul_(1.7)
-    save_probe(probe, tmp_path / "tuned", labels=LABELS, model=model)
+    save_probe(probe, tmp_path / "tuned", labels=LABELS, model=model, activation="sigmoid")
     code, _, err = export("--probe", tmp_path / "tuned", "--output", tmp_path / "bundle", "--format", "onnx")
     assert (code, err) == (0, "")
     with open_bundle(tmp_path / "bundle") as engine:
@@ -278,7 +280,7 @@ def test_heads_alone_take_embeddings(tmp_path, export, name, dimension, shape):
     config = ProbeConfig(**{**find_recipe(name).config.model_dump(exclude_unset=True), **fields})
     parts = tuple(int(part) for part in dimension.split(","))
     probe = build_probe_from_config(config, 5, "cpu", input_dim=parts[0] if len(parts) == 1 else parts).eval()
-    save_probe(probe, tmp_path / "probe", labels=LABELS)
+    save_probe(probe, tmp_path / "probe", labels=LABELS, activation="sigmoid")
     code, _, err = export(
         "--probe", tmp_path / "probe", "--offline", "--input-dim", dimension, "--output", tmp_path / "b"
     )
@@ -305,7 +307,7 @@ def test_audio_and_head_alone_agree_on_what_makes_the_embedding(exported):
 
 def test_the_licence_of_the_backbone_holds_for_all_that_is_made_of_it(tmp_path, export, exported):
     head = build_probe_from_config(ProbeConfig(target_layers=["last_layer"]), 5, "cpu", input_dim=32)
-    save_probe(head, tmp_path / "any_head", labels=LABELS)
+    save_probe(head, tmp_path / "any_head", labels=LABELS, activation="sigmoid")
     anyones = tmp_path / "anyones"
     export("--probe", tmp_path / "any_head", "--output", anyones, "--format", "onnx", "--offline")
     for bundle, licence in (
@@ -363,14 +365,48 @@ def test_random_heads_are_marked(tmp_path, export, model, labels):
 def test_a_state_dict_saved_by_avex_is_taken(tmp_path, export, trained, model, labels):
     probe, _ = trained()
     torch.save(probe.state_dict(), tmp_path / "avex.pt")  # with base_model.… in it
-    code, _, err = export(
+    arguments = [
         *("--probe", "linear_last", "--model", model, "--weights", tmp_path / "avex.pt", "--labels", labels),
         *("--output", tmp_path / "bundle", "--format", "onnx"),
-    )
+    ]
+    code, _, err = export(*arguments)
+    assert (code, "avex.pt doesn't say what turns the logits into scores" in err) == (4, True)
+    assert "--activation softmax if the loss was cross entropy" in err
+    code, _, err = export(*arguments, "--activation", "softmax")
     assert (code, err) == (0, "")
     with open_bundle(tmp_path / "bundle") as engine:
         assert engine.manifest.trained
+        assert engine.probe(None).activation == "softmax"
         same_as_eager(engine, probe, noise(2))
+
+
+@pytest.mark.parametrize("saved", ["softmax", "sigmoid", "none", None])
+def test_the_activation_is_that_of_the_training(tmp_path, export, model, saved):
+    folder, output = tmp_path / "probe", tmp_path / "bundle"
+    save_probe(trained_probe(), folder, labels=LABELS, model=model, activation=saved)
+    arguments = ("--probe", folder, "--output", output, "--format", "onnx")
+    code, out, err = export(*arguments)
+    if saved is None:
+        assert (code, f"{folder / 'model.safetensors'} doesn't say" in err, output.exists()) == (4, True, False)
+    else:
+        assert (code, read_bundle(output).manifest.probes[0].activation) == (0, saved)
+        assert "was trained for" not in out
+    code, out, _ = export(*arguments, "--activation", "softmax")
+    assert (code, read_bundle(output).manifest.probes[0].activation) == (0, "softmax")
+    warned = f"--activation softmax: probe was trained for {saved} scores" in out
+    assert warned is (saved in ("sigmoid", "none"))
+
+
+@pytest.mark.parametrize(("value", "message"), [(0.0, "nothing but zeros"), (torch.nan, "NaN or infinite values")])
+def test_weights_that_no_training_leaves_are_refused_by_name(tmp_path, export, model, labels, value, message):
+    weights = tmp_path / "placeholder.safetensors"
+    save_file({"classifier.weight": torch.full((5, 32), value), "classifier.bias": torch.zeros(5)}, weights)
+    code, out, err = export(
+        *("--probe", "linear_last", "--model", model, "--weights", weights, "--labels", labels),
+        *("--output", tmp_path / "bundle", "--activation", "softmax"),
+    )
+    assert (code, "write ONNX" in out) == (4, False)
+    assert f"{weights} has {message}" in err
 
 
 def test_a_yaml_file_is_a_probe(tmp_path, export, model, labels):
@@ -507,7 +543,7 @@ def test_a_head_for_another_number_of_labels_is_refused(tmp_path, export, traine
         *("--labels", tmp_path / "three.txt", "--output", tmp_path / "bundle"),
     )
     assert code == 4
-    assert "classifier.weight is (5, 32), not (3, 32)" in err
+    assert "head.pt holds a head of 5 classes, and the probe was built for 3 labels" in err
 
 
 def test_weights_that_merge_layers_are_part_of_what_makes_the_embedding(trained):
@@ -555,10 +591,10 @@ def test_an_output_that_can_not_be_made_is_told(tmp_path, export, trained):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("twice.txt", b"bat\nbat\nbee\nfrog\nwind\n", "twice.txt names labels more than once: bat"),
-        ("empty.txt", b"\n", "empty.txt holds no labels"),
+        ("twice.txt", b"bat\nbat\nbee\nfrog\nwind\n", "twice.txt has labels more than once: 'bat'"),
+        ("empty.txt", b"\n", "empty.txt: it holds no labels"),
         ("latin.txt", "Zaunkönig".encode("latin-1"), "latin.txt is not UTF-8 text"),
-        ("list.json", b"[1]", "list.json must be one JSON object"),
+        ("list.json", b"[1]", "list.json: 1 is no label"),
         ("folder", None, "folder can't be read: Is a directory"),
     ],
 )
@@ -594,6 +630,15 @@ def test_the_probe_is_left_as_it_was(trained):
         exported = export_graph(assembly)(wave)[0]
         torch.testing.assert_close(eager_graph(assembly)(wave)[0], before, rtol=0, atol=0)
     torch.testing.assert_close(exported, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["my bundle", "it's", "run_10:30"])
+def test_the_command_to_serve_it_can_be_copied(tmp_path, export, name):
+    code, out, _ = export(*ALONE, "--output", tmp_path / name)
+    variable, *command = shlex.split(out.splitlines()[-1].removeprefix("serve it: "))
+    assert (code, command) == (0, ["bentoml", "serve", "avex_serve.service:AvexService"])
+    settings = Settings.from_environment(dict([variable.split("=", 1)]))
+    assert settings.bundle == (tmp_path / name,)
 
 
 # -- standard output -----------------------------------------------------------------------------------------------

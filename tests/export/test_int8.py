@@ -384,7 +384,7 @@ def test_a_model_below_a_gate_is_refused_and_nothing_is_written(tmp_path, export
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "EFFNET"], "EfficientNet has no int8 graph: on CPUs with AVX2 alone"),
+        (["--model", "EFFNET"], "EfficientNet has no int8 graph: on CPUs that have only AVX2"),
         (["--model", "BEATS", "--format", "torchscript"], "export --format onnx as well"),
         (["--model", "BEATS", "--offline", "--input-dim", "32"], "--quantize is for audio"),
     ],

@@ -58,7 +58,7 @@ def trained(tmp_path, backbones):
             for parameter in probe.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
-        save_probe(probe, tmp_path / "probe", labels=LABELS, model=path)
+        save_probe(probe, tmp_path / "probe", labels=LABELS, model=path, activation="sigmoid")
         return probe, tmp_path / "probe"
 
     return save
@@ -366,7 +366,7 @@ def test_several_probes_on_padded_clips_of_any_length(tmp_path, backbones, kinds
         config = ProbeConfig(target_layers=[layer], aggregation="mean", **fields)
         torch.manual_seed(len(heads))
         probe = build_probe_from_config(config, 5, "cpu", base_model=backbones["beats"][1]).eval()
-        heads.append(Head(name, probe, LABELS, True, None, None))
+        heads.append(Head(name, probe, LABELS, "sigmoid", True, None, None))
     audio = AudioSpec(sample_rate=RATE, window_samples=RATE, shortest_samples=PATCH)
     assembly = Assembly(tuple(heads), "tiny", None, "CC0", audio, takes_padding_mask=True)
     graph = export_graph(assembly)

@@ -49,7 +49,9 @@ def saved(tmp_path_factory, model):
         with torch.no_grad():
             for parameter in probe.head_state().values():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        save_probe(probe, root / name, labels=[f"{name} {k}" for k in range(i + 2)], model=model)
+        save_probe(
+            probe, root / name, labels=[f"{name} {k}" for k in range(i + 2)], model=model, activation="sigmoid"
+        )
         probes[name] = probe
     return root, probes
 
@@ -167,7 +169,7 @@ def test_other_backbones(make):
     wave = noise(2)
     with torch.no_grad():
         expected = {name: probe(wave) for name, probe in probes}
-    heads = tuple(Head(name, probe, tuple("abcde"), True, None, None) for name, probe in probes)
+    heads = tuple(Head(name, probe, tuple("abcde"), "sigmoid", True, None, None) for name, probe in probes)
     graph = export_graph(Assembly(heads, "own", None, "CC0", CLIPS))
     assert isinstance(graph, OnePassGraph)
     found = dict(zip(graph.outputs, graph(wave), strict=True))
@@ -306,7 +308,7 @@ def test_a_probe_without_labels_beside_a_saved_one(tmp_path, export, saved, mode
 def test_probes_on_different_backbones(tmp_path, export, saved):
     other = write_model(tmp_path / "other.yml", tiny_beats(seed=6), tiny_spec(), licence="CC0-1.0")
     probe = build_probe_from_config(CONFIGS["birds"], 2, "cpu", base_model=load_model(other)).eval()
-    save_probe(probe, tmp_path / "foreign", labels=["a", "b"], model=other)
+    save_probe(probe, tmp_path / "foreign", labels=["a", "b"], model=other, activation="sigmoid")
     code, _, err = export("--probe", saved[0] / "birds", "--probe", tmp_path / "foreign", "--output", tmp_path / "b")
     assert code == 4
     assert "birds belongs to the backbone tiny, foreign to other; a bundle has one backbone" in err
@@ -315,7 +317,7 @@ def test_probes_on_different_backbones(tmp_path, export, saved):
 def test_probes_that_hear_clips_of_different_lengths(tmp_path, export, saved, model):
     backbone = tiny_beats(seed=5)
     probe = build_probe_from_config(CONFIGS["birds"], 2, "cpu", base_model=backbone, target_length=RATE // 2).eval()
-    save_probe(probe, tmp_path / "short", labels=["a", "b"], model=model)
+    save_probe(probe, tmp_path / "short", labels=["a", "b"], model=model, activation="sigmoid")
     arguments = ["--probe", saved[0] / "birds", "--probe", tmp_path / "short", "--format", "onnx"]
     code, _, err = export(*arguments, "--output", tmp_path / "b")
     assert code == 4

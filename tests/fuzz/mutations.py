@@ -1,12 +1,11 @@
-"""Requests that no honest client sends: valid ones, spoilt at random."""
+"""Honest pieces of requests, and ways to damage them."""
 
-import base64
+import copy
 import json
-import struct
 
-from tests.bundles import WINDOW
 from tests.service.conftest import encode
 
+MODEL, OFFLINE = "tiny", "tiny-offline"  # of audio and of embeddings
 HOSTILE_NUMBERS = (0, 1, 2, 3, 7, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 RECORDINGS = [
     encode(seconds, rate, channels, container, seed=rate)
@@ -16,13 +15,19 @@ RECORDINGS = [
 ]
 # Offset and length of the fields of a WAV's header: sizes, format, channels, rates, block, bits.
 WAV_FIELDS = ((4, 4), (16, 4), (20, 2), (22, 2), (24, 4), (28, 4), (32, 2), (34, 2), (40, 4))
-# In place of a value in JSON.
+# In place of a value in JSON or of an option.
 VALUES = (
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 2**64, 10**400, 0.5, 1e308, float("nan"), float("inf"), "",
-    "abc", "\x00", "\ud800", "x" * 5000, "1", [], [[]], [None], [0] * WINDOW, [[0], [0, 0]], {}, {"": {}}, [{}],
+    "abc", "\x00", "\ud800", "x" * 5000, "1", [], [[]], [None], [0] * 1600, [[0], [0, 0]], {}, {"": {}}, [{}],
     "FP32", "BYTES", "BOOL", "FP64", "INT8", "UINT64", "/etc/passwd", "http://127.0.0.1:9/a.wav", "../../x",
 )  # fmt: skip
-OPTIONS = ("threshold", "top_k", "overlap", "probe", "model", "version", "output", "audio", "x", "")
+NUMBERS = (b"1e400", b"-0", b"1E+2", b"0x1", b"01", b".5", b"1.", b"+1", b"NaN", b"9" * 5000)  # in JSON
+
+
+def request(line, body=b"", headers=()):
+    """A whole HTTP request, after which the connection is closed: `line` is b"POST /path", headers are pairs."""
+    lines = [b"%b HTTP/1.1" % line, b"Host: a", b"Connection: close", b"Content-Length: %d" % len(body)]
+    return b"\r\n".join([*lines, *(b"%b: %b" % pair for pair in headers), b"", body])
 
 
 def spoilt(random, data):
@@ -36,7 +41,7 @@ def spoilt(random, data):
                 data[_place(random, data)] ^= 1 << random.randrange(8)
             case 1:
                 data = data[: _place(random, data)]
-            case 2:  # a number that headers are afraid of
+            case 2:  # a number at the limit of its type
                 size, place = random.choice((1, 2, 4, 8)), _place(random, data)
                 number = random.choice(HOSTILE_NUMBERS) & (256**size - 1)
                 data[place : place + size] = number.to_bytes(size, random.choice(("little", "big")))
@@ -46,7 +51,7 @@ def spoilt(random, data):
             case 4:
                 place = _place(random, data)
                 del data[place : place + random.randrange(1, 64)]
-            case 5:  # a piece of it once more
+            case 5:  # repeat a piece of it
                 start, place = _place(random, data), _place(random, data)
                 data[place:place] = data[start : start + random.randrange(1, 2000)]
             case 6 if data[:4] == b"RIFF" and len(data) >= 44:
@@ -54,14 +59,6 @@ def spoilt(random, data):
                 number = random.choice(HOSTILE_NUMBERS) & (256**size - 1)
                 data[start : start + size] = number.to_bytes(size, "little")
     return bytes(data)
-
-
-def audio(random):
-    """Something that may have been a recording."""
-    if random.random() < 0.1:
-        magic = random.choice((b"", b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"FORM", b".snd", b"caff"))
-        return magic + random.randbytes(random.randrange(5000))
-    return spoilt(random, random.choice(RECORDINGS))
 
 
 def spoilt_document(random, document):
@@ -75,86 +72,33 @@ def spoilt_document(random, document):
                 if random.random() < 0.2:
                     del node[key]
                 else:
-                    node[key] = random.choice(VALUES)
+                    node[key] = copy.deepcopy(random.choice(VALUES))
                 break
             node = node[key]
     return document
 
 
-def tensors(random):
-    """A JSON request for inference with a tensor inside."""
-    rows = random.choice((1, 1, 2, 0))
-    tensor = {"name": "waveform", "shape": [rows, WINDOW], "datatype": "FP32", "data": [0.25] * (rows * WINDOW)}
-    if random.random() < 0.3:
-        recording = base64.b64encode(audio(random)).decode()
-        tensor = {"name": "waveform", "shape": [1], "datatype": "BYTES", "data": [recording]}
-    outputs = [{"name": "logits", "parameters": {"classification": 2}}, {"name": "scores", "parameters": {}}]
-    return {"id": "a", "inputs": [tensor], "outputs": outputs, "parameters": {"overlap": 0.01, "probe": "linear"}}
-
-
-def json_bytes(random, document):
-    """The document written down, perhaps damaged."""
-    text = json.dumps(document).encode("utf-8", "surrogatepass")
-    return spoilt(random, text) if random.random() < 0.3 else text
-
-
-def binary_request(random):
-    """Body and headers of a request of the binary tensor extension, with lengths that may lie."""
-    raw = random.choice((struct.pack("<f", 0.25) * WINDOW, random.randbytes(4 * WINDOW), _element(audio(random))))
-    kind, shape = ("FP32", [1, WINDOW]) if len(raw) == 4 * WINDOW else ("BYTES", [1])
-    size = {"binary_data_size": len(raw)}
-    tensor = {"name": "waveform", "shape": shape, "datatype": kind, "parameters": size}
-    document = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
-    head = json_bytes(random, spoilt_document(random, document))
-    raw = spoilt(random, raw) if random.random() < 0.5 else raw
-    length = random.choice(
-        (len(head), len(head), len(head), len(head) - 1, 0, len(head) + len(raw), 10**30, -5, "x")
-    )
-    return head + raw, {"Inference-Header-Content-Length": str(length)}
-
-
-def form(random):
-    """Body and headers of a multipart form that may be none."""
-    boundary = b"frontier"
-    parts = [(b'name="audio"; filename="a.wav"', audio(random))]
-    for _ in range(random.randrange(4)):
-        name, value = random.choice(OPTIONS), str(random.choice(VALUES)).encode("utf-8", "replace")
-        parts.append((f'name="{name}"'.encode(), value))
-    body = b"".join(
-        b"--%b\r\nContent-Disposition: form-data; %b\r\n\r\n%b\r\n" % (boundary, *part) for part in parts
-    )
-    body += b"--" + boundary + b"--\r\n"
-    content_type = random.choice(("multipart/form-data; boundary=frontier",) * 5 + CONTENT_TYPES)
-    return spoilt(random, body) if random.random() < 0.7 else body, {"content-type": content_type}
-
-
-CONTENT_TYPES = (
-    "multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; boundary=" + "b" * 300,
-    'multipart/form-data; boundary="', "multipart/form-data; charset=x; boundary=frontier", "audio/wav",
-    "application/json", "text/plain; charset=utf-99", ";", "application/x-www-form-urlencoded",
-)  # fmt: skip
-
-
-def query(random):
-    """Options in the query."""
-    pairs = [(random.choice(OPTIONS), random.choice(VALUES)) for _ in range(random.randrange(4))]
-    return [(name, str(value).encode("utf-8", "replace").decode()) for name, value in pairs]
-
-
-def headers(random):
-    """Headers, one of them odd."""
-    odd = (
-        {}, {"x-request-id": "a\tb" * 100}, {"content-encoding": "gzip"}, {"accept": b"\xff"},
-        {"request-timeout": "nan"},
-        {"request-timeout": "-1"}, {"authorization": "Bearer " + "k" * 3000}, {"range": "bytes=5-1"},
-        {"traceparent": "00-" + "z" * 32}, {"content-type": random.choice(CONTENT_TYPES)}, {"cookie": "=;=" * 50},
-        {"inference-header-content-length": "9" * 30},
-    )  # fmt: skip
-    return random.choice(odd)
-
-
-def _element(data):
-    return len(data).to_bytes(4, "little") + data
+def spoilt_json(random, document):
+    """The text of a JSON document: with values that are replaced, bytes that are damaged, or both."""
+    if random.random() < 0.8:
+        document = spoilt_document(random, document)
+    text = json.dumps(document).encode()
+    match random.randrange(10):
+        case 0:
+            return spoilt(random, text)
+        case 1:  # another spelling of a number
+            return text.replace(b"0.25", random.choice(NUMBERS), random.choice((1, -1)))
+        case 2:  # deep, wide or odd text inside of it
+            odd = random.choice((
+                b"[" * 9000 + b"]" * 9000, b'{"a":' * 3000, b"[" * 70 + b"0" + b"]" * 70, b'"\\ud800"', b'"\xff"',
+                b'"\\u0000\\n\x00"', b"[[1,2],[3]]", b'["a",1]', b"[1,,2]", b"[" + b"{}," * 9000 + b"{}]",
+            ))  # fmt: skip
+            place = text.find(b": ", random.randrange(len(text))) + 2
+            return text[:place] + odd + text[random.choice((place, text.find(b",", place))) :]
+        case 3:
+            utf16 = text.decode().encode("utf-16")
+            return random.choice((b"\xef\xbb\xbf" + text, text + text, text + b"\x00", utf16))
+    return text
 
 
 def _place(random, data):

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
 
-from tests.fuzz.attacks import check_status
 from tests.fuzz.test_fuzz import SEED
 
 with warnings.catch_warnings():
@@ -19,9 +18,9 @@ EXAMPLES = 20  # of each operation and mode
 
 
 @pytest.mark.parametrize("mode", GenerationMode)
-def test_requests_by_the_document(besieged, question, mode):
-    schema = schemathesis.openapi.from_dict(besieged.get("/docs.json").json())
-    schema.config.update(base_url=besieged.url)
+def test_requests_by_the_document(besieged, mode):
+    schema = schemathesis.openapi.from_dict(besieged.server.get("/docs.json").json())
+    schema.config.update(base_url=besieged.server.url)
     sent = 0
     for result in schema.get_all_operations():
         operation = result.ok()
@@ -38,10 +37,10 @@ def test_requests_by_the_document(besieged, question, mode):
         def ask(case):
             nonlocal sent
             answer = case.call(timeout=30)
-            check_status(answer.status_code, answer.text)
+            assert answer.status_code < 500 or answer.status_code == 503, answer.text
             sent += 1
 
         with contextlib.suppress(Unsatisfiable):  # nothing about it can be wrong
             ask()
-        question.check(besieged)
+        assert besieged.fault() is None
     assert sent >= EXAMPLES

@@ -82,7 +82,7 @@ def saved(tmp_path_factory):
                 write_model(yaml_file, base, make_spec(**options))
             torch.manual_seed(1)
             probe = build_probe_from_config(find_recipe(name).config, 5, "cpu", base_model=base)
-            save_probe(probe, target, labels=[f"sound {i}" for i in range(5)], model=yaml_file)
+            save_probe(probe, target, labels=[f"sound {i}" for i in range(5)], model=yaml_file, activation="sigmoid")
         return target
 
     return folder

@@ -226,7 +226,7 @@ def test_avexs_way_to_embeddings():
         (["backbone.encoder.layer.0.fc2"], ValueError, "did you mean backbone.encoder.layers.0.fc2"),
         ([3], ValueError, "out of range for 3 layers"),
         ([-4], ValueError, "out of range for 3 layers"),
-        ([True], TypeError, "a bool is no layer"),
+        ([True], TypeError, "a bool is not a layer"),
         ([], ValueError, "target_layers is empty"),
     ],
 )

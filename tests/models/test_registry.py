@@ -159,7 +159,7 @@ def test_classes_are_registered_by_name(classes, caplog):
     assert avex_serve.get_model_class("nothing") is None
     assert avex_serve.register_model_class(simple) is simple
     assert "'my_simple' is registered already" in caplog.text
-    with pytest.raises(TypeError, match="is no model class"):
+    with pytest.raises(TypeError, match="is not a model class"):
         avex_serve.register_model_class(nn.Linear(1, 1))
 
 

@@ -330,7 +330,7 @@ def test_probe_classes(monkeypatch):
     monkeypatch.setattr(registry, "_PROBE_CLASSES", dict(registry._PROBE_CLASSES))
     register_probe_class("linear", Doubled)
     assert isinstance(build(input_dim=4), Doubled)
-    with pytest.raises(TypeError, match="is no probe class"):
+    with pytest.raises(TypeError, match="is not a probe class"):
         register_probe_class("linear", torch.nn.Linear)
     registry._PROBE_CLASSES.clear()
     with pytest.raises(ValueError, match="'linear' is not registered"):

@@ -1,3 +1,7 @@
+import os
+from collections import Counter, deque
+
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -57,7 +61,7 @@ def test_a_head_asks_for_the_revision_that_it_was_trained_on(tmp_path, monkeypat
     content = {"model_spec": tiny_spec().model_dump(exclude_none=True), "checkpoint_path": uri}
     (tmp_path / "hub.yml").write_text(yaml.safe_dump(content))
     probe = build(base=load_model(tmp_path / "hub.yml"))
-    save_probe(probe, tmp_path / "probe", labels=LABELS, model=tmp_path / "hub.yml")
+    save_probe(probe, tmp_path / "probe", labels=LABELS, model=tmp_path / "hub.yml", activation="softmax")
     publish("b" * 40)
     loaded = load_probe(tmp_path / "probe")
     assert loaded.base_model.checkpoint_uri == f"{uri}@{'a' * 40}"
@@ -175,3 +179,174 @@ def test_what_can_not_be_loaded(tmp_path, backbone):
     save_file({"classifier.weight": torch.zeros(5, 32)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"1 missing: classifier\.bias"):
         load_probe(folder)
+
+
+# -- what was trained ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "saved"),
+    [("softmax", "softmax"), ("cross_entropy", "softmax"), ("BCEWithLogitsLoss", "sigmoid"), ("none", "none")],
+)
+def test_the_activation_is_saved(tmp_path, caplog, given, saved):
+    save_probe(build(input_dim=8), tmp_path / "probe", activation=given)
+    loaded = load_probe(tmp_path / "probe")
+    assert (loaded.output_activation, caplog.text) == (saved, "")
+    save_probe(loaded, tmp_path / "again")
+    assert load_probe(tmp_path / "again").output_activation == saved
+
+
+def test_an_activation_that_is_not_known(tmp_path, caplog):
+    with pytest.raises(ValueError, match="activation is 'relu'; expected one of softmax, cross_entropy"):
+        save_probe(build(input_dim=8), tmp_path / "probe", activation="relu")
+    save_probe(build(input_dim=8), tmp_path / "probe")
+    assert "activation='softmax' after training with cross entropy" in caplog.text
+    assert load_probe(tmp_path / "probe").output_activation is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        (set(LABELS), TypeError, "labels is a set, which has no order"),
+        (frozenset(LABELS), TypeError, "labels is a frozenset"),
+        (dict.fromkeys(LABELS, 3).keys(), TypeError, "labels is a dict_keys"),
+        (dict(enumerate(LABELS)).values(), TypeError, "labels is a dict_values"),
+        ((label for label in LABELS), TypeError, "labels is a generator"),
+        (iter(LABELS), TypeError, "labels is a tuple_iterator"),
+        (Counter(LABELS), TypeError, "whose numbers are counts"),
+        ("abcde", TypeError, "labels is a str"),
+        ([1, 2, 3, 4, 5], TypeError, "labels has 1, a int; expected text"),
+        (["bat", "bee", "bee", "frog", "wind"], ValueError, "labels more than once: 'bee'"),
+        (["bat", "bee", " ", "frog", "wind"], ValueError, "an empty label"),
+    ],
+)
+def test_labels_that_name_classes_by_chance_are_refused(tmp_path, labels, error, message):
+    with pytest.raises(error, match=message):
+        save_probe(build(input_dim=8), tmp_path / "probe", labels=labels, activation="softmax")
+    assert not (tmp_path / "probe").exists()
+
+
+@pytest.mark.parametrize("labels", [list(LABELS), np.array(LABELS), deque(LABELS)], ids=["list", "array", "deque"])
+def test_labels_in_order(tmp_path, labels):
+    save_probe(build(input_dim=8), tmp_path / "probe", labels=labels, activation="softmax")
+    assert load_probe(tmp_path / "probe").labels == LABELS
+
+
+def test_labels_that_look_alike_are_told(tmp_path, caplog):
+    labels = ["Bat", "bee", "bat", "tree frog", "treefrog"]
+    save_probe(build(input_dim=8), tmp_path / "probe", labels=labels, activation="softmax")
+    assert [record.getMessage() for record in caplog.records] == [
+        "labels has 'Bat' and 'bat', which differ only by case or spaces",
+        "labels has 'tree frog' and 'treefrog', which differ only by case or spaces",
+    ]
+
+
+def fill(value):
+    def change(parameters):
+        for parameter in parameters:
+            parameter.fill_(value)
+
+    return change
+
+
+def zero_last(parameters):
+    parameters[-2].fill_(0)
+
+
+def one_infinite(parameters):
+    parameters[0].flatten()[3] = torch.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (fill(0), "nothing but zeros in"),
+        (zero_last, "nothing but zeros in"),
+        (fill(torch.nan), "NaN or infinite values in"),
+        (one_infinite, "NaN or infinite values in"),
+    ],
+)
+@pytest.mark.parametrize("kind", HEADS)
+def test_weights_that_no_training_leaves_are_refused(tmp_path, kind, change, message):
+    probe, other = (build(kind, input_dim=(12, 8), aggregation="none") for _ in range(2))
+    with torch.no_grad():
+        change(list(probe.parameters()))
+    with pytest.raises(ValueError, match=message):
+        save_probe(probe, tmp_path / "probe", activation="softmax")
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match=f"head.pt has {message}"):
+        load_head(other, probe.state_dict(), "head.pt")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_a_head_of_other_classes_is_refused_by_their_number():
+    probe = build(input_dim=8)
+    state = {"classifier.weight": torch.ones(3, 8), "classifier.bias": torch.ones(3)}
+    with pytest.raises(
+        ValueError, match=r"head\.pt holds a head of 3 classes, and the probe was built for 5 labels"
+    ):
+        load_head(probe, state, "head.pt")
+
+
+def wrapped(probe):
+    return {
+        "compiled": lambda: torch.compile(probe),
+        "parallel": lambda: torch.nn.DataParallel(probe),
+        "both": lambda: torch.compile(torch.nn.DataParallel(probe)),
+    }
+
+
+@pytest.mark.parametrize("way", ["compiled", "parallel", "both"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_wrapped_probe_is_saved_as_the_probe(tmp_path, backbone, way, frozen):
+    model, source = backbone
+    probe = build(base=model, freeze_backbone=frozen)
+    save_probe(wrapped(probe)[way](), tmp_path / "probe", labels=LABELS, model=source, activation="softmax")
+    loaded = load_probe(tmp_path / "probe")
+    torch.testing.assert_close(logits(loaded, noise(2)), logits(probe.eval(), noise(2)), rtol=0, atol=0)
+
+
+def test_a_probe_with_compiled_parts_is_saved_as_the_probe(tmp_path, backbone):
+    model, source = backbone
+    probe = build(base=model)
+    save_probe(probe, tmp_path / "plain", model=source, activation="softmax")
+    probe.base_model = torch.compile(probe.base_model)
+    probe.classifier = torch.compile(probe.classifier)
+    save_probe(probe, tmp_path / "probe", model=source, activation="softmax")
+    for name in ("probe.yml", "model.safetensors"):
+        assert (tmp_path / "probe" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def test_other_modules_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="a Linear is no probe; expected what build_probe_from_config"):
+        save_probe(torch.nn.Linear(3, 3), tmp_path / "probe")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_cast_probe_is_saved_so_that_it_loads(tmp_path, backbone, dtype, frozen):
+    model, source = backbone
+    probe = build(base=model, freeze_backbone=frozen)
+    expected = probe.classifier.weight.to(dtype).float()
+    save_probe(probe.to(dtype), tmp_path / "probe", labels=LABELS, model=source, activation="softmax")
+    loaded = load_probe(tmp_path / "probe")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.classifier.weight, expected)
+    assert torch.isfinite(logits(loaded, noise(2))).all()
+    if frozen:  # the backbone is still recognised
+        with torch.no_grad():
+            model = tiny_beats(seed=6)
+        with pytest.raises(ValueError, match="was trained on a backbone with fingerprint"):
+            load_probe(tmp_path / "probe", base_model=model)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_probe(build(input_dim=8), tmp_path / "probe", labels=LABELS, activation="softmax")
+    finally:
+        os.umask(before)
+    folder = tmp_path / "probe"
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask

@@ -237,7 +237,7 @@ def test_message_of_many_small_parts(server, parts):
 
 @pytest.mark.parametrize("data", [b"*\x05", b"\x2b\x2c", b"\xff" * 11, b"\x0d\0", b"\x80" * 9 + b"\x01\0", b"\0\0"])
 def test_message_that_is_none(server, data):
-    assert rpc_error(server, data) == ("INVALID_ARGUMENT", "the request is no ModelInferRequest")
+    assert rpc_error(server, data) == ("INVALID_ARGUMENT", "the request is not a ModelInferRequest")
 
 
 def test_numbers_of_a_tensor_are_no_parts(server):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from avex_serve.bundles.manifest import Activation
 from avex_serve.configs import Aggregation, InputProcessing, ProbeConfig
 from avex_serve.models.aggregation import aggregate, time_steps
 from avex_serve.models.base_model import ModelBase, unpack_audio
@@ -38,6 +39,7 @@ class Probe(nn.Module, ABC):
         config: the ProbeConfig that it was built from; None if its class was called directly.
         input_dim: the shapes that it was built for, one per layer.
         labels: names of the classes, if known.
+        output_activation: what turns its logits into scores, if known: softmax, sigmoid or none.
     """
 
     options: ClassVar[Mapping[str, Any]]  # the head's own arguments with their defaults
@@ -95,6 +97,7 @@ class Probe(nn.Module, ABC):
         self.exclude_padding = exclude_padding
         self.config: ProbeConfig | None = None
         self.labels: tuple[str, ...] | None = None
+        self.output_activation: Activation | None = None
         for name, default in self.options.items():
             setattr(self, name, options.get(name, default))
         if base_model is not None and not feature_mode:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -23,6 +24,9 @@ from avex_serve.service.grpc.health import Health
 from avex_serve.service.grpc.messages import MAX_PARTS, SERVICE, message, message_class, split
 from avex_serve.service.oip import protocol
 from avex_serve.service.parsing import BOOL, BYTES, FP32
+
+# gRPC's library writes what clients send into the log at the levels below, unescaped. It reads this when it starts.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 OPTIONS: Final = (
     ("grpc.so_reuseport", 1),  # workers share the port

@@ -1,24 +1,23 @@
-"""Bytes that are almost HTTP: each connection ends in time, no answer blames the service, and its memory stays."""
+"""HTTP: bytes that are almost requests, and requests of odd targets, options and headers."""
 
-import asyncio
-import contextlib
-import itertools
-import random
 import re
+from urllib.parse import quote
 
-from tests.clients import Worker
 from tests.fuzz import mutations
-from tests.fuzz.attacks import METHODS, PATHS
-from tests.fuzz.test_fuzz import COUNT, SEED
+from tests.fuzz.mutations import MODEL
 
-INPUTS = 30 * COUNT  # 9000 by default
-AT_ONCE = 50  # connections
-ANSWER_SECONDS = 0.3  # for what may be incomplete to be answered, before the client sends no more
-END_SECONDS = 10  # from then on, for the connection to be closed
-GROWTH = 64 * 2**20  # bytes of the worker: allocators, not requests
 # A status line of ours: text that an answer repeats has no line break.
 STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) [^\r\n]*\r\n(?:date|content-type): ")
+HOST = b"Host: a"  # one in each request
 
+METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
+PATHS = (
+    "/", "/livez", "/readyz", "/metrics", "/docs.json", "/v2", f"/v2/models/{MODEL}", f"/v2/models/{MODEL}/config",
+    f"/v2/models/{MODEL}/infer", f"/v2/models/{MODEL}/versions/1/infer", "/v2/repository/index", "/classify",
+    f"/v2/repository/models/{MODEL}/load", f"/v2/models/{MODEL}/trace/setting", "/predict", "/embed", "/predict_all",
+    "/schema.json", "/healthz", "/x", f"/predict?model={MODEL}", f"/embed?model={MODEL}",
+)  # fmt: skip
+OPTIONS = ("threshold", "top_k", "overlap", "probe", "model", "version", "output", "audio", "x", "")
 AUDIO = mutations.RECORDINGS[0]
 NUMBERS = (
     b"0", b"1", b"00", b"0" * 4400 + b"4", b"-1", b"+4", b"4 ", b"4,4", b"4, 5", b"0x4", b"4_0", b"", b"\xb2",
@@ -74,7 +73,7 @@ UPGRADES = (
 )
 
 
-def hostile_http(random):
+def connection(random):
     """What a client may send on one connection: requests of which some are malformed."""
     count = random.choice((1, 1, 1, 1, 2, 2, 3, 10, 40))
     data = b"".join(_request(random, hostile=random.random() < 0.6) for _ in range(count))
@@ -85,7 +84,7 @@ def hostile_http(random):
 
 def _request(random, hostile):
     method, target = random.choice((*METHODS, *["POST", "GET"] * 7)).encode(), random.choice(PATHS).encode()
-    version, headers, body = b"HTTP/1.1", [b"Host: a"], b""
+    version, headers, body = b"HTTP/1.1", [HOST], b""
     if method == b"POST" or random.random() < 0.2:
         body = random.choice(
             (AUDIO, AUDIO, b"", b"{}", b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n", random.randbytes(500))
@@ -143,58 +142,20 @@ def _chunked(random, body):
     return b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
 
 
-async def _answers(port, data):
-    """What the service answers; fails unless it closes the connection in time."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    answer = b""
-    try:
-        with contextlib.suppress(OSError):
-            writer.write(data)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(ANSWER_SECONDS):
-                    await writer.drain()
-                    while len(STATUS.findall(answer)) < data.count(b"Host: a") and (
-                        piece := await reader.read(2**16)
-                    ):
-                        answer += piece
-            writer.write_eof()
-            async with asyncio.timeout(END_SECONDS):
-                while piece := await reader.read(2**16):
-                    answer += piece
-    finally:
-        writer.transport.abort()
-    return answer
+def target(random):
+    """A request with a damaged path, odd options and an odd header."""
+    path = mutations.spoilt(random, random.choice(PATHS).encode()).lstrip(b"/")
+    path = quote(path, safe=random.choice(("", "/", "/%")))
+    line = f"{random.choice(METHODS)} /{path}{query(random)}".encode()
+    body = random.choice((b"", b"", b"{}", AUDIO))
+    odd = random.choice(HEADERS)
+    return mutations.request(line, body, [tuple(odd.split(b": ", 1))] if odd.count(b": ") == 1 else [])
 
 
-def _check(data, answer):
-    assert not answer or STATUS.match(answer) or answer.startswith(b"HTTP/1.1 100 "), answer[:500]
-    for status in map(int, STATUS.findall(answer)):
-        late = status == 504 and b"request-timeout" in data.lower()
-        assert status < 500 or status == 503 or late, answer[:2000]
-
-
-async def _send(port, numbers):
-    async def client():
-        for number in numbers:
-            data = hostile_http(random.Random(f"{SEED} {number}"))
-            try:
-                _check(data, await _answers(port, data))
-            except Exception as error:
-                error.add_note(f"input {number}: {data[:3000]!r}")
-                raise
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(AT_ONCE):
-            group.create_task(client())
-
-
-def test_hostile_bytes(besieged, question):
-    worker = Worker(besieged)
-    numbers = iter(range(INPUTS))
-    asyncio.run(_send(besieged.http_port, itertools.islice(numbers, INPUTS // 6)))  # to warm up
-    question.check(besieged)
-    memory = worker.memory
-    asyncio.run(_send(besieged.http_port, numbers))
-    question.check(besieged)
-    assert worker.memory <= memory + GROWTH
-    assert Worker(besieged).process == worker.process
+def query(random):
+    """Options, as the query of a target."""
+    pairs = [(random.choice(OPTIONS), str(random.choice(mutations.VALUES))) for _ in range(random.randrange(4))]
+    if random.random() < 0.7:
+        pairs.append(("model", MODEL))
+    random.shuffle(pairs)
+    return "?" + "&".join(f"{quote(name)}={quote(value, errors='replace')}" for name, value in pairs)
