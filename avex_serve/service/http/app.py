@@ -32,7 +32,7 @@ from avex_serve.inference import pipeline
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.service import parsing
-from avex_serve.service.front import CONTROL_BYTES, METRICS, OTHER, Found, Front
+from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Found, Front
 from avex_serve.service.http import openapi, pages
 from avex_serve.service.oip import json, protocol
 
@@ -272,7 +272,7 @@ async def _refuse(reason: str, _: Front, __: Request) -> Response:
 
 async def _document(_: Front, __: Request) -> Response:
     paths = {e.path: {e.methods[0].lower(): e.operation} for e in ENDPOINTS if e.operation is not None}
-    return _json(openapi.document(paths))
+    return _json(openapi.document(paths, HEALTH))
 
 
 def _recordings(path: str, question: Question, options: openapi.Options, summary: str, answer: str) -> Endpoint:
