@@ -194,7 +194,7 @@ class Model:
             parameters["windows"] = json.dumps(windows)
         else:
             batch = _shaped(tensor)
-            outputs, warnings = self._engine.infer(batch, mask), []
+            outputs, warnings = self._engine.infer(batch, mask), [*self._engine.warnings]
             if self._engine.manifest.kind == "audio":
                 warnings += pipeline.level_warnings(pipeline.find_peak(batch))
         if warnings:
