@@ -20,7 +20,7 @@ from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, Prediction
 from avex_serve.inference.scores import activate
 from avex_serve.scheduling.cores import FairSemaphore, usable_cores
-from avex_serve.scheduling.request import INFER, QUEUE, Request, current
+from avex_serve.scheduling.request import INFER, QUEUE, Model, Request, current
 
 if TYPE_CHECKING:
     from avex_serve.inference.backend import Backend
@@ -51,6 +51,7 @@ class Engine:
 
     def __init__(self, bundle: Bundle, backend: "Backend", threads: int | None = None) -> None:
         self.bundle = bundle
+        self.warnings: tuple[str, ...] = ()  # for each answer, a sentence each
         self.backend = backend
         # One call of the backend uses one core; the batches of a recording spread over the cores here.
         self.threads = threads or usable_cores()
@@ -79,6 +80,11 @@ class Engine:
     def manifest(self) -> Manifest:
         """The manifest of the bundle."""
         return self.bundle.manifest
+
+    @property
+    def model(self) -> Model:
+        """Name and version of the bundle."""
+        return Model(self.manifest.name, self.manifest.version)
 
     @property
     def audio_spec(self) -> AudioSpec:
@@ -251,6 +257,8 @@ class Engine:
         size = self.backend.max_batch
         chunks = (tuple(each[start : start + size] for each in inputs) for start in range(0, len(batch), size))
         names = [spec.name for spec in self.manifest.outputs]
+        if (audio := self.manifest.audio) is not None:
+            current().timings.audio.append((self.model, batch.size / audio.sample_rate))
         return pipeline.collect(self.run(chunks, names))
 
     def graph_inputs(self, batch: np.ndarray, padding_mask: np.ndarray | None) -> Inputs:
@@ -344,7 +352,7 @@ class Engine:
                 finally:
                     end()
                     request.timings.batches.append(len(inputs[0]))
-                    request.timings.models.append(self.manifest.name)
+                    request.timings.models.append(self.model)
             for name in names:
                 # Finite samples of 1e38 overflow in any model, and JSON has no word for the result.
                 if not np.isfinite(outputs[name]).all():

@@ -231,7 +231,7 @@ def run_recording(
         window_seconds=spec.window_samples / spec.sample_rate,
         spans=np.concatenate(spans),
         outputs=outputs,
-        warnings=tuple(stream.warnings),
+        warnings=(*engine.warnings, *stream.warnings),
     )
 
 
@@ -277,7 +277,9 @@ def stream_windows(
             yield inputs
 
     for outputs in engine.run(batches(), names):
-        yield bounds.popleft() / float(rate), outputs
+        span = bounds.popleft() / float(rate)
+        yield span, outputs
+    current().timings.audio.append((engine.model, float(span[-1, 1])))
     stream.warnings.extend(level_warnings(peak))
 
 

@@ -33,7 +33,6 @@ import numpy as np
 from msgspec import Meta
 
 from avex_serve import __version__
-from avex_serve.audio.reader import open_audio
 from avex_serve.errors import InputError, NotFoundError, TensorError, UnavailableError, UnsupportedError
 from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
@@ -195,7 +194,7 @@ class Model:
             parameters["windows"] = json.dumps(windows)
         else:
             batch = _shaped(tensor)
-            outputs, warnings = self._engine.infer(batch, mask), []
+            outputs, warnings = self._engine.infer(batch, mask), [*self._engine.warnings]
             if self._engine.manifest.kind == "audio":
                 warnings += pipeline.level_warnings(pipeline.find_peak(batch))
         if warnings:
@@ -252,10 +251,10 @@ class Model:
         """The outputs, the number of windows of each recording, and the warnings about them."""
         if not recordings:
             raise TensorError("no recordings; send at least one element")
-        answers = [
-            pipeline.infer_recording(self._repository, self._engine, partial(open_audio, recording), query)
-            for recording in recordings
-        ]
+        answers = []
+        for number, recording in enumerate(recordings, 1):
+            audio = partial(parsing.open_recording, recording, f"recording {number}" if len(recordings) > 1 else "")
+            answers.append(pipeline.infer_recording(self._repository, self._engine, audio, query))
         outputs = {name: np.concatenate([answer.outputs[name] for answer in answers]) for name in answers[0].outputs}
         warnings = [
             f"recording {number}: {warning}" if len(answers) > 1 else warning
