@@ -69,6 +69,7 @@ class Store:
             InputError: of another layout, or damaged.
         """
         self.folder = folder
+        self.compact = False
         try:
             text = (folder / DESCRIPTION).read_bytes()
         except OSError:
@@ -160,14 +161,21 @@ class Store:
     # -- recordings ------------------------------------------------------------------------------------------------
 
     def journal(self) -> dict[str, Entry]:
-        """The recordings by path, as far as they are known."""
+        """The recordings by path. Sets `compact`, whether `write_journal` was the last to write the journal."""
         decode = msgspec.json.Decoder(Entry).decode
-        entries = {}
+        entries: dict[str, Entry] = {}
+        last = ""
+        self.compact = (self.folder / RECORDINGS).exists()
         with contextlib.suppress(FileNotFoundError), (self.folder / JOURNAL).open("rb") as file:
             for line in file:
-                with contextlib.suppress(msgspec.MsgspecError):  # a process was killed while it wrote the line
+                try:
                     entry = decode(line)
-                    entries[entry.path] = entry
+                except msgspec.MsgspecError:  # a process was killed while it wrote the line
+                    self.compact = False
+                    continue
+                self.compact = self.compact and last < entry.path
+                last = entry.path
+                entries[entry.path] = entry
         return entries
 
     def write_journal(self, entries: Iterable[Entry]) -> None:
@@ -185,7 +193,7 @@ class Store:
                         sample_rate: INTEGER, warnings: 'VARCHAR[]', error: VARCHAR}}))
                     TO {quoted(self.folder / SCRATCH / RECORDINGS)} (FORMAT parquet, COMPRESSION zstd)"""
                 )
-            for name in (JOURNAL, RECORDINGS):
+            for name in (RECORDINGS, JOURNAL):  # a compact journal promises the table
                 (self.folder / SCRATCH / name).replace(self.folder / name)
 
     @contextlib.contextmanager

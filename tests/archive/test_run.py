@@ -111,7 +111,7 @@ def test_a_choice_needs_no_inference(archive, bundles, command, tmp_path, count_
 
 
 def test_thresholds_and_labels_by_file(archive, bundles, command, tmp_path):
-    (tmp_path / "limits.csv").write_text("label,threshold\nrobin,0.6\nZaunkönig,2\n", "utf-8")
+    (tmp_path / "limits.csv").write_text("label,threshold\nrobin,0.6\nZaunkönig,1\n", "utf-8")
     (tmp_path / "labels.txt").write_text("robin\nZaunkönig\n", "utf-8")
     options = ("--threshold", tmp_path / "limits.csv", "--label", f"@{tmp_path / 'labels.txt'}")
     command("run", bundles["plain"], archive, "--out", tmp_path / "out", *options)
@@ -405,6 +405,18 @@ def start(bundle, archive, out, *options, limit=None):
 def finish(process):
     process.communicate(timeout=120)
     return process.returncode
+
+
+def test_killed_before_the_journal_is_written_again(archive, bundles, command, tmp_path):
+    (archive / "broken.wav").unlink()
+    command("run", bundles["plain"], archive, "--out", tmp_path / "out")
+    after = content(tmp_path / "out")
+    lines = (tmp_path / "out" / "journal.ndjson").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out" / "journal.ndjson").write_bytes(b"".join([*lines[::-1], lines[0], lines[1][:20]]))
+    (tmp_path / "out" / "recordings.parquet").write_bytes(b"of a run before")
+    code, lines = command("run", bundles["plain"], archive, "--out", tmp_path / "out")
+    assert (code, lines[-1]) == (0, "0 computed, 5 known, 0 failed")
+    assert content(tmp_path / "out") == after
 
 
 def make_archive(folder, count):
