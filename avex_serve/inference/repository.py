@@ -109,9 +109,9 @@ class Repository:
             for place in self._places.values():
                 self._exchange(place, None)
 
-    def watch(self, seconds: float) -> None:
-        """Call `refresh` with this many seconds between two calls, until `close`."""
-        self._watcher = threading.Thread(target=self._watch, args=(seconds,), name="avex-reload", daemon=True)
+    def watch(self, seconds: float, fetch: Callable[[], object] = lambda: None) -> None:
+        """Call `fetch` and `refresh` with this many seconds between two calls, until `close`."""
+        self._watcher = threading.Thread(target=self._watch, args=(seconds, fetch), name="avex-reload", daemon=True)
         self._watcher.start()
 
     def is_watching(self) -> bool:
@@ -210,9 +210,10 @@ class Repository:
         with self._changing:
             self._look_around(patient=True)
 
-    def _watch(self, seconds: float) -> None:
+    def _watch(self, seconds: float, fetch: Callable[[], object]) -> None:
         while not self._closing.wait(seconds):
             try:
+                fetch()
                 self.refresh()
             except Exception as error:
                 # The thread goes on: the next look may succeed.

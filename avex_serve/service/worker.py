@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property, partial
 from itertools import combinations
@@ -27,6 +28,7 @@ from anyio import to_thread
 from avex_serve.audio.reader import Channel, open_audio
 from avex_serve.audio.windows import FinalClip
 from avex_serve.bundles.folders import check_any
+from avex_serve.bundles.remote import Mirror, is_remote
 from avex_serve.errors import AvexServeError, InputError, StorageError
 from avex_serve.inference import pipeline
 from avex_serve.inference.backend import open_bundle
@@ -97,7 +99,8 @@ class AvexService:
                 engine.warnings = (DEMO_WARNING,)
             return engine
 
-        roots = [Path(folder) for folder in settings.bundle]
+        roots, fetch = _bundles(settings)
+        fetch(True)  # again, for a worker that starts later; without the store it serves what is there
         repository = Repository(roots, open_engine, may_be_empty=settings.start_empty)
         metrics = Metrics(lambda: repository.lease_those(lambda _: True))
         return Front(
@@ -213,8 +216,10 @@ class AvexService:
         """Before any worker starts: refuse bad settings, folders without a whole bundle and a port that is taken."""
         try:
             settings = Settings.from_environment()
+            roots, fetch = _bundles(settings)
+            fetch(settings.start_empty)
             if not settings.start_empty:
-                check_any(Path(folder) for folder in settings.bundle)
+                check_any(roots)
             bento.http_configuration()
             bento.close_control_port()
             _check_workers(settings)
@@ -250,7 +255,7 @@ class AvexService:
         if bento.worker() is not None:
             front.drain.watch_supervisor()
         if settings.reload_seconds:
-            front.repository.watch(settings.reload_seconds)
+            front.repository.watch(settings.reload_seconds, partial(_bundles(settings)[1], True))
             front.alive.append(front.repository.is_watching)
         self._watch = asyncio.create_task(_look_after(front))
         logger.info(
@@ -272,6 +277,32 @@ class AvexService:
         front.admission.close()
         front.repository.close()
         await to_thread.run_sync(front.telemetry.close)
+
+
+def _bundles(settings: Settings) -> tuple[list[Path], Callable[[bool], None]]:
+    """The folders to serve, and a function that fetches those of object stores.
+
+    The function logs errors if its argument is true, and raises them if not.
+
+    Raises:
+        InputError: a URL that can't be used.
+    """
+    mirrors = {root: Mirror(root, settings.bundle_cache) for root in settings.bundle if is_remote(root)}
+    logged: dict[str, str] = {}
+
+    def fetch(tolerant: bool) -> None:
+        for root, mirror in mirrors.items():
+            try:
+                mirror.refresh()
+                logged.pop(root, None)
+            except AvexServeError as error:
+                if not tolerant:
+                    raise
+                if logged.get(root) != str(error):
+                    logged[root] = str(error)
+                    logger.error("%s", error)
+
+    return [mirrors[root].folder if root in mirrors else Path(root) for root in settings.bundle], fetch
 
 
 def _keep_less_memory() -> None:
