@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from avex_serve.archive.frames import predict
     from avex_serve.inference.backend import open_bundle
     from avex_serve.inference.engine import Engine
     from avex_serve.models.utils.load import load_label_mapping, load_model
@@ -42,6 +43,7 @@ __all__ = [
     "load_label_mapping",
     "load_model",
     "open_bundle",
+    "predict",
     "register_model",
     "register_model_class",
 ]
@@ -50,6 +52,7 @@ _REGISTRY = "avex_serve.models.utils.registry"
 _ELSEWHERE = {
     "Engine": "avex_serve.inference.engine",
     "open_bundle": "avex_serve.inference.backend",
+    "predict": "avex_serve.archive.frames",
     "load_label_mapping": "avex_serve.models.utils.load",
     "load_model": "avex_serve.models.utils.load",
 }

@@ -9,7 +9,7 @@
     ├── UnsupportedError      this bundle can't answer that        400  UNIMPLEMENTED        exit 2
     ├── AuthenticationError   no key, or an invalid one            401  UNAUTHENTICATED
     ├── OverloadError         no room for the request now          503  RESOURCE_EXHAUSTED
-    ├── StorageError          no room on disk for the request      507  RESOURCE_EXHAUSTED
+    ├── StorageError          no room on disk                      507  RESOURCE_EXHAUSTED   exit 6
     ├── SlowRequestError      the request didn't arrive in time    408  DEADLINE_EXCEEDED
     ├── DeadlineError         the answer would come too late       504  DEADLINE_EXCEEDED
     ├── ClientGoneError       the client has gone                  499  CANCELLED
@@ -98,10 +98,11 @@ class OverloadError(AvexServeError):
 
 
 class StorageError(AvexServeError):
-    """The disk has no room for the request's body."""
+    """The disk has no room for a body or for results."""
 
     http_status = 507
     grpc_status = "RESOURCE_EXHAUSTED"
+    exit_code = 6
 
 
 class SlowRequestError(AvexServeError):

@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from avex_serve.annotations.table import Format, Table, one_line
-from avex_serve.bundles.sealing import atomic_directory
+from avex_serve.annotations.table import Format, Table, new_folder, one_line
 
 MARKER = "labels.of.audacity"
 
@@ -12,7 +11,7 @@ MARKER = "labels.of.audacity"
 def write(table: Table, target: Path) -> None:
     """Write a label track for each recording, an empty one where nothing was found."""
     root = table.root
-    with atomic_directory(target, marker=MARKER) as folder:
+    with new_folder(target, MARKER) as folder:
         (folder / MARKER).touch()
         for recording, annotations in table.rows:
             file = folder / (os.path.relpath(recording.path, root) + ".txt")

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from avex_serve.annotations.birdnet import names
-from avex_serve.annotations.table import Annotation, Format, Recording, Table, absolute_time
-from avex_serve.bundles.sealing import atomic_directory
+from avex_serve.annotations.table import Annotation, Format, Recording, Table, absolute_time, new_folder
 
 SPECIES: Final = re.compile(r"[A-Z][a-z-]+ [a-z-]+(?: [a-z-]+)?")  # genus, species and perhaps subspecies
 PACKAGE: Final = "datapackage.json"
@@ -72,7 +71,7 @@ def write(table: Table, target: Path) -> None:
     by_folder: dict[str, list[Recording]] = defaultdict(list)
     for recording in table.recordings:
         by_folder[_deployment(recording, root)].append(recording)
-    with atomic_directory(target, marker=PACKAGE) as folder:
+    with new_folder(target, PACKAGE) as folder:
         with (folder / "deployments.csv").open("w", encoding="utf-8", newline="") as file:
             writer = _writer(file, "deployments")
             for name, recordings in by_folder.items():

@@ -26,8 +26,8 @@ def write(table: Table, target: Path) -> None:
             for one in annotations:
                 selection += 1
                 file.write(
-                    f"{selection}\tSpectrogram 1\t1\t{before + one.start:.6f}\t{before + one.end:.6f}\t0\t"
-                    f"{one.high_frequency(recording):g}\t{name}\t{path}\t{one.start:.6f}\t{_cell(one.label)}\t"
+                    f"{selection}\tSpectrogram 1\t1\t{before + one.start:.6f}\t{before + one.end:.6f}\t0.0\t"
+                    f"{one.high_frequency(recording):.1f}\t{name}\t{path}\t{one.start:.6f}\t{_cell(one.label)}\t"
                     f"{one.score:.4f}\n"
                 )
             before += recording.duration

@@ -9,6 +9,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
+from avex_serve.bundles.sealing import atomic_directory
+from avex_serve.errors import InputError
+
 BREAKS: Final = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 
 
@@ -20,6 +23,7 @@ class Recording:
     digest: str  # SHA-256 of the file
     duration: float  # seconds
     sample_rate: int  # Hz
+    channels: int = 1
     start: datetime | None = None  # without a zone if that is not known
     latitude: float | None = None
     longitude: float | None = None
@@ -80,7 +84,13 @@ def absolute_time(recording: Recording, seconds: float) -> str:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[TextIO]:
-    """A text file that appears at the end of the block, whole, or not at all."""
+    """A text file that appears at the end of the block, whole, or not at all.
+
+    Raises:
+        InputError: the target is a folder.
+    """
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; this format is one file: name it, such as {target / 'table'}")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
@@ -89,6 +99,20 @@ def new_file(target: Path) -> Iterator[TextIO]:
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(target: Path, marker: str) -> Iterator[Path]:
+    """A folder that appears at the end of the block, whole, or not at all.
+
+    Raises:
+        InputError: the target is something else than a folder with the file `marker`, or an empty one.
+    """
+    try:
+        with atomic_directory(target, marker=marker) as folder:
+            yield folder
+    except FileExistsError as error:
+        raise InputError(str(error)) from None
 
 
 def one_line(text: str) -> str:

@@ -188,8 +188,7 @@ def _threshold(
 ) -> Threshold | None:
     """The lowest logit from which on the mean probability reaches the target; None if none does.
 
-    Sure detections would carry along others that are likely wrong, so each must also be more likely right than
-    wrong.
+    Sure detections would make up for others that are likely wrong, so each must be more likely right than wrong too.
     `drawn` (B, 2) and `counts` (B, G) are those of `_resampled`.
     """
     order = np.argsort(-x, kind="stable")
@@ -211,9 +210,14 @@ def _threshold(
     # Where a resample never reaches the target, the highest logit stands for a threshold beyond it.
     lowest = (precisions >= target) & (likely >= 0.5)
     places = [int(found[-1]) if (found := np.flatnonzero(row)).size else 0 for row in lowest]
+    # Between the window at a place and the next one below, every threshold detects the same windows.
+    below = np.append(top[1:], x[x < top[-1]].max(initial=-np.inf))
+    middle = np.where(np.isfinite(below), (top + below) / 2, top)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        half = np.fmin(-drawn[:, 0] / drawn[:, 1], top[places])
     return Threshold(
-        logit=float(top[place]),
-        logit_interval=_interval(top[places]),
+        logit=float(max(middle[place], min(-scale.offset / scale.slope, top[place]))),
+        logit_interval=_interval(np.fmax(middle[places], half)),
         precision=float(expected[place]),
         precision_interval=_interval(precisions[:, place]),
     )

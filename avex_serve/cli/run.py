@@ -3,12 +3,14 @@
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from avex_serve.cli.predict import add_reading
 from avex_serve.cli.progress import reporting, summary
 from avex_serve.cli.tables import add_choice, read_choice, write_tables
 from avex_serve.errors import InputError
@@ -38,6 +40,7 @@ def add_parser(commands: Any) -> None:
     cut = parser.add_mutually_exclusive_group()
     cut.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
     cut.add_argument("--hop", type=float, help="from the start of a window to the start of the next, in seconds")
+    add_reading(parser)
     parser.add_argument("--embeddings", action="store_true", help="keep the embeddings, for classify and training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
@@ -57,19 +60,16 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compute what is missing, and write the tables; the exit code tells whether recordings failed."""
-    from avex_serve.archive.files import find_recordings
     from avex_serve.archive.plan import plan_passes
     from avex_serve.archive.run import run as run_passes
     from avex_serve.archive.store import Store
+    from avex_serve.archive.tables import check_choice
     from avex_serve.inference.backend import open_bundle
     from avex_serve.inference.pipeline import Query
 
     bundles, paths = _split(arguments.arguments)
     choice = read_choice(arguments)
-    found = find_recordings(paths)
-    if note := found.note():
-        print(f"avex-serve: {note}", file=sys.stderr)
-    recordings = [str(Path(path).absolute()) for path in found.recordings]
+    recordings = _find(paths)
     with contextlib.ExitStack() as stack:
         engines = [
             stack.enter_context(open_bundle(bundle, arguments.device, precision=arguments.precision))
@@ -81,8 +81,11 @@ def run(arguments: argparse.Namespace) -> int:
                     f"avex-serve: bundle {engine.manifest.name} has random weights: its scores mean nothing",
                     file=sys.stderr,
                 )
-        query = Query(overlap=arguments.overlap)
+        query = Query(overlap=arguments.overlap, final_clip=arguments.final_clip, channel=arguments.channel)
         passes = plan_passes(engines, query, hop=arguments.hop, keep_embeddings=arguments.embeddings)
+        scores = [results for each in passes for results in each.sets if results.kind == "scores"]
+        if scores:
+            check_choice(scores, choice)
         store = stack.enter_context(Store.writing(arguments.out))
         try:
             with end_on_sigterm(), reporting(arguments.progress) as report:
@@ -90,9 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             print("avex-serve: interrupted; start the same command again to go on", file=sys.stderr)
             return INTERRUPTED
-        tables = []
-        if any(results.kind == "scores" for results in store.current()):
-            tables = write_tables(store, arguments.format, choice)
+        tables = write_tables(store, arguments.format, choice) if scores else []
     return finish(progress, tables, arguments.progress)
 
 
@@ -119,6 +120,24 @@ def end_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _find(paths: list[str]) -> dict[str, str | None]:
+    """The recordings by absolute path, sorted; with the reason where there is none.
+
+    Raises:
+        AvexServeError: there are no recordings at all.
+    """
+    from avex_serve.archive.files import LIST, STDIN, find_recordings
+
+    found = find_recordings(LIST + STDIN if path == STDIN else path for path in paths)
+    if (note := found.note()) is not None:
+        print(f"avex-serve: {note}", file=sys.stderr)
+    errors = [error for error in found.recordings.values() if error is not None]
+    if len(errors) == len(found.recordings):
+        raise errors[0] if errors else InputError("the lists name no recordings; expected one path a line")
+    absolute = {os.path.abspath(path): error for path, error in found.recordings.items()}  # noqa: PTH100
+    return {path: None if error is None else str(error) for path, error in sorted(absolute.items())}
 
 
 def _split(arguments: list[str]) -> tuple[list[Path], list[str]]:

@@ -17,10 +17,10 @@ from typing import Final
 
 import numpy as np
 
-from avex_serve.audio.reader import open_audio
+from avex_serve.audio.reader import open_audio, open_wave
 from avex_serve.errors import InputError
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.pipeline import run_recording
+from avex_serve.inference.pipeline import Audio, Query, run_recording
 from avex_serve.training.dataset import MIN_OVERLAP, Dataset, Recording
 
 _FORMAT: Final = 1  # of the stored files
@@ -112,6 +112,28 @@ def run_windows(
     return windows, list(problems.values())
 
 
+def stored_outputs(
+    engine: Engine, outputs: Sequence[str], name: str, wave: np.ndarray, store: Path
+) -> list[np.ndarray]:
+    """The outputs (N, ...) of a wave (S,) at the engine's rate, stored under a name that determines the wave."""
+    path = store / _key(engine, outputs, 0.0) / f"{name}.npz"
+    if not path.is_file():
+        store_outputs(engine, outputs, partial(open_wave, wave, engine.audio_spec.sample_rate), 0.0, path)
+    with np.load(path) as stored:
+        return [stored[str(i)] for i in range(len(outputs))]
+
+
+def store_outputs(engine: Engine, outputs: Sequence[str], audio: Audio, overlap: float, path: Path) -> None:
+    """Run a recording, and write the spans of its windows and their outputs to a file, whole or not at all."""
+    windows = run_recording(engine, audio, Query(overlap=overlap), outputs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
+        arrays = {str(i): windows.outputs[name] for i, name in enumerate(outputs)}
+        part = Path(unfinished) / path.name
+        np.savez(part, spans=windows.spans, **arrays)  # type: ignore[arg-type]
+        part.replace(path)
+
+
 def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
 
@@ -141,14 +163,7 @@ def _run_missing(
     missing = {r.digest: r for r in recordings if not _file(folder, r).is_file()}
 
     def run(recording: Recording) -> None:
-        windows = run_recording(engine, partial(open_audio, recording.path), overlap, outputs)
-        path = _file(folder, recording)
-        path.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
-            arrays = {str(i): windows.outputs[name] for i, name in enumerate(outputs)}
-            part = Path(unfinished) / path.name
-            np.savez(part, spans=windows.spans, **arrays)  # type: ignore[arg-type]
-            part.replace(path)
+        store_outputs(engine, outputs, partial(open_audio, recording.path), overlap, _file(folder, recording))
 
     failed: dict[str, str] = {}  # by digest
     # The engine spreads the windows of one recording over its threads; short recordings have one window each.

@@ -1,28 +1,31 @@
 """Sounds without animals, which a head should leave unnamed. Needs no torch."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-SECONDS: Final = 180.0  # of each: one detection is 20 an hour
-MOST_PER_HOUR: Final = 20.0  # detections of a label, above which a report warns
+from avex_serve.inference.engine import Engine
+from avex_serve.training.embed import stored_outputs
+
+SECONDS: Final = 120.0  # of each: one detection is 30 an hour
+MOST_PER_HOUR: Final = 30.0  # detections of a label, above which a report warns
 LEVEL: Final = 0.1  # root mean square; full scale is 1
 _HUM: Final = 50.0  # Hz, with its harmonics
 
 
-def noises(sample_rate: int, seed: int, seconds: float = SECONDS) -> dict[str, np.ndarray]:
-    """Silence, white, pink and brown noise, mains hum, and clipped noise.
+def noises(sample_rate: int) -> dict[str, np.ndarray]:
+    """Silence, white, pink and brown noise, mains hum, and clipped noise; the same at each call.
 
     Args:
         sample_rate: in Hz.
-        seed: of the noise.
-        seconds: of each sound.
 
     Returns:
-        The sounds by name, (S,) float32 in [-1, 1].
+        The sounds by name, each of `SECONDS`, (S,) float32 in [-1, 1].
     """
-    rng = np.random.default_rng(seed)
-    samples = round(seconds * sample_rate)
+    rng = np.random.default_rng(0)
+    samples = round(SECONDS * sample_rate)
     size = 1 << (samples - 1).bit_length()
     hertz = np.fft.rfftfreq(size, 1 / sample_rate)
     time = np.arange(samples) / sample_rate
@@ -40,8 +43,25 @@ def noises(sample_rate: int, seed: int, seconds: float = SECONDS) -> dict[str, n
     return {name: np.clip(wave, -1, 1).astype(np.float32) for name, wave in sounds.items()}
 
 
+def noise_logits(
+    engine: Engine, outputs: Sequence[str], head: Callable[[list[np.ndarray]], np.ndarray], store: Path
+) -> dict[str, np.ndarray]:
+    """The logits (N, C) of windows of each noise.
+
+    Args:
+        engine: of a bundle that takes audio.
+        outputs: names of its outputs.
+        head: logits (N, C) from these outputs (N, ...).
+        store: folder where the outputs are kept.
+    """
+    return {
+        name: head(stored_outputs(engine, outputs, f"{name} of {SECONDS:g} s", wave, store))
+        for name, wave in noises(engine.audio_spec.sample_rate).items()
+    }
+
+
 def per_hour(
-    logits: np.ndarray, thresholds: np.ndarray, labels: tuple[str, ...], window_seconds: float
+    logits: np.ndarray, thresholds: np.ndarray, labels: Sequence[str], window_seconds: float
 ) -> dict[str, float]:
     """Detections an hour of each label that has any, in windows without overlap.
 

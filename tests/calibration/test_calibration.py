@@ -136,6 +136,18 @@ def test_a_precision_that_no_threshold_reaches_is_said():
     assert "no threshold reaches a precision of 0.9" in label.reason
 
 
+def test_sure_detections_do_not_make_up_for_likely_mistakes():
+    """Between clear sounds and clear silence the threshold is in the gap, not among the silent windows."""
+    rng = np.random.default_rng(0)
+    has = np.arange(400) % 4 == 0
+    logits = np.where(has, 8.0, -8.0) + rng.normal(size=400)
+    result = fit.calibrate(logits[:, None], has[:, None].astype(int), np.arange(400) // 10, ["clear"], source="")
+    threshold = result.labels[0].threshold
+    assert -6 < threshold.logit < 6
+    assert threshold.logit_interval[0] <= threshold.logit <= threshold.logit_interval[1]
+    assert result.probabilities(np.array([[threshold.logit]]))[0, 0] >= 0.5
+
+
 def test_a_target_that_is_no_share_is_refused():
     with pytest.raises(InputError, match="target precision is 90"):
         fit.calibrate(np.zeros((4, 1)), np.zeros((4, 1)), np.arange(4), ["a"], source="", target_precision=90)

@@ -1,0 +1,235 @@
+"""`avex-serve fit` on synthetic sounds: what it says, what it writes, and that no figure leaks."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from avex_export.recipes import variants
+from avex_serve.calibration.scales import read_calibration
+from avex_serve.cli import main
+from avex_serve.errors import InputError, NotFoundError
+from avex_serve.inference.backend import open_bundle
+from avex_serve.models.probes import load_probe
+from avex_serve.synthetic import make_clip
+from avex_serve.training import fit as module
+from avex_serve.training import metrics
+from avex_serve.training.embed import run_windows
+from avex_serve.training.fit import FitRequest, check, embeddings_bundle, fit, probe_config
+from avex_serve.training.heads import Task, train
+from avex_serve.training.split import split
+
+LABELS = ("buzz", "trill")
+RATE = 16000
+RECORDINGS = 11  # of each label: enough to hold out a fifth
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Embeddings and their bundle, which all tests share."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of classes, with background."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for label in (*LABELS, "noise"):
+        (folder / label).mkdir()
+        for i in range(RECORDINGS):
+            sounds = [] if label == "noise" else [label]
+            wave = np.concatenate([make_clip(rng, sounds, snr_db=rng.uniform(-5, 15)) for _ in range(2)])
+            soundfile.write(folder / label / f"{i:02}.wav", wave, RATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fitted(data, cache, tmp_path_factory):
+    """A probe that was fitted by the command."""
+    folder = tmp_path_factory.mktemp("fitted") / "my_probe"
+    command = ["fit", data, "--model", "avex_demo", "--probe", "linear_last", "--output", folder, "--cache", cache]
+    assert main(list(map(str, command))) == 0
+    return folder
+
+
+def test_the_probe_the_calibration_and_the_report(fitted):
+    assert {path.name for path in fitted.iterdir()} == {
+        "probe.yml",
+        "model.safetensors",
+        "labels.json",
+        "calibration.json",
+        "evaluation.json",
+        "evaluation.csv",
+    }
+    assert load_probe(fitted).labels == LABELS
+    calibration = read_calibration(fitted)
+    assert [label.label for label in calibration.labels] == list(LABELS)
+    assert all(label.threshold is not None for label in calibration.labels)
+    report = json.loads((fitted / "evaluation.json").read_text())
+    assert (report["model"], report["probe"], report["evaluated"]) == ("avex_demo", "linear_last", "hold-out")
+    assert 6 <= report["recordings"] <= 8
+    for figures in (report["macro"], *report["labels"].values()):
+        for name in ("average_precision", "auroc", "precision", "recall", "f1", "f1_at_threshold"):
+            measure = figures[name]
+            assert measure["low"] <= measure["value"] <= measure["high"]
+            assert min(measure["windows"], measure["recordings"]) > 0
+    assert report["macro"]["auroc"]["value"] > 0.9
+    assert {"silence", "white noise", "hum", "clipped noise", "the background of the data"} <= report["noise"].keys()
+    lines = (fitted / "evaluation.csv").read_text().splitlines()
+    assert lines[0].startswith("Class,Precision (0.5),Recall (0.5),F1 Score (0.5),Precision (opt)")
+    assert [line.split(",")[0] for line in lines[1:]] == [*LABELS, "OVERALL (macro-averaged)"]
+
+
+def test_a_check_says_what_would_be_trained_on(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "load_model", None)  # nothing expensive
+    assert main(["fit", str(data), "--output", str(tmp_path / "x"), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "33 recordings, 66 windows with labels, 33 groups; evaluation: hold-out" in said
+    assert " 22 / 11 / 11" in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_same_seed_gives_the_same_bytes_from_stored_embeddings(fitted, data, cache, tmp_path, monkeypatch):
+    said = []
+    fit(FitRequest(data, tmp_path / "again", cache=cache), said.append)
+    assert not any("embedded" in text or "export" in text for text in said)
+    for name in ("model.safetensors", "calibration.json", "evaluation.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (fitted / name).read_bytes()
+
+
+def test_the_served_score_is_the_score_of_the_training(fitted, data, tmp_path, capsys):
+    bundle = tmp_path / "bundle"
+    module.run_exporter(["--probe", str(fitted), "--format", "onnx", "--output", str(bundle)])
+    path = data / "trill" / "00.wav"
+    capsys.readouterr()
+    assert main(["predict", str(bundle), str(path), "--threshold", "0", "--json"]) == 0
+    served = {
+        (found["start"], found["label"]): found["score"]
+        for found in json.loads(capsys.readouterr().out)["detections"]
+    }
+    wave, rate = soundfile.read(path, dtype="float32")
+    with open_bundle(bundle, "cpu") as engine:
+        scores = engine.score(wave, rate).scores
+    assert served[(0.0, "trill")] == pytest.approx(float(scores[0, 1]), abs=1e-7)
+    assert served == pytest.approx(trained_scores(fitted, path), abs=1e-5)
+
+
+def trained_scores(fitted, path):
+    """Scores of a recording's windows by the saved probe."""
+    probe = load_probe(fitted)
+    wave, _ = soundfile.read(path, dtype="float32")
+    with torch.no_grad():
+        scores = probe(torch.from_numpy(wave.reshape(2, -1))).sigmoid()
+    return {(2.0 * i, label): float(scores[i, j]) for i in range(2) for j, label in enumerate(LABELS)}
+
+
+def windows_of(data, cache, scratch, **options):
+    """The windows of a data set with their embeddings, as `fit` has them."""
+    dataset = module._dataset(FitRequest(data, data, **options))
+    base = module._load("avex_demo")
+    bundle = embeddings_bundle(probe_config("linear_last"), "avex_demo", base, cache / "bundles")
+    with open_bundle(bundle, "cpu", precision="float32") as engine:
+        outputs = [info.output for info in engine.manifest.embeddings]
+        windows, _ = run_windows(engine, outputs, dataset, cache / "embeddings", scratch, say=lambda text: None)
+    return Task(
+        probe_config("linear_last"), dataset.labels, windows.outputs, windows.targets, windows.groups
+    ), windows
+
+
+def test_a_hum_that_gives_the_class_away_does_not_leak(cache, tmp_path):
+    """Every recording has a hum of its own and nothing of its class: chance by recording, near-perfect by window."""
+    rng = np.random.default_rng(1)
+    for i in range(24):
+        folder = tmp_path / "data" / "AB"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        time = np.arange(16 * RATE) / RATE
+        hum = sum(
+            a * np.sin(2 * np.pi * f * time) for f, a in zip(rng.uniform(200, 6000, 4), rng.random(4), strict=True)
+        )
+        soundfile.write(folder / f"{i}.wav", 0.1 * hum + 0.02 * rng.standard_normal(time.size), RATE)
+    task, windows = windows_of(tmp_path / "data", cache, tmp_path)
+    nothing = np.full(len(windows.targets), "")
+
+    def area(groups):
+        scores, rows = [], []
+        for train_rows, held in split(windows.targets, groups, nothing, 0).parts:
+            trained = train(replace(task, groups=groups), train_rows, 0)
+            rows.append(np.flatnonzero(held))
+            scores.append(trained.logits(task, rows[-1])[:, 0])
+        rows, scores = np.concatenate(rows), np.concatenate(scores)
+        return metrics.estimate(metrics.auroc, windows.targets[rows, 0], scores, groups[rows], 0)
+
+    by_recording, by_window = area(windows.groups), area(np.arange(len(windows.targets)))
+    assert by_recording.low < 0.5 < by_recording.high
+    assert by_window.value > 0.95
+
+
+def test_few_recordings_are_cross_validated_and_one_is_not_evaluated(data, cache, tmp_path, capsys):
+    few = tmp_path / "few"
+    for label in LABELS:
+        (few / label).mkdir(parents=True)
+        for i in range(3):
+            (few / label / f"{i}.wav").write_bytes((data / label / f"{i:02}.wav").read_bytes())
+    evaluation = fit(FitRequest(few, tmp_path / "probe", cache=cache), print)
+    assert (evaluation.evaluated, evaluation.recordings) == ("cross-validation", 6)
+    assert any("missing" in problem for problem in evaluation.problems)
+
+    one = tmp_path / "one"
+    one.mkdir()
+    soundfile.write(one / "a.wav", np.concatenate([soundfile.read(data / x / "00.wav")[0] for x in LABELS]), RATE)
+    (one / "a.txt").write_text("0\t4\tbuzz\n4\t8\ttrill\n")
+    capsys.readouterr()
+    command = ["fit", str(one), "--output", str(tmp_path / "single"), "--cache", str(cache)]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "nothing could be evaluated" in said
+    assert "buzz: one recording (or group) only" in said
+    assert (
+        "buzz: too few labels to calibrate; missing: 8 windows with the sound, 8 windows without it, 2 rec" in said
+    )
+    assert load_probe(tmp_path / "single").labels == LABELS
+
+
+def test_a_label_of_one_recording_is_not_evaluated(data, cache, tmp_path):
+    for label, count in (("buzz", 4), ("trill", 1)):
+        (tmp_path / label).mkdir()
+        for i in range(count):
+            (tmp_path / label / f"{i}.wav").write_bytes((data / label / f"{i:02}.wav").read_bytes())
+    figures = fit(FitRequest(tmp_path, tmp_path / "out" / "probe", cache=cache), print).labels["trill"]
+    assert figures.average_precision.value is None
+    assert "no windows with the sound" in figures.warning
+
+
+def test_a_split_of_the_data_is_used(data, cache, tmp_path):
+    rows = [f"{label}/{i:02}.wav,{'test' if i % 3 == 0 else 'train'}" for label in LABELS for i in range(RECORDINGS)]
+    rows += [f"noise/{i:02}.wav,{'test' if i % 3 == 0 else 'train'}" for i in range(RECORDINGS)]
+    table = data / "splits.csv"
+    table.write_text("file,split\n" + "\n".join(rows) + "\n")
+    try:
+        evaluation = fit(FitRequest(data, tmp_path / "probe", cache=cache), print)
+    finally:
+        table.unlink()
+    assert (evaluation.evaluated, evaluation.recordings) == ("split column", 12)
+
+
+def test_what_can_not_be_fitted_is_refused(data, cache, tmp_path):
+    with pytest.raises(NotFoundError, match="expected one of attention_all, attention_last"):
+        fit(FitRequest(data, tmp_path / "x", probe="linear_first", cache=cache))
+    with pytest.raises(NotFoundError, match="--model none"):
+        check(FitRequest(data, tmp_path / "x", model="none", cache=cache))
+    trained = tmp_path / "fine.yml"
+    trained.write_text("probe_type: linear\ntarget_layers: [last_layer]\nfreeze_backbone: false\n")
+    with pytest.raises(InputError, match="set freeze_backbone: true"):
+        fit(FitRequest(data, tmp_path / "x", probe=str(trained), cache=cache))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    with pytest.raises(InputError, match=r"--output .* holds no probe\.yml"):
+        fit(FitRequest(data, tmp_path / "full", cache=cache))
+
+
+def test_every_variant_is_found():
+    assert {name: probe_config(name) for name in variants()}
