@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import numpy as np
 
 from avex_serve.audio.reader import open_wave
+from avex_serve.audio.windows import FinalClip
 from avex_serve.bundles.manifest import AudioSpec, EmbeddingInfo, Manifest, ProbeInfo
 from avex_serve.bundles.reading import Bundle
 from avex_serve.errors import NotFoundError, TensorError, UnsupportedError
@@ -142,6 +143,7 @@ class Engine:
         threshold: float | None = None,
         top_k: int | None = None,
         overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
         probe: str | None = None,
     ) -> Prediction:
         """Name the sounds in a recording.
@@ -152,6 +154,7 @@ class Engine:
             threshold: lowest score to report.
             top_k: most labels to report for a window; see `scores.Selection` for the defaults.
             overlap: of neighbouring windows, in seconds.
+            final_clip: what happens to an end shorter than a window; see `avex_serve.audio.windows`.
             probe: name of the head to run; the bundle's first one by default.
 
         Raises:
@@ -159,7 +162,7 @@ class Engine:
             NotFoundError: no such probe.
             UnsupportedError: the bundle takes embeddings, not audio, or has no head.
         """
-        query = Query(threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
+        query = Query(threshold=threshold, top_k=top_k, overlap=overlap, final_clip=final_clip, probe=probe)
         return pipeline.predict(self, partial(open_wave, wave, sample_rate), query)
 
     def predict_all(
@@ -170,34 +173,49 @@ class Engine:
         threshold: float | None = None,
         top_k: int | None = None,
         overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
     ) -> list[Prediction]:
         """Run all heads in one pass of the backbone; arguments and errors as in `predict`."""
-        query = Query(threshold=threshold, top_k=top_k, overlap=overlap)
+        query = Query(threshold=threshold, top_k=top_k, overlap=overlap, final_clip=final_clip)
         return pipeline.predict_all(self, partial(open_wave, wave, sample_rate), query).predictions
 
     def score(
-        self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, probe: str | None = None
+        self,
+        wave: np.ndarray,
+        sample_rate: int,
+        *,
+        overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
+        probe: str | None = None,
     ) -> WindowScores:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
-        head = self.probe(probe)
-        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, [head.logits])
+        head, query = self.probe(probe), Query(overlap=overlap, final_clip=final_clip)
+        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [head.logits])
         return WindowScores(windows.spans, activate(windows.outputs[head.logits], head.activation))
 
     def embed(
-        self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, output: str | None = None
+        self,
+        wave: np.ndarray,
+        sample_rate: int,
+        *,
+        overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
+        output: str | None = None,
     ) -> WindowEmbeddings:
         """The embeddings of a recording; arguments and errors as in `predict`.
 
         `output` names the output that is the embedding; the bundle's first one by default.
         """
-        name = self.embedding(output).output
-        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, [name])
+        name, query = self.embedding(output).output, Query(overlap=overlap, final_clip=final_clip)
+        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [name])
         return WindowEmbeddings(windows.spans, windows.outputs[name])
 
-    def infer_recording(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> Outputs:
+    def infer_recording(
+        self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, final_clip: FinalClip = "remainder"
+    ) -> Outputs:
         """The graph's raw outputs for a recording, each (N, …) with one row for each window; see `predict`."""
-        names = [spec.name for spec in self.manifest.outputs]
-        return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, names).outputs
+        names, query = [spec.name for spec in self.manifest.outputs], Query(overlap=overlap, final_clip=final_clip)
+        return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, names).outputs
 
     # -- tensors --------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ STAGES: Final = (INFER, DECODE, RESAMPLE, QUEUE)
 
 @dataclass(frozen=True)
 class Limits:
-    """How much one request may ask for. Each check raises TooLargeError."""
+    """How much one request may ask for. Each check raises TooLargeError, which names the service's setting."""
 
     seconds: float = math.inf  # of a recording
     # Attention takes memory by the square of these two:
@@ -41,12 +41,18 @@ class Limits:
     def check_recording(self, frames: int, channels: int, sample_rate: int) -> None:
         """Check a recording of which this many frames are known."""
         if channels > self.channels:
-            raise TooLargeError(f"the recording has {channels} channels; expected at most {self.channels}")
+            raise TooLargeError(
+                f"the recording has {channels} channels; expected at most {self.channels} (AVEX_MAX_CHANNELS): mix "
+                "it down, or send the channels one by one"
+            )
         if frames > self.seconds * sample_rate:
-            raise TooLargeError(f"the recording is longer than {self.seconds:g} s; send it in pieces")
+            raise TooLargeError(
+                f"the recording is longer than {self.seconds:g} s (AVEX_MAX_SECONDS); send it in pieces"
+            )
         if 4 * frames * channels > self.decoded_bytes:
             raise TooLargeError(
-                f"the recording has more than {self.decoded_bytes} bytes once decoded; send it in pieces"
+                f"the recording has more than {self.decoded_bytes} bytes once decoded (AVEX_MAX_DECODED_BYTES); "
+                "send it in pieces, or with fewer channels"
             )
 
     def check_clip(self, samples: int, sample_rate: int, window: int) -> None:
@@ -54,37 +60,40 @@ class Limits:
         longest = max(window / sample_rate, self.clip_seconds)
         if samples > longest * sample_rate:
             raise TooLargeError(
-                f"a clip of {samples} samples is longer than {longest:g} s; send shorter clips, or send the "
-                "recording itself, which the service cuts into windows"
+                f"a clip of {samples} samples is longer than {longest:g} s (AVEX_MAX_CLIP_SECONDS); send "
+                "shorter clips, or the recording itself, which the service cuts into windows"
             )
 
     def check_steps(self, count: int) -> None:
         """Check the length of a sequence of embeddings."""
         if count > self.steps:
             raise TooLargeError(
-                f"a sequence has {count} embeddings; expected at most {self.steps}: send those of shorter clips"
+                f"a sequence has {count} embeddings; expected at most {self.steps} (AVEX_MAX_STEPS): send those "
+                "of shorter clips"
             )
 
     def check_windows(self, count: int) -> None:
         """Check the number of windows of a recording."""
         if count > self.windows:
             raise TooLargeError(
-                f"the recording has {count} windows; expected at most {self.windows}: send it in pieces, or with "
-                "less overlap"
+                f"the recording has {count} windows; expected at most {self.windows} (AVEX_MAX_WINDOWS): send it "
+                "in pieces, or with less overlap"
             )
 
     def check_recordings(self, count: int) -> None:
         """Check the number of recordings of a request, each of which has a window at least."""
         if count > self.windows:
             raise TooLargeError(
-                f"the request has {count} recordings; expected at most {self.windows}: send several requests"
+                f"the request has {count} recordings; expected at most {self.windows} (AVEX_MAX_WINDOWS): send "
+                "several requests"
             )
 
     def check_json(self, size: int) -> None:
         """Check the bytes of a JSON document, which takes many times as much memory once it is parsed."""
         if size > self.json_bytes:
             raise TooLargeError(
-                f"the JSON has {size} bytes; expected at most {self.json_bytes}: send tensors in binary"
+                f"the JSON has {size} bytes; expected at most {self.json_bytes} (AVEX_MAX_JSON_BYTES): send "
+                "tensors in binary"
             )
 
 
@@ -252,7 +261,8 @@ class Request:
         total = self._answer_bytes + size
         if total > self.limits.answer_bytes:
             raise TooLargeError(
-                f"the answer takes {total} bytes of memory; expected at most {self.limits.answer_bytes}: {remedy}"
+                f"the answer takes {total} bytes of memory; expected at most {self.limits.answer_bytes} "
+                f"(AVEX_MAX_ANSWER_BYTES): {remedy}"
             )
         self._answers.reserve(size)
         self._answer_bytes = total

@@ -35,7 +35,9 @@ GUARDS: Final = ("api_keys", "api_keys_file", "grpc_certificate", "grpc_key", "g
 REDACTED: Final = "(set)"  # in place of a secret
 
 # Variables of the project's tests and tools, which may be set in the shell that starts a service.
-OF_TOOLS: Final = frozenset({"AVEX_SHARED", "AVEX_FUZZ_REQUESTS", "AVEX_FUZZ_SEED", "AVEX_SOAK_SECONDS"})
+OF_TOOLS: Final = frozenset(
+    {"AVEX_SHARED", "AVEX_FUZZ_FACTOR", "AVEX_FUZZ_SEED", "AVEX_SOAK_ANSWERS", "AVEX_SOAK_SECONDS"}
+)
 # Kubernetes sets these for each Service whose name begins with avex. AVEX_PORT counts only with Kubernetes' value.
 OF_KUBERNETES: Final = re.compile(
     r"AVEX_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*"

@@ -25,7 +25,8 @@ import bentoml
 import msgspec
 from anyio import to_thread
 
-from avex_serve.audio.reader import open_audio
+from avex_serve.audio.reader import Channel, open_audio
+from avex_serve.audio.windows import FinalClip
 from avex_serve.bundles.folders import check_any
 from avex_serve.bundles.remote import Mirror, is_remote
 from avex_serve.errors import AvexServeError, InputError, StorageError
@@ -134,12 +135,23 @@ class AvexService:
         threshold: float | None = None,
         top_k: int | None = None,
         overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
+        channel: Channel = "mix",
         probe: str | None = None,
         model: str | None = None,
         version: str | None = None,
     ) -> Prediction:
         """Name the sounds in a recording (WAV, FLAC, OGG, MP3)."""
-        query = Query(model=model, version=version, threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
+        query = Query(
+            model=model,
+            version=version,
+            threshold=threshold,
+            top_k=top_k,
+            overlap=overlap,
+            final_clip=final_clip,
+            channel=channel,
+            probe=probe,
+        )
         return pipeline.predict(self.front.repository, partial(open_audio, audio), query)
 
     @bentoml.api
@@ -149,11 +161,21 @@ class AvexService:
         threshold: float | None = None,
         top_k: int | None = None,
         overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
+        channel: Channel = "mix",
         model: str | None = None,
         version: str | None = None,
     ) -> Predictions:
         """Ask all heads of a bundle, and all that read its embeddings, in one pass of the backbone."""
-        query = Query(model=model, version=version, threshold=threshold, top_k=top_k, overlap=overlap)
+        query = Query(
+            model=model,
+            version=version,
+            threshold=threshold,
+            top_k=top_k,
+            overlap=overlap,
+            final_clip=final_clip,
+            channel=channel,
+        )
         return pipeline.predict_all(self.front.repository, partial(open_audio, audio), query)
 
     @bentoml.api
@@ -161,12 +183,16 @@ class AvexService:
         self,
         audio: Path,
         overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
+        channel: Channel = "mix",
         output: str | None = None,
         model: str | None = None,
         version: str | None = None,
     ) -> Embedding:
         """The embeddings of a recording, one a window."""
-        query = Query(model=model, version=version, overlap=overlap, output=output)
+        query = Query(
+            model=model, version=version, overlap=overlap, final_clip=final_clip, channel=channel, output=output
+        )
         return pipeline.embed(self.front.repository, partial(open_audio, audio), query)
 
     @bentoml.api

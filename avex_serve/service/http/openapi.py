@@ -5,11 +5,12 @@ It replaces BentoML's, which knows neither the Open Inference Protocol nor bodie
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_args
 
 import msgspec
 
 from avex_serve import __version__
+from avex_serve.audio.windows import FinalClip
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, Detection, Embedding, LabelScore, Prediction, Predictions
 
@@ -32,12 +33,16 @@ _BINARY: Final[Schema] = {"type": "string", "contentMediaType": "application/oct
 # Empty text and "null" stand for the default.
 _NUMBER: Final[Schema] = {"anyOf": [{"type": "number"}, {"enum": ["", "null"]}]}
 _COUNT: Final[Schema] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["", "null"]}]}
+_FINAL_CLIP: Final[Schema] = {"enum": [*get_args(FinalClip), "", "null"]}
+_CHANNEL: Final[Schema] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["mix", "", "null"]}]}
 
 # Options of the routes that take a recording.
 _RECORDING: Final[Options] = {
     "model": ("which model to ask; needed if several are served", _STRING),
     "version": ("of the model; by default its newest one", _STRING),
     "overlap": ("seconds that neighbouring windows share; less than a window", _NUMBER),
+    "final_clip": ("what happens to the end of the recording that is shorter than a window", _FINAL_CLIP),
+    "channel": ("which channel to process, from 1; by default mix, the mean of all", _CHANNEL),
 }
 PREDICT_ALL: Final[Options] = {
     "threshold": ("lowest score to report; 0.5 unless top_k is given", _NUMBER),
