@@ -321,7 +321,7 @@ def _worst(checks: Sequence[Check]) -> list[Check]:
 
     def badness(check: Check) -> tuple[int, float]:
         differ = 0 if check.decisions is None else check.decisions.differ
-        return differ, max(error.eager or 0.0 for error in check.errors.values())
+        return differ, max((error.eager or 0.0 for error in check.errors.values()), default=0.0)
 
     worst: dict[tuple[bool, str | None, str], Check] = {}
     for check in checks:
