@@ -8,11 +8,23 @@ import argparse
 from collections.abc import Sequence
 
 from avex_serve import __version__
-from avex_serve.cli import classify, demo, fit, predict, run, settings, status, tables, verify
+from avex_serve.cli import (
+    classify,
+    demo,
+    evaluate,
+    fit,
+    inventory,
+    predict,
+    run,
+    settings,
+    status,
+    tables,
+    verify,
+)
 from avex_serve.cli.output import drop_output, escape_unprintable, fail
 from avex_serve.errors import AvexServeError
 
-COMMANDS = (predict, run, status, tables, classify, fit, verify, settings, demo)
+COMMANDS = (inventory, predict, run, status, tables, classify, fit, evaluate, verify, settings, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

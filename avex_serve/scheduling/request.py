@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from avex_serve.errors import ClientGoneError, DeadlineError, OverloadError, TooLargeError
 
@@ -20,7 +20,8 @@ DECODE: Final = "decode"
 RESAMPLE: Final = "resample"
 QUEUE: Final = "queue"  # the request waits for a slot, or one of its batches for a thread
 INFER: Final = "infer"
-STAGES: Final = (DECODE, RESAMPLE, QUEUE, INFER)
+# Where stages overlap, because threads work side by side, the time counts for the first of them here.
+STAGES: Final = (INFER, DECODE, RESAMPLE, QUEUE)
 
 
 @dataclass(frozen=True)
@@ -96,20 +97,48 @@ class Limits:
             )
 
 
+class Span(NamedTuple):
+    """A stage that was measured."""
+
+    stage: str
+    start: float  # of `time.perf_counter`, as `end`
+    end: float
+    cpu: float  # seconds that its thread computed
+
+
+class Model(NamedTuple):
+    """A model that worked for a request."""
+
+    name: str
+    version: str
+
+
 @dataclass(frozen=True)
 class Timings:
     """What was done for a request. Threads add to it side by side: appending to a list is atomic."""
 
-    seconds: list[tuple[str, float]] = field(default_factory=list)  # (stage, seconds), one entry a measurement
+    spans: list[Span] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)  # rows of each batch that was inferred
-    models: list[str] = field(default_factory=list)  # names of the models that inferred, one entry a batch
+    models: list[Model] = field(default_factory=list)  # those that inferred, one entry a batch
+    audio: list[tuple[Model, float]] = field(default_factory=list)  # seconds of audio that a model has processed
 
     def totals(self) -> dict[str, float]:
-        """Seconds by stage; those of threads that ran side by side are added up."""
-        totals: dict[str, float] = {}
-        for stage, seconds in self.seconds:
-            totals[stage] = totals.get(stage, 0.0) + seconds
+        """Seconds of the request in each stage. Each moment counts for one stage at most: see `STAGES`."""
+        totals = dict.fromkeys((span.stage for span in self.spans), 0.0)
+        running = dict.fromkeys(STAGES, 0)
+        edges = [(span.start, 1, span.stage) for span in self.spans]
+        edges += [(span.end, -1, span.stage) for span in self.spans]
+        before = 0.0
+        for moment, change, stage in sorted(edges):
+            if (first := next((each for each in STAGES if running[each] > 0), None)) is not None:
+                totals[first] += moment - before
+            running[stage] += change
+            before = moment
         return totals
+
+    def cpu(self) -> dict[str, float]:
+        """Seconds that threads computed in each stage; those of threads side by side are added up."""
+        return {stage: sum(span.cpu for span in self.spans if span.stage == stage) for stage in STAGES}
 
 
 class Memory:
@@ -164,6 +193,7 @@ class Request:
         self.id = id
         self.limits = limits or Limits()
         self.timings = Timings()
+        self.key = ""  # name of the API key that the client sent
         self.yield_slot: Callable[[], None] = lambda: None
         self._due = time.monotonic() + seconds
         self._abandoned = False
@@ -247,8 +277,14 @@ class Request:
 
     def begin(self, stage: str) -> Callable[[], None]:
         """Start to measure a stage; call the result, in any thread, when the stage ends."""
-        start = time.perf_counter()
-        return lambda: self.timings.seconds.append((stage, time.perf_counter() - start))
+        thread, start, computed = threading.get_ident(), time.perf_counter(), time.thread_time()
+
+        def end() -> None:
+            # A wait ends in another thread, and takes no CPU time.
+            cpu = time.thread_time() - computed if threading.get_ident() == thread else 0.0
+            self.timings.spans.append(Span(stage, start, time.perf_counter(), cpu))
+
+        return end
 
 
 _current: ContextVar[Request | None] = ContextVar("avex_serve_request", default=None)

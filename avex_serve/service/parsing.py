@@ -94,6 +94,8 @@ def value(name: str, given: object, kind: Any) -> Any:
         return msgspec.convert(number, kind, strict=False)
     except msgspec.ValidationError as error:
         expected = _plain(error).partition(", got")[0]
+        if words := [each for part in (kind, *get_args(kind)) for each in get_args(part) if isinstance(each, str)]:
+            expected = f"expected {', '.join([*['a whole number'] * (int in get_args(kind)), *words])}"
         raise InputError(f"{name[:QUOTED]} is {_shortened(given)}; {expected}") from None
 
 

@@ -33,7 +33,7 @@ from avex_serve.inference import pipeline
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.service import parsing
-from avex_serve.service.front import CONTROL_BYTES, METRICS, OTHER, Found, Front
+from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Found, Front
 from avex_serve.service.http import openapi, pages
 from avex_serve.service.oip import json, protocol
 
@@ -350,7 +350,7 @@ async def _refuse(reason: str, _: Front, __: Request) -> Response:
 
 async def _document(_: Front, __: Request) -> Response:
     paths = {e.path: {e.methods[0].lower(): e.operation} for e in ENDPOINTS if e.operation is not None}
-    return _json(openapi.document(paths))
+    return _json(openapi.document(paths, HEALTH))
 
 
 def _recordings(path: str, question: Question, options: openapi.Options, summary: str, answer: str) -> Endpoint:
@@ -404,7 +404,7 @@ ENDPOINTS: Final = (
     *_models(f"{pages.MODEL}/versions/{{version}}", "name", "version"),
     _get("/livez", None, openapi.text("Whether the process is alive")),
     _get("/healthz", None, openapi.text("As /livez")),
-    _get("/readyz", None, openapi.text("As /v2/health/ready", unready=True)),
+    _get("/readyz", pages.readyz, openapi.text("As /v2/health/ready", unready=True)),
     _get(METRICS, pages.metrics, openapi.text("Metrics in Prometheus' text format")),
     _get("/docs.json", _document, openapi.get("This document", None)),
     _get("/schema.json", None, openapi.get("The schema that BentoML's client reads", None)),

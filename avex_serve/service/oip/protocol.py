@@ -19,8 +19,8 @@ follow one another, and these response parameters tell them apart:
                ``"[[0.0, 5.0], [5.0, 10.0], [10.0, 11.2], [0.0, 3.0]]"``
 
 The response parameter ``warnings`` is present, a JSON list of sentences, if there are reasons to doubt the answer;
-``trained`` is present, and false, if a head has random weights. Request parameters are ``overlap`` in seconds (for
-BYTES) and ``probe``; others are ignored, since clients add their own.
+``trained`` is present, and false, if a head has random weights. Request parameters are ``overlap`` in seconds,
+``final_clip`` and ``channel`` (all for BYTES), and ``probe``; others are ignored, since clients add their own.
 
 The metadata of a model have as parameters what a client must know of it: see `Model.metadata`.
 
@@ -64,7 +64,7 @@ _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 STEP: Final = 1000  # texts of a classification that are made in about a millisecond
 TEXT_BYTES: Final = 256  # of memory for each of these texts in an answer: measured, rounded up
 SPAN_BYTES: Final = 512  # of memory for the start and end of a window as text; measured, rounded up
-PARAMETERS: Final = ("overlap", "probe")  # request parameters with a meaning here
+PARAMETERS: Final = ("overlap", "final_clip", "channel", "probe")  # request parameters with a meaning here
 Parameters = dict[str, str | bool | int | float]  # of a model or a response; lists are JSON, since gRPC has none
 
 
@@ -226,7 +226,7 @@ class Model:
             outputs, parameters, warnings = self._infer_recordings(tensor.data, request.query)
         else:
             batch = _shaped(tensor)
-            outputs, warnings = self._engine.infer(batch, mask), []
+            outputs, warnings = self._engine.infer(batch, mask), [*self._engine.warnings]
             if self._engine.manifest.kind == "audio":
                 warnings += pipeline.level_warnings(pipeline.find_peak(batch))
         if warnings:
