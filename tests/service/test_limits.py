@@ -243,7 +243,7 @@ def test_message_that_is_none(server, data):
 def test_numbers_of_a_tensor_are_no_parts(server):
     request = service_pb2.ModelInferRequest(model_name="tiny")
     tensor = request.inputs.add(name="waveform", datatype="FP32", shape=[20, WINDOW])
-    tensor.contents.fp32_contents.extend(range(20 * WINDOW))
+    tensor.contents.fp32_contents.extend([0.5] * (20 * WINDOW))
     assert call(server, request.SerializeToString())
 
 
