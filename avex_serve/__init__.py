@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from avex_serve.archive.frames import predict
+    from avex_serve.audio.reader import decode
     from avex_serve.inference.backend import open_bundle
     from avex_serve.inference.engine import Engine
     from avex_serve.models.utils.load import load_label_mapping, load_model
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "build_model",
     "build_model_from_spec",
+    "decode",
     "describe_model",
     "get_checkpoint_path",
     "get_model_class",
@@ -51,6 +53,7 @@ __all__ = [
 _REGISTRY = "avex_serve.models.utils.registry"
 _ELSEWHERE = {
     "Engine": "avex_serve.inference.engine",
+    "decode": "avex_serve.audio.reader",
     "open_bundle": "avex_serve.inference.backend",
     "predict": "avex_serve.archive.frames",
     "load_label_mapping": "avex_serve.models.utils.load",

@@ -18,8 +18,8 @@ import numpy as np
 import soundfile
 import torch
 
-from avex_serve import load_model
-from avex_serve.audio.reader import decode, resample
+from avex_serve import decode, load_model
+from avex_serve.audio.reader import resample
 from avex_serve.audio.windows import plan_windows
 from avex_serve.models.aggregation import aggregate
 from avex_serve.synthetic import make_recording

@@ -22,8 +22,8 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-from avex_serve import load_model
-from avex_serve.audio.reader import decode, resample
+from avex_serve import decode, load_model
+from avex_serve.audio.reader import resample
 from avex_serve.audio.windows import plan_windows
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import AudioError

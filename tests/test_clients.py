@@ -1,20 +1,25 @@
 """Every example of docs/clients.md runs, against a service that serves a bundle of that name."""
 
+import base64
 import json
 import re
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
+from google.protobuf import json_format
 
 from avex_serve.audio.reader import decode, open_audio
 from avex_serve.inference import pipeline
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.pipeline import Query
+from avex_serve.service.grpc.messages import SERVICE, message_class
 from tests.answers import as_json
-from tests.bundles import make_audio_bundle
+from tests.bundles import LABELS, make_audio_bundle
 from tests.service.conftest import encode, running_server
 
 PAGE = (Path(__file__).parents[1] / "docs" / "clients.md").read_text()
@@ -87,6 +92,32 @@ def test_curl_with_the_protocol(server, workplace, engine):
     np.testing.assert_allclose(np.reshape(scores["data"], scores["shape"]), expected, rtol=1e-6)
 
 
+def test_curl_of_a_description(server):
+    described = json.loads(shell(SHELL[3], server))
+    assert [probe["labels"] for probe in described["probes"]] == [list(LABELS)]
+
+
+def test_grpc_by_reflection(server):
+    assert python(PYTHON[4], server)["labels"] == list(LABELS)
+
+
+def test_grpcurl_sends_what_the_methods_take(server, workplace):
+    """The messages of the examples, parsed as grpcurl parses them; the tool itself is not installed here."""
+    calls = re.findall(r"-d '(\{.*?\})' localhost:3001 inference.GRPCInferenceService/(\w+)", PAGE)
+    template, method = re.search(r"printf '(\{.*\})' .*/(\w+)\n", PAGE).groups()
+    audio = base64.b64encode(Path("recording.wav").read_bytes()).decode()
+    with grpc.insecure_channel(server.grpc) as channel:
+        for text, name in [*calls, (template.replace("%s", audio), method)]:
+            request = json_format.Parse(text, message_class(f"{name}Request")())
+            call = channel.unary_unary(
+                f"/{SERVICE}/{name}", type(request).SerializeToString, message_class(f"{name}Response").FromString
+            )
+            answer = call(request)
+    assert answer.outputs[0].shape == [25, 1]
+    place = re.search(r'`python -c "(.*?)"`', PAGE)[1]
+    assert Path(subprocess.check_output([sys.executable, "-c", place], text=True).strip()).is_file()
+
+
 def test_bentoml(server, workplace, engine, capsys):
     names = python(PYTHON[0], server)
     names["client"]._temp_dir.cleanup()  # which closing forgets
@@ -105,4 +136,4 @@ def test_triton_with_windows(server, engine):
 
 
 def test_no_example_is_left_out():
-    assert (len(SHELL), len(PYTHON)) == (3, 4)
+    assert (len(SHELL), len(PYTHON)) == (4, 5)

@@ -23,8 +23,8 @@ SHELL = re.findall(r"`(avex-(?:export|serve) [^`\n]+)`|^(avex-(?:export|serve) .
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with a recording."""
-    wave = 0.1 * np.random.default_rng(0).standard_normal(40000)
+    """A folder with a recording in stereo, as recorders make them."""
+    wave = 0.1 * np.random.default_rng(0).standard_normal((40000, 2))
     soundfile.write(tmp_path / "recording.wav", wave, 16000)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -36,7 +36,8 @@ AV_SLACK: Final = 4096  # samples of a frame or two, by which lengths in their h
 AV_CODECS: Final = ("aac", "alac", "mp3", "mp3float", "opus", "libopus", "vorbis", "flac")
 READABLE: Final = "WAV, FLAC, OGG (Vorbis, Opus), MP3, or another format that docs/recordings.md lists"
 Wave = np.ndarray[tuple[int], np.dtype[np.float32]]
-Encoded = bytes | str | os.PathLike[str] | IO[bytes]  # the bytes, the path of a file, or a binary file
+# The bytes, the path of a file, or a binary file.
+Encoded = bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes]
 Channel = int | Literal["mix"]  # from 1; mix: the mean of all
 
 
@@ -88,8 +89,8 @@ def open_audio(source: Encoded, channel: Channel = "mix") -> Iterator[AudioStrea
         AudioError: empty, not audio, truncated within the header, no samples, or samples that are not finite.
         TooLargeError: longer or larger than the current request may send.
     """
-    if isinstance(source, bytes):
-        with _opened(Source(source), "the audio", channel) as stream:
+    if isinstance(source, bytes | bytearray | memoryview):
+        with _opened(Source(bytes(source)), "the audio", channel) as stream:
             yield stream
         return
     with _open_file(source) as (file, name), _opened(Source(file.fileno()), name, channel) as stream:
@@ -133,7 +134,7 @@ def _on_disk(source: IO[bytes], name: str) -> Iterator[IO[bytes]]:
             file = stack.enter_context(tempfile.TemporaryFile())
             shutil.copyfileobj(source, file)
             file.seek(0)
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, AttributeError, TypeError, ValueError) as error:
             raise AudioError(f"{name} can't be read as bytes: {getattr(error, 'strerror', error)}") from None
         yield file
 
@@ -148,12 +149,20 @@ def open_wave(wave: np.ndarray, sample_rate: int, channel: Channel = "mix") -> I
 
 
 def decode(source: Encoded, channel: Channel = "mix") -> Recording:
-    """Decode an encoded recording and mix it down to mono; arguments and errors as of `open_audio`.
+    """Decode a recording: its samples, mixed down or of one channel, and their rate.
+
+    ``engine.predict(*decode("recording.wav"))`` gets the samples that the service gets. Channel by channel:
+    ``decode("recording.wav", channel=2)``.
+
+    Args:
+        source: the path of a file or a pipe, a binary file, or the encoded bytes.
+        channel: which channel to read, from 1; "mix": the mean of all.
 
     Returns:
-        wave (S,) float32 and its sample rate in Hz.
+        wave (S,) float32 in [-1, 1] and its sample rate in Hz.
 
     Raises:
+        AvexServeError: as of `open_audio`.
         AudioError: also if audio is missing, since samples alone can't say so; `open_audio` reads the rest.
     """
     with open_audio(source, channel) as stream:

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import soxr
 
+import avex_serve
 from avex_serve.audio.reader import RATES, decode, resample, resample_blocks, resampled_size
 from avex_serve.errors import AudioError, InputError, NotFoundError
 
@@ -272,3 +273,76 @@ def test_memory_follows_what_is_there_and_not_what_the_header_promises(data, sam
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 32 * 2**20
+
+
+# -- the public function --------------------------------------------------------------------------------------------
+
+
+class OneWay(io.RawIOBase):
+    """A binary file that can't seek and returns a few bytes at once, as a download does."""
+
+    def __init__(self, data):
+        self._data = io.BytesIO(data)
+
+    def readable(self):
+        return True
+
+    def read(self, size=-1):
+        return self._data.read(min(size, 1000) if size >= 0 else size)
+
+
+@pytest.fixture
+def stereo(tmp_path):
+    """A path, and the samples of its two channels."""
+    samples = np.random.default_rng(3).integers(-(2**15), 2**15, (5000, 2)).astype(np.int16)
+    path = tmp_path / "a: stereo.wav"
+    soundfile.write(path, samples, 44100)
+    return path, samples / np.float32(2**15)
+
+
+def test_whatever_holds_a_recording_is_decoded_alike(stereo):
+    path, samples = stereo
+    data = path.read_bytes()
+    with path.open("rb") as file, path.open("rb", buffering=0) as raw:
+        sources = [
+            path,
+            str(path),
+            data,
+            bytearray(data),
+            memoryview(data),
+            file,
+            raw,
+            io.BytesIO(data),
+            OneWay(data),
+        ]
+        for source in sources:
+            wave, rate = avex_serve.decode(source)
+            assert (rate, wave.dtype, wave.shape) == (44100, np.float32, (5000,))
+            np.testing.assert_allclose(wave, samples.mean(axis=1), rtol=0, atol=1e-7)
+
+
+def test_each_channel_is_decoded(stereo):
+    path, samples = stereo
+    for channel in (1, 2):
+        np.testing.assert_array_equal(avex_serve.decode(path, channel=channel).wave, samples[:, channel - 1])
+    with pytest.raises(InputError, match="channel is 3; expected 1 to 2"):
+        avex_serve.decode(path, channel=3)
+
+
+def test_a_file_is_read_from_its_position_on(stereo):
+    path, _ = stereo
+    file = io.BytesIO(b"some bytes" + path.read_bytes())
+    file.seek(10)
+    assert avex_serve.decode(file).wave.size == 5000
+
+
+def test_files_that_hold_no_bytes(stereo):
+    path, _ = stereo
+    with path.open(encoding="latin-1") as text, pytest.raises(AudioError, match="can't be read as bytes"):
+        avex_serve.decode(text)
+    with path.open("rb") as closed:
+        pass
+    with pytest.raises(AudioError, match=r"can't be read as bytes: .*closed file"):
+        avex_serve.decode(closed)
+    with pytest.raises(AudioError, match="can't be read as bytes"):
+        avex_serve.decode(np.zeros(3))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from avex_export.cli import main
 from avex_export.graph import Head
 from avex_export.recipes import find_recipe
-from avex_serve.bundles.manifest import ONNX, TORCHSCRIPT, AudioSpec
+from avex_serve.bundles.manifest import ONNX, TORCHSCRIPT, VERIFICATION, AudioSpec
 from avex_serve.configs import ProbeConfig
 from avex_serve.models.probes import build_probe_from_config, save_probe
 from tests.bundles import replace_file
@@ -26,9 +27,11 @@ def head(probe):
     return Head("x", probe, LABELS, "sigmoid", trained=True, input_fingerprint=None, pooled_fingerprint=None)
 
 
-def row(name, rows):
-    """How a row of the table of a verification begins."""
-    return f"{name:26}{rows:7}  "
+def verified(bundle):
+    """Input and rows of every check in a bundle's record, all of which passed."""
+    checks = json.loads((bundle / VERIFICATION).read_text())["checks"]
+    assert all(check["passed"] for check in checks)
+    return [(check["input"], check["rows"]) for check in checks]
 
 
 @pytest.fixture(scope="session")
