@@ -8,7 +8,9 @@ The folder has a folder of WAV, FLAC, OGG or MP3 files for each label::
     my_clips/bat/002.wav
     my_clips/bee/001.wav
 
-Give a label such as ``background`` to clips without a call, because the probe chooses one label for every window.
+Each clip is cut into windows of the model's length, which all get the clip's label, so cut away what is something
+else. Give a label such as ``background`` to clips without a call, because the probe chooses one label for every
+window.
 Without ``--clips`` the program writes a folder of synthetic sounds and uses it.
 """
 
@@ -24,6 +26,7 @@ from avex_serve import load_model
 from avex_serve.audio.reader import decode, resample
 from avex_serve.audio.windows import plan_windows
 from avex_serve.configs import ProbeConfig
+from avex_serve.errors import AudioError
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.probes import build_probe_from_config, save_probe
 from avex_serve.models.probes.storage import load_head
@@ -48,14 +51,14 @@ def main() -> None:
 
     # Embed every clip once: the backbone is frozen, so its embeddings never change.
     base = load_model(args.model, return_features_only=True)
-    labels, waves, targets = read_clips(clips, base)
+    labels, waves, targets, origins = read_clips(clips, base)
     config = ProbeConfig(probe_type="linear", target_layers=["last_layer"], aggregation="mean")
     embeddings = embed(base, waves, config)  # (N, D)
 
-    # Hold out every fourth clip of each label, train on the others.
+    # Hold out every fourth clip of each label with all its windows, train on the others.
     test = torch.zeros(len(targets), dtype=torch.bool)
     for label in range(len(labels)):
-        test[(targets == label).nonzero()[3::4]] = True
+        test |= torch.isin(origins, origins[targets == label].unique()[3::4])
     head = build_probe_from_config(config, len(labels), "cpu", input_dim=embeddings.shape[1]).train()
     optimiser = torch.optim.AdamW(head.parameters(), lr=0.01)
     for _ in range(args.epochs):
@@ -66,7 +69,8 @@ def main() -> None:
             optimiser.step()
     with torch.no_grad():
         right = (head.eval()(embeddings[test]).argmax(dim=1) == targets[test]).sum().item()
-    print(f"{len(targets)} clips of {len(labels)} labels; {right} of {int(test.sum())} held-out clips are right")
+    print(f"{len(origins.unique())} clips of {len(labels)} labels make {len(targets)} windows", end="; ")
+    print(f"{right} of {int(test.sum())} held-out windows are right")
 
     # Put the head on the backbone, and save it.
     probe = build_probe_from_config(config, len(labels), "cpu", base_model=base).eval()
@@ -109,17 +113,32 @@ def write_clips(folder: Path, seed: int) -> None:
             soundfile.write(folder / label / f"{i:03}.wav", clip, 16000)
 
 
-def read_clips(folder: Path, base: ModelBase) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """The labels, the clips (N, S) in [-1, 1] at the model's length and rate, and the label of each (N,)."""
-    files = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in AUDIO)
-    labels = sorted({path.parent.name for path in files})
+def read_clips(folder: Path, base: ModelBase) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The labels, the windows (N, S) in [-1, 1] of all clips, and the label and the clip of each window (N,)."""
+    files = sorted(
+        path for path in folder.glob("*/*") if path.suffix.lower() in AUDIO and not path.name.startswith(".")
+    )
+    windows: list[tuple[np.ndarray, str, int]] = []
+    for i, path in enumerate(files):
+        try:
+            wave, rate = read(path, base)
+        except AudioError as error:
+            print(f"left out: {error}")
+            continue
+        plan = plan_windows(wave.size, base.clip_samples, rate, overlap=0.0)
+        for (start, end), window in zip(plan.spans, plan.cut(wave), strict=True):
+            # Less than half a window at the end of a clip is mostly padding.
+            if start == 0 or (end - start) * rate >= base.clip_samples / 2:
+                windows.append((window, path.parent.name, i))
+    labels = sorted({label for _, label, _ in windows})
     if len(labels) < 2:
         raise SystemExit(f"{folder} must hold a folder of audio files for each of two labels or more")
-    waves = torch.zeros(len(files), base.clip_samples)
-    for i, path in enumerate(files):
-        wave = read(path, base)[0][: base.clip_samples]  # longer clips are cut, shorter ones padded with zeros
-        waves[i, : wave.size] = torch.from_numpy(wave)
-    return labels, waves, torch.tensor([labels.index(path.parent.name) for path in files])
+    return (
+        labels,
+        torch.from_numpy(np.stack([window for window, _, _ in windows])),
+        torch.tensor([labels.index(label) for _, label, _ in windows]),
+        torch.tensor([clip for _, _, clip in windows]),
+    )
 
 
 def read(path: Path, base: ModelBase) -> tuple[np.ndarray, int]:

@@ -36,6 +36,8 @@ SOUNDS_IN_A_CLIP = (0.1, 0.7, 0.2)  # probability of none, one, two
 SNR_DB = (-5.0, 25.0)
 # Some clips are shorter and padded with zeros, like the last window of a recording.
 SHORTER, SHORTEST_SECONDS = 0.15, 0.8
+# Some are digital silence, some of them after a few samples of noise, as a window has them behind a recording's end.
+SILENT, SILENT_AFTER_SECONDS = 0.05, 0.1
 
 BACKBONE_CLIPS, PROBE_CLIPS, TEST_CLIPS = 16000, 4000, 1200
 BATCH = 16
@@ -70,21 +72,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "avex_serve", help="folder for the weights")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--probes", action="store_true", help="train the probes again, on the backbone that is there"
+    )
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.manual_seed(args.seed)
     clock = Clock()
 
-    train, probe_train, test = (
-        synthesise(np.random.default_rng([args.seed, i]), count)
-        for i, count in enumerate((BACKBONE_CLIPS, PROBE_CLIPS, TEST_CLIPS))
-    )
-    clock.say(f"synthesised {BACKBONE_CLIPS} + {PROBE_CLIPS} clips to train with and {TEST_CLIPS} to test with")
-
     weights = args.output / "official_models" / f"{MODEL}.safetensors"
-    save_backbone(train_backbone(train, clock), weights)
+    if not args.probes:
+        train = synthesise(np.random.default_rng([args.seed, 0]), BACKBONE_CLIPS)
+        clock.say(f"synthesised {BACKBONE_CLIPS} clips to train the backbone with")
+        save_backbone(train_backbone(train, clock), weights)
+    probe_train, test = (
+        synthesise(np.random.default_rng([args.seed, i]), count)
+        for i, count in enumerate((PROBE_CLIPS, TEST_CLIPS), 1)
+    )
+    clock.say(f"synthesised {PROBE_CLIPS} clips to train the probes with and {TEST_CLIPS} to test with")
     base = load_model(MODEL, checkpoint_path=str(weights), return_features_only=True)
-    clock.say(f"wrote {weights}, {weights.stat().st_size / 1e6:.2f} MB")
+    clock.say(f"loaded {weights}, {weights.stat().st_size / 1e6:.2f} MB")
 
     layers = base.get_model_layers()
     embeddings, test_embeddings = (tap_all(base, clips.waves, layers) for clips in (probe_train, test))
@@ -125,6 +132,13 @@ def synthesise(rng: Generator, count: int) -> Clips:
     step_targets = torch.zeros(count, STEPS, CLASSES)
     snr_db = rng.uniform(*SNR_DB, size=count)
     for i in range(count):
+        if rng.random() < SILENT:
+            seconds = max(0.0, rng.uniform(-SILENT_AFTER_SECONDS, SILENT_AFTER_SECONDS))  # half of them: no sample
+            clip, _ = make_clip_with_events(
+                rng, [], snr_db=snr_db[i], seconds=WINDOW_SECONDS, sample_rate=SAMPLE_RATE
+            )
+            waves[i, : int(seconds * SAMPLE_RATE)] = torch.from_numpy(clip[: int(seconds * SAMPLE_RATE)])
+            continue
         labels = rng.choice(LABELS, size=rng.choice(3, p=SOUNDS_IN_A_CLIP), replace=False).tolist()
         seconds = rng.uniform(SHORTEST_SECONDS, WINDOW_SECONDS) if rng.random() < SHORTER else WINDOW_SECONDS
         clip, events = make_clip_with_events(rng, labels, snr_db=snr_db[i], seconds=seconds, sample_rate=SAMPLE_RATE)

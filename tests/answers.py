@@ -18,4 +18,4 @@ def as_json(answer: Any) -> Any:
 
 def in_memory(*blocks: np.ndarray, rate: int = SAMPLE_RATE, frames: int | None = None) -> nullcontext[AudioStream]:
     """A recording of these blocks, opened; without `frames` its length is not known."""
-    return nullcontext(AudioStream(blocks, rate, frames, []))
+    return nullcontext(AudioStream(blocks, rate, frames))

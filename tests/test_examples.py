@@ -62,11 +62,16 @@ def test_train_probe_on_a_folder_and_a_recording(run):
         Path("mine", label).mkdir(parents=True)
         for i in range(8):  # of another rate than the model's, in stereo, shorter and longer than its clips
             clip = make_clip(rng, [label], snr_db=20, seconds=2.0 if i % 2 else 2.5, sample_rate=22050)
+            clip = np.concatenate([clip, clip[:44100]]) if i == 2 else clip  # 4.5 s
             soundfile.write(Path("mine", label, f"{i}.flac"), np.stack([clip, clip], axis=1), 22050)
     hoot, whistle = (make_clip(rng, [label], snr_db=20) for label in ("hoot", "whistle"))
     soundfile.write("field.wav", np.concatenate([hoot, whistle, hoot[:9000]]), 16000)
+    Path("mine", "hoot", "._9.flac").write_bytes(b"\0\5\x16\7")
+    Path("mine", "hoot", "empty.wav").write_bytes(b"")
     printed = run("train_probe.py", "--clips", "mine", "--recording", "field.wav", "--output", "trained")
-    assert "16 clips of 2 labels; 4 of 4 held-out" in printed
+    assert "left out: mine/hoot/empty.wav is empty" in printed
+    assert "16 clips of 2 labels make 18 windows; 4 of 4 held-out" in printed
+    assert load_probe("trained").output_activation == "softmax"
     rows = printed.splitlines()[-3:]
     assert [row.split()[-1] for row in rows[:2]] == ["hoot", "whistle"]
     assert "4.0 –   4.6 s" in rows[2]

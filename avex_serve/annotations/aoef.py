@@ -63,7 +63,7 @@ def _recording(recording: Recording) -> dict[str, Any]:
         "uuid": str(uuid.uuid5(SPACE, recording.path)),
         "path": recording.path,
         "duration": recording.duration,
-        "channels": 1,
+        "channels": recording.channels,
         "samplerate": recording.sample_rate,
         "hash": recording.digest,
         **{name: value for name, value in known.items() if value is not None},

@@ -23,6 +23,7 @@ class Recording:
     digest: str  # SHA-256 of the file
     duration: float  # seconds
     sample_rate: int  # Hz
+    channels: int = 1
     start: datetime | None = None  # without a zone if that is not known
     latitude: float | None = None
     longitude: float | None = None

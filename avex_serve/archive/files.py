@@ -11,7 +11,7 @@ from avex_serve.errors import AvexServeError, InputError, NotFoundError, quoted
 
 SUFFIXES: Final = (
     *(".wav", ".wave", ".w64", ".rf64", ".flac", ".mp3"),
-    *(".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"),
+    *(".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".m4a", ".aac", ".webm"),
 )
 STDIN: Final = "-"
 LIST: Final = "@"  # before the path of a list

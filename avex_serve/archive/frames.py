@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from avex_serve.audio.reader import open_audio
-from avex_serve.audio.windows import hop_samples
+from avex_serve.audio.reader import Channel, open_audio
+from avex_serve.audio.windows import FinalClip, hop_samples
 from avex_serve.errors import DependencyError, InputError, NotFoundError
 from avex_serve.inference import pipeline
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
+from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import detect
 from avex_serve.inference.scores import Selection, activate
 
@@ -29,6 +30,8 @@ def predict(
     *,
     form: Literal["windows", "detections"] = "windows",
     overlap: float = 0.0,
+    final_clip: FinalClip = "remainder",
+    channel: Channel = "mix",
     probe: str | None = None,
     threshold: float | None = None,
     top_k: int | None = None,
@@ -44,6 +47,8 @@ def predict(
             seconds, and a column of scores for each label. ``detections``: a row for each label that passes, with
             the columns file, start_time, end_time, label and score.
         overlap: of neighbouring windows, in seconds.
+        final_clip: what happens to an end shorter than a window; see `avex_serve.audio.windows`.
+        channel: which channel to process, from 1; "mix": the mean of all.
         probe: name of the head to run; the bundle's first one by default.
         threshold: lowest score of a detection.
         top_k: most detections of a window; see `avex_serve.inference.scores.Selection` for the defaults.
@@ -66,11 +71,12 @@ def predict(
         selection = Selection.of(head.activation, threshold, top_k)
         spec = engine.audio_spec
         hop_samples(spec.window_samples, spec.sample_rate, overlap)  # raises for an overlap that can't be
+        query = Query(overlap=overlap, final_clip=final_clip, channel=channel)
         parts: list[Any] = []
         for file in (str(Path(each)) for each in files):
             try:
                 audio = partial(open_audio, Path(file))
-                found = pipeline.run_recording(engine, audio, overlap, [head.logits])
+                found = pipeline.run_recording(engine, audio, query, [head.logits])
             except (InputError, NotFoundError) as error:
                 warnings.warn(f"left out: {error}", stacklevel=2)
                 failed[file] = str(error)

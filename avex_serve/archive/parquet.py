@@ -42,7 +42,7 @@ class Column(NamedTuple):
     encoding: int = PLAIN
     dictionary: bytes = b""
     distinct: int = 0  # values in the dictionary
-    values: int = 0  # in lists; 0: the column holds no lists
+    values: int | None = None  # in lists; None: the column holds no lists
     compress: bool = False
 
 
@@ -79,7 +79,7 @@ def cycles(values: tuple[str, ...], count: int) -> Column:
     cycle = np.array([position[value] for value in values], kind)
     rows = len(values) * count
     groups = -(-rows // 8)
-    indices = np.resize(np.tile(cycle, count), rows)
+    indices = np.tile(cycle, count)
     padded = np.concatenate([indices, np.zeros(8 * groups - rows, kind)])
     data = bytes([8 * padded.itemsize]) + _varint(groups << 1 | 1) + padded.tobytes()
     return _by_index(distinct, rows, data, compress=True)
@@ -140,10 +140,10 @@ class ParquetWriter:
                 DICTIONARY_PAGE, column.dictionary, (7, STRUCT, about), compress=column.compress
             )
         first_data = self._offset
-        values = column.values or column.rows
+        values = column.rows if column.values is None else column.values
         about = [(1, I32, values), (2, I32, column.encoding), (3, I32, RLE), (4, I32, RLE)]
         size += self._write_page(DATA_PAGE, column.data, (5, STRUCT, about), compress=column.compress)
-        path = [name, "list", "element"] if column.values else [name]
+        path = [name] if column.values is None else [name, "list", "element"]
         chunk: list[Field] = [
             (1, I32, column.kind),
             (2, ARRAY, _List(I32, sorted({PLAIN, RLE, column.encoding}))),
@@ -170,7 +170,7 @@ class ParquetWriter:
 def _schema(columns: Mapping[str, Column]) -> list[list[Field]]:
     elements: list[list[Field]] = [[(4, BINARY, "schema"), (5, I32, len(columns))]]
     for name, column in columns.items():
-        if column.values:
+        if column.values is not None:
             elements.append([(3, I32, REQUIRED), (4, BINARY, name), (5, I32, 1), (6, I32, LIST)])
             elements.append([(3, I32, REPEATED), (4, BINARY, "list"), (5, I32, 1)])
             name = "element"

@@ -143,7 +143,7 @@ def read_stored(reader: Engine, sets: Sequence[ResultSet]) -> list[Target]:
 
 def scoring_options(query: Query) -> dict[str, Any]:
     """The options that change scores."""
-    return {"overlap": float(query.overlap)}
+    return {"overlap": float(query.overlap), "final_clip": query.final_clip, "channel": query.channel}
 
 
 def _plan_pass(engine: Engine, query: Query, hop: float | None) -> Pass:

@@ -5,7 +5,7 @@ import queue
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,8 @@ import numpy as np
 
 from avex_serve.archive.plan import Pass, ResultSet, read_stored
 from avex_serve.archive.store import Entry, ResultFile, Store
-from avex_serve.audio.reader import Wave, open_audio
+from avex_serve.audio.reader import describe, open_audio
+from avex_serve.audio.recorder import find_origin, format_offset
 from avex_serve.bundles.reading import sha256_of
 from avex_serve.errors import AudioError, AvexServeError, StorageError
 from avex_serve.inference.engine import Engine
@@ -137,25 +138,25 @@ class _Run:
 
     def run(self, recordings: Mapping[str, str | None], report: Report) -> Progress:
         """See `run`."""
-        seen = [
-            _look(path) if reason is None else Entry(path, 0, 0, error=reason) for path, reason in recordings.items()
-        ]
-        pending = []
-        for entry in seen:
+        before = dict(self._journal)
+        seen: set[str] = set()
+        pending: list[Entry] = []
+        failed: list[Entry] = []
+        for path, reason in recordings.items():
+            entry = _look(path) if reason is None else Entry(path, 0, 0, error=reason)
+            seen.add(entry.path)
             known = self._journal.get(entry.path)
             if known is not None and known.computed and known.same_file(entry):
+                entry = known
                 if not self._missing(known.recording):
                     continue
-                entry = known
-            else:
-                self._journal[entry.path] = entry
-            if entry.error is None:
-                pending.append(entry)
-        failed = [entry for entry in seen if entry.error is not None]
+            self._journal[entry.path] = entry
+            (pending if entry.error is None else failed).append(entry)
         size = sum(entry.size for entry in pending)
-        progress = Progress(len(seen), len(seen) - len(pending) - len(failed), size)
+        progress = Progress(len(recordings), len(recordings) - len(pending) - len(failed), size)
         self._store.use_sets(self._sets)
-        self._store.write_journal(self._journal.values())
+        if pending:  # so that status knows what is missing, whatever happens to this process
+            self._store.write_journal(self._journal.values())
         report(progress, None)
         for entry in failed:
             self._note(entry, progress, report)
@@ -163,7 +164,8 @@ class _Run:
             self._compute_all(pending, progress, report)
         finally:
             self._forget_moved(seen)
-            self._store.write_journal(self._journal.values())
+            if pending or not self._store.compact or self._journal != before:
+                self._store.write_journal(self._journal.values())
         return progress
 
     def _missing(self, recording: str | None) -> list[ResultSet]:
@@ -219,13 +221,12 @@ class _Run:
         progress.add(entry)
         report(progress, entry)
 
-    def _forget_moved(self, seen: Sequence[Entry]) -> None:
+    def _forget_moved(self, seen: Collection[str]) -> None:
         """Forget recordings whose file is gone, if they failed or this run found their content elsewhere."""
-        now = {entry.path for entry in seen}
-        found = {self._journal[path].recording for path in now} - {None}
+        found = {self._journal[path].recording for path in seen} - {None}
         for path, entry in list(self._journal.items()):
             replaced = entry.recording in found or not entry.computed
-            if path not in now and replaced and not os.path.lexists(path):
+            if path not in seen and replaced and not os.path.lexists(path):
                 del self._journal[path]
 
     # -- in the threads --------------------------------------------------------------------------------------------
@@ -246,13 +247,14 @@ class _Run:
                 recording = recording or _digest(entry.path)
                 with self._alone(recording):
                     sound = self._fill(msgspec.structs.replace(now, recording=recording))
-            now = msgspec.structs.replace(sound, path=now.path, size=now.size, modified=now.modified)
+            now = _with_origin(msgspec.structs.replace(sound, path=now.path, size=now.size, modified=now.modified))
         except StorageError:
             raise
         except AvexServeError as error:
             if self._stopped:
                 raise
-            now = msgspec.structs.replace(now, recording=recording, error=str(error))
+            reason = str(error) if entry.path in str(error) else f"{entry.path}: {error}"
+            now = msgspec.structs.replace(now, recording=recording, error=reason)
         finally:
             with self._lock:
                 self._requests.discard(request)
@@ -320,13 +322,11 @@ class _Run:
             if known and not kept and len(stored) == len(sources) and self._holds(stored.values(), recording):
                 add(read_embeddings(self._store, stored, recording))
             else:
-                with open_audio(entry.path) as stream:
-                    counted = _Counted(stream.blocks)
-                    stream = stream._replace(blocks=counted)
-                    add(stream_windows(each.source, stream, each.query.overlap, list(sources | kept)))
+                with open_audio(entry.path, each.query.channel) as stream:
+                    add(stream_windows(each.source, stream, each.query, list(sources | kept)))
                 entry = msgspec.structs.replace(
                     entry,
-                    duration=counted.frames / stream.sample_rate,
+                    duration=stream.samples / stream.sample_rate,
                     sample_rate=stream.sample_rate,
                     warnings=tuple(stream.warnings),
                 )
@@ -339,19 +339,6 @@ class _Run:
 
     def _holds(self, sets: Iterable[ResultSet], recording: str) -> bool:
         return all(recording in self._done[results.name] for results in sets)
-
-
-class _Counted:
-    """The blocks of a recording; counts their samples while they are read."""
-
-    def __init__(self, blocks: Iterable[Wave]) -> None:
-        self.frames = 0
-        self._blocks = blocks
-
-    def __iter__(self) -> Iterator[Wave]:
-        for block in self._blocks:
-            self.frames += block.size
-            yield block
 
 
 def read_embeddings(store: Store, sources: Mapping[str, ResultSet], recording: str) -> Rows:
@@ -375,6 +362,22 @@ def _look(path: str) -> Entry:
     if not stat.S_ISREG(status.st_mode):
         return Entry(path, 0, 0, error=f"{path} is not a file")
     return Entry(path, status.st_size, status.st_mtime_ns)
+
+
+def _with_origin(entry: Entry) -> Entry:
+    """The entry with what name and header say of time and place."""
+    header = describe(entry.path)
+    origin = find_origin(os.path.basename(entry.path), header.metadata, entry.duration)  # noqa: PTH119
+    return msgspec.structs.replace(
+        entry,
+        channels=header.channels,
+        start=None if origin.start is None else origin.start.isoformat(),
+        offset=format_offset(origin.offset),
+        latitude=origin.latitude,
+        longitude=origin.longitude,
+        recorder=origin.recorder,
+        warnings=tuple(dict.fromkeys((*entry.warnings, *origin.warnings))),
+    )
 
 
 def _digest(path: str) -> str:

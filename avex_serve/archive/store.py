@@ -38,6 +38,12 @@ class Entry(msgspec.Struct, frozen=True, omit_defaults=True):
     recording: str | None = None  # SHA-256 of the file; None: it wasn't read
     duration: float = 0.0  # seconds
     sample_rate: int = 0  # Hz
+    channels: int = 0
+    start: str | None = None  # local time in ISO 8601; None: unknown, like those that follow
+    offset: str | None = None  # of that time from UTC, such as +10:00
+    latitude: float | None = None  # degrees, north positive
+    longitude: float | None = None  # degrees, east positive
+    recorder: str | None = None
     warnings: tuple[str, ...] = ()  # reasons to doubt its results, a sentence each
     error: str | None = None  # why it couldn't be computed
 
@@ -69,6 +75,7 @@ class Store:
             InputError: of another layout, or damaged.
         """
         self.folder = folder
+        self.compact = False
         try:
             text = (folder / DESCRIPTION).read_bytes()
         except OSError:
@@ -160,14 +167,21 @@ class Store:
     # -- recordings ------------------------------------------------------------------------------------------------
 
     def journal(self) -> dict[str, Entry]:
-        """The recordings by path, as far as they are known."""
+        """The recordings by path. Sets `compact`, whether `write_journal` was the last to write the journal."""
         decode = msgspec.json.Decoder(Entry).decode
-        entries = {}
+        entries: dict[str, Entry] = {}
+        last = ""
+        self.compact = (self.folder / RECORDINGS).exists()
         with contextlib.suppress(FileNotFoundError), (self.folder / JOURNAL).open("rb") as file:
             for line in file:
-                with contextlib.suppress(msgspec.MsgspecError):  # a process was killed while it wrote the line
+                try:
                     entry = decode(line)
-                    entries[entry.path] = entry
+                except msgspec.MsgspecError:  # a process was killed while it wrote the line
+                    self.compact = False
+                    continue
+                self.compact = self.compact and last < entry.path
+                last = entry.path
+                entries[entry.path] = entry
         return entries
 
     def write_journal(self, entries: Iterable[Entry]) -> None:
@@ -182,10 +196,12 @@ class Store:
                 database.execute(
                     f"""COPY (SELECT * FROM read_ndjson({quoted(unfinished)}, columns = {{
                         path: VARCHAR, size: BIGINT, modified: BIGINT, recording: VARCHAR, duration: DOUBLE,
-                        sample_rate: INTEGER, warnings: 'VARCHAR[]', error: VARCHAR}}))
+                        sample_rate: INTEGER, channels: INTEGER, start: VARCHAR, "offset": VARCHAR,
+                        latitude: DOUBLE, longitude: DOUBLE, recorder: VARCHAR, warnings: 'VARCHAR[]',
+                        error: VARCHAR}}))
                     TO {quoted(self.folder / SCRATCH / RECORDINGS)} (FORMAT parquet, COMPRESSION zstd)"""
                 )
-            for name in (JOURNAL, RECORDINGS):
+            for name in (RECORDINGS, JOURNAL):  # a compact journal promises the table
                 (self.folder / SCRATCH / name).replace(self.folder / name)
 
     @contextlib.contextmanager

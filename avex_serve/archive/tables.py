@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone, tzinfo
 from typing import Any, Final
 
 import duckdb
@@ -31,6 +32,7 @@ class Choice:
     top_k: int | None = None  # most labels of a window and a probe
     labels: Sequence[str] | None = None  # the labels to show; None: all
     merge_gap: float | None = None  # seconds between windows that become one row; None: windows stay apart
+    zone: tzinfo | None = None  # of times that come without an offset; None: it stays unknown
     merge_mean: bool = False  # the score of such a row is the mean of the windows' instead of the highest
 
 
@@ -53,7 +55,7 @@ def make_table(store: Store, choice: Choice, paths: Collection[str] | None = Non
     done = [store.done(results) for results in sets]
     entries = sorted(store.journal().values(), key=lambda entry: entry.path)
     recordings = [
-        _recording(entry)
+        _recording(entry, choice.zone)
         for entry in entries
         if (paths is None or entry.path in paths)
         and entry.computed
@@ -61,7 +63,11 @@ def make_table(store: Store, choice: Choice, paths: Collection[str] | None = Non
     ]
     about = {
         "results": [msgspec.to_builtins(_described(results)) for results in sets],
-        "choice": {name: value for name, value in _fields(choice).items() if value is not None},
+        "choice": {
+            name: str(value) if name == "zone" else value
+            for name, value in _fields(choice).items()
+            if value is not None
+        },
     }
     return Table(recordings, _rows(store, sets, done, recordings, classes, choice), about)
 
@@ -76,9 +82,24 @@ def _described(results: ResultSet) -> ResultSet:
     return msgspec.structs.replace(results, probes=probes)
 
 
-def _recording(entry: Entry) -> Recording:
+def _recording(entry: Entry, zone: tzinfo | None) -> Recording:
     assert entry.recording is not None
-    return Recording(path=entry.path, digest=entry.recording, duration=entry.duration, sample_rate=entry.sample_rate)
+    start = None if entry.start is None else datetime.fromisoformat(entry.start)
+    if start is not None and entry.offset is not None:
+        start = datetime.fromisoformat(f"{entry.start}{entry.offset}")
+    elif start is not None and zone is not None:
+        offset = zone.utcoffset(start)
+        start = start.replace(tzinfo=None if offset is None else timezone(offset))
+    return Recording(
+        path=entry.path,
+        digest=entry.recording,
+        duration=entry.duration,
+        sample_rate=entry.sample_rate,
+        channels=entry.channels,
+        start=start,
+        latitude=entry.latitude,
+        longitude=entry.longitude,
+    )
 
 
 def check_choice(sets: Sequence[ResultSet], choice: Choice) -> dict[str, np.ndarray]:

@@ -1,17 +1,31 @@
 """Where a recording is cut into windows, the clips that a model takes.
 
 `cut_windows` cuts a recording while it is read; `plan_windows` computes where a recording of known length is cut.
+
+The windows start every hop. `final_clip` says what happens at the end, where less than a window remains:
+
+    remainder  the default: the remainder is a window, padded with zeros up to the shortest that the model takes.
+               Less than `EVIDENCE` of a window is no evidence: then the last window is moved back, as by full
+    full       the last window is moved back, so that it ends with the recording
+    extend     the remainder is padded with zeros to a whole window
+    none       the remainder is left out
+
+The span of a window never goes beyond the end of the recording. A recording shorter than a window is one window,
+padded with zeros; with none it is refused.
 """
 
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
 from avex_serve.audio.reader import Wave
 from avex_serve.errors import InputError
+
+FinalClip = Literal["none", "extend", "remainder", "full"]
+EVIDENCE: Final = 0.1  # of a window: a shorter remainder is not answered for itself
 
 
 class Window(NamedTuple):
@@ -24,37 +38,51 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """Windows of `length` samples every `hop` samples; the last one reaches the end.
-
-    The last window may be shorter than the others, down to `shortest` samples; zeros fill it up to that.
-    """
+    """Windows of `length` samples every `hop` samples, and at the end as `final_clip` says."""
 
     total: int  # samples of the recording
     length: int  # samples of a window
     hop: int  # samples from the start of a window to the start of the next
     sample_rate: int  # Hz
     shortest: int  # samples of the shortest window that the model takes
+    final_clip: FinalClip
 
     @property
-    def starts(self) -> range:
-        """First sample of each window: the fewest windows that cover the recording, at least one."""
-        beyond = max(0, self.total - self.length)
-        return range(0, -(-beyond // self.hop) * self.hop + 1, self.hop)
+    def count(self) -> int:
+        """How many windows there are: the fewest that cover the recording, at least one unless none is asked for."""
+        beyond = self.total - self.length
+        if self.final_clip == "none":
+            return max(0, beyond // self.hop + 1)
+        return -(-max(0, beyond) // self.hop) + 1
+
+    @property
+    def starts(self) -> np.ndarray:
+        """(N,) int64: the first sample of each window."""
+        starts = np.arange(self.count, dtype=np.int64) * self.hop
+        if self.count > 1 and _moves_back(self.total - int(starts[-1]), self.length, self.final_clip):
+            starts[-1] = self.total - self.length
+        return starts
 
     @property
     def spans(self) -> np.ndarray:
         """(N, 2) float64: start and end of each window in seconds, the end never after that of the recording."""
-        starts = np.asarray(self.starts, dtype=np.int64)
+        starts = self.starts
         ends = np.minimum(starts + self.length, self.total)
         return np.stack([starts, ends], axis=1) / float(self.sample_rate)
 
     def cut(self, wave: Wave) -> Iterator[np.ndarray]:
         """The windows of the recording (total,) in order, each (length,) float32, the last one perhaps shorter."""
-        return (window.samples for window in cut_windows([wave], self.length, self.hop, self.shortest))
+        windows = cut_windows([wave], self.length, self.hop, self.shortest, self.final_clip)
+        return (window.samples for window in windows)
 
 
 def plan_windows(
-    total: int, length: int, sample_rate: int, overlap: float, shortest: int | None = None
+    total: int,
+    length: int,
+    sample_rate: int,
+    overlap: float,
+    shortest: int | None = None,
+    final_clip: FinalClip = "remainder",
 ) -> WindowPlan:
     """Plan the windows of a recording.
 
@@ -64,12 +92,20 @@ def plan_windows(
         sample_rate: of both, in Hz.
         overlap: of neighbouring windows, in seconds; at least 0, less than a window.
         shortest: samples of the shortest window that the model takes; None: all windows have one length.
+        final_clip: what happens at the end; see the module.
 
     Raises:
         InputError: an overlap outside that range.
     """
     hop = hop_samples(length, sample_rate, overlap)
-    return WindowPlan(total, length, hop, sample_rate, length if shortest is None else shortest)
+    return WindowPlan(total, length, hop, sample_rate, length if shortest is None else shortest, final_clip)
+
+
+def _moves_back(remainder: int, length: int, final_clip: FinalClip) -> bool:
+    """Whether a last window with that number of samples ends with the recording instead of starting after a hop."""
+    if final_clip == "remainder":
+        return remainder < EVIDENCE * length
+    return final_clip == "full"
 
 
 def hop_samples(length: int, sample_rate: int, overlap: float) -> int:
@@ -82,7 +118,9 @@ def hop_samples(length: int, sample_rate: int, overlap: float) -> int:
     return max(1, length - round(overlap * sample_rate))
 
 
-def cut_windows(blocks: Iterable[Wave], length: int, hop: int, shortest: int) -> Iterator[Window]:
+def cut_windows(
+    blocks: Iterable[Wave], length: int, hop: int, shortest: int, final_clip: FinalClip = "remainder"
+) -> Iterator[Window]:
     """Cut a recording while it is read; the windows are those of `WindowPlan`.
 
     Args:
@@ -90,18 +128,32 @@ def cut_windows(blocks: Iterable[Wave], length: int, hop: int, shortest: int) ->
         length: samples of a window.
         hop: samples from the start of a window to the start of the next, at most `length`.
         shortest: samples of the shortest window that the model takes.
+        final_clip: what happens at the end; see the module.
+
+    Raises:
+        InputError: a recording shorter than a window, and `final_clip` is none.
     """
     start = 0  # of the next window
-    kept = np.empty(0, np.float32)  # the recording from there on, as far as it is read
+    before = kept = np.empty(0, np.float32)  # the recording up to there, for one hop, and from there on
     for block in blocks:
         kept = np.concatenate([kept, block]) if kept.size else block
         # A window is yielded here only if more samples follow: the one that ends with the recording is the last one.
         while kept.size > length:
             yield Window(start, start + length, kept[:length])
             start += hop
-            kept = kept[hop:]
-    padding = max(0, shortest - kept.size)
-    yield Window(start, start + kept.size, np.pad(kept, (0, padding)) if padding else kept)
+            before, kept = kept[:hop], kept[hop:]
+    if kept.size < length and final_clip == "none":
+        if start == 0:
+            raise InputError(
+                f"the recording is shorter than a window ({kept.size} of {length} samples), and final_clip is none; "
+                "choose another final_clip"
+            )
+        return
+    stop = start + kept.size
+    if start > 0 and kept.size < length and _moves_back(kept.size, length, final_clip):
+        kept = np.concatenate([before[kept.size - length :], kept])
+    padding = max(0, (length if final_clip == "extend" else shortest) - kept.size)
+    yield Window(stop - kept.size, stop, np.pad(kept, (0, padding)) if padding else kept)
 
 
 def batch_windows(

@@ -112,6 +112,7 @@ class Agreement(_Strict, frozen=True, kw_only=True):
     centred_cosine: float  # the same after subtracting float32's mean embedding
     lowest_centred_cosine: float  # of any clip
     decisions: float | None = None  # share of equal decisions; None: no head
+    decided: Positive | None = None  # how many decisions were compared; None: not known, or no head
 
 
 class Quantisation(_Strict, frozen=True, kw_only=True):

@@ -8,11 +8,24 @@ import argparse
 from collections.abc import Sequence
 
 from avex_serve import __version__
-from avex_serve.cli import classify, demo, fit, plot, predict, run, settings, status, tables, verify
+from avex_serve.cli import (
+    classify,
+    demo,
+    evaluate,
+    fit,
+    inventory,
+    plot,
+    predict,
+    run,
+    settings,
+    status,
+    tables,
+    verify,
+)
 from avex_serve.cli.output import drop_output, escape_unprintable, fail
 from avex_serve.errors import AvexServeError
 
-COMMANDS = (predict, run, status, tables, classify, plot, fit, verify, settings, demo)
+COMMANDS = (inventory, predict, run, status, tables, classify, plot, fit, evaluate, verify, settings, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,9 +32,15 @@ def add_parser(commands: Any) -> None:
         metavar="DIR",
         help="export the probe as a bundle too (default folder: export/bundles/NAME)",
     )
-    parser.add_argument("--seed", type=int, help="of folds and training (default: 0)")
+    add_data_options(parser)
+    parser.add_argument(
+        "--target-precision", type=float, metavar="SHARE", help="of the detections above thresholds (default: 0.9)"
+    )
 
-    labels = parser.add_argument_group("labels")
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options about labelled recordings, for the commands that read them."""
+    labels = parser.add_argument_group("labelled recordings")
     labels.add_argument(
         "--negative",
         dest="negatives",
@@ -47,23 +53,25 @@ def add_parser(commands: Any) -> None:
     )
     labels.add_argument("--label-column", metavar="COLUMN", help="column of the tables with the labels")
     labels.add_argument(
+        "--group-by", metavar="COLUMN", help="keep recordings with the same value together, such as site"
+    )
+    labels.add_argument(
         "--min-overlap",
         type=float,
         metavar="SECONDS",
         help="how much of an annotation a window must share to have its label (default: 0.25, or all of it)",
     )
     labels.add_argument("--overlap", type=float, metavar="SECONDS", help="of neighbouring windows (default: 0)")
-
-    evaluation = parser.add_argument_group("evaluation")
-    evaluation.add_argument(
-        "--group-by", metavar="COLUMN", help="keep recordings with the same value together, such as site"
-    )
-    evaluation.add_argument(
-        "--target-precision", type=float, metavar="SHARE", help="of the detections above thresholds (default: 0.9)"
-    )
-    parser.add_argument(
+    labels.add_argument("--seed", type=int, help="of all random choices (default: 0)")
+    labels.add_argument(
         "--cache", type=Path, metavar="DIR", help="where embeddings are kept (default: ~/.cache/avex-serve)"
     )
+
+
+def given_options(arguments: argparse.Namespace, request: type[Any]) -> dict[str, Any]:
+    """The fields of a request that were given on the command line."""
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(arguments).items()}
+    return {name: given[name] for name in request.__dataclass_fields__ if name in given}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,16 +82,14 @@ def run(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise DependencyError(f"{error.name} is not installed; pip install 'avex-serve[export]'") from error
 
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(arguments).items()}
-    options: dict[str, Any] = {name: given[name] for name in FitRequest.__dataclass_fields__ if name in given}
-    request = FitRequest(**options)
-    if "check" in given:
+    request = FitRequest(**given_options(arguments, FitRequest))
+    if "check" in arguments:
         print(check(request))
         return 0
     evaluation = fit(request, lambda text: print(text, file=sys.stderr, flush=True))
     print(summary(evaluation))
     print(f"wrote {request.output}; the report is {request.output / 'evaluation.json'}")
-    if "export" in given:
-        target = [] if given["export"] is None else ["--output", str(given["export"])]
+    if "export" in arguments:
+        target = [] if arguments.export is None else ["--output", str(arguments.export)]
         print(run_exporter(["--probe", str(request.output), *target]).splitlines()[-1])
     return 0

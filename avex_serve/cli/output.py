@@ -1,8 +1,9 @@
-"""What commands print, and where."""
+"""What commands print, and where; values of options that several of them have."""
 
 import io
 import os
 import sys
+from typing import Literal
 
 from avex_serve.errors import AvexServeError
 
@@ -22,6 +23,11 @@ def fail(error: AvexServeError) -> int:
     """Print an error; returns its exit code."""
     note(str(error))
     return error.exit_code
+
+
+def parse_channel(text: str) -> int | Literal["mix"]:
+    """The value of an option that names a channel."""
+    return "mix" if text == "mix" else int(text)
 
 
 def note(text: str) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from avex_serve.cli.output import fail, note
+from avex_serve.cli.output import fail, note, parse_channel
 from avex_serve.errors import AudioError, AvexServeError, NotFoundError, naming, quoted
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--threshold", type=float, help="lowest score to report (default: 0.5)")
     parser.add_argument("--top-k", type=int, help="report at most this number of labels for each window")
     parser.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
+    add_reading(parser)
     parser.add_argument("--probe", help="which head of the bundle to run")
     parser.add_argument(
         "--hide", action="append", default=[], metavar="LABEL", help="don't report this label; repeat it for several"
@@ -57,6 +58,17 @@ def add_parser(commands: Any) -> None:
     )
 
 
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Add the options of which part of a recording is run."""
+    parser.add_argument(
+        "--final-clip",
+        choices=("none", "extend", "remainder", "full"),
+        default="remainder",
+        help="an end shorter than a window: left out, padded, as it is (default), or a window moved back",
+    )
+    parser.add_argument("--channel", type=parse_channel, default="mix", help="N, from 1, or mix: the mean of all")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print an answer for each recording; continue after one that can't be read."""
     from avex_serve.archive.files import find_recordings
@@ -64,7 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
     from avex_serve.inference.pipeline import Query
 
     query = Query(
-        threshold=arguments.threshold, top_k=arguments.top_k, overlap=arguments.overlap, probe=arguments.probe
+        threshold=arguments.threshold,
+        top_k=arguments.top_k,
+        overlap=arguments.overlap,
+        final_clip=arguments.final_clip,
+        channel=arguments.channel,
+        probe=arguments.probe,
     )
     found = find_recordings(arguments.recordings)
     code = 0
@@ -103,7 +120,7 @@ def _check(engine: "Engine", query: "Query") -> None:
 
     class Opened(Exception): ...
 
-    def audio() -> NoReturn:
+    def audio(channel: object) -> NoReturn:
         raise Opened
 
     with suppress(Opened):

@@ -50,6 +50,11 @@ def add_selection(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
         "--merge", type=float, metavar="GAP", help="join windows of a label that are at most GAP seconds apart"
     )
     group.add_argument(
+        "--timezone",
+        metavar="ZONE",
+        help="of times without an offset, such as Australia/Brisbane or +10:00 (default: they stay without one)",
+    )
+    group.add_argument(
         "--merge-score", choices=("max", "mean"), default="max", help="of joined windows (default: max)"
     )
     return group
@@ -91,7 +96,12 @@ def read_choice(arguments: argparse.Namespace) -> "Choice":
         NotFoundError: no such file.
     """
     from avex_serve.archive.tables import Choice
+    from avex_serve.audio.recorder import parse_zone
 
+    try:
+        zone = parse_zone(arguments.timezone) if arguments.timezone is not None else None
+    except ValueError as error:
+        raise InputError(f"--timezone: {error}") from None
     threshold, thresholds = _read_thresholds(arguments.threshold)
     return Choice(
         threshold=threshold,
@@ -99,6 +109,7 @@ def read_choice(arguments: argparse.Namespace) -> "Choice":
         top_k=arguments.top_k,
         labels=_read_labels(arguments.label),
         merge_gap=arguments.merge,
+        zone=zone,
         merge_mean=arguments.merge_score == "mean",
     )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import numpy as np
 
 from avex_serve.audio.reader import open_wave
+from avex_serve.audio.windows import FinalClip
 from avex_serve.bundles.manifest import AudioSpec, EmbeddingInfo, Manifest, ProbeInfo
 from avex_serve.bundles.reading import Bundle
 from avex_serve.errors import NotFoundError, TensorError, UnsupportedError
@@ -19,7 +20,7 @@ from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, Prediction
 from avex_serve.inference.scores import activate
 from avex_serve.scheduling.cores import FairSemaphore, usable_cores
-from avex_serve.scheduling.request import INFER, QUEUE, Request, current
+from avex_serve.scheduling.request import INFER, QUEUE, Model, Request, current
 
 if TYPE_CHECKING:
     from avex_serve.inference.backend import Backend
@@ -50,6 +51,7 @@ class Engine:
 
     def __init__(self, bundle: Bundle, backend: "Backend", threads: int | None = None) -> None:
         self.bundle = bundle
+        self.warnings: tuple[str, ...] = ()  # for each answer, a sentence each
         self.backend = backend
         # One call of the backend uses one core; the batches of a recording spread over the cores here.
         self.threads = threads or usable_cores()
@@ -78,6 +80,11 @@ class Engine:
     def manifest(self) -> Manifest:
         """The manifest of the bundle."""
         return self.bundle.manifest
+
+    @property
+    def model(self) -> Model:
+        """Name and version of the bundle."""
+        return Model(self.manifest.name, self.manifest.version)
 
     @property
     def audio_spec(self) -> AudioSpec:
@@ -136,6 +143,7 @@ class Engine:
         threshold: float | None = None,
         top_k: int | None = None,
         overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
         probe: str | None = None,
     ) -> Prediction:
         """Name the sounds in a recording.
@@ -146,6 +154,7 @@ class Engine:
             threshold: lowest score to report.
             top_k: most labels to report for a window; see `scores.Selection` for the defaults.
             overlap: of neighbouring windows, in seconds.
+            final_clip: what happens to an end shorter than a window; see `avex_serve.audio.windows`.
             probe: name of the head to run; the bundle's first one by default.
 
         Raises:
@@ -153,7 +162,7 @@ class Engine:
             NotFoundError: no such probe.
             UnsupportedError: the bundle takes embeddings, not audio, or has no head.
         """
-        query = Query(threshold=threshold, top_k=top_k, overlap=overlap, probe=probe)
+        query = Query(threshold=threshold, top_k=top_k, overlap=overlap, final_clip=final_clip, probe=probe)
         return pipeline.predict(self, partial(open_wave, wave, sample_rate), query)
 
     def predict_all(
@@ -164,34 +173,49 @@ class Engine:
         threshold: float | None = None,
         top_k: int | None = None,
         overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
     ) -> list[Prediction]:
         """Run all heads in one pass of the backbone; arguments and errors as in `predict`."""
-        query = Query(threshold=threshold, top_k=top_k, overlap=overlap)
+        query = Query(threshold=threshold, top_k=top_k, overlap=overlap, final_clip=final_clip)
         return pipeline.predict_all(self, partial(open_wave, wave, sample_rate), query).predictions
 
     def score(
-        self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, probe: str | None = None
+        self,
+        wave: np.ndarray,
+        sample_rate: int,
+        *,
+        overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
+        probe: str | None = None,
     ) -> WindowScores:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
-        head = self.probe(probe)
-        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, [head.logits])
+        head, query = self.probe(probe), Query(overlap=overlap, final_clip=final_clip)
+        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [head.logits])
         return WindowScores(windows.spans, activate(windows.outputs[head.logits], head.activation))
 
     def embed(
-        self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, output: str | None = None
+        self,
+        wave: np.ndarray,
+        sample_rate: int,
+        *,
+        overlap: float = 0.0,
+        final_clip: FinalClip = "remainder",
+        output: str | None = None,
     ) -> WindowEmbeddings:
         """The embeddings of a recording; arguments and errors as in `predict`.
 
         `output` names the output that is the embedding; the bundle's first one by default.
         """
-        name = self.embedding(output).output
-        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, [name])
+        name, query = self.embedding(output).output, Query(overlap=overlap, final_clip=final_clip)
+        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [name])
         return WindowEmbeddings(windows.spans, windows.outputs[name])
 
-    def infer_recording(self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0) -> Outputs:
+    def infer_recording(
+        self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, final_clip: FinalClip = "remainder"
+    ) -> Outputs:
         """The graph's raw outputs for a recording, each (N, …) with one row for each window; see `predict`."""
-        names = [spec.name for spec in self.manifest.outputs]
-        return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), overlap, names).outputs
+        names, query = [spec.name for spec in self.manifest.outputs], Query(overlap=overlap, final_clip=final_clip)
+        return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, names).outputs
 
     # -- tensors --------------------------------------------------------------------------------------------------
 
@@ -233,6 +257,8 @@ class Engine:
         size = self.backend.max_batch
         chunks = (tuple(each[start : start + size] for each in inputs) for start in range(0, len(batch), size))
         names = [spec.name for spec in self.manifest.outputs]
+        if (audio := self.manifest.audio) is not None:
+            current().timings.audio.append((self.model, batch.size / audio.sample_rate))
         return pipeline.collect(self.run(chunks, names))
 
     def graph_inputs(self, batch: np.ndarray, padding_mask: np.ndarray | None) -> Inputs:
@@ -326,7 +352,7 @@ class Engine:
                 finally:
                     end()
                     request.timings.batches.append(len(inputs[0]))
-                    request.timings.models.append(self.manifest.name)
+                    request.timings.models.append(self.model)
             for name in names:
                 # Finite samples of 1e38 overflow in any model, and JSON has no word for the result.
                 if not np.isfinite(outputs[name]).all():

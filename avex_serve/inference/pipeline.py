@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from avex_serve.audio.reader import AudioStream, Wave, resample_blocks, resampled_size
-from avex_serve.audio.windows import batch_windows, cut_windows, hop_samples, plan_windows
+from avex_serve.audio.reader import AudioStream, Channel, Wave, resample_blocks, resampled_size
+from avex_serve.audio.windows import FinalClip, batch_windows, cut_windows, hop_samples, plan_windows
 from avex_serve.bundles.manifest import Manifest, ProbeInfo
 from avex_serve.errors import AudioError, UnsupportedError
 from avex_serve.inference.results import (
@@ -43,7 +43,7 @@ OUTPUT_BYTES: Final = 16
 LOUD: Final = 2.0  # samples beyond are answered with a warning
 LOUDEST: Final = 100.0  # samples beyond are refused
 
-Audio = Callable[[], AbstractContextManager[AudioStream]]  # opens the recording
+Audio = Callable[[Channel], AbstractContextManager[AudioStream]]  # opens the recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,8 @@ class Query:
     model: str | None = None  # name of the bundle; None: the only one that fits
     version: str | None = None  # of the bundle; None: the newest one
     overlap: float = 0.0  # of neighbouring windows, in seconds
+    final_clip: FinalClip = "remainder"  # how the end of a recording is answered; see `avex_serve.audio.windows`
+    channel: Channel = "mix"  # of the recording, from 1; mix: the mean of all
     threshold: float | None = None  # lowest score to report; see `avex_serve.inference.scores.Selection`
     top_k: int | None = None  # most labels to report for a window
     probe: str | None = None  # name of the head; None: the first one of the bundle
@@ -74,15 +76,11 @@ class Models(Protocol):
 class WindowOutputs(NamedTuple):
     """The outputs of a graph for the windows of a recording."""
 
+    duration: float  # of the recording, in seconds
     window_seconds: float
     spans: np.ndarray  # (N, 2) float64, start and end of each window in seconds
     outputs: dict[str, np.ndarray]  # by name, each (N, …) float32 with one row for each window
     warnings: tuple[str, ...]  # about the recording, a sentence each
-
-    @property
-    def duration(self) -> float:
-        """Of the recording, in seconds: the last window reaches its end."""
-        return float(self.spans[-1, 1])
 
 
 # -- questions ------------------------------------------------------------------------------------------------------
@@ -127,7 +125,7 @@ def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
         if not heads:
             source.probe(None)  # raises, with the reason
         selections = [Selection.of(head.activation, query.threshold, query.top_k) for _, head, _ in heads]
-        windows = run_recording(source, audio, query.overlap, list(dict.fromkeys(output for _, _, output in heads)))
+        windows = run_recording(source, audio, query, list(dict.fromkeys(output for _, _, output in heads)))
         predictions = []
         for (engine, head, output), selection in zip(heads, selections, strict=True):
             logits = windows.outputs[output]
@@ -141,7 +139,7 @@ def embed(models: Models, audio: Audio, query: Query) -> Embedding:
     """The embeddings of a recording from an audio bundle; errors as of `predict`."""
     with models.lease(query.model, query.version) as engine:
         name = engine.embedding(query.output).output
-        windows = run_recording(engine, audio, query.overlap, [name], OUTPUT_BYTES + NUMBER_BYTES)
+        windows = run_recording(engine, audio, query, [name], OUTPUT_BYTES + NUMBER_BYTES)
         return Embedding(
             bundle=engine.manifest.name,
             version=engine.manifest.version,
@@ -210,31 +208,37 @@ def _prediction(
 
 
 def run_recording(
-    engine: "Engine", audio: Audio, overlap: float, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
+    engine: "Engine", audio: Audio, query: Query, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
 ) -> WindowOutputs:
     """The outputs of these names for all windows of a recording; errors as of `stream_windows`.
 
     Each value will take `value_bytes` of memory until the answer is sent.
     """
     spec = engine.audio_spec
-    length, rate = spec.window_samples, spec.sample_rate
-    hop_samples(length, rate, overlap)  # raises before the recording is opened
+    hop_samples(spec.window_samples, spec.sample_rate, query.overlap)  # raises before the recording is opened
     spans: list[np.ndarray] = []
 
     def rows(stream: AudioStream) -> Iterator[dict[str, np.ndarray]]:
-        for span, outputs in stream_windows(engine, stream, overlap, names):
+        for span, outputs in stream_windows(engine, stream, query, names):
             spans.append(span)
             yield outputs
 
-    with audio() as stream:
+    with audio(query.channel) as stream:
         outputs = collect(rows(stream), value_bytes)
-    return WindowOutputs(length / rate, np.concatenate(spans), outputs, tuple(stream.warnings))
+    samples = resampled_size(stream.samples, stream.sample_rate, spec.sample_rate)
+    return WindowOutputs(
+        duration=samples / spec.sample_rate,
+        window_seconds=spec.window_samples / spec.sample_rate,
+        spans=np.concatenate(spans),
+        outputs=outputs,
+        warnings=(*engine.warnings, *stream.warnings),
+    )
 
 
 def stream_windows(
-    engine: "Engine", stream: AudioStream, overlap: float, names: Sequence[str]
+    engine: "Engine", stream: AudioStream, query: Query, names: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Run an audio bundle on a recording while it is read.
+    """Run an audio bundle on an open recording while it is read.
 
     Yields:
         Batch by batch: (B, 2) float64, start and end of each window in seconds, and the outputs of these names,
@@ -248,20 +252,23 @@ def stream_windows(
     """
     spec = engine.audio_spec
     length, rate = spec.window_samples, spec.sample_rate
-    hop = hop_samples(length, rate, overlap)
+    hop = hop_samples(length, rate, query.overlap)
     limits = current().limits
     bounds: deque[np.ndarray] = deque()  # of the windows of each batch whose outputs are still to come
     peak = 0.0
+    if stream.frames:  # a header that promises too much is refused before the work begins
+        total = resampled_size(stream.frames, stream.sample_rate, rate)
+        limits.check_windows(plan_windows(total, length, rate, query.overlap, final_clip=query.final_clip).count)
 
-    def levelled(blocks: Iterable[Wave]) -> Iterator[Wave]:
+    def levelled() -> Iterator[Wave]:
         nonlocal peak
-        for block in blocks:
+        for block in stream:
             peak = max(peak, find_peak(block))
             yield block
 
     def batches() -> Iterator[tuple[np.ndarray, ...]]:
-        wave = resample_blocks(levelled(stream.blocks), stream.sample_rate, rate)
-        windows = cut_windows(wave, length, hop, spec.shortest_samples or length)
+        wave = resample_blocks(levelled(), stream.sample_rate, rate)
+        windows = cut_windows(wave, length, hop, spec.shortest_samples or length, query.final_clip)
         count, mask = 0, engine.manifest.takes_padding_mask
         for neighbours, inputs in batch_windows(windows, engine.backend.max_batch, padding_mask=mask):
             count += len(neighbours)
@@ -269,11 +276,10 @@ def stream_windows(
             bounds.append(neighbours)
             yield inputs
 
-    if stream.frames:  # a header that promises too much is refused before the work begins
-        total = resampled_size(stream.frames, stream.sample_rate, rate)
-        limits.check_windows(len(plan_windows(total, length, rate, overlap).starts))
     for outputs in engine.run(batches(), names):
-        yield bounds.popleft() / float(rate), outputs
+        span = bounds.popleft() / float(rate)
+        yield span, outputs
+    current().timings.audio.append((engine.model, float(span[-1, 1])))
     stream.warnings.extend(level_warnings(peak))
 
 
@@ -312,14 +318,14 @@ def _run_either(models: Models, engine: "Engine", audio: Audio, query: Query, na
     """The outputs of a bundle of either kind; one that takes embeddings gets them from an audio bundle."""
     reader = engine.manifest
     if reader.kind == "audio":
-        return run_recording(engine, audio, query.overlap, names)
+        return run_recording(engine, audio, query, names)
     head = engine.probe(query.probe)
     with models.lease_those(lambda source: _link(source, reader, head) is not None) as sources:
         if not sources:
             raise UnsupportedError(_why_none(models, reader, head))
         output = _link(sources[0].manifest, reader, head)
         assert output is not None
-        windows = run_recording(sources[0], audio, query.overlap, [output])
+        windows = run_recording(sources[0], audio, query, [output])
     return windows._replace(outputs=engine.infer(windows.outputs[output]))
 
 

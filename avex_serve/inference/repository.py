@@ -28,6 +28,8 @@ from avex_serve.inference.engine import Engine
 
 logger = logging.getLogger(__name__)
 
+CHANGES: Final = ("served", "refused", "removed")  # what happens to bundles
+DIGITS: Final = 12  # of a digest in the log
 UNLOADED: Final = "unloaded; load it to serve it again"
 
 
@@ -71,27 +73,31 @@ class _Place:
 class Repository:
     """Bundles by name and version. All methods may be called from several threads at once."""
 
-    def __init__(self, roots: Sequence[Path], open_engine: Callable[[Path], Engine]) -> None:
+    def __init__(
+        self, roots: Sequence[Path], open_engine: Callable[[Path], Engine], *, may_be_empty: bool = False
+    ) -> None:
         """Open the bundles in the roots.
 
         Args:
             roots: each a bundle or a folder of bundles, see `find_bundles`.
             open_engine: opens the bundle in a folder and checks it, as `open_bundle` does.
+            may_be_empty: whether bundles may come later.
 
         Raises:
-            BundleError: no bundle there can be served; the message has every reason.
+            BundleError: no bundle there can be served, and some must; the message has every reason.
         """
         self._roots = tuple(roots)
         self._open_engine = open_engine
         self._places: dict[Path, _Place] = {}
         self._unloaded: set[str] = set()
+        self.changes = dict.fromkeys(CHANGES, 0)  # since the start, by their kind
         self._changing = threading.Lock()  # one change at a time; held while bundles are opened
         self._lock = threading.Lock()  # for what requests read; held for moments
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
         with self._changing:
             self._look_around(patient=False)
-        if not self._served():
+        if not self._served() and not may_be_empty:
             raise BundleError("; ".join(place.reason for place in self._places.values()))
 
     def close(self) -> None:
@@ -103,9 +109,9 @@ class Repository:
             for place in self._places.values():
                 self._exchange(place, None)
 
-    def watch(self, seconds: float) -> None:
-        """Call `refresh` with this many seconds between two calls, until `close`."""
-        self._watcher = threading.Thread(target=self._watch, args=(seconds,), name="avex-reload", daemon=True)
+    def watch(self, seconds: float, fetch: Callable[[], object] = lambda: None) -> None:
+        """Call `fetch` and `refresh` with this many seconds between two calls, until `close`."""
+        self._watcher = threading.Thread(target=self._watch, args=(seconds, fetch), name="avex-reload", daemon=True)
         self._watcher.start()
 
     def is_watching(self) -> bool:
@@ -204,9 +210,10 @@ class Repository:
         with self._changing:
             self._look_around(patient=True)
 
-    def _watch(self, seconds: float) -> None:
+    def _watch(self, seconds: float, fetch: Callable[[], object]) -> None:
         while not self._closing.wait(seconds):
             try:
+                fetch()
                 self.refresh()
             except Exception as error:
                 # The thread goes on: the next look may succeed.
@@ -268,14 +275,17 @@ class Repository:
             self._refuse(place, f"{place.folder} was changed while it was opened", None)
             return
         place.settled = now
-        self._exchange(place, engine)
+        replaced = self._exchange(place, engine)
+        self.changes["served"] += 1
         logger.info(
-            "serving bundle %s, version %s, from %s on %s (%s)",
+            "serving bundle %s, version %s, from %s on %s (%s), digest %s%s",
             manifest.name,
             manifest.version,
             place.folder,
             engine.backend.device,
             engine.backend.format,
+            engine.bundle.digest[:DIGITS],
+            "".join(f", in place of {_named(each)}" for each in replaced),
         )
         if not manifest.trained:
             logger.warning("bundle %s has random weights: its answers mean nothing", manifest.name)
@@ -317,6 +327,7 @@ class Repository:
         if settled is None or reason == place.logged:
             return
         place.logged = reason
+        self.changes["refused"] += 1
         if place.served is None:
             logger.error("not served: %s", reason)
         else:
@@ -331,13 +342,17 @@ class Repository:
                 self._reconsider(place.served.key)
             return
         if place.served is not None:
+            self.changes["removed"] += 1
             logger.info("bundle %s, version %s, is gone: %s", *place.served.key, place.folder)
         self._exchange(place, None)
         with self._lock:
             del self._places[place.folder]
 
-    def _exchange(self, place: _Place, engine: Engine | None, reason: str = "") -> None:
-        """Serve this engine, or none, in place of the one before, and of its namesake from another folder."""
+    def _exchange(self, place: _Place, engine: Engine | None, reason: str = "") -> list[Engine]:
+        """Serve this engine, or none, in place of the one before, and of its namesake from another folder.
+
+        Returns those that it has replaced.
+        """
         fresh = None if engine is None else _Served(engine)
         with self._lock:
             namesake = None if fresh is None else self._place_of(fresh.key)
@@ -352,6 +367,7 @@ class Repository:
         for served in before:
             self._end_lease(served)
             self._reconsider(served.key)
+        return [served.engine for served in before]
 
     def _reconsider(self, key: tuple[str, str]) -> None:
         """Let the next look open again what was refused because this bundle was served."""
@@ -401,6 +417,10 @@ def _order(version: str) -> list[tuple[int, str]]:
     """Sorts versions by the numbers in them, so that 10 comes after 9 and 1.10 after 1.9."""
     parts = re.split(r"([0-9]+)", version)  # text and numbers take turns
     return [(int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)]
+
+
+def _named(engine: Engine) -> str:
+    return f"{engine.manifest.name}, version {engine.manifest.version}, digest {engine.bundle.digest[:DIGITS]}"
 
 
 def _as_utf8(text: str) -> str:

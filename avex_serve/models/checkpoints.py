@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,7 +19,16 @@ StateDict = dict[str, Tensor]
 # Wrappers around a state dict, and prefixes that training frameworks put before every name. The names of some
 # modules begin with ``model.``, so a prefix is removed only if the names fit better without it.
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
-_PREFIXES = ("module.", "model.", "_orig_mod.")
+_PREFIXES = ("module.", "model.", "probe.", "net.", "network.")
+# What torch.compile and FSDP put before the names of a module, wherever they were applied.
+_INSIDE = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Losses and metrics, which the module of a training framework holds beside the model.
+_BESIDE = re.compile(
+    r"((train|val|valid|validation|test)_?)?"
+    r"(metric|loss|criterion|acc|accuracy|f1|auroc|auc|ap|map|precision|recall|confmat|class_weight|pos_weight)s?"
+    r"(_\w+)?(\.|$)",
+    re.IGNORECASE,
+)
 
 # Names that differ between writers of the same tensor: pattern → name in our modules.
 _RENAMES = (
@@ -55,6 +64,11 @@ def read_checkpoint(path: Path) -> tuple[StateDict, int | None]:
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint {path} holds a {type(content).__name__}; expected names and tensors")
     others = sorted(str(name) for name, value in content.items() if not isinstance(value, Tensor))
+    inner = [name for name in others if _is_state(content.get(name))]
+    if len(inner) == 1 and len(others) == len(content):
+        content, others = content[inner[0]], []
+    elif len(inner) > 1:
+        raise ValueError(f"checkpoint {path} holds several state dicts: {some(inner)}; save the one that you mean")
     if others:
         raise ValueError(
             f"checkpoint {path} holds no state dict: next to tensors it has {some(others)}; expected tensors only, "
@@ -94,22 +108,25 @@ def brought_to(own: Iterable[str], state: StateDict, trunk: str | None = None) -
     """The state dict with names changed so that as many as possible are the module's.
 
     Prefixes of training frameworks are removed, names of other writers (`_RENAMES`) are replaced, and the name of
-    the trunk (see `ModelBase.trunk_name`) is added or removed.
+    the trunk (see `ModelBase.trunk_name`) is added or removed. Losses and metrics beside the model are left out.
     """
-    names = {name: name for name in state}
+    known = set(own)
+    # The same tensor under two names is part of one model: the backbone of a training module.
+    twins = {name for name in _twins(state) if not name.startswith("probe.")}
+    names = {name: _INSIDE.sub("", name) for name in state if name not in twins or name in known}
+    names = {given: name for given, name in names.items() if name in known or not _BESIDE.match(name)}
     candidates = [names, _renamed(names)]
     while prefixes := [p for p in _PREFIXES if names and all(name.startswith(p) for name in names.values())]:
         names = {given: name.removeprefix(prefixes[0]) for given, name in names.items()}
         candidates.append(_renamed(names))
     if trunk is not None:
         candidates += [change(trunk, each) for each in candidates for change in (_inside, _outside)]
-    known = set(own)
     # `max` returns the first of equally good candidates, which is the one with the fewest changes.
     best = max(
         (each for each in candidates if len(set(each.values())) == len(each)),
         key=lambda each: len(known.intersection(each.values())),
     )
-    return {best[given]: tensor for given, tensor in state.items()}
+    return {name: state[given] for given, name in best.items() if name in known or not _BESIDE.match(name)}
 
 
 def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
@@ -129,7 +146,7 @@ def load_strictly(module: nn.Module, state: StateDict, source: str) -> None:
     }
     if any(differences.values()):
         listed = "; ".join(f"{len(names)} {what}: {some(names)}" for what, names in differences.items() if names)
-        raise ValueError(f"{source} doesn't fit {type(module).__name__}: {listed}")
+        raise ValueError(f"{source} doesn't fit {type(module).__name__}: {listed}{_readings(own, state)}")
     module.load_state_dict(state)
 
 
@@ -161,8 +178,8 @@ def fingerprint(module: ModelBase) -> str:
 
 
 def plain_names(state: StateDict) -> StateDict:
-    """The state dict without the names that torch.compile puts before those of a module, wherever it was applied."""
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    """The state dict without what torch.compile and FSDP put before the names of a module."""
+    return {_INSIDE.sub("", name): tensor for name, tensor in state.items()}
 
 
 def some(names: list[str]) -> str:
@@ -195,6 +212,31 @@ def _read(path: Path) -> Any:
     raise ValueError(
         f"checkpoint {path} is neither safetensors nor a torch file; it begins with {start!r}: download it again"
     )
+
+
+def _is_state(content: Any) -> bool:
+    """Whether it is a state dict."""
+    return (
+        isinstance(content, Mapping) and bool(content) and all(isinstance(each, Tensor) for each in content.values())
+    )
+
+
+def _twins(state: StateDict) -> Iterator[str]:
+    """Names of tensors that are there under ``probe.…`` too."""
+    places = {t.data_ptr() for name, t in state.items() if name.startswith("probe.") and t.numel()}
+    return (name for name, t in state.items() if t.numel() and t.data_ptr() in places)
+
+
+def _readings(own: Collection[str], state: StateDict) -> str:
+    """How many names would fit without a prefix, for the two best prefixes; nothing if none would fit better."""
+    prefixes = {"", *(name[: match.end()] for name in state for match in re.finditer(r"\.", name))}
+    fits = {p: sum(name.startswith(p) and name[len(p) :] in own for name in state) for p in prefixes}
+    best = sorted(prefixes, key=lambda prefix: (-fits[prefix], len(prefix)))[:2]
+    if not best[0] or not fits[best[0]]:
+        return ""
+    listed = [f"{f'without {p!r}' if p else 'as they are'} {fits[p]} of {len(own)} fit" for p in best]
+    nearest = f"the nearest readings of its {len(state)} names: {'; '.join(listed)}"
+    return f"; {nearest}. Save the state dict of the model alone"
 
 
 def _stated_classes(content: Any) -> int | None:

@@ -50,6 +50,10 @@ class Admission:
         """Raise OverloadError if there is no place for one more request now."""
         self._places.check_room()
 
+    def waiting(self) -> int:
+        """Requests that wait for their first turn, or for a later one."""
+        return self._places.waiting()
+
     async def run(self, work: Callable[[], Answer]) -> Answer:
         """The result of the work of the current request, done in a thread once there is a slot.
 
@@ -150,6 +154,11 @@ class _Places:
                 raise OverloadError(
                     f"the service is busy: {self._slots} requests at work and {self._queue} waiting; try again later"
                 )
+
+    def waiting(self) -> int:
+        """How many wait for a slot."""
+        with self._lock:
+            return len(self._waiting)
 
     def enter(self, wake: Callable[[], object]) -> bool:
         """Take a slot (True) or a place in the queue (False); OverloadError if there is neither."""

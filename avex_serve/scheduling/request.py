@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from avex_serve.errors import ClientGoneError, DeadlineError, OverloadError, TooLargeError
 
@@ -20,12 +20,13 @@ DECODE: Final = "decode"
 RESAMPLE: Final = "resample"
 QUEUE: Final = "queue"  # the request waits for a slot, or one of its batches for a thread
 INFER: Final = "infer"
-STAGES: Final = (DECODE, RESAMPLE, QUEUE, INFER)
+# Where stages overlap, because threads work side by side, the time counts for the first of them here.
+STAGES: Final = (INFER, DECODE, RESAMPLE, QUEUE)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much one request may ask for. Each check raises TooLargeError."""
+    """How much one request may ask for. Each check raises TooLargeError, which names the service's setting."""
 
     seconds: float = math.inf  # of a recording
     # Attention takes memory by the square of these two:
@@ -40,12 +41,18 @@ class Limits:
     def check_recording(self, frames: int, channels: int, sample_rate: int) -> None:
         """Check a recording of which this many frames are known."""
         if channels > self.channels:
-            raise TooLargeError(f"the recording has {channels} channels; expected at most {self.channels}")
+            raise TooLargeError(
+                f"the recording has {channels} channels; expected at most {self.channels} (AVEX_MAX_CHANNELS): mix "
+                "it down, or send the channels one by one"
+            )
         if frames > self.seconds * sample_rate:
-            raise TooLargeError(f"the recording is longer than {self.seconds:g} s; send it in pieces")
+            raise TooLargeError(
+                f"the recording is longer than {self.seconds:g} s (AVEX_MAX_SECONDS); send it in pieces"
+            )
         if 4 * frames * channels > self.decoded_bytes:
             raise TooLargeError(
-                f"the recording has more than {self.decoded_bytes} bytes once decoded; send it in pieces"
+                f"the recording has more than {self.decoded_bytes} bytes once decoded (AVEX_MAX_DECODED_BYTES); "
+                "send it in pieces, or with fewer channels"
             )
 
     def check_clip(self, samples: int, sample_rate: int, window: int) -> None:
@@ -53,54 +60,85 @@ class Limits:
         longest = max(window / sample_rate, self.clip_seconds)
         if samples > longest * sample_rate:
             raise TooLargeError(
-                f"a clip of {samples} samples is longer than {longest:g} s; send shorter clips, or send the "
-                "recording itself, which the service cuts into windows"
+                f"a clip of {samples} samples is longer than {longest:g} s (AVEX_MAX_CLIP_SECONDS); send "
+                "shorter clips, or the recording itself, which the service cuts into windows"
             )
 
     def check_steps(self, count: int) -> None:
         """Check the length of a sequence of embeddings."""
         if count > self.steps:
             raise TooLargeError(
-                f"a sequence has {count} embeddings; expected at most {self.steps}: send those of shorter clips"
+                f"a sequence has {count} embeddings; expected at most {self.steps} (AVEX_MAX_STEPS): send those "
+                "of shorter clips"
             )
 
     def check_windows(self, count: int) -> None:
         """Check the number of windows of a recording."""
         if count > self.windows:
             raise TooLargeError(
-                f"the recording has {count} windows; expected at most {self.windows}: send it in pieces, or with "
-                "less overlap"
+                f"the recording has {count} windows; expected at most {self.windows} (AVEX_MAX_WINDOWS): send it "
+                "in pieces, or with less overlap"
             )
 
     def check_recordings(self, count: int) -> None:
         """Check the number of recordings of a request, each of which has a window at least."""
         if count > self.windows:
             raise TooLargeError(
-                f"the request has {count} recordings; expected at most {self.windows}: send several requests"
+                f"the request has {count} recordings; expected at most {self.windows} (AVEX_MAX_WINDOWS): send "
+                "several requests"
             )
 
     def check_json(self, size: int) -> None:
         """Check the bytes of a JSON document, which takes many times as much memory once it is parsed."""
         if size > self.json_bytes:
             raise TooLargeError(
-                f"the JSON has {size} bytes; expected at most {self.json_bytes}: send tensors in binary"
+                f"the JSON has {size} bytes; expected at most {self.json_bytes} (AVEX_MAX_JSON_BYTES): send "
+                "tensors in binary"
             )
+
+
+class Span(NamedTuple):
+    """A stage that was measured."""
+
+    stage: str
+    start: float  # of `time.perf_counter`, as `end`
+    end: float
+    cpu: float  # seconds that its thread computed
+
+
+class Model(NamedTuple):
+    """A model that worked for a request."""
+
+    name: str
+    version: str
 
 
 @dataclass(frozen=True)
 class Timings:
     """What was done for a request. Threads add to it side by side: appending to a list is atomic."""
 
-    seconds: list[tuple[str, float]] = field(default_factory=list)  # (stage, seconds), one entry a measurement
+    spans: list[Span] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)  # rows of each batch that was inferred
-    models: list[str] = field(default_factory=list)  # names of the models that inferred, one entry a batch
+    models: list[Model] = field(default_factory=list)  # those that inferred, one entry a batch
+    audio: list[tuple[Model, float]] = field(default_factory=list)  # seconds of audio that a model has processed
 
     def totals(self) -> dict[str, float]:
-        """Seconds by stage; those of threads that ran side by side are added up."""
-        totals: dict[str, float] = {}
-        for stage, seconds in self.seconds:
-            totals[stage] = totals.get(stage, 0.0) + seconds
+        """Seconds of the request in each stage. Each moment counts for one stage at most: see `STAGES`."""
+        totals = dict.fromkeys((span.stage for span in self.spans), 0.0)
+        running = dict.fromkeys(STAGES, 0)
+        edges = [(span.start, 1, span.stage) for span in self.spans]
+        edges += [(span.end, -1, span.stage) for span in self.spans]
+        before = 0.0
+        for moment, change, stage in sorted(edges):
+            if (first := next((each for each in STAGES if running[each] > 0), None)) is not None:
+                totals[first] += moment - before
+            running[stage] += change
+            before = moment
         return totals
+
+    def cpu(self) -> dict[str, float]:
+        """Seconds that threads computed in each stage; those of threads side by side are added up."""
+        return {stage: sum(span.cpu for span in self.spans if span.stage == stage) for stage in STAGES}
 
 
 class Memory:
@@ -155,6 +193,7 @@ class Request:
         self.id = id
         self.limits = limits or Limits()
         self.timings = Timings()
+        self.key = ""  # name of the API key that the client sent
         self.yield_slot: Callable[[], None] = lambda: None
         self._due = time.monotonic() + seconds
         self._abandoned = False
@@ -222,7 +261,8 @@ class Request:
         total = self._answer_bytes + size
         if total > self.limits.answer_bytes:
             raise TooLargeError(
-                f"the answer takes {total} bytes of memory; expected at most {self.limits.answer_bytes}: {remedy}"
+                f"the answer takes {total} bytes of memory; expected at most {self.limits.answer_bytes} "
+                f"(AVEX_MAX_ANSWER_BYTES): {remedy}"
             )
         self._answers.reserve(size)
         self._answer_bytes = total
@@ -237,8 +277,14 @@ class Request:
 
     def begin(self, stage: str) -> Callable[[], None]:
         """Start to measure a stage; call the result, in any thread, when the stage ends."""
-        start = time.perf_counter()
-        return lambda: self.timings.seconds.append((stage, time.perf_counter() - start))
+        thread, start, computed = threading.get_ident(), time.perf_counter(), time.thread_time()
+
+        def end() -> None:
+            # A wait ends in another thread, and takes no CPU time.
+            cpu = time.thread_time() - computed if threading.get_ident() == thread else 0.0
+            self.timings.spans.append(Span(stage, start, time.perf_counter(), cpu))
+
+        return end
 
 
 _current: ContextVar[Request | None] = ContextVar("avex_serve_request", default=None)

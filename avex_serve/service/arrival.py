@@ -81,7 +81,8 @@ class Body:
     def _check_size(self, size: int) -> None:
         if size > self._max_bytes:
             raise TooLargeError(
-                f"the body is too large; expected at most {self._max_bytes} bytes: send the recording in pieces"
+                f"the body is too large; expected at most {self._max_bytes} bytes (AVEX_MAX_BODY_BYTES): send a "
+                "WAV as FLAC, which takes about half as much, or the recording in pieces"
             )
 
 

@@ -27,6 +27,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from avex_serve.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 # -- HTTP connections -----------------------------------------------------------------------------------------------
 
 MAX_HEAD_BYTES: Final = 2**16
@@ -223,11 +225,22 @@ PROXY_PORT: Final = 8000  # BentoML's default
 
 def workers(service: str) -> int:
     """How many processes serve, as BentoML is configured; 1 outside of its server."""
-    if bentoml.server_context.worker_index is None:
+    if not serves():
         return 1
     # BentoML gives a worker its own number, but not the total.
     configured = (BentoMLContainer.config.services.get().get(service) or {}).get("workers") or 1
     return int(system_resources()["cpu"]) or 1 if configured == "cpu_count" else int(configured)
+
+
+def worker() -> int | None:
+    """The number of this worker; None outside of workers."""
+    return bentoml.server_context.worker_index
+
+
+def serves() -> bool:
+    """Whether this process is BentoML's server: a worker, or the supervisor of the workers."""
+    command = click.get_current_context(silent=True)
+    return worker() is not None or (command is not None and command.info_name == "serve")
 
 
 def http_address() -> tuple[str, int]:
@@ -282,11 +295,18 @@ def _listed(name: str, setting: Any) -> Any:
     return [setting] if isinstance(setting, str) and name != "allow_origin_regex" else setting
 
 
+STARTUP_FAILED: Final = 3  # exit code of a worker, uvicorn's for this case
+SERVES_AFTER: Final = 60.0  # seconds since its start, after which a worker counts as one that serves
+
+
 class _Supervisor(circus.Arbiter):
     """BentoML's supervisor, controlled by sockets in a folder that no other user can open.
 
     BentoML makes it listen on two TCP ports of loopback. Whoever can connect there, other users of the machine or
     containers of the same pod, can make it run any command.
+
+    A worker that can't start is not started again unless another one serves. Once none is left, the supervisor ends
+    with code 1. BentoML would start them again for ever, and in containers end with a traceback.
     """
 
     def __init__(self, watchers: list[Any], **options: Any) -> None:
@@ -294,6 +314,20 @@ class _Supervisor(circus.Arbiter):
         options["endpoint"], options["pubsub_endpoint"] = f"ipc://{folder}/control", f"ipc://{folder}/events"
         super().__init__(watchers, **options)
         self.exit_stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        for watcher in watchers:
+            watcher.hooks["after_reap"] = self._note_end
+
+    def start(self, cb: Callable[[Any], Any] | None = None) -> None:
+        """Supervise until the end; SystemExit if no worker is left."""
+        try:
+            super().start(cb)
+        except RuntimeError:  # circus raises it when no process is left
+            logger.critical("no worker is left; the service ends")
+            raise SystemExit(1) from None
+
+    def _note_end(self, watcher: Any, exit_code: int, **_: Any) -> None:
+        if exit_code == STARTUP_FAILED and all(each.age() < SERVES_AFTER for each in watcher.processes.values()):
+            watcher.respawn = False
 
 
 def close_control_port() -> None:

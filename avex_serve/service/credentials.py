@@ -6,7 +6,7 @@ import logging
 import re
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Generic, Self, TypeVar
 
@@ -73,14 +73,16 @@ def _state(file: Path) -> tuple[int, int, int] | None:
 # -- keys -----------------------------------------------------------------------------------------------------------
 
 SCHEME: Final = "bearer"  # of the Authorization header, RFC 6750
-_TOKEN: Final = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # a bearer token by RFC 6750
+_ENTRY: Final = re.compile(  # NAME:KEY or KEY, which is a bearer token by RFC 6750
+    r"(?:(?P<name>[A-Za-z0-9._-]{1,64}):)?(?P<key>[A-Za-z0-9._~+/-]+=*)"
+)
 
 
 class Keys:
     """The valid keys; if there are none, requests need no key."""
 
-    def __init__(self, valid: Callable[[], frozenset[bytes]]) -> None:
-        """`valid` returns them at each request."""
+    def __init__(self, valid: Callable[[], Mapping[bytes, str]]) -> None:
+        """`valid` returns them at each request, with their names."""
         self._valid = valid
 
     @classmethod
@@ -90,31 +92,33 @@ class Keys:
         Raises:
             InputError: a file that can't be read, a setting without a key, or a key that no client could send.
         """
-        fixed: frozenset[bytes] = frozenset()
+        fixed: dict[bytes, str] = {}
         if settings.api_keys is not None:
             fixed = _parsed("AVEX_API_KEYS", settings.api_keys.get_secret_value().split(","))
         if (path := settings.api_keys_file) is None:
             return cls(lambda: fixed)
         return cls(Watched([path], lambda: fixed | _read_keys(path)).current)
 
-    def check(self, authorization: str | None) -> None:
-        """Check an Authorization header, or the metadata of that name.
+    def check(self, authorization: str | None) -> str:
+        """The name of the key in an Authorization header, or the metadata of that name; "" if it has none.
 
         Raises:
             AuthenticationError: keys are required, and it holds none of them.
         """
         if not (keys := self._valid()):
-            return
+            return ""
         scheme, _, key = (authorization or "").strip().partition(" ")
         if scheme.lower() != SCHEME:
             raise AuthenticationError("this service requires a key; send it as Authorization: Bearer KEY")
         sent = key.strip().encode("utf-8", "surrogateescape")
         # Against every key, and in a time that doesn't depend on how much of a key is right.
-        if not sum(hmac.compare_digest(sent, valid) for valid in keys):
+        names = [name for valid, name in keys.items() if hmac.compare_digest(sent, valid)]
+        if not names:
             raise AuthenticationError("the key is not valid here; send one of the keys of this service")
+        return names[0]
 
 
-def _read_keys(path: Path) -> frozenset[bytes]:
+def _read_keys(path: Path) -> dict[bytes, str]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -123,15 +127,26 @@ def _read_keys(path: Path) -> frozenset[bytes]:
     return _parsed("AVEX_API_KEYS_FILE", lines)
 
 
-def _parsed(name: str, texts: list[str]) -> frozenset[bytes]:
-    """The keys; messages never repeat them."""
+def _parsed(name: str, texts: list[str]) -> dict[bytes, str]:
+    """The keys with their names, "" for those without one; messages never repeat a key."""
     texts = [text.strip() for text in texts]
     if not any(texts):
         raise InputError(f"{name} is set and holds no key; unset it to accept requests without a key")
+    keys: dict[bytes, str] = {}
     for number, text in enumerate(texts, 1):
-        if text and not _TOKEN.fullmatch(text):
-            raise InputError(f"{name}: entry {number} is not a key; expected letters, digits and any of -._~+/")
-    return frozenset(text.encode() for text in texts if text)
+        if not text:
+            continue
+        if not (entry := _ENTRY.fullmatch(text)):
+            raise InputError(
+                f"{name}: entry {number} is not a key; expected letters, digits and any of -._~+/, or such a key "
+                "after a name and a colon"
+            )
+        key, of = entry["key"].encode(), entry["name"] or ""
+        if keys.setdefault(key, of) != of:
+            raise InputError(
+                f"{name}: entry {number} repeats a key under another name; give each client its own key"
+            )
+    return keys
 
 
 # -- gRPC over TLS --------------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ class Front:
             AvexServeError: numbers 3 to 6 at the top of this module.
         """
         if path not in HEALTH:
-            self.keys.check(headers.get("authorization"))
+            request.key = self.keys.check(headers.get("authorization"))
         if body is not None:
             request.limit_seconds(_seconds(headers.get(TIME_LIMIT)))
             # The parser accepts 64 bits, after any number of zeros; Python refuses more than 4300 digits.

@@ -4,10 +4,16 @@
     avex_request_duration_seconds{transport, route}
     avex_requests_in_progress{transport}
     avex_rejections_total{transport, status}            no key, too large, too slow, no place, too late
-    avex_stage_duration_seconds{stage}                  decode, resample, queue, infer: a request's total of each,
-                                                        which is more than it took where threads ran side by side
+    avex_stage_duration_seconds{stage}                  decode, resample, queue, infer: the seconds of a request in
+                                                        each, as `Timings.totals` counts them
+    avex_stage_cpu_seconds_total{stage}                 what threads computed in each stage
     avex_batch_size                                     rows of each batch that was inferred
-    avex_model_info{name, version, format, device}      1 for each model that is served
+    avex_model_request_duration_seconds{model, version} of requests that a model worked for
+    avex_audio_seconds_total{model, version}            audio that a model has processed
+    avex_key_requests_total{key, status}                by the name of the API key
+    avex_queue_depth                                    requests that wait for a slot
+    avex_bundle_changes_total{change}                   bundles served, refused and removed since the start
+    avex_model_info{name, version, format, device, digest}   1 for each model that is served
 
 A route is a template or `other`, so that unknown paths don't make series. Workers share their series by files
 in PROMETHEUS_MULTIPROC_DIR, which BentoML sets and clears. A new worker first removes the
@@ -17,8 +23,11 @@ memory.
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +36,8 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from avex_serve.inference.engine import Engine
-from avex_serve.scheduling.request import STAGES, Timings
+from avex_serve.inference.repository import CHANGES
+from avex_serve.scheduling.request import STAGES, Model, Request
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +47,11 @@ SHARED: Final = "PROMETHEUS_MULTIPROC_DIR"
 FILES: Final = ("counter", "histogram", "gauge_livesum")  # of each process
 FILE_BYTES: Final = 2**20  # more than all series take
 TRANSPORTS: Final = ("http", "grpc")
-MODEL: Final = ("name", "version", "format", "device")
+MODEL: Final = ("name", "version", "format", "device", "digest")
+MAX_MODELS: Final = 100  # models and versions with series of their own; names come from bundles, and add up
+OTHER: Final = "other"
+METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+SCRAPE_SECONDS: Final = 10  # for a scrape's request to arrive
 ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 REFUSALS: Final = frozenset({
     *("401", "403", "408", "413", "429", "503", "504"),
@@ -89,9 +103,33 @@ class Metrics:
             registry=registry,
         )
         self._stages = {stage: stages.labels(stage) for stage in STAGES}
+        cpu = Counter(
+            "avex_stage_cpu_seconds", "Seconds that threads computed in each stage.", ["stage"], registry=registry
+        )
+        self._cpu = {stage: cpu.labels(stage) for stage in STAGES}
         self._batches = Histogram(
             "avex_batch_size", "Rows of a batch that was inferred.", buckets=ROWS, registry=registry
         )
+        self._model_durations = Histogram(
+            "avex_model_request_duration_seconds",
+            "From the request to the end of its answer, for each model that worked for it.",
+            ["model", "version"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._audio = Counter(
+            "avex_audio_seconds", "Audio that a model has processed.", ["model", "version"], registry=registry
+        )
+        self._keys = Counter(
+            "avex_key_requests", "Requests by the name of their API key.", ["key", "status"], registry=registry
+        )
+        self._queue_depth = Gauge(
+            "avex_queue_depth", "Requests that wait for a slot.", multiprocess_mode="livesum", registry=registry
+        )
+        changes = Counter("avex_bundle_changes", "Bundles since the start.", ["change"], registry=registry)
+        self._changes = {change: changes.labels(change) for change in CHANGES}
+        self._noted = dict.fromkeys(CHANGES, 0)
+        self._known: set[Model] = set()
 
     @contextmanager
     def in_progress(self, transport: str) -> Iterator[None]:
@@ -99,8 +137,9 @@ class Metrics:
         with self._in_progress[transport].track_inprogress():
             yield
 
-    def observe(self, transport: str, route: str, status: str, seconds: float, work: Timings) -> None:
+    def observe(self, transport: str, route: str, status: str, seconds: float, request: Request) -> None:
         """Count a request that was answered."""
+        work = request.timings
         shown = f"{status[0]}xx" if status.isdecimal() else status
         self._requests.labels(transport, route, shown).inc()
         self._durations.labels(transport, route).observe(seconds)
@@ -108,8 +147,34 @@ class Metrics:
             self._rejections.labels(transport, status).inc()
         for stage, part in work.totals().items():
             self._stages[stage].observe(part)
+        for stage, part in work.cpu().items():
+            self._cpu[stage].inc(part)
         for rows in work.batches:
             self._batches.observe(rows)
+        for model in set(work.models):
+            self._model_durations.labels(*self._bounded(model)).observe(seconds)
+        for model, part in work.audio:
+            self._audio.labels(*self._bounded(model)).inc(part)
+        if request.key:
+            self._keys.labels(request.key, shown).inc()
+
+    def note(self, waiting: int, changes: Mapping[str, int]) -> None:
+        """Note the state of the worker, every now and then.
+
+        Args:
+            waiting: requests that wait for a slot.
+            changes: of bundles since the start, by their kind.
+        """
+        self._queue_depth.set(waiting)
+        for change, count in changes.items():
+            self._changes[change].inc(count - self._noted[change])
+            self._noted[change] = count
+
+    def _bounded(self, model: Model) -> Model:
+        """The model, or `OTHER` once there are too many."""
+        if len(self._known) < MAX_MODELS:
+            self._known.add(model)
+        return model if model in self._known else Model(OTHER, OTHER)
 
     def text(self) -> bytes:
         """The metrics of all workers in Prometheus' text format."""
@@ -124,8 +189,42 @@ class Metrics:
         with self._served() as engines:
             for engine in engines:
                 manifest, backend = engine.manifest, engine.backend
-                family.add_metric([manifest.name, manifest.version, backend.format, backend.device], 1)
+                digest = engine.bundle.digest
+                family.add_metric([manifest.name, manifest.version, backend.format, backend.device, digest], 1)
         return family
+
+
+class MetricsServer:
+    """Answers GET /metrics on a port of its own, without a key; the workers share the port by SO_REUSEPORT."""
+
+    def __init__(self, host: str, port: int, text: Callable[[], bytes]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            timeout = SCRAPE_SECONDS
+
+            def do_GET(self) -> None:
+                found = self.path.partition("?")[0] == "/metrics"
+                body = text() if found else b"only /metrics is here\n"
+                self.send_response(200 if found else 404)
+                self.send_header("Content-Type", METRICS_TYPE if found else "text/plain")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                """Scrapes are not logged."""
+
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            allow_reuse_port = True
+
+        self._server = Server((host, port), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="avex-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer no more."""
+        self._server.shutdown()
+        self._server.server_close()
 
 
 def _reserve_files(directory: Path) -> None:

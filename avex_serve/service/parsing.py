@@ -5,15 +5,16 @@ This is the only place that decodes them. Limits on a document are checked here,
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any, Final, TypeVar, get_args, get_type_hints
 
 import msgspec
 import numpy as np
 
-from avex_serve.errors import InputError, TensorError, TooLargeError
+from avex_serve.audio.reader import AudioStream, open_audio
+from avex_serve.errors import AudioError, InputError, TensorError, TooLargeError, naming
 from avex_serve.inference.pipeline import Query
 from avex_serve.scheduling.request import current
 
@@ -49,7 +50,10 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
             reason += f"; known: {', '.join(get_type_hints(kind))}"
         raise InputError(f"{place.rstrip('`')[:QUOTED]}: {reason}".lstrip(": ")) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"the body is not valid JSON: {error}") from None
+        found = kind_of(data)
+        hint = "" if found in (None, JSON) else f"; it is {found}"
+        hint += ". Send recordings to /predict" if found == RECORDING else ""
+        raise InputError(f"the body is not valid JSON: {error}{hint}") from None
     except RecursionError:
         raise InputError("the JSON has too many lists or objects in one another") from None
 
@@ -90,6 +94,8 @@ def value(name: str, given: object, kind: Any) -> Any:
         return msgspec.convert(number, kind, strict=False)
     except msgspec.ValidationError as error:
         expected = _plain(error).partition(", got")[0]
+        if words := [each for part in (kind, *get_args(kind)) for each in get_args(part) if isinstance(each, str)]:
+            expected = f"expected {', '.join([*['a whole number'] * (int in get_args(kind)), *words])}"
         raise InputError(f"{name[:QUOTED]} is {_shortened(given)}; {expected}") from None
 
 
@@ -164,6 +170,48 @@ def _shortened(given: object) -> str:
     return text if len(text) <= QUOTED else text[:QUOTED] + "…"
 
 
+# -- recordings, and what is sent instead of them -------------------------------------------------------------------
+
+RECORDING: Final = "a recording"
+JSON: Final = "JSON"
+_KINDS: Final = (  # what bytes begin with
+    (re.compile(rb"RIFF|RIFX|RF64|fLaC|OggS|ID3|FORM"), RECORDING),
+    (re.compile(rb"\x1f\x8b|PK\x03\x04|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd"), "a compressed file"),
+    (re.compile(rb"\s*data:[\w.+-]*/[\w.+-]*[;,]"), "a data URL"),
+    (re.compile(rb"\s*<(!|\?|html|svg)", re.IGNORECASE), "a web page"),
+    (re.compile(rb"--[^\r\n]{1,70}\r?\nContent-Disposition:", re.IGNORECASE), "a form without its Content-Type"),
+    (re.compile(rb"\s*[\[{]\s*([\[{\"\-\d\]}]|null|true|false)"), JSON),
+    (re.compile(rb"[^\s=&]+="), "a form as text"),
+    # Of RIFF, fLaC, OggS and ID3.
+    (re.compile(rb"\s*\"?(UklGR|ZkxhQ|T2dnU|SUQz)"), "base64"),
+)
+
+
+def kind_of(data: bytes) -> str | None:
+    """What bytes look like that aren't what was expected; None: nothing that clients usually send by mistake."""
+    head = data[:200]
+    return "empty" if not data else next((kind for pattern, kind in _KINDS if pattern.match(head)), None)
+
+
+@contextmanager
+def open_recording(data: bytes, item: str = "", remedy: str = "send the file's own bytes") -> Iterator[AudioStream]:
+    """Open a recording that a client sent; errors as of `open_audio`.
+
+    Args:
+        data: the encoded bytes.
+        item: which recording of several it is, for messages.
+        remedy: how to send a recording, for messages about bytes that are something else.
+    """
+    with naming(item):
+        try:
+            with open_audio(data) as stream:
+                yield stream
+        except AudioError as error:
+            if (kind := kind_of(data)) in (None, RECORDING):
+                raise
+            raise AudioError(f"{error}; this is {kind}, so {remedy}") from None
+
+
 # -- tensors --------------------------------------------------------------------------------------------------------
 
 FP32: Final = "FP32"
@@ -233,7 +281,10 @@ def from_texts(name: str, data: msgspec.Raw) -> list[str]:
     try:
         return msgspec.json.decode(text, type=list[str])
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise TensorError(f"{name} of type BYTES: expected a list of strings") from None
+        raise TensorError(
+            f"{name} of type BYTES: expected one list of strings, each a recording as base64, and the shape "
+            "[recordings]"
+        ) from None
 
 
 def from_shape(name: str, shape: msgspec.Raw) -> list[int]:

@@ -23,6 +23,11 @@ from avex_serve.errors import InputError
 
 PREFIX: Final = "AVEX_"
 DEMO_BUNDLE: Final = Path(__file__).parents[1] / "demo" / "bundle"
+DEMO_WARNING: Final = (
+    "this is the demo bundle, trained on synthetic sounds for trying the software; set AVEX_BUNDLE to serve yours"
+)
+_SOURCES: Final = Path(__file__).parents[2]  # of a bento, where it is one
+CARRIED: Final = _SOURCES / "bundles"  # what a bento carries
 
 # These keep strangers out. If one is set and empty, because its value was forgotten, the service must not be open.
 GUARDS: Final = ("api_keys", "api_keys_file", "grpc_certificate", "grpc_key", "grpc_client_ca")
@@ -30,7 +35,9 @@ GUARDS: Final = ("api_keys", "api_keys_file", "grpc_certificate", "grpc_key", "g
 REDACTED: Final = "(set)"  # in place of a secret
 
 # Variables of the project's tests and tools, which may be set in the shell that starts a service.
-OF_TOOLS: Final = frozenset({"AVEX_SHARED", "AVEX_FUZZ_REQUESTS", "AVEX_FUZZ_SEED", "AVEX_SOAK_SECONDS"})
+OF_TOOLS: Final = frozenset(
+    {"AVEX_SHARED", "AVEX_FUZZ_FACTOR", "AVEX_FUZZ_SEED", "AVEX_SOAK_ANSWERS", "AVEX_SOAK_SECONDS"}
+)
 # Kubernetes sets these for each Service whose name begins with avex. AVEX_PORT counts only with Kubernetes' value.
 OF_KUBERNETES: Final = re.compile(
     r"AVEX_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*"
@@ -38,6 +45,7 @@ OF_KUBERNETES: Final = re.compile(
     re.DOTALL,
 )
 
+_SEPARATOR: Final = re.escape(os.pathsep) + "(?!//)"  # s3://bucket is one
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(?:(|[kmg]i?)b?)", re.IGNORECASE)
 _SECONDS: Final = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
@@ -58,6 +66,16 @@ def _seconds(value: object) -> object:
     return value
 
 
+def _default_bundle() -> tuple[str, ...]:
+    """The bundles that a bento carries, or else the demo bundle."""
+    in_bento = (_SOURCES.parent / "bento.yaml").is_file()
+    return (str(CARRIED if in_bento and CARRIED.is_dir() else DEMO_BUNDLE),)
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("BENTOML_HOME") or "~/bentoml").expanduser() / "avex-bundles"
+
+
 Bytes = Annotated[int, BeforeValidator(_bytes)]  # 400000000, 400MB, 380MiB
 Seconds = Annotated[float, BeforeValidator(_seconds)]  # 30, 30s, 500ms, 5min
 
@@ -70,11 +88,18 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, validate_default=True)
 
-    bundle: tuple[Path, ...] = Field(
-        (DEMO_BUNDLE,),
+    bundle: tuple[str, ...] = Field(
+        default_factory=_default_bundle,
         min_length=1,
-        description="the folders to serve, each a bundle or a folder of bundles, separated as in "
-        "PATH; by default the demo bundle of this package",
+        description="the folders to serve, each a bundle or a folder of bundles, or the s3:// or gs:// URL of one, "
+        "separated as in PATH; by default what a bento carries in bundles/, or else the demo bundle",
+    )
+    bundle_cache: Path = Field(
+        default_factory=_default_cache,
+        description="where bundles of s3:// and gs:// are copied; by default within BENTOML_HOME",
+    )
+    start_empty: bool = Field(
+        False, description="whether to start when there is no bundle yet (1), and serve those that come later"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the model runs; auto: on CUDA where it works"
@@ -91,6 +116,11 @@ class Settings(BaseModel):
     # All interfaces, as BentoML's HTTP does by default.
     grpc_host: IPvAnyAddress = Field(default="0.0.0.0", description="IPv4 or IPv6 address that gRPC listens on")  # type: ignore[assignment]
     grpc_port: int = Field(3001, ge=1, le=65535, description="port that gRPC listens on")
+    metrics_host: IPvAnyAddress = Field(default="0.0.0.0", description="address that AVEX_METRICS_PORT listens on")  # type: ignore[assignment]
+    metrics_port: int | None = Field(
+        None, ge=1, le=65535, description="a port that answers /metrics alone, without a key; by default none"
+    )
+    workers: int = Field(1, ge=1, le=256, description="processes that serve; each opens all bundles")
     threads: int | None = Field(
         None,
         ge=1,
@@ -158,7 +188,7 @@ class Settings(BaseModel):
             return value
         if Path(value).is_dir():  # its name may have the separator in it
             return [value]
-        if folders := [part for part in value.split(os.pathsep) if part]:
+        if folders := [part for part in re.split(_SEPARATOR, value) if part]:
             return folders
         raise PydanticCustomError("no_folder", "it names no folder; name one, or unset it to serve the demo bundle")
 
@@ -190,6 +220,11 @@ class Settings(BaseModel):
         """Host and port as gRPC writes them."""
         host = f"[{self.grpc_host}]" if self.grpc_host.version == 6 else str(self.grpc_host)
         return f"{host}:{self.grpc_port}"
+
+    @property
+    def serves_demo(self) -> bool:
+        """Whether the demo bundle is served because no other was named."""
+        return "bundle" not in self.model_fields_set and self.bundle == (str(DEMO_BUNDLE),)
 
 
 def _unknown(environment: Mapping[str, str], known: Iterable[str]) -> list[str]:
@@ -229,7 +264,7 @@ def list_settings(environment: Mapping[str, str] = os.environ, kind: type[Settin
     return [
         Setting(
             PREFIX + name.upper(),
-            to_jsonable_python(_redacted(field.get_default())),
+            to_jsonable_python(_redacted(field.get_default(call_default_factory=True))),
             to_jsonable_python(_redacted(getattr(settings, name))),
             field.description or "",
         )

@@ -3,7 +3,7 @@
 Spans are sent in one of two ways, otherwise none are made:
 
     OTEL_EXPORTER_OTLP_ENDPOINT   and OpenTelemetry's other variables: spans of HTTP and gRPC are made here and sent
-                                  by OTLP over HTTP; this needs ``avex-serve[tracing]``
+                                  by OTLP over HTTP; without ``avex-serve[tracing]`` the log says that none are sent
     BENTOML_CONFIG                with ``tracing``: BentoML makes the spans of HTTP; those of gRPC are made here and
                                   sent the same way
 """
@@ -12,6 +12,8 @@ import logging
 import os
 import random
 import re
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +26,10 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
-from avex_serve.errors import DependencyError
 from avex_serve.scheduling.request import Request, answering, current
 from avex_serve.service.metrics import Metrics
 
+logger = logging.getLogger(__name__)
 access_log = logging.getLogger("avex_serve.access")
 
 Transport = Literal["http", "grpc"]
@@ -78,7 +80,7 @@ class Telemetry:
                 yield
             finally:
                 seconds = perf_counter() - start
-                self.metrics.observe(exchange.transport, exchange.route, exchange.status, seconds, request.timings)
+                self.metrics.observe(exchange.transport, exchange.route, exchange.status, seconds, request)
                 _complete(span, exchange, request)
                 if not (exchange.quiet and exchange.status in ("200", "OK")):
                     _log(exchange, request, seconds)
@@ -99,8 +101,20 @@ def request_id(headers: Mapping[str, str]) -> str:
 _ADDED_BY_BENTOML: Final = ("levelname_bracketed", "component", "trace_msg", "service_name")
 
 
-def configure_logs(log_format: Literal["text", "json"], handlers: Iterable[logging.Handler]) -> None:
-    """Log everything as BentoML's text with the id of the request, or as one JSON document a line."""
+def configure_logs(
+    log_format: Literal["text", "json"], handlers: Iterable[logging.Handler], worker: int | None
+) -> None:
+    """Log everything as BentoML's text with the id of the request, or as one JSON document a line.
+
+    Args:
+        log_format: of each line.
+        handlers: of all lines of the process.
+        worker: the number of this worker; None: it is the supervisor.
+    """
+    if log_format == "json":  # also what Python prints by itself
+        logging.captureWarnings(True)
+        sys.excepthook = _log_uncaught
+        threading.excepthook = lambda found: _log_uncaught(found.exc_type, found.exc_value, found.exc_traceback)
     for handler in handlers:
         handler.addFilter(_add_ids)
         if log_format == "json":
@@ -110,9 +124,14 @@ def configure_logs(log_format: Literal["text", "json"], handlers: Iterable[loggi
                     rename_fields={"levelname": "level", "name": "logger", "exc_info": "exception"},
                     reserved_attrs=(*RESERVED_ATTRS, *_ADDED_BY_BENTOML),
                     timestamp="time",
+                    static_fields={} if worker is None else {"worker": worker},
                     json_ensure_ascii=False,
                 )
             )
+
+
+def _log_uncaught(kind: Any, error: BaseException | None, traceback: Any) -> None:
+    logger.critical("uncaught error", exc_info=(kind, error, traceback) if error is not None else None)
 
 
 def _add_ids(record: logging.LogRecord) -> bool:
@@ -121,7 +140,8 @@ def _add_ids(record: logging.LogRecord) -> bool:
     if identity := current().id:
         record.request_id = identity
         # BentoML's text ends with this field.
-        record.trace_msg = f"{getattr(record, 'trace_msg', '')} (request_id={identity})"
+        key = f", key={name}" if (name := current().key) else ""
+        record.trace_msg = f"{getattr(record, 'trace_msg', '')} (request_id={identity}{key})"
     span = trace.get_current_span().get_span_context()
     if span.trace_flags.sampled:
         record.trace_id, record.span_id = trace.format_trace_id(span.trace_id), trace.format_span_id(span.span_id)
@@ -137,9 +157,13 @@ def _log(exchange: Exchange, request: Request, seconds: float) -> None:
         "path": exchange.path[:MAX_PATH],
         "status": exchange.status,
         "duration_ms": round(1000 * seconds, 3),
-        "model": ",".join(sorted(set(timings.models))),
+        "key": request.key,
+        "model": ",".join(sorted({model.name for model in timings.models})),
+        "version": ",".join(sorted({model.version for model in timings.models})),
         "batches": len(timings.batches),
+        "audio_s": round(sum(part for _, part in timings.audio), 3),
         **{f"{stage}_ms": round(1000 * part, 3) for stage, part in timings.totals().items()},
+        "cpu_ms": round(1000 * sum(timings.cpu().values()), 3),
     }
     asked = f"{exchange.method} {exchange.path[:MAX_PATH]}".lstrip()
     access_log.info(
@@ -178,11 +202,17 @@ class Spans:
             bentoml: returns BentoML's provider; None: BentoML sends no spans.
             environment: the variables.
 
-        Raises:
-            DependencyError: spans are to be exported, and the exporter isn't installed.
         """
         if environment.get("OTEL_SDK_DISABLED") != "true" and any(environment.get(name) for name in ENDPOINTS):
-            exporting = _exporting_provider()
+            try:
+                exporting = _exporting_provider()
+            except ImportError:  # clusters set the variable for all containers alike
+                logger.warning(
+                    "no traces are sent: %s is set, and OpenTelemetry's exporter for OTLP over HTTP is not "
+                    "installed; pip install 'avex-serve[tracing]', or set OTEL_SDK_DISABLED=true",
+                    " or ".join(ENDPOINTS),
+                )
+                return cls(trace.NoOpTracer(), ())
             return cls(exporting.get_tracer("avex_serve"), ("http", "grpc"), exporting)
         if (provider := bentoml()) is not None:
             return cls(provider.get_tracer("avex_serve"), ("grpc",))
@@ -227,13 +257,7 @@ def _complete(span: Span, exchange: Exchange, request: Request) -> None:
 
 
 def _exporting_provider() -> TracerProvider:
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    except ImportError:
-        raise DependencyError(
-            f"{' or '.join(ENDPOINTS)} is set, and OpenTelemetry's exporter for OTLP over HTTP is not installed; "
-            "pip install 'avex-serve[tracing]'"
-        ) from None
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 

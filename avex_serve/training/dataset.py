@@ -61,14 +61,15 @@ class Dataset:
         Args:
             recording: of this data.
             spans: (N, 2) start and end of each window in seconds.
-            min_overlap: seconds that a window shares with an annotation to count as annotated, or all of a shorter
-                annotation.
+            min_overlap: seconds that a window shares with an annotation to count as annotated; of a shorter
+                annotation or window, all of it.
 
         Returns:
             (N, C) int8: 1 with the label, 0 without it, -1 unknown.
         """
         index = {label: i for i, label in enumerate(self.labels)}
         targets = np.full((len(spans), len(index)), 0 if self.fully_annotated else -1, np.int8)
+        longest = float((spans[:, 1] - spans[:, 0]).max())
         touched = np.zeros(targets.shape, bool)
         present = np.zeros(targets.shape, bool)
         absent = np.zeros(targets.shape, bool)
@@ -77,7 +78,7 @@ class Dataset:
             shared = np.minimum(spans[:, 1], end) - np.maximum(spans[:, 0], annotation.start)
             # An annotation of a point in time lies in the window that it starts in.
             inside = (spans[:, 0] <= annotation.start) & (annotation.start < spans[:, 1])
-            needed = min(min_overlap, end - annotation.start)
+            needed = min(min_overlap, end - annotation.start, longest)
             covered = (shared >= needed - 1e-9) & (shared > 0) | inside & (needed <= 0)
             label = annotation.label
             if label.startswith(_ABSENT) and label[1:] in index:

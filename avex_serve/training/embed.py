@@ -20,7 +20,7 @@ import numpy as np
 from avex_serve.audio.reader import open_audio, open_wave
 from avex_serve.errors import InputError
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.pipeline import Audio, run_recording
+from avex_serve.inference.pipeline import Audio, Query, run_recording
 from avex_serve.training.dataset import MIN_OVERLAP, Dataset, Recording
 
 _FORMAT: Final = 1  # of the stored files
@@ -125,7 +125,7 @@ def stored_outputs(
 
 def store_outputs(engine: Engine, outputs: Sequence[str], audio: Audio, overlap: float, path: Path) -> None:
     """Run a recording, and write the spans of its windows and their outputs to a file, whole or not at all."""
-    windows = run_recording(engine, audio, overlap, outputs)
+    windows = run_recording(engine, audio, Query(overlap=overlap), outputs)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
         arrays = {str(i): windows.outputs[name] for i, name in enumerate(outputs)}

@@ -6,11 +6,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import yaml
 
@@ -18,11 +17,10 @@ from avex_serve.audio.windows import plan_windows
 from avex_serve.bundles.manifest import MANIFEST
 from avex_serve.bundles.sealing import atomic_directory
 from avex_serve.calibration.fit import TARGET
-from avex_serve.calibration.scales import Calibration, sigmoid
+from avex_serve.calibration.scales import Calibration
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import AvexServeError, DependencyError, InputError, NotFoundError
 from avex_serve.inference.backend import open_bundle
-from avex_serve.inference.engine import Engine
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import fingerprint
 from avex_serve.models.probes import build_probe_from_config, load_probe_config, save_probe
@@ -31,10 +29,10 @@ from avex_serve.models.probes.storage import PROBE, load_head
 from avex_serve.models.utils.load import find_entry, load_model
 from avex_serve.training import report
 from avex_serve.training.dataset import MIN_OVERLAP, Dataset, read_dataset
-from avex_serve.training.embed import Windows, run_windows, stored_outputs
+from avex_serve.training.embed import Windows, run_windows
 from avex_serve.training.heads import Task, Trained, train
-from avex_serve.training.noise import SECONDS, noises, per_hour
-from avex_serve.training.report import Evaluation, LabelFigures, Noise, Predictions
+from avex_serve.training.noise import noise_logits
+from avex_serve.training.report import Evaluation, Predictions
 from avex_serve.training.split import Split, near_duplicates, split
 
 Say = Callable[[str], None]
@@ -128,8 +126,10 @@ def fit(request: FitRequest, say: Say = print) -> Evaluation:
         task = Task(config, dataset.labels, windows.outputs, windows.targets, windows.groups)
         copies = _copies(windows, parts)
         say(f"train on {len(windows.targets)} windows of {len(windows.recordings)} recordings: {parts.how}")
-        predictions, heads = [], []
+        predictions, heads, known = [], [], windows.targets.copy()
         for rows, held in parts.parts:
+            # A label without a recording to train with can't be evaluated there.
+            known[np.ix_(held, ~(windows.targets[rows] == 1).any(axis=0))] = -1
             trained = train(task, rows, request.seed, request.target_precision)
             left = np.flatnonzero(held)
             predictions.append(Predictions.of(left, trained.logits(task, left), trained.calibration))
@@ -138,8 +138,21 @@ def fit(request: FitRequest, say: Say = print) -> Evaluation:
             trained = train(task, np.ones(len(windows.targets), bool), request.seed, request.target_precision)
         else:
             (trained,) = heads
-        noise = _noise(task, trained, engine, outputs, windows, predictions, cache / "embeddings")
-    evaluation = _evaluation(request, dataset, windows, parts, trained, predictions, noise, [*lost, *copies])
+        windows = replace(windows, targets=known)
+        logits = noise_logits(engine, outputs, _head(task, trained), cache / "embeddings")
+    evaluation = report.report(
+        windows,
+        dataset.labels,
+        predictions,
+        model=Path(request.model).stem if request.model.endswith((".yml", ".yaml")) else request.model,
+        probe=Path(request.probe).stem,
+        chosen=trained.chosen,
+        evaluated=parts.how,
+        calibration=trained.calibration,
+        noise=logits,
+        problems=[*dataset.problems, *lost, *copies],
+        seed=request.seed,
+    )
     probe = build_probe_from_config(config, len(dataset.labels), "cpu", base_model=base)
     load_head(probe, trained.state, "the trained head")
     _write(request, probe, trained.calibration, evaluation, dataset.labels)
@@ -292,79 +305,13 @@ def _copies(windows: Windows, parts: Split) -> list[str]:
     return list(sentences.values())
 
 
-def _noise(
-    task: Task,
-    trained: Trained,
-    engine: Engine,
-    outputs: Sequence[str],
-    windows: Windows,
-    predictions: Sequence[Predictions],
-    store: Path,
-) -> dict[str, Noise]:
-    """Detections of the saved head in noise, and of the evaluated heads in the user's own background."""
-    rate = engine.audio_spec.sample_rate
-    seconds = engine.audio_spec.window_samples / rate
-    thresholds = trained.calibration.thresholds()
-    found = {}
-    for name, wave in noises(rate).items():
-        inputs = stored_outputs(engine, outputs, f"{name} of {SECONDS:g} s", wave, store)
-        quiet = Task(task.config, task.labels, inputs, np.empty((len(inputs[0]), 0)), np.empty(0))
-        logits = trained.logits(quiet, np.arange(len(inputs[0])))
-        found[name] = Noise(seconds=SECONDS, per_hour=per_hour(logits, thresholds, task.labels, seconds))
-    background = [
-        (part.logits[empty], part.detected[empty])
-        for part in predictions
-        if (empty := (windows.targets[part.rows] == 0).all(axis=1)).any()
-    ]
-    if background:
-        detected = np.concatenate([np.where(np.isnan(hits), logits >= 0, hits) for logits, hits in background])
-        found["the background of the data"] = Noise(
-            seconds=len(detected) * seconds,
-            per_hour=per_hour(detected, np.full(len(task.labels), 0.5), task.labels, seconds),
-        )
-    return found
+def _head(task: Task, trained: Trained) -> Callable[[list[np.ndarray]], np.ndarray]:
+    """From the inputs of the head (N, ...) to its logits (N, C)."""
 
+    def logits(inputs: list[np.ndarray]) -> np.ndarray:
+        return trained.logits(replace(task, embeddings=inputs), np.arange(len(inputs[0])))
 
-def _evaluation(
-    request: FitRequest,
-    dataset: Dataset,
-    windows: Windows,
-    parts: Split,
-    trained: Trained,
-    predictions: Sequence[Predictions],
-    noise: dict[str, Noise],
-    problems: Sequence[str],
-) -> Evaluation:
-    macro = None
-    labels: dict[str, LabelFigures] = {}
-    if predictions:
-        macro, labels = report.evaluate(windows, dataset.labels, predictions, request.seed)
-        thresholds = trained.calibration.thresholds(np.nan)
-        labels = {
-            name: msgspec.structs.replace(
-                figures, threshold_score=None if np.isnan(threshold) else float(sigmoid(threshold))
-            )
-            for (name, figures), threshold in zip(labels.items(), thresholds, strict=True)
-        }
-    rows = np.concatenate([part.rows for part in predictions]) if predictions else np.empty(0, int)
-    notes = [f"{name}: {figures.warning}" for name, figures in labels.items() if figures.warning]
-    notes += [f"{c.label}: {c.reason}" for c in trained.calibration.labels if c.reason]
-    return Evaluation(
-        model=request.model if Path(request.model).suffix == "" else Path(request.model).stem,
-        probe=Path(request.probe).stem,
-        chosen=trained.chosen,
-        evaluated=parts.how,
-        windows=rows.size,
-        recordings=np.unique(windows.recording[rows]).size,
-        groups=np.unique(windows.groups[rows]).size,
-        target_precision=request.target_precision,
-        macro=macro,
-        labels=labels,
-        confusion=report.confusion(windows, dataset.labels, predictions) if predictions else {},
-        worst=report.worst(windows, dataset.labels, predictions) if predictions else (),
-        noise=noise,
-        problems=(*dataset.problems, *problems, *notes),
-    )
+    return logits
 
 
 def _write(

@@ -104,7 +104,7 @@ def train(task: Task, rows: np.ndarray, seed: int, target_precision: float = TAR
     parts = [(windows[fold != i], windows[fold == i]) for i in range(count)] if count > 1 else []
     with _one_thread():
         state, chosen, logits = (_solve if task.convex else _descend)(task, windows, parts, seed)
-    order = np.concatenate([part for _, part in parts]) if parts else windows[:0]
+    order = windows if not parts else np.concatenate([part for _, part in parts])
     calibration = calibrate(
         logits,
         task.targets[order],
@@ -118,7 +118,8 @@ def train(task: Task, rows: np.ndarray, seed: int, target_precision: float = TAR
 
 
 _Parts = Sequence[tuple[np.ndarray, np.ndarray]]  # windows to train with, and windows left out
-_Found = tuple[dict[str, Tensor], dict[str, float], np.ndarray]  # head, choice, logits of the windows left out
+# Head, choice, and the logits of the windows left out; of a single group, which can't be calibrated, zeros.
+_Found = tuple[dict[str, Tensor], dict[str, float], np.ndarray]
 
 
 def loss(logits: np.ndarray, targets: np.ndarray) -> float:
@@ -143,7 +144,7 @@ def _solve(task: Task, windows: np.ndarray, parts: _Parts, seed: int) -> _Found:
             found.append(_linear_logits(task, left, *start))
         return found
 
-    strength, logits = STRENGTH, np.empty((0, len(task.labels)), np.float32)
+    strength, logits = STRENGTH, np.zeros(task.targets[windows].shape, np.float32)
     if parts:
         with ThreadPoolExecutor(min(usable_cores(), len(parts)), initializer=_use_one_thread) as pool:
             paths = list(pool.map(path, parts))
@@ -282,7 +283,7 @@ class _Run(NamedTuple):
 
 
 def _descend(task: Task, windows: np.ndarray, parts: _Parts, seed: int) -> _Found:
-    rate, epochs, logits = RATES[0], EPOCHS_BLIND, np.empty((0, len(task.labels)), np.float32)
+    rate, epochs, logits = RATES[0], EPOCHS_BLIND, np.zeros(task.targets[windows].shape, np.float32)
     if parts:
         left = task.targets[np.concatenate([part for _, part in parts])]
         lowest = np.inf

@@ -1,8 +1,13 @@
 """Sounds without animals, which a head should leave unnamed. Needs no torch."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
+
+from avex_serve.inference.engine import Engine
+from avex_serve.training.embed import stored_outputs
 
 SECONDS: Final = 120.0  # of each: one detection is 30 an hour
 MOST_PER_HOUR: Final = 30.0  # detections of a label, above which a report warns
@@ -38,8 +43,25 @@ def noises(sample_rate: int) -> dict[str, np.ndarray]:
     return {name: np.clip(wave, -1, 1).astype(np.float32) for name, wave in sounds.items()}
 
 
+def noise_logits(
+    engine: Engine, outputs: Sequence[str], head: Callable[[list[np.ndarray]], np.ndarray], store: Path
+) -> dict[str, np.ndarray]:
+    """The logits (N, C) of windows of each noise.
+
+    Args:
+        engine: of a bundle that takes audio.
+        outputs: names of its outputs.
+        head: logits (N, C) from these outputs (N, ...).
+        store: folder where the outputs are kept.
+    """
+    return {
+        name: head(stored_outputs(engine, outputs, f"{name} of {SECONDS:g} s", wave, store))
+        for name, wave in noises(engine.audio_spec.sample_rate).items()
+    }
+
+
 def per_hour(
-    logits: np.ndarray, thresholds: np.ndarray, labels: tuple[str, ...], window_seconds: float
+    logits: np.ndarray, thresholds: np.ndarray, labels: Sequence[str], window_seconds: float
 ) -> dict[str, float]:
     """Detections an hour of each label that has any, in windows without overlap.
 

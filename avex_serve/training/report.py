@@ -5,24 +5,26 @@ Needs no torch. The schema of ``evaluation.json`` is that of `Evaluation`.
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 
 from avex_serve.calibration.scales import Calibration, sigmoid
 from avex_serve.training import metrics
 from avex_serve.training.dataset import Recording
 from avex_serve.training.embed import Windows
-from avex_serve.training.noise import MOST_PER_HOUR
+from avex_serve.training.noise import MOST_PER_HOUR, per_hour
 
 EVALUATION: Final = "evaluation.json"
 TABLE: Final = "evaluation.csv"
 FEW: Final = 5  # recordings with a sound, below which its figures say little
 WORST: Final = 30  # mistakes to list
+BACKGROUND: Final = "the background of the data"  # windows that hold none of the sounds
 NOTHING: Final = "(none)"  # in the confusion: no sound, and no detection
 _LARGE: Final = 20_000  # windows, above which there are fewer resamples
 _POINTS: Final = 100  # of a curve
@@ -119,6 +121,69 @@ class Predictions(NamedTuple):
         thresholds = calibration.thresholds(np.nan)
         detected = np.where(np.isnan(thresholds), np.nan, logits >= thresholds)
         return cls(rows, logits, detected, calibration.probabilities(logits).astype(np.float64))
+
+
+def report(
+    windows: Windows,
+    labels: Sequence[str],
+    predictions: Sequence[Predictions],
+    *,
+    model: str,
+    probe: str,
+    chosen: dict[str, float],
+    evaluated: str,
+    calibration: Calibration | None,
+    noise: Mapping[str, np.ndarray],
+    problems: Sequence[str],
+    seed: int,
+) -> Evaluation:
+    """The report of a head.
+
+    Args:
+        windows: with their targets.
+        labels: C names.
+        predictions: of parts of the windows; none: nothing could be evaluated.
+        model: see `Evaluation`.
+        probe: see `Evaluation`.
+        chosen: see `Evaluation`.
+        evaluated: see `Evaluation`.
+        calibration: of the saved head; None: it has none, and a detection is a score of 0.5.
+        noise: logits (N, C) of the saved head for windows of each noise.
+        problems: of the data.
+        seed: of the resampling.
+    """
+    macro = None
+    figures: dict[str, LabelFigures] = {}
+    notes = (
+        [] if calibration is None else [f"{each.label}: {each.reason}" for each in calibration.labels if each.reason]
+    )
+    rows = np.empty(0, int)
+    if predictions:
+        macro, figures = evaluate(windows, labels, predictions, seed)
+        rows = _join(predictions).rows
+    if calibration is not None:
+        scores = [_finite(sigmoid(threshold)) for threshold in calibration.thresholds(np.nan)]
+        figures = {
+            name: replace(figures[name], threshold_score=score)
+            for name, score in zip(labels, scores, strict=True)
+            if name in figures
+        }
+    return Evaluation(
+        model=model,
+        probe=probe,
+        chosen=chosen,
+        evaluated=evaluated,
+        windows=rows.size,
+        recordings=np.unique(windows.recording[rows]).size,
+        groups=np.unique(windows.groups[rows]).size,
+        target_precision=None if calibration is None else calibration.target_precision,
+        macro=macro,
+        labels=figures,
+        confusion=confusion(windows, labels, predictions) if predictions else {},
+        worst=worst(windows, labels, predictions) if predictions else (),
+        noise=_noise(windows, labels, predictions, calibration, noise),
+        problems=(*problems, *(f"{name}: {each.warning}" for name, each in figures.items() if each.warning), *notes),
+    )
 
 
 def evaluate(
@@ -263,6 +328,30 @@ def summary(evaluation: Evaluation) -> str:
             if rate > MOST_PER_HOUR
         ]
     return "\n".join([*lines, *(f"note: {problem}" for problem in evaluation.problems)])
+
+
+def _noise(
+    windows: Windows,
+    labels: Sequence[str],
+    predictions: Sequence[Predictions],
+    calibration: Calibration | None,
+    noise: Mapping[str, np.ndarray],
+) -> dict[str, Noise]:
+    """Detections of the saved head in noise, and of the evaluated heads in the background of the data."""
+    thresholds = np.zeros(len(labels)) if calibration is None else calibration.thresholds()
+    seconds = float((windows.spans[:, 1] - windows.spans[:, 0]).max())
+    found = {
+        name: Noise(seconds=len(logits) * seconds, per_hour=per_hour(logits, thresholds, labels, seconds))
+        for name, logits in noise.items()
+    }
+    if predictions:
+        joined = _join(predictions)
+        empty = (windows.targets[joined.rows] == 0).all(axis=1)
+        if empty.any():
+            detected = np.where(np.isnan(joined.detected), joined.logits >= 0, joined.detected)[empty]
+            rates = per_hour(detected, np.full(len(labels), 0.5), labels, seconds)
+            found[BACKGROUND] = Noise(seconds=len(detected) * seconds, per_hour=rates)
+    return found
 
 
 # -- figures ------------------------------------------------------------------------------------------------------

@@ -166,7 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--model", help="backbone: a registered name or a YAML file (default: the saved probe's)")
     what.add_argument("--weights", type=Path, help="weights of the head: a state dict, or a saved probe's folder")
-    what.add_argument("--labels", type=Path, help="JSON {label: index}, or text with one label on each line")
+    what.add_argument(
+        "--labels", type=Path, help="text with a label on each line, a table (.csv, .tsv), JSON or YAML"
+    )
     what.add_argument("--allow-untrained", action="store_true", help="export a head with random weights")
     what.add_argument(
         "--offline", action="store_true", help="export only the head, for clients that send embeddings"

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from avex_serve.bundles.manifest import (
 )
 from avex_serve.bundles.reading import Bundle
 from avex_serve.bundles.sealing import atomic_directory, seal_bundle
-from avex_serve.errors import AudioError, ExportError
+from avex_serve.errors import AudioError, ExportError, InputError
 from avex_serve.evidence.cases import write_evidence
 from avex_serve.evidence.verify import TOLERANCE, table
 from avex_serve.inference.backend import Backend
@@ -52,9 +52,9 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
         say: is called with each line about the progress.
 
     Raises:
-        ExportError: it can't be assembled, a format differs from the eager module, or int8 is too inaccurate.
-        InputError: a probe, its labels or the recordings can't be used.
-        AudioError: a recording that can't be read.
+        ExportError: it can't be assembled, or a format differs from the eager module. If int8 is too inaccurate, the
+            bundle is written without it first.
+        InputError: a probe, its labels or all of the recordings can't be used.
         NotFoundError: a file that doesn't exist.
         FileExistsError: the output folder holds something else.
     """
@@ -78,15 +78,15 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
         if request.quantize is not None:
             refuse_unfit(assembly, request.format)
             assert assembly.audio is not None
-            clips = find_clips(assembly.audio.window_samples, assembly.audio.sample_rate, request.calibration)
-        for path in request.verify_audio:  # before the work begins
-            _check_recording(path, assembly)
+            audio = assembly.audio
+            clips = find_clips(audio.window_samples, audio.sample_rate, request.calibration, progress)
+        recordings = _usable(request.verify_audio, assembly, progress)  # before the work begins
         metadata = _onnx_metadata(assembly)
         backends = _write_formats(request, assembly, folder, metadata, progress)
         progress("verify against the eager module")
         labels = {} if assembly.headless else {head.name: head.labels for head in assembly.heads}
         draft = Bundle(folder, _manifest(request, name, assembly), labels, digest="0" * 64)
-        record, cases = verify(assembly, draft, list(backends.values()), request.verify_audio)
+        record, cases = verify(assembly, draft, list(backends.values()), recordings)
         say(table(record.checks, record.skipped))
         if not record.passed:
             raise ExportError(
@@ -95,21 +95,32 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
         if request.profile:
             record = msgspec.structs.replace(record, passes=tuple(profile(assembly, request.without, progress)))
             say(gains_table(record.passes))
+        refusal = None
         if clips is not None:
             progress("round to int8, and compare on clips held out")
             path, exact = folder / ONNX_INT8, backends["onnx"]
-            int8, quantisation = add_int8(assembly, path, metadata, exact, draft.manifest, clips, request.without)
-            say(agreement_text(quantisation.agreement))
-            checks = compare(cases, draft, [int8])
-            say(table(checks))
-            passed = all(check.passed for check in checks)
-            record = msgspec.structs.replace(record, checks=(*record.checks, *checks), passed=passed)
-            draft = draft._replace(manifest=msgspec.structs.replace(draft.manifest, quantisation=quantisation))
+            try:
+                int8, quantisation = add_int8(
+                    assembly, path, metadata, exact, draft.manifest, clips, request.without
+                )
+            except ExportError as error:
+                refusal = error
+                for part in folder.glob(f"{ONNX_INT8}*"):
+                    part.unlink()
+            else:
+                say(agreement_text(quantisation.agreement))
+                checks = compare(cases, draft, [int8])
+                say(table(checks))
+                passed = all(check.passed for check in checks)
+                record = msgspec.structs.replace(record, checks=(*record.checks, *checks), passed=passed)
+                draft = draft._replace(manifest=msgspec.structs.replace(draft.manifest, quantisation=quantisation))
         write_evidence(folder, record, cases)
         made = {output.name: _made(assembly.heads[output.head]) for output in assembly.outputs}
         (folder / CARD).write_text(model_card(draft, record, made), "utf-8")
         sealed = seal_bundle(folder, labels, draft.manifest)
     progress(f"wrote {output}")
+    if refusal is not None:
+        raise ExportError(f"{refusal}. {output} was written without an int8 graph")
     return sealed._replace(directory=output)
 
 
@@ -119,13 +130,23 @@ def _summary(assembly: Assembly) -> str:
     return ", ".join([f"{assembly.model}: {taps} layers tapped", *heads])
 
 
-def _check_recording(path: Path, assembly: Assembly) -> None:
-    assert assembly.audio is not None
-    wave, rate = decode(path)
-    try:
-        resample(wave, rate, assembly.audio.sample_rate)
-    except AudioError as error:
-        raise AudioError(f"{path}: {error}") from None
+def _usable(paths: Sequence[Path], assembly: Assembly, progress: Callable[[str], None]) -> list[Path]:
+    """The recordings that can be used; one that can't is reported. InputError if none of them can."""
+    usable, reasons = [], []
+    for path in paths:
+        assert assembly.audio is not None
+        try:
+            wave, rate = decode(path)
+            resample(wave, rate, assembly.audio.sample_rate)
+        except AudioError as error:
+            reasons.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+        else:
+            usable.append(path)
+    if paths and not usable:
+        raise InputError(f"--verify-audio: none of the recordings can be used: {'; '.join(reasons)}")
+    for reason in reasons:
+        progress(f"left out {reason}")
+    return usable
 
 
 def _write_formats(

@@ -73,8 +73,8 @@ _FORMATS = [
     ["--padding-mask", "BEATs, EAT excluding padding", "a second input, true where a clip is padded"],
 ]
 _NEEDED = (
-    "A head needs weights: a folder written by save_probe(), or --weights with --labels. The ten variants have\n"
-    "weights for the demo model; --allow-untrained exports the others with random ones."
+    "A head needs weights: a folder written by save_probe(), or --weights with --labels and --activation. The\n"
+    "ten variants have weights for the demo model; --allow-untrained exports the others with random ones."
 )
 
 

@@ -205,8 +205,8 @@ def _read_probe(
             f"no labels for {recipe.name}, and --labels doesn't apply together with saved probes; write it with "
             "save_probe() and its labels and give that folder, or export it by itself"
             if any_saved
-            else "no labels: give --labels FILE, either JSON {label: index} or text with one label on each line, in "
-            "the order of the logits"
+            else "no labels: give --labels FILE, such as text with one label on each line, in the order of the "
+            "logits"
         )
     if not request.embeddings and saved is not None and len(labels) != saved.num_classes:
         raise ExportError(
@@ -237,7 +237,8 @@ def _find_weights(request: ExportRequest, recipe: Recipe) -> Path | None:
     raise ExportError(
         f"no trained weights for {recipe.name} on {request.model or _DEMO_MODEL}. Train the probe and write it with "
         "save_probe(), then export that folder (--probe FOLDER); or give the head's state dict (--weights "
-        "FILE.safetensors); or try the export with random weights (--allow-untrained)"
+        "FILE.safetensors, with --labels and --activation); or try the export with random weights "
+        "(--allow-untrained)"
     )
 
 

@@ -111,7 +111,7 @@ def test_a_choice_needs_no_inference(archive, bundles, command, tmp_path, count_
 
 
 def test_thresholds_and_labels_by_file(archive, bundles, command, tmp_path):
-    (tmp_path / "limits.csv").write_text("label,threshold\nrobin,0.6\nZaunkönig,2\n", "utf-8")
+    (tmp_path / "limits.csv").write_text("label,threshold\nrobin,0.6\nZaunkönig,1\n", "utf-8")
     (tmp_path / "labels.txt").write_text("robin\nZaunkönig\n", "utf-8")
     options = ("--threshold", tmp_path / "limits.csv", "--label", f"@{tmp_path / 'labels.txt'}")
     command("run", bundles["plain"], archive, "--out", tmp_path / "out", *options)
@@ -340,6 +340,49 @@ def test_two_writers(archive, bundles, tmp_path, capsys):
         assert main_fails(*arguments, says="another process writes to", capsys=capsys)
 
 
+@pytest.mark.parametrize("final_clip", ["none", "extend", "remainder", "full"])
+def test_the_end_and_the_channel(bundles, command, tmp_path, final_clip):
+    random_ = np.random.default_rng(2)
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in" / "long.wav", random_.uniform(-1, 1, (4100, 2)), 16000)
+    soundfile.write(tmp_path / "in" / "short.wav", random_.uniform(-1, 1, (900, 2)), 16000)
+    options = ("--final-clip", final_clip, "--channel", "2")
+    code, _ = command("run", bundles["probes"], tmp_path / "in", "--out", tmp_path / "out", "--embeddings", *options)
+    assert code == (1 if final_clip == "none" else 0), "a recording shorter than a window has none"
+    rows = detections(tmp_path / "out")
+    for name in ("long",) if final_clip == "none" else ("long", "short"):
+        path = tmp_path / "in" / f"{name}.wav"
+        _, lines = command("predict", bundles["probes"], path, "--json", "--probe", "birds", *options)
+        answer = [
+            (one["start"], one["end"], one["label"], one["score"]) for one in json.loads(lines[0])["detections"]
+        ]
+        birds = [row for row in rows if row["probe"] == "birds"]
+        assert found(birds, path) == approximately(answer)
+    windows = duckdb.sql(f"SELECT count(*) FROM '{tmp_path}/out/embeddings/*/*/*.parquet'").fetchall()
+    assert windows == [({"none": 2, "extend": 4, "remainder": 4, "full": 4}[final_clip],)]
+
+
+def test_times_and_places(bundles, command, tmp_path):
+    (tmp_path / "in").mkdir()
+    samples = np.random.default_rng(2).uniform(-1, 1, 1600)
+    for name in ("20240903_193130.wav", "S4A_20240903_193130+1000.wav", "5DDADCD6.WAV", "none.wav"):
+        soundfile.write(tmp_path / "in" / name, samples, 16000)
+    command("run", bundles["plain"], tmp_path / "in", "--out", tmp_path / "out", "--top-k", "1")
+    times = {Path(row["file"]).name: row["start_time"] for row in detections(tmp_path / "out")}
+    assert times == {
+        "20240903_193130.wav": "2024-09-03T19:31:30.000",
+        "S4A_20240903_193130+1000.wav": "2024-09-03T19:31:30.000+10:00",
+        "5DDADCD6.WAV": "2019-11-24T19:41:10.000+00:00",
+        "none.wav": "",
+    }
+    command("tables", tmp_path / "out", "--top-k", "1", "--timezone", "Australia/Brisbane")
+    times = {Path(row["file"]).name: row["start_time"] for row in detections(tmp_path / "out")}
+    assert times["20240903_193130.wav"] == "2024-09-03T19:31:30.000+10:00"
+    assert times["5DDADCD6.WAV"] == "2019-11-24T19:41:10.000+00:00", "the name's own zone counts"
+    starts = duckdb.sql(f"SELECT start FROM '{tmp_path}/out/recordings.parquet' ORDER BY path").fetchall()
+    assert starts[0] == ("2024-09-03T19:31:30",)
+
+
 def test_progress_as_json(archive, bundles, command, tmp_path):
     code, lines = command("run", bundles["plain"], archive, "--out", tmp_path / "out", "--progress", "json")
     events = [json.loads(line) for line in lines]
@@ -405,6 +448,18 @@ def start(bundle, archive, out, *options, limit=None):
 def finish(process):
     process.communicate(timeout=120)
     return process.returncode
+
+
+def test_killed_before_the_journal_is_written_again(archive, bundles, command, tmp_path):
+    (archive / "broken.wav").unlink()
+    command("run", bundles["plain"], archive, "--out", tmp_path / "out")
+    after = content(tmp_path / "out")
+    lines = (tmp_path / "out" / "journal.ndjson").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out" / "journal.ndjson").write_bytes(b"".join([*lines[::-1], lines[0], lines[1][:20]]))
+    (tmp_path / "out" / "recordings.parquet").write_bytes(b"of a run before")
+    code, lines = command("run", bundles["plain"], archive, "--out", tmp_path / "out")
+    assert (code, lines[-1]) == (0, "0 computed, 5 known, 0 failed")
+    assert content(tmp_path / "out") == after
 
 
 def make_archive(folder, count):

@@ -1,9 +1,11 @@
 """Window arithmetic, as properties that hold for every recording."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
-from avex_serve.audio.windows import batch_windows, cut_windows, hop_samples, plan_windows
+from avex_serve.audio.windows import FinalClip, batch_windows, cut_windows, hop_samples, plan_windows
 from avex_serve.errors import InputError
 
 RATE = 16000
@@ -35,9 +37,13 @@ def test_windows_cover_the_recording_with_as_few_as_needed():
     for total, length, overlap, rate in CASES:
         plan = plan_windows(total, length, rate, overlap / rate)
         case = f"{total=} {length=} {overlap=} {rate=}"
-        starts = list(plan.starts)
+        starts = plan.starts.tolist()
         assert plan.hop == length - overlap, case
-        assert starts == [index * plan.hop for index in range(len(starts))], case
+        assert len(starts) == plan.count, case
+        # A remainder of less than a tenth of a window is answered by a window that ends with the recording.
+        last = (len(starts) - 1) * plan.hop
+        moved = len(starts) > 1 and total - last < length / 10
+        assert starts == [*(index * plan.hop for index in range(len(starts) - 1)), total - length if moved else last]
         covered = np.zeros(total, bool)
         for start in starts:
             covered[start : start + length] = True
@@ -75,7 +81,8 @@ def test_times_are_exact_after_a_year():
     total = 365 * 24 * 3600 * RATE
     plan = plan_windows(total, 3600 * RATE, RATE, 0.0)
     assert plan.spans.tolist() == [[hour * 3600, (hour + 1) * 3600] for hour in range(365 * 24)]
-    assert plan_windows(2**40 + 1, 2**39, RATE, 0.0).spans[-1].tolist() == [2**40 / RATE, (2**40 + 1) / RATE]
+    spans = plan_windows(2**40 + 1, 2**39, RATE, 0.0, final_clip="extend").spans
+    assert spans[-1].tolist() == [2**40 / RATE, (2**40 + 1) / RATE]
 
 
 def test_overlap_is_rounded_to_samples():
@@ -96,22 +103,41 @@ def blocks_of(wave, random):
     return np.split(wave, ends)
 
 
-def test_a_stream_is_cut_as_the_whole():
+@pytest.mark.parametrize("final_clip", get_args(FinalClip))
+def test_a_stream_is_cut_as_the_whole(final_clip):
     random = np.random.default_rng(1)
     for total, length, overlap, rate in CASES:
         shortest = int(random.integers(1, length + 1))
         wave = random.normal(size=total).astype(np.float32)
-        plan = plan_windows(total, length, rate, overlap / rate, shortest)
-        windows = list(
-            cut_windows(blocks_of(wave, random), length, hop_samples(length, rate, overlap / rate), shortest)
-        )
+        plan = plan_windows(total, length, rate, overlap / rate, shortest, final_clip)
+        hop = hop_samples(length, rate, overlap / rate)
+        cut = cut_windows(blocks_of(wave, random), length, hop, shortest, final_clip)
+        if final_clip == "none" and total < length:
+            assert plan.count == 0
+            with pytest.raises(InputError, match=f"{total} of {length} samples"):
+                list(cut)
+            continue
+        windows = list(cut)
         assert [window.start for window in windows] == list(plan.starts)
         np.testing.assert_array_equal([(w.start, w.stop) for w in windows] / np.float64(rate), plan.spans)
         for window in windows:
             size = window.stop - window.start
             np.testing.assert_array_equal(window.samples[:size], wave[window.start : window.stop])
             assert not window.samples[size:].any()
-            assert window.samples.size == max(size, shortest)
+            assert window.samples.size == max(size, length if final_clip == "extend" else shortest)
+
+
+def test_what_happens_to_the_end():
+    wave = np.arange(1, 24, dtype=np.float32)
+    for final_clip, spans, last in (
+        ("none", [[0, 10], [10, 20]], [*range(11, 21)]),
+        ("remainder", [[0, 10], [10, 20], [20, 23]], [21, 22, 23, 0]),
+        ("extend", [[0, 10], [10, 20], [20, 23]], [21, 22, 23, *[0] * 7]),
+        ("full", [[0, 10], [10, 20], [13, 23]], [*range(14, 24)]),
+    ):
+        plan = plan_windows(23, 10, 1, 0.0, 4, final_clip)
+        assert plan.spans.tolist() == spans
+        assert [*plan.cut(wave)][-1].tolist() == last
 
 
 @pytest.mark.parametrize("most", [1, 3, 100])

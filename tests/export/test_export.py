@@ -157,10 +157,15 @@ def test_several_recordings_and_those_too_long_to_keep(tmp_path, export, trained
     for path in paths:
         rate = int(path.stem)
         soundfile.write(path, 0.1 * np.random.default_rng(rate).standard_normal(round(1.3 * rate)), rate)
+    (tmp_path / "._16000.wav").write_bytes(b"\x00\x05\x16\x07")  # as macOS leaves them on other disks
+    (tmp_path / "empty.wav").write_bytes(b"")
+    paths[1:1] = [tmp_path / "._16000.wav", tmp_path / "empty.wav"]
     code, out, _ = export(
         *("--probe", folder, "--output", tmp_path / "bundle", "--format", "onnx", "--verify-audio", *paths)
     )
     assert code == 0
+    for path in paths[1:3]:
+        assert f"left out {path} " in out
     assert out.count("✓") == 12
     for part in (row("long: 16000.wav", 3), row("22050.wav", 2), row("2000000.wav", 2)):
         assert part in out

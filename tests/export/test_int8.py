@@ -326,17 +326,17 @@ def read_record(bundle):
 )
 def test_the_gates_refuse_with_the_figures(fault, figures):
     random = np.random.default_rng(0)
-    common, own = 30 * random.normal(size=(1, 400)), random.normal(size=(10, 400))
-    logits = random.normal(size=(10, 5))
+    common, own = 30 * random.normal(size=(1, 400)), random.normal(size=(20, 400))
+    logits = random.normal(size=(20, 5))
     embeddings = found = common + own
     answered = logits.copy()
     if fault == "far from the mean":
-        found = embeddings + 0.33 * random.normal(size=(10, 400))
+        found = embeddings + 0.33 * random.normal(size=(20, 400))
     elif fault == "other decisions":
-        answered[3] *= -1
+        answered[3:5] *= -1
     elif fault == "not a number":
         found = np.full_like(embeddings, np.nan)
-    clips = np.zeros((10, 8), np.float32)
+    clips = np.zeros((20, 8), np.float32)
     agreement = int8.measure_agreement(
         Answers(embeddings, logits), Answers(found, answered), clips, manifest("sigmoid")
     )
@@ -346,7 +346,7 @@ def test_the_gates_refuse_with_the_figures(fault, figures):
     if fault is None:
         int8.check_gates(agreement)
         return
-    with pytest.raises(ExportError, match=r"centred cosine .* \(gate 0.99\).*; nothing was written"):
+    with pytest.raises(ExportError, match=r"centred cosine .* \(gate 0.99\).*: this model can't be served in int8"):
         int8.check_gates(agreement)
 
 
@@ -360,6 +360,41 @@ def test_decisions_of_a_softmax_are_the_best_label():
     assert agreement.decisions == 0.5
 
 
+@pytest.mark.parametrize(
+    ("differing", "compared", "passes"),
+    [
+        ([], 96, True),  # all of 24 and of 48 could be by chance
+        ([3], 192, True),
+        ([3, 30, 50], 192, True),
+        ([3, 30, 50, 100], 192, False),
+        ([0, 1, 2, 3], 24, False),  # more clips can't mend it
+    ],
+)
+def test_few_decisions_are_judged_with_their_interval(differing, compared, passes):
+    """Of a softmax a clip is one decision: one of 24 that differs is no reason to refuse, and none is no proof."""
+    random = np.random.default_rng(0)
+    embeddings, logits = random.normal(size=(192, 40)), random.normal(size=(192, 5))
+    answered = logits.copy()
+    answered[differing] *= -1
+    clips = np.zeros((192, 8), np.float32)
+    agreement = int8.measure_agreement(
+        Answers(embeddings, logits), Answers(embeddings, answered), clips[:24], manifest("softmax"), clips[24:]
+    )
+    assert (agreement.clips, agreement.decided) == (compared, compared)
+    assert agreement.decisions == 1 - len(differing) / compared
+    if passes:
+        int8.check_gates(agreement)
+    else:
+        with pytest.raises(ExportError, match=r"same decisions 9\d.\d% \(gate 98%\) of|same decisions 83.3%"):
+            int8.check_gates(agreement)
+
+
+def test_the_interval_of_a_share():
+    """Against figures of Newcombe (1998), table I: https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857"""
+    for right, count, expected in ((81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611))):
+        np.testing.assert_allclose(int8._interval(right / count, count), expected, atol=1e-4)
+
+
 class Terminal(io.StringIO):
     """Standard error that somebody looks at."""
 
@@ -367,7 +402,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_model_below_a_gate_is_refused_and_nothing_is_written(tmp_path, export, model, labels, monkeypatch):
+def test_a_model_below_a_gate_is_refused_and_float32_is_left(tmp_path, export, model, labels, monkeypatch):
     monkeypatch.setattr(int8, "CENTRED_COSINE", 1.1)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     code, out, _ = export(
@@ -378,7 +413,11 @@ def test_a_model_below_a_gate_is_refused_and_nothing_is_written(tmp_path, export
     # The long steps have their bars where somebody looks.
     for shown in ("round to int8:", " 0/7 ", "compare:", " 0/24 ", "can't be served in int8"):
         assert shown in terminal.getvalue()
-    assert not list(tmp_path.iterdir())
+    assert f"{tmp_path / 'bundle'} was written without an int8 graph" in terminal.getvalue()
+    bundle = read_bundle(tmp_path / "bundle")
+    assert (bundle.manifest.quantisation, bundle.path("model_int8.onnx")) == (None, None)
+    assert not list((tmp_path / "bundle").glob("*int8*"))
+    assert serve(["verify", str(tmp_path / "bundle")]) == 0
 
 
 @pytest.mark.parametrize(
@@ -419,15 +458,42 @@ def test_recordings_are_searched_for_and_split(tmp_path):
     assert clips.calibration.dtype == clips.held_out.dtype == np.float32
     heard = {clip.tobytes() for clip in clips.calibration}
     assert not any(clip.tobytes() in heard for clip in clips.held_out)
-    assert clips.source == "68 clips of the recordings"
+    assert clips.source == "212 clips of the recordings"
 
 
-def test_too_few_recordings_are_refused(tmp_path):
+def test_few_recordings_are_filled_up_with_sounds(tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
         int8.find_clips(RATE, RATE, tmp_path / "none")
-    write_recording(tmp_path / "a.wav", 11.0)
-    with pytest.raises(InputError, match=r"holds 11 clips of 1 s; expected at least 12"):
+    with pytest.raises(InputError, match="holds no recording that can be used"):
         int8.find_clips(RATE, RATE, tmp_path)
+    write_recording(tmp_path / "a.wav", 3.0)
+    clips = int8.find_clips(RATE, RATE, tmp_path)
+    assert (clips.calibration.shape, clips.held_out.shape) == ((24, RATE), (24, RATE))
+    assert clips.source == "3 clips of the recordings, and built-in sounds"
+    spare = list(clips.spare)
+    assert len(spare) == 192 - 24
+    everything = [clip.tobytes() for clip in (*clips.calibration, *clips.held_out, *spare)]
+    assert len(set(everything)) == len(everything)
+
+
+def test_a_recording_that_is_none_is_named_and_left_out(tmp_path):
+    write_recording(tmp_path / "a.wav", 20.0)
+    whole = (tmp_path / "a.wav").read_bytes()
+    for name, content in {
+        "._a.wav": b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X",
+        "empty.wav": b"",
+        "header.wav": whole[:30],
+        "notes.mp3": b"no audio",
+        "deeper/._b.flac": b"",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    said = []
+    clips = int8.find_clips(RATE, RATE, tmp_path, said.append)
+    assert clips.source == "20 clips of the recordings"
+    assert said[0].startswith("2 hidden files were left out")
+    for line, name in zip(said[1:], ("empty.wav", "header.wav", "notes.mp3"), strict=True):
+        assert line.startswith(f"left out {tmp_path / name} ")
 
 
 def test_a_calibration_without_quantisation_is_refused(tmp_path, export):

@@ -161,7 +161,7 @@ def siege(folder, **variables):
     make_embedding_bundle(served / "offline")
     bundle = make_audio_bundle(served / "tiny")
     with open_bundle(bundle) as engine:
-        question = Question(engine, RECORDINGS["stereo 44.1 kHz"])
+        question = Question(RECORDINGS["stereo 44.1 kHz"], engine)
     variables = {"AVEX_QUEUE": "1000", "AVEX_MODEL_CONTROL": "explicit", "AVEX_RELOAD_SECONDS": "0", **variables}
     with running_server(folder / "server", AVEX_BUNDLE=str(served), **variables) as server:
         yield Siege(server, question, served)

@@ -38,6 +38,8 @@ def oracle(audio_bundle):
         hop = WINDOW - round(overlap * SAMPLE_RATE)
         spans, windows, start = [], [], 0
         while True:
+            if start and len(wave) - start < WINDOW / 10:  # too little to be evidence
+                start = len(wave) - WINDOW
             piece = wave[start : start + WINDOW]
             windows.append(np.concatenate([piece, np.zeros(WINDOW - len(piece))]))
             spans.append([start / SAMPLE_RATE, min(start + WINDOW, len(wave)) / SAMPLE_RATE])

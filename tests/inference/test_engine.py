@@ -189,9 +189,28 @@ def test_a_reported_score_given_as_threshold_is_reached_again(engine, wave):
 
 
 def test_the_last_detection_ends_with_the_recording(engine):
-    prediction = engine.predict(np.ones(WINDOW + 40, np.float32), SAMPLE_RATE, top_k=1)
-    assert [(d.start, d.end) for d in prediction.detections] == [(0, 0.1), (0.1, (WINDOW + 40) / SAMPLE_RATE)]
+    prediction = engine.predict(np.ones(WINDOW + 400, np.float32), SAMPLE_RATE, top_k=1)
+    assert [(d.start, d.end) for d in prediction.detections] == [(0, 0.1), (0.1, (WINDOW + 400) / SAMPLE_RATE)]
     assert prediction.duration == prediction.detections[-1].end
+
+
+def test_an_end_of_a_few_samples_is_no_evidence(engine):
+    """The last window is moved back instead, unless the user chooses otherwise."""
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, WINDOW + 40).astype(np.float32)
+    end = (WINDOW + 40) / SAMPLE_RATE
+    for options, last in (
+        ({}, (40 / SAMPLE_RATE, end)),
+        ({"final_clip": "full"}, (40 / SAMPLE_RATE, end)),
+        ({"final_clip": "extend"}, (0.1, end)),
+        ({"final_clip": "none"}, (0.0, 0.1)),
+    ):
+        prediction = engine.predict(wave, SAMPLE_RATE, top_k=1, **options)
+        assert (prediction.detections[-1].start, prediction.detections[-1].end) == last
+        assert prediction.duration == end
+    moved = engine.score(wave, SAMPLE_RATE).scores[-1]
+    np.testing.assert_allclose(moved, engine.score(wave[40:], SAMPLE_RATE).scores[0], **CLOSE)
+    with pytest.raises(InputError, match=r"shorter than a window .*, and final_clip is none"):
+        engine.predict(wave[:100], SAMPLE_RATE, final_clip="none")
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000, 96000])
@@ -288,7 +307,7 @@ def test_numbers_of_any_kind_become_json(engine, wave):
 
 def test_embedding_document(engine, wave):
     embedded = engine.embed(wave, SAMPLE_RATE, overlap=0.05)
-    document = asdict(pipeline.embed(engine, lambda: in_memory(wave), Query(overlap=0.05)))
+    document = asdict(pipeline.embed(engine, lambda channel: in_memory(wave), Query(overlap=0.05)))
     assert document == {
         "bundle": "tiny",
         "version": "1",

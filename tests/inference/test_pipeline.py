@@ -17,11 +17,11 @@ READS, OTHER = "a1" * 32, "b2" * 32
 WAVE = np.random.default_rng(0).uniform(-0.5, 0.5, 5000).astype(np.float32)
 
 
-def record():
+def record(channel):
     return in_memory(WAVE, frames=WAVE.size)
 
 
-def never():
+def never(channel):
     raise AssertionError("it was decoded")
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from avex_serve.audio.reader import decode
-from avex_serve.scheduling.request import Request, answering
+from avex_serve.scheduling.request import Request, Span, Timings, answering
 from tests.bundles import SAMPLE_RATE, WINDOW
 from tests.service.conftest import encode
 
@@ -15,13 +15,31 @@ def test_stages_of_a_recording(engine):
         engine.predict(*decode(encode(0.5, 44100, 2, "WAV")))
     work = request.timings
     windows = -(-SAMPLE_RATE // 2 // WINDOW)
-    names = Counter(name for name, _ in work.seconds)
+    names = Counter(span.stage for span in work.spans)
     assert (names["infer"], names["queue"]) == (windows, windows)
     assert work.batches == [1] * windows
-    assert work.models == ["tiny"] * windows
+    assert work.models == [("tiny", "1")] * windows
+    assert work.audio == [(("tiny", "1"), pytest.approx(0.5))]
     totals = work.totals()
     assert set(totals) == {"decode", "resample", "infer", "queue"}
-    assert totals["infer"] == pytest.approx(sum(seconds for name, seconds in work.seconds if name == "infer"))
+    assert 0 < totals["infer"] <= sum(span.end - span.start for span in work.spans if span.stage == "infer")
+    assert work.cpu()["infer"] > 0
+    assert work.cpu()["queue"] == 0
+
+
+def test_each_moment_counts_for_one_stage():
+    work = Timings()
+    work.spans.extend(
+        [
+            Span("queue", 0.0, 2.0, 0.0),
+            Span("decode", 1.0, 4.0, 2.5),
+            Span("infer", 3.0, 6.0, 3.0),  # two threads, side by side
+            Span("infer", 3.5, 7.0, 3.0),
+            Span("infer", 9.0, 9.0, 0.0),
+        ]
+    )
+    assert work.totals() == {"queue": 1.0, "decode": 2.0, "infer": 4.0}
+    assert work.cpu() == {"infer": 6.0, "decode": 2.5, "resample": 0, "queue": 0.0}
 
 
 def test_other_requests_are_not_charged(engine):
@@ -31,4 +49,4 @@ def test_other_requests_are_not_charged(engine):
     with answering(outer), answering(inner):
         engine.predict(wave, SAMPLE_RATE)
     assert len(inner.timings.batches) == 1
-    assert outer.timings.seconds == outer.timings.batches == outer.timings.models == []
+    assert outer.timings.spans == outer.timings.batches == outer.timings.models == []

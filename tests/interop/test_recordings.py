@@ -104,7 +104,9 @@ def eager_scores(probe, path):
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     wave = soxr.resample(samples.mean(axis=1), rate, RATE, quality="HQ") if rate != RATE else samples.mean(axis=1)
     window = probe.base_model.clip_samples
-    starts = range(0, len(wave), window)
+    starts = [*range(0, len(wave), window)]
+    if len(starts) > 1 and len(wave) - starts[-1] < window / 10:  # too little to be evidence
+        starts[-1] = len(wave) - window
     windows = [np.pad(wave[start : start + window], (0, max(0, start + window - len(wave)))) for start in starts]
     spans = [(start / RATE, min(start + window, len(wave)) / RATE) for start in starts]
     with torch.no_grad():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from avex_export.cli import main
 from avex_serve import load_model
 from avex_serve.bundles.reading import read_bundle
+from avex_serve.models.checkpoints import read_state_dict
 from avex_serve.models.probes import load_probe, save_probe
 from avex_serve.models.probes.storage import load_head
 from tests.hub import hub_cache, use_cache
@@ -176,7 +177,7 @@ def test_what_can_not_be_loaded(tmp_path, backbone):
         with pytest.raises(ValueError, match="is damaged"):
             load_probe(folder)
     (folder / "probe.yml").write_text(whole)
-    save_file({"classifier.weight": torch.zeros(5, 32)}, folder / "model.safetensors")
+    save_file({"classifier.weight": torch.ones(5, 32)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"1 missing: classifier\.bias"):
         load_probe(folder)
 
@@ -350,3 +351,62 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
     folder = tmp_path / "probe"
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}
     assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+# -- checkpoints of training frameworks ----------------------------------------------------------------------------
+
+
+def lightning(state):
+    """As Lightning writes a module that holds a probe, its loss and its metrics."""
+    beside = {
+        "criterion.weight": torch.ones(5),
+        "val_f1.tp": torch.zeros(5),
+        "train_metrics.MulticlassAccuracy.tp": ONE,
+    }
+    return {
+        "epoch": 3,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": {**{f"probe.{name}": tensor for name, tensor in state.items()}, **beside},
+        "optimizer_states": [{"state": {}, "param_groups": [{"lr": 0.1}]}],
+        "hyper_parameters": {"lr": 0.1},
+    }
+
+
+ONE = torch.ones(1)
+FRAMEWORKS = {
+    "lightning": lightning,
+    "net": lambda s: {f"net.{n}": t for n, t in s.items()},
+    "compiled inside": lambda s: {n.replace("classifier", "classifier._orig_mod"): t for n, t in s.items()},
+    "compiled within": lambda s: {f"module.model._orig_mod.{n}": t for n, t in s.items()},
+    "with its loss": lambda s: {**s, "loss_fn.pos_weight": ONE, "class_weights": ONE},
+    "a dict of its own": lambda s: {"epoch": 1, "best": s},
+    "probe and backbone": lambda s: {
+        **{f"probe.{n}": t for n, t in s.items()},
+        **{n.replace("base_model", "backbone"): t for n, t in s.items() if n.startswith("base_model.")},
+    },
+}
+
+
+@pytest.mark.parametrize("write", FRAMEWORKS.values(), ids=FRAMEWORKS)
+def test_checkpoints_of_training_frameworks_load(tmp_path, backbone, write):
+    model, _ = backbone
+    trained, probe = (build(base=model) for _ in range(2))
+    torch.save(write(trained.state_dict()), tmp_path / "last.ckpt")
+    load_head(probe, read_state_dict(tmp_path / "last.ckpt"), "last.ckpt")
+    torch.testing.assert_close(logits(probe.eval(), noise(2)), logits(trained.eval(), noise(2)), rtol=0, atol=0)
+
+
+def test_other_checkpoints_are_refused_with_the_nearest_readings(tmp_path):
+    trained, probe = (build(input_dim=8) for _ in range(2))
+    state = {f"student.{n}": t for n, t in trained.state_dict().items()} | {
+        "teacher.classifier.weight": torch.ones(5, 8)
+    }
+    with pytest.raises(
+        ValueError, match=r"nearest readings of its 3 names: without 'student\.' 2 of 2 fit; without 't"
+    ):
+        load_head(probe, state, "last.ckpt")
+    torch.save(
+        {"model_ema": trained.state_dict(), "weights": trained.state_dict(), "epoch": 1}, tmp_path / "last.ckpt"
+    )
+    with pytest.raises(ValueError, match="several state dicts: model_ema, weights; save the one that you mean"):
+        read_state_dict(tmp_path / "last.ckpt")

@@ -133,7 +133,7 @@ def test_too_many_windows_are_refused_before_any_is_run(audio_bundle):
 
 
 def test_windows_are_counted_where_the_header_does_not_say(audio_bundle):
-    def record():
+    def record(channel):
         return in_memory(*[np.zeros(WINDOW, np.float32)] * 100)
 
     with open_bundle(audio_bundle) as engine:
@@ -150,7 +150,7 @@ def test_windows_are_counted_where_the_header_does_not_say(audio_bundle):
         (lambda engine, wave: engine.predict(wave, SAMPLE_RATE, top_k=2), 30 * (3 * 16 + 2 * 512)),
         (lambda engine, wave: engine.predict_all(wave, SAMPLE_RATE, threshold=1.0), 30 * 3 * 16),
         (lambda engine, wave: engine.embed(wave, SAMPLE_RATE), 30 * DIM * 16),
-        (lambda engine, wave: pipeline.embed(engine, lambda: in_memory(wave), Query()), 30 * DIM * 96),
+        (lambda engine, wave: pipeline.embed(engine, lambda channel: in_memory(wave), Query()), 30 * DIM * 96),
         (lambda engine, wave: engine.infer(wave.reshape(30, WINDOW)), 30 * (DIM + 3) * 16),
     ],
 )

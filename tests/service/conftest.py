@@ -38,6 +38,7 @@ class Server:
     log_path: Path
     client: httpx.Client
     process: subprocess.Popen
+    environment: dict[str, str]
 
     @property
     def url(self) -> str:
@@ -80,10 +81,11 @@ def serve_command(http_port, *service):
 
 
 @contextlib.contextmanager
-def running_server(folder, cwd=None, service=(SERVICE,), authority=None, **variables):
+def running_server(folder, cwd=None, service=(SERVICE,), authority=None, status=200, **variables):
     """`bentoml serve` until the block ends; by then it must have logged no traceback.
 
-    Where it serves HTTP over TLS, `authority` is the file of who signed its certificate.
+    Where it serves HTTP over TLS, `authority` is the file of who signed its certificate. `status` is the status of
+    its readiness when the block begins.
     """
     folder.mkdir(exist_ok=True)
     http_port, grpc_port = free_ports(2)
@@ -102,9 +104,9 @@ def running_server(folder, cwd=None, service=(SERVICE,), authority=None, **varia
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    server = Server(http_port, grpc_port, log_path, client, process)
+    server = Server(http_port, grpc_port, log_path, client, process, environment)
     try:
-        wait_until_ready(server, process)
+        wait_until_ready(server, process, status)
         yield server
     finally:
         client.close()
@@ -120,11 +122,11 @@ def bento_client(server):
         client._temp_dir.cleanup()  # which closing forgets
 
 
-def wait_until_ready(server, process):
+def wait_until_ready(server, process, status=200):
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(httpx.TransportError):
-            if server.get("/readyz").status_code == 200:
+            if server.get("/readyz").status_code == status:
                 return
         time.sleep(0.1)
     raise AssertionError(f"the server did not come up:\n{server.log}")

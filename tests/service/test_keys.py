@@ -55,7 +55,7 @@ def certificates(tmp_path_factory):
 def server(tmp_path_factory, audio_bundle, certificates):
     """Keys from both places, and gRPC that asks clients for a certificate."""
     folder = tmp_path_factory.mktemp("locked")
-    (folder / "keys").write_text(f"\n  {KEYS[2]}\r\n\n")
+    (folder / "keys").write_text(f"\n  field-station:{KEYS[2]}\r\n\n")
     with running_server(
         folder,
         AVEX_BUNDLE=str(audio_bundle),
@@ -305,6 +305,16 @@ def test_files_are_read_again(renewable, certificates):
     assert not trusted(before)
 
 
+def test_the_name_of_a_key_is_in_log_and_metrics(server):
+    headers = {"Authorization": f"Bearer {KEYS[2]}", "X-Request-ID": "named"}
+    assert server.client.get("/v2", headers=headers).status_code == 200
+    line = until(lambda: [line for line in server.log.splitlines() if "request_id=named" in line])[0]
+    assert "key=field-station" in line
+    text = server.client.get("/metrics", headers=headers).text
+    assert 'avex_key_requests_total{key="field-station",status="2xx"}' in text
+    assert not any(key in text for key in KEYS)
+
+
 # What doesn't start
 
 
@@ -313,7 +323,18 @@ def settings(**variables):
 
 
 def test_no_keys_let_everybody_in():
-    Keys.from_settings(settings()).check(None)
+    assert Keys.from_settings(settings()).check(None) == ""
+
+
+def test_keys_have_names(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("lab:first\nlab:second\nunnamed==\n")
+    keys = Keys.from_settings(settings(AVEX_API_KEYS="farm:other", AVEX_API_KEYS_FILE=str(path)))
+    names = [keys.check(f"Bearer {key}") for key in ("first", "second", "unnamed==", "other")]
+    assert names == ["lab", "lab", "", "farm"]
+    for key in ("lab:first", "lab"):
+        with pytest.raises(AuthenticationError):
+            keys.check(f"Bearer {key}")
 
 
 @pytest.mark.parametrize(
@@ -321,7 +342,10 @@ def test_no_keys_let_everybody_in():
     [
         (",", "is set and holds no key"),
         ("good,s3cret with blank", "entry 2 is not a key"),
-        ("schlüssel", "entry 1 is not a"),
+        ("schlüssel", "entry 1 is not"),
+        ("a:b:s3cret", "entry 1 is not a key"),
+        (":s3cret", "entry 1 is not a key"),
+        ("lab:s3cret,farm:s3cret", "entry 2 repeats a key under another name"),
     ],
 )
 def test_keys_that_are_none(tmp_path, text, reason):

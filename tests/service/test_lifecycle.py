@@ -1,5 +1,8 @@
 """Starting and stopping as a user does."""
 
+import contextlib
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -15,6 +18,7 @@ import yaml
 
 from avex_serve.bundles.manifest import ONNX
 from tests.bundles import make_audio_bundle, replace_file
+from tests.clients import until
 from tests.service.conftest import BENTOML, free_ports, running_server, serve_command, server_environment
 
 SERVICE = "avex_serve.service:AvexService"
@@ -81,6 +85,97 @@ def test_port_taken_by_a_server_that_would_share_it(tmp_path, audio_bundle, audi
         grpc.channel_ready_future(channel).result(10)
 
 
+def test_http_port_that_is_taken(tmp_path, audio_bundle, audio_server):
+    message = refused_start(tmp_path, http_port=audio_server.http_port, AVEX_BUNDLE=str(audio_bundle))
+    assert message == (
+        f"avex-serve: HTTP can't listen on {audio_server.http}: Address already in use; stop what listens there, or "
+        "choose another --port\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"AVEX_API_KEY": "s3cret"}, "AVEX_API_KEY is no setting; did you mean AVEX_API_KEYS?"),
+        ({"AVEX_DRAIN_SECONDS": "soon"}, "AVEX_DRAIN_SECONDS is 'soon'"),
+        ({"AVEX_WORKERS": "2", "AVEX_MODEL_CONTROL": "explicit"}, "AVEX_MODEL_CONTROL is explicit with 2 workers"),
+    ],
+    ids=["no setting", "a bad value", "loading with several workers"],
+)
+def test_settings_that_stop_the_start(tmp_path, variables, message):
+    (line,) = refused_start(tmp_path, **variables).splitlines()
+    assert message in line
+    assert "s3cret" not in line
+
+
+def test_a_refusal_is_json_where_the_log_is(tmp_path):
+    environment = server_environment(tmp_path / "home", AVEX_LOG_FORMAT="json", AVEX_BUNDLE="nowhere")
+    command = serve_command(free_ports(1)[0], SERVICE)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "")
+    (line,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert line["level"] == "CRITICAL"
+    assert "nowhere is not a folder" in line["message"]
+
+
+def test_no_room_for_temporary_files(tmp_path, audio_bundle):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import errno, os, tempfile\ndef full(*_): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+        "tempfile.TemporaryFile = full\n"
+    )
+    message = refused_start(tmp_path, AVEX_BUNDLE=str(audio_bundle), PYTHONPATH=str(tmp_path))
+    assert message.startswith("avex-serve: temporary files can't be written: No space left on device; make room")
+
+
+def test_the_demo_is_served_with_a_warning(tmp_path, wav):
+    with running_server(tmp_path) as server:
+        assert server.log.count("AVEX_BUNDLE is not set: this is the demo bundle") == 1
+        for path in ("/predict", "/embed"):
+            (warning,) = server.post(path, content=wav).json()["warnings"]
+            assert "set AVEX_BUNDLE to serve yours" in warning
+        assert warning in server.get("/readyz").text
+        assert server.get("/").json()["warnings"] == [warning]
+        page = server.client.get("/", headers={"accept": "text/html"}).text
+        assert f"Warning: {warning}" in page
+
+
+def test_an_endpoint_for_traces_without_the_exporter(tmp_path, audio_bundle, wav):
+    """Clusters set the variable for all containers: the service starts, and says in one line that it sends none."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['opentelemetry.exporter'] = None\n")
+    variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "PYTHONPATH": str(tmp_path)}
+    with running_server(tmp_path / "server", AVEX_BUNDLE=str(audio_bundle), **variables) as server:
+        assert server.post("/predict", content=wav).status_code == 200
+        lines = [line for line in server.log.splitlines() if "no traces are sent" in line]
+        assert len(lines) == 1
+        assert "pip install 'avex-serve[tracing]'" in lines[0]
+
+
+def test_an_empty_folder_may_start(tmp_path, audio_bundle, wav):
+    folder = tmp_path / "bundles"
+    folder.mkdir()
+    variables = {"AVEX_BUNDLE": str(folder), "AVEX_RELOAD_SECONDS": "0.2"}
+    assert "holds no manifest.json" in refused_start(tmp_path, **variables)
+    with running_server(tmp_path / "server", status=503, AVEX_START_EMPTY="1", **variables) as server:
+        assert server.post("/predict", content=wav).status_code == 503
+        shutil.copytree(audio_bundle, folder / ".unfinished")
+        (folder / ".unfinished").rename(folder / "tiny")
+        until(lambda: server.get("/readyz").status_code == 200)
+        assert server.post("/predict", content=wav).status_code == 200
+
+
+def test_a_swap_logs_what_replaced_what(tmp_path, audio_bundle):
+    bundle = shutil.copytree(audio_bundle, tmp_path / "bundle")
+    with running_server(tmp_path / "server", AVEX_BUNDLE=str(bundle), AVEX_RELOAD_SECONDS="0.2") as server:
+        before = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()[:12]
+        make_audio_bundle(tmp_path / "new", activation="softmax")
+        bundle.rename(tmp_path / "old")
+        (tmp_path / "new").rename(bundle)
+        after = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()[:12]
+        line = until(lambda: [line for line in server.log.splitlines() if "in place of" in line])[0]
+        assert f"serving bundle tiny, version 1, from {bundle} on cpu (onnx), digest {after}" in line
+        assert line.endswith(f", in place of tiny, version 1, digest {before}")
+
+
 def test_one_port_for_both(tmp_path, audio_bundle):
     (port,) = free_ports(1)
     message = refused_start(tmp_path, http_port=port, AVEX_BUNDLE=str(audio_bundle), AVEX_GRPC_PORT=str(port))
@@ -125,20 +220,19 @@ def test_a_bundle_that_only_the_worker_can_refuse(tmp_path, audio_bundle, listed
         text=True,
         start_new_session=True,
     )
-    lines = []
     try:
-        for line in process.stdout:
-            lines.append(line)
-            if "can't start" in line:
-                break
+        output, _ = process.communicate(timeout=60)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1, "it is not started again for ever"
+    lines = [line for line in output.splitlines() if "can't start" in line]
+    assert len(lines) == 1
     reason = (
         "onnxruntime can't load" if listed else f"{bundle / ONNX} was changed after the export (its sha256 differs)"
     )
-    assert reason in lines[-1]
-    assert "Traceback" not in "".join(lines)
+    assert reason in lines[0]
+    assert "Traceback" not in output
 
 
 def test_bentofile_lists_the_dependencies():

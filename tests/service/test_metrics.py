@@ -44,13 +44,13 @@ def test_requests_of_a_worker_that_died_are_not_in_progress(tmp_path):
 
 FULL = """
 import contextlib, os, resource
-from avex_serve.scheduling.request import Timings
+from avex_serve.scheduling.request import Request
 from avex_serve.service.metrics import Metrics
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as if the disk were full
 metrics = Metrics(lambda: contextlib.nullcontext([]))
 for number in range(1000):
-    metrics.observe("http", f"/{number}", "200", 0.1, Timings())
+    metrics.observe("http", f"/{number}", "200", 0.1, Request())
 print(metrics.text().decode())
 """
 

@@ -1,6 +1,7 @@
 """What people who run the service see: metrics, logs, traces, pages. Two workers, logs in JSON, traces collected."""
 
 import contextlib
+import hashlib
 import http.server
 import json
 import re
@@ -20,10 +21,9 @@ from avex_serve.service import AvexService
 from avex_serve.service.http.app import ENDPOINTS
 from avex_serve.service.oip.protocol import REFUSED_PATHS
 from tests.clients import until
-from tests.service.conftest import running_server
+from tests.service.conftest import free_ports, running_server
 
 PATIENCE = 30  # seconds
-BEFORE_OURS = "Applying user config override"  # BentoML says so before it loads the service
 MODEL_READY = "/inference.GRPCInferenceService/ModelReady"
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 
@@ -65,11 +65,17 @@ def collector():
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, audio_bundle, collector):
     folder = tmp_path_factory.mktemp("operated")
-    (folder / "bentoml.yml").write_text("services:\n  AvexService:\n    workers: 2\n")
+    (folder / "bentoml.yml").write_text(
+        "services:\n  AvexService:\n    http:\n      response:\n        trace_id: true\n"
+    )
+    (metrics_port,) = free_ports(1)
     variables = {
         "AVEX_BUNDLE": str(audio_bundle),
         "AVEX_LOG_FORMAT": "json",
-        "BENTOML_CONFIG": str(folder / "bentoml.yml"),
+        "AVEX_WORKERS": "2",
+        "AVEX_METRICS_HOST": "127.0.0.1",
+        "AVEX_METRICS_PORT": str(metrics_port),
+        "BENTOML_CONFIG": str(folder / "bentoml.yml"),  # BentoML says that it reads it, as JSON too
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
         "OTEL_SERVICE_NAME": "bioacoustics",
         "OTEL_BSP_SCHEDULE_DELAY": "50",  # milliseconds
@@ -98,8 +104,7 @@ def grown(before, after):
 
 
 def log_lines(server):
-    lines = [line for line in server.log.splitlines() if BEFORE_OURS not in line]
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in server.log.splitlines()]
 
 
 def line_of(server, identity):
@@ -123,6 +128,10 @@ def test_requests_and_stages_are_counted_over_all_workers(server, wav):
         each.unary_unary("/some/where")(b"")
     growth = grown(before, metrics(server))
     predict = {"transport": "http", "route": "/predict"}
+    model = {"model": "tiny", "version": "1"}
+    assert growth[sample("avex_model_request_duration_seconds_count", **model)] == 20
+    assert growth[sample("avex_audio_seconds_total", **model)] == pytest.approx(20 * 0.37, rel=1e-3)
+    assert growth[sample("avex_stage_cpu_seconds_total", stage="infer")] > 0
     assert growth[sample("avex_requests_total", **predict, status="2xx")] == 20
     assert growth[sample("avex_requests_total", **predict, status="4xx")] == 1
     assert growth[sample("avex_request_duration_seconds_count", **predict)] == 21
@@ -138,9 +147,12 @@ def test_requests_and_stages_are_counted_over_all_workers(server, wav):
     )  # windows
 
 
-def test_model_that_is_served(server):
-    labels = {"name": "tiny", "version": "1", "format": "onnx", "device": "cpu"}
+def test_model_that_is_served(server, audio_bundle):
+    digest = hashlib.sha256((audio_bundle / "manifest.json").read_bytes()).hexdigest()
+    labels = {"name": "tiny", "version": "1", "format": "onnx", "device": "cpu", "digest": digest}
     assert metrics(server)[sample("avex_model_info", **labels)] == 1
+    changes = until(lambda: metrics(server).get(sample("avex_bundle_changes_total", change="served")))
+    assert changes == 2, "each worker serves it"
 
 
 def test_nobody_can_make_series(server):
@@ -200,7 +212,11 @@ def test_a_line_of_json_for_each_request(server, wav):
     )
     (line,) = line_of(server, "line")
     expected = {"transport": "http", "method": "POST", "route": "/predict", "status": "200", "model": "tiny"}
-    assert expected.items() <= line.items()
+    assert {**expected, "version": "1", "audio_s": 0.37}.items() <= line.items()
+    assert line["worker"] in (1, 2)
+    assert line["cpu_ms"] > 0
+    stages = ("decode_ms", "resample_ms", "queue_ms", "infer_ms")
+    assert sum(line[stage] for stage in stages) <= line["duration_ms"]
     assert line["level"] == "INFO"
     assert line["batches"] == 4
     assert line["duration_ms"] >= line["decode_ms"] > 0
@@ -209,6 +225,15 @@ def test_a_line_of_json_for_each_request(server, wav):
     server.client.get("/v2", headers={"X-Request-ID": "after"})
     line_of(server, "after")
     assert not any(line.get("route") in ("/readyz", "/metrics") for line in log_lines(server))
+
+
+def test_metrics_have_a_port_of_their_own(server):
+    port = int(server.environment["AVEX_METRICS_PORT"])
+    answer = httpx.get(f"http://127.0.0.1:{port}/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain")
+    assert "avex_model_info" in answer.text
+    assert httpx.get(f"http://127.0.0.1:{port}/predict").status_code == 404
 
 
 def test_no_path_forges_a_line(server):

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from pydantic import Field, SecretStr
@@ -18,7 +17,8 @@ from avex_serve.service.settings import DEMO_BUNDLE, GUARDS, Settings, list_sett
 
 def test_defaults():
     settings = Settings.from_environment({"AVEX_BUNDLE": "", "AVEX_PORT_3000_TCP": "tcp://10.0.0.1:3000"})
-    assert settings.bundle == (DEMO_BUNDLE,)
+    assert settings.bundle == (str(DEMO_BUNDLE),)
+    assert settings.serves_demo
     assert settings.device == settings.precision == "auto"
     assert settings.grpc_address == "0.0.0.0:3001"
     assert (settings.reload_seconds, settings.model_control) == (10, "none")
@@ -36,7 +36,8 @@ def test_every_setting(tmp_path):
             "AVEX_MODEL_CONTROL": "explicit",
         }
     )
-    assert settings.bundle == (tmp_path, Path("other"))
+    assert settings.bundle == (str(tmp_path), "other")
+    assert not settings.serves_demo
     assert (settings.reload_seconds, settings.model_control) == (0.5, "explicit")
     assert (settings.device, settings.precision) == ("cpu", "float32")
     assert settings.grpc_address == "[::1]:4001"
@@ -122,6 +123,21 @@ def test_variables_of_kubernetes_and_of_the_tests_are_no_settings():
                 "AVEX_SHARED": "/data",
             }
         )
+
+
+def test_a_bento_serves_what_it_carries(tmp_path, monkeypatch):
+    bento = tmp_path / "bento"
+    carried = bento / "src" / "bundles"
+    monkeypatch.setattr("avex_serve.service.settings._SOURCES", carried.parent)
+    monkeypatch.setattr("avex_serve.service.settings.CARRIED", carried)
+    carried.mkdir(parents=True)
+    assert Settings.from_environment({}).serves_demo, "this is no bento"
+    (bento / "bento.yaml").touch()
+    settings = Settings.from_environment({})
+    assert settings.bundle == (str(carried),)
+    assert not settings.serves_demo
+    carried.rmdir()
+    assert Settings.from_environment({}).serves_demo
 
 
 def test_separators_without_folders():

@@ -49,7 +49,7 @@ class Result:
 def overload(folder, bundle, seconds):
     """Overload a server of the bundle for so long."""
     with open_bundle(bundle) as engine:
-        question = Question(engine, RECORDING)
+        question = Question(RECORDING, engine)
     with running_server(folder, AVEX_BUNDLE=str(bundle)) as server:
         with load(server, question, BUSY_CLIENTS) as warm:
             time.sleep(CAPACITY_SECONDS)

@@ -21,7 +21,7 @@ SPOOLED = encode(20, 44100, 2, "WAV")  # a form's file of more than 1 MiB goes t
 @pytest.fixture(scope="module")
 def question(audio_bundle):
     with open_bundle(audio_bundle) as engine:
-        return Question(engine, RECORDING)
+        return Question(RECORDING, engine)
 
 
 def test_worker_killed(tmp_path, audio_bundle, question):

@@ -79,6 +79,12 @@ def test_windows_with_around_and_without_annotations(tmp_path):
     assert targets_of(fully, "a.wav", min_overlap=0.05)["robin"] == [1, 1, 0, 0]
 
 
+def test_windows_shorter_than_the_overlap_are_covered_whole(tmp_path):
+    write(tmp_path / "robin" / "a.wav")
+    spans = np.array([[0, 0.1], [0.1, 0.2], [0.2, 0.25]])
+    assert targets_of(read_dataset(tmp_path), "robin/a.wav", spans)["robin"] == [1, 1, -1]
+
+
 def test_points_negatives_and_known_absences(tmp_path):
     write(tmp_path / "a.wav")
     table(tmp_path, "a.wav,2,2,robin\na.wav,4,6,Background\na.wav,6,7,-robin\na.wav,0,2,rain\na.wav,0,2,wren\n")

@@ -103,9 +103,7 @@ def test_the_same_seed_gives_the_same_bytes_from_stored_embeddings(fitted, data,
 
 def test_the_served_score_is_the_score_of_the_training(fitted, data, tmp_path, capsys):
     bundle = tmp_path / "bundle"
-    module.run_exporter(
-        ["--probe", str(fitted), "--activation", "sigmoid", "--format", "onnx", "--output", str(bundle)]
-    )
+    module.run_exporter(["--probe", str(fitted), "--format", "onnx", "--output", str(bundle)])
     path = data / "trill" / "00.wav"
     capsys.readouterr()
     assert main(["predict", str(bundle), str(path), "--threshold", "0", "--json"]) == 0
@@ -190,7 +188,20 @@ def test_few_recordings_are_cross_validated_and_one_is_not_evaluated(data, cache
     said = capsys.readouterr().out
     assert "nothing could be evaluated" in said
     assert "buzz: one recording (or group) only" in said
+    assert (
+        "buzz: too few labels to calibrate; missing: 8 windows with the sound, 8 windows without it, 2 rec" in said
+    )
     assert load_probe(tmp_path / "single").labels == LABELS
+
+
+def test_a_label_of_one_recording_is_not_evaluated(data, cache, tmp_path):
+    for label, count in (("buzz", 4), ("trill", 1)):
+        (tmp_path / label).mkdir()
+        for i in range(count):
+            (tmp_path / label / f"{i}.wav").write_bytes((data / label / f"{i:02}.wav").read_bytes())
+    figures = fit(FitRequest(tmp_path, tmp_path / "out" / "probe", cache=cache), print).labels["trill"]
+    assert figures.average_precision.value is None
+    assert "no windows with the sound" in figures.warning
 
 
 def test_a_split_of_the_data_is_used(data, cache, tmp_path):

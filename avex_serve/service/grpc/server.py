@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -25,7 +24,6 @@ from avex_serve.service.grpc.health import Health
 from avex_serve.service.grpc.messages import MAX_PARTS, SERVICE, message, message_class, split
 from avex_serve.service.oip import protocol
 from avex_serve.service.parsing import BOOL, BYTES, FP32
-from avex_serve.service.settings import Settings
 
 # gRPC's library writes what clients send into the log at the levels below, unescaped. It reads this when it starts.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -150,24 +148,6 @@ def _is_fault(record: logging.LogRecord) -> bool:
 
 cygrpc.AioServer = _Server
 logging.getLogger(cygrpc.__name__).addFilter(_is_fault)
-
-
-def check_port_is_free(settings: Settings) -> None:
-    """Raise InputError if the port of gRPC is taken.
-
-    Workers share it by SO_REUSEPORT. A forgotten server would silently get a part of the requests. A socket without
-    that option can't be bound to the same port.
-    """
-    family = socket.AF_INET6 if settings.grpc_host.version == 6 else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection in TIME_WAIT is not a server
-        try:
-            probe.bind((str(settings.grpc_host), settings.grpc_port))
-        except OSError as error:
-            raise InputError(
-                f"gRPC can't listen on {settings.grpc_address}: {error.strerror}; "
-                "stop what listens there, or set AVEX_GRPC_PORT or AVEX_GRPC_HOST"
-            ) from None
 
 
 class _Methods:

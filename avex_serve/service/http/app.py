@@ -6,33 +6,33 @@
     /v2…                            the Open Inference Protocol
     /, /metrics, /docs.json         about the service itself
 
-What isn't here, or has no handler here, BentoML answers. Its own handlers of `/predict` and so on are never reached
-over the network: see docs/decisions/serving-own-routes.md.
+What isn't here, or has no handler here, BentoML answers, except that a path which nobody knows is refused in our
+words. Its own handlers of `/predict` and so on are never reached over the network: see
+docs/decisions/serving-own-routes.md.
 """
 
 import io
 import logging
 import math
 from collections.abc import Awaitable, Callable, Collection
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from avex_serve.audio.reader import open_audio
 from avex_serve.errors import InputError, NotFoundError, StorageError, TooLargeError, UnsupportedError
 from avex_serve.inference import pipeline
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.service import parsing
-from avex_serve.service.front import CONTROL_BYTES, METRICS, OTHER, Found, Front
+from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Found, Front
 from avex_serve.service.http import openapi, pages
 from avex_serve.service.oip import json, protocol
 
@@ -67,25 +67,46 @@ class Routes:
         ]
 
     def find(self, scope: Scope) -> Found:
-        """What answers the request; a route of another method answers 405."""
-        another_method: tuple[Found, Scope] | None = None
+        """What answers the request."""
+        name, route, child, match = self._match(scope)
+        if match is Match.FULL and route is not None:
+            scope.update(child)
+            return Found(name, route.handle)
+        if route is not None:
+            return Found(name, partial(_refuse_method, route))
+        path: str = scope["path"]
+        if path.endswith("/") and self._match({**scope, "path": path.rstrip("/")})[1] is not None:
+            return Found(OTHER, _leave_out_slash)
+        return Found(OTHER, _refuse_path if path.startswith("/v2/") else self._ask_bentoml)
+
+    def _match(self, scope: Scope) -> tuple[str, Route | None, Scope, Match]:
+        """The route of the path, if there is one of the same method, and its name."""
+        best: tuple[str, Route | None, Scope, Match] = (OTHER, None, {}, Match.NONE)
         for route, name in self._routes:
             match, child = route.matches(scope)
+            if match.value > best[3].value:
+                best = (name, route, child, match)
             if match is Match.FULL:
-                scope.update(child)
-                return Found(name, route.handle)
-            if match is Match.PARTIAL and another_method is None:
-                another_method = Found(name, route.handle), child
-        if another_method is not None:
-            found, child = another_method
-            scope.update(child)
-            return found
-        return Found(OTHER, _not_in_protocol if scope["path"].startswith("/v2/") else self._bentoml)
+                break
+        return best
+
+    async def _ask_bentoml(self, scope: Scope, receive: Receive, send: Send) -> None:
+        unknown = False
+
+        async def sending(message: Message) -> None:
+            nonlocal unknown
+            unknown = unknown or message.get("status") == 404
+            if not unknown:
+                await send(message)
+
+        await self._bentoml(scope, receive, sending)
+        if unknown:
+            await _refuse_path(scope, receive, send)
 
 
 def _route(endpoint: Endpoint, front: Callable[[], Front], bentoml: ASGIApp) -> Route:
     if (handler := endpoint.handler) is None:
-        return Route(endpoint.path, bentoml)
+        return Route(endpoint.path, bentoml, methods=endpoint.methods)
 
     async def answer(request: Request) -> Response:
         return await handler(front(), request)
@@ -93,8 +114,27 @@ def _route(endpoint: Endpoint, front: Callable[[], Front], bentoml: ASGIApp) -> 
     return Route(endpoint.path, answer, methods=endpoint.methods)
 
 
-async def _not_in_protocol(scope: Scope, _: Receive, __: Send) -> None:
-    raise NotFoundError(f"no {scope['path']} in the Open Inference Protocol as served here; see /docs.json")
+async def _refuse_path(scope: Scope, _: Receive, __: Send) -> None:
+    path = scope["path"][: parsing.QUOTED]
+    nearest = get_close_matches(path, [endpoint.path for endpoint in ENDPOINTS], 1)
+    raise NotFoundError(
+        f"no {path} here{f'; did you mean {nearest[0]}' if nearest else ''}; /docs.json has all paths"
+    )
+
+
+async def _refuse_method(route: Route, scope: Scope, _: Receive, __: Send) -> None:
+    methods = ", ".join(sorted(route.methods or ()))
+    hint = "; curl sends it with --data-binary @FILE, and PUT with -T" if scope["method"] == "PUT" else ""
+    raise HTTPException(405, f"{route.path} takes {methods}, not {scope['method'][:20]}{hint}", {"Allow": methods})
+
+
+async def _leave_out_slash(scope: Scope, receive: Receive, send: Send) -> None:
+    """Refuse, and redirect the clients that follow. The place is relative, since a proxy may add to the path."""
+    place = "../" + scope["raw_path"].rstrip(b"/").rpartition(b"/")[2].decode("ascii")
+    fault = f"no {scope['path'][: parsing.QUOTED]} here; leave out the slash at its end"
+    response = _json({"error": fault}, 307)
+    response.headers["Location"] = place
+    await response(scope, receive, send)
 
 
 def _json(document: object, status: int = 200) -> Response:
@@ -104,6 +144,11 @@ def _json(document: object, status: int = 200) -> Response:
 # -- what requests carry --------------------------------------------------------------------------------------------
 
 AUDIO_FIELD: Final = "audio"
+SEND_FILE: Final = f"send it with one: -F {AUDIO_FIELD}=@FILE, in Python files={{'{AUDIO_FIELD}': open(FILE, 'rb')}}"
+SEND_BODY: Final = (
+    f"send the file itself: as the body (curl --data-binary @FILE) or in a form (-F {AUDIO_FIELD}=@FILE)"
+)
+LOSSY_BYTES: Final = 4096  # no compressed file of this size is without three of the 256 bytes: (253 / 256) ** 4096
 MAX_FIELDS: Final = 16  # of a form, besides the file; there are fewer options
 MAX_FIELD_BYTES: Final = 2**16
 
@@ -120,8 +165,11 @@ async def _read_recording(request: Request, options: Collection[str]) -> tuple[b
         StorageError: a large file has no room on disk.
     """
     pairs = request.query_params.multi_items()
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "multipart/form-data":
-        return await _read_body(request), parsing.query_from_text(pairs, options)
+    if _content_type(request) != "multipart/form-data":
+        body = await _read_body(request)
+        if _content_type(request) == "application/x-www-form-urlencoded":
+            _check_urlencoded(body)
+        return body, parsing.query_from_text(pairs, options)
     audio: bytes | None = None
     _refuse_encoding(request)
     try:
@@ -129,20 +177,48 @@ async def _read_recording(request: Request, options: Collection[str]) -> tuple[b
             for name, field in form.multi_items():
                 if name != AUDIO_FIELD and isinstance(field, str):
                     pairs.append((name, field))
+                elif isinstance(field, str):
+                    raise InputError(f"the form's {AUDIO_FIELD!r} has no file name, so it is no file; {SEND_FILE}")
                 elif name == AUDIO_FIELD and isinstance(field, UploadFile) and audio is None:
                     audio = await field.read()
                 else:
                     raise InputError(f"form field {name!r}: expected one file {AUDIO_FIELD!r} and options as text")
-    except (MultiPartException, ValueError) as error:
-        raise InputError(f"malformed multipart body: {error}") from None
+    except (HTTPException, ValueError) as error:
+        raise InputError(_form_fault(str(getattr(error, "detail", error)))) from None
     except OSError as error:  # of the temporary file that holds a large part
         logger.error("a form's file can't be stored: %s", error.strerror)
         raise StorageError("the service has no room on disk for a form; send the recording as the body") from None
     if audio is None:
-        raise InputError(
-            f"the multipart body holds no whole file {AUDIO_FIELD!r}; send it as -F {AUDIO_FIELD}=@FILE"
-        )
+        raise InputError(f"the multipart body holds no whole file {AUDIO_FIELD!r}; {SEND_FILE}")
     return audio, parsing.query_from_text(pairs, options)
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _form_fault(fault: str) -> str:
+    """What is wrong with a form, from the message of Starlette."""
+    if "boundary" in fault and "Missing" in fault:
+        return "malformed multipart body: its Content-Type has no boundary; let the HTTP client write that header"
+    if "exceeded maximum size" in fault or "codec can't decode" in fault:
+        return (
+            f"malformed multipart body: a part without a file name is text of at most {MAX_FIELD_BYTES} bytes; if "
+            f"it is the recording, {SEND_FILE}"
+        )
+    return f"malformed multipart body: {fault}"
+
+
+def _check_urlencoded(body: bytes) -> None:
+    """Refuse a file from which `curl -d` has removed zero bytes and line breaks.
+
+    A decoder may read the rest as other audio. Any whole file of that size has such a byte.
+    """
+    if len(body) >= LOSSY_BYTES and not any(byte in body for byte in b"\0\r\n"):
+        raise InputError(
+            "the body has neither zero bytes nor line breaks, as `curl -d` and --data remove them; send the file "
+            "with --data-binary @FILE"
+        )
 
 
 async def _read_body(request: Request, max_bytes: float = math.inf) -> bytes:
@@ -176,7 +252,8 @@ async def _ask(question: Question, options: Collection[str], front: Front, reque
 
     def answer() -> bytes:
         # Encoded in the thread as well: the embeddings of a long recording take seconds.
-        return msgspec.json.encode(question(front.repository, partial(open_audio, audio), query))
+        recording = partial(parsing.open_recording, audio, remedy=SEND_BODY)
+        return msgspec.json.encode(question(front.repository, recording, query))
 
     return Response(await front.infer(answer), media_type="application/json")
 
@@ -272,7 +349,7 @@ async def _refuse(reason: str, _: Front, __: Request) -> Response:
 
 async def _document(_: Front, __: Request) -> Response:
     paths = {e.path: {e.methods[0].lower(): e.operation} for e in ENDPOINTS if e.operation is not None}
-    return _json(openapi.document(paths))
+    return _json(openapi.document(paths, HEALTH))
 
 
 def _recordings(path: str, question: Question, options: openapi.Options, summary: str, answer: str) -> Endpoint:
@@ -325,7 +402,7 @@ ENDPOINTS: Final = (
     *_models(f"{pages.MODEL}/versions/{{version}}", "name", "version"),
     _get("/livez", None, openapi.text("Whether the process is alive")),
     _get("/healthz", None, openapi.text("As /livez")),
-    _get("/readyz", None, openapi.text("As /v2/health/ready", unready=True)),
+    _get("/readyz", pages.readyz, openapi.text("As /v2/health/ready", unready=True)),
     _get(METRICS, pages.metrics, openapi.text("Metrics in Prometheus' text format")),
     _get("/docs.json", _document, openapi.get("This document", None)),
     _get("/schema.json", None, openapi.get("The schema that BentoML's client reads", None)),

@@ -3,13 +3,14 @@
 It replaces BentoML's, which knows neither the Open Inference Protocol nor bodies that are a recording.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_args
 
 import msgspec
 
 from avex_serve import __version__
+from avex_serve.audio.windows import FinalClip
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, Detection, Embedding, LabelScore, Prediction, Predictions
 
@@ -17,6 +18,12 @@ Schema = dict[str, Any]
 Options = Mapping[str, tuple[str, Schema]]  # name: description and schema
 
 VERSION: Final = "3.1.0"
+KEY: Final = "key"
+_KEY_SCHEME: Final[Schema] = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "one of the keys of the service; none is needed where it has none",
+}
 
 
 _STRING: Final[Schema] = {"type": "string"}
@@ -26,12 +33,16 @@ _BINARY: Final[Schema] = {"type": "string", "contentMediaType": "application/oct
 # Empty text and "null" stand for the default.
 _NUMBER: Final[Schema] = {"anyOf": [{"type": "number"}, {"enum": ["", "null"]}]}
 _COUNT: Final[Schema] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["", "null"]}]}
+_FINAL_CLIP: Final[Schema] = {"enum": [*get_args(FinalClip), "", "null"]}
+_CHANNEL: Final[Schema] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["mix", "", "null"]}]}
 
 # Options of the routes that take a recording.
 _RECORDING: Final[Options] = {
     "model": ("which model to ask; needed if several are served", _STRING),
     "version": ("of the model; by default its newest one", _STRING),
     "overlap": ("seconds that neighbouring windows share; less than a window", _NUMBER),
+    "final_clip": ("what happens to the end of the recording that is shorter than a window", _FINAL_CLIP),
+    "channel": ("which channel to process, from 1; by default mix, the mean of all", _CHANNEL),
 }
 PREDICT_ALL: Final[Options] = {
     "threshold": ("lowest score to report; 0.5 unless top_k is given", _NUMBER),
@@ -63,20 +74,32 @@ class ClassifyRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         return msgspec.convert(self, Query, from_attributes=True)
 
 
-def document(paths: dict[str, Any]) -> Schema:
-    """The OpenAPI document of these paths, each with its operations by method."""
+def document(paths: dict[str, Any], open_paths: Collection[str]) -> Schema:
+    """The OpenAPI document of these paths, each with its operations by method; the open paths never need a key."""
+    for path, operations in paths.items():
+        for method, operation in operations.items():
+            operation["operationId"] = _identifier(method, path)
+            if path in open_paths:
+                operation["security"] = []
     return {
         "openapi": VERSION,
         "info": {
             "title": "avex-serve",
             "version": __version__,
             "description": 'Names the sounds in recordings. Every error of these routes is `{"error": "…"}`.',
-            "license": {"name": "MIT"},
+            "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "/"}],
         "paths": paths,
-        "components": {"schemas": {**_documents(), **_PROTOCOL}},
+        "security": [{KEY: []}, {}],
+        "components": {"schemas": {**_documents(), **_PROTOCOL}, "securitySchemes": {KEY: _KEY_SCHEME}},
     }
+
+
+def _identifier(method: str, path: str) -> str:
+    """A name of the operation for generated clients, such as getV2ModelsByNameReady."""
+    words = path.replace("{", "by/").replace("}", "").replace(".", "/").replace("_", "/").split("/")
+    return method + ("".join(word.capitalize() for word in words) or "Home")
 
 
 def _documents() -> dict[str, Schema]:
@@ -197,6 +220,7 @@ def _operation(
     operation["responses"] = {
         "200": {"description": "the answer", "content": answer},
         **(others or {}),
+        "4XX": {"description": "refused, with the reason", "content": _json(_component("Error"))},
         "default": {"description": "what was wrong, and what was expected", "content": _json(_component("Error"))},
     }
     return operation

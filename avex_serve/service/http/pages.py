@@ -10,11 +10,13 @@ from typing import Any, Final
 import msgspec
 from anyio import to_thread
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from avex_serve import __version__
 from avex_serve.inference.engine import Engine
 from avex_serve.service.front import METRICS, Front
+from avex_serve.service.metrics import METRICS_TYPE
+from avex_serve.service.settings import DEMO_WARNING
 
 # Routes that the start page names.
 PREDICT: Final = "/predict"
@@ -22,19 +24,31 @@ EMBED: Final = "/embed"
 CLASSIFY: Final = "/classify"
 MODEL: Final = "/v2/models/{name}"
 
-METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-
 
 async def home(front: Front, request: Request) -> Response:
     """What is served: for browsers a page, for programs JSON."""
     with front.repository.lease_those(lambda _: True) as engines:
         models = [describe(engine) for engine in engines]
     port = front.settings.grpc_port
+    warnings = [DEMO_WARNING] if front.settings.serves_demo else []
     if prefers_html(request.headers.get("accept", "")):
         base = str(request.base_url).rstrip("/")
-        return HTMLResponse(_page(models, base, f"{request.url.hostname}:{port}"))
-    document = {"name": "avex-serve", "version": __version__, "models": models, "grpc_port": port}
+        return HTMLResponse(_page(models, base, f"{request.url.hostname}:{port}", warnings))
+    document = {
+        "name": "avex-serve",
+        "version": __version__,
+        "warnings": warnings,
+        "models": models,
+        "grpc_port": port,
+    }
     return Response(msgspec.json.encode(document), media_type="application/json")
+
+
+async def readyz(front: Front, _: Request) -> Response:
+    """Whether requests are accepted, and a warning if the demo is what answers them."""
+    if not front.ready():
+        return PlainTextResponse("not ready\n", 503)
+    return PlainTextResponse(f"warning: {DEMO_WARNING}\n" if front.settings.serves_demo else "\n")
 
 
 async def metrics(front: Front, _: Request) -> Response:
@@ -69,7 +83,7 @@ table{border-collapse:collapse}th,td{text-align:left;padding:.2rem 1rem .2rem 0;
 pre{background:#f4f4f4;padding:.7rem;overflow:auto}"""
 
 
-def _page(models: list[dict[str, Any]], base: str, grpc: str) -> str:
+def _page(models: list[dict[str, Any]], base: str, grpc: str, warnings: list[str]) -> str:
     names = list(models[0]) if models else []
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     rows = "".join(
@@ -77,9 +91,10 @@ def _page(models: list[dict[str, Any]], base: str, grpc: str) -> str:
         for model in models
     )
     commands = "\n".join(_commands(models, base))
+    warned = "".join(f"<p><strong>Warning: {html.escape(warning)}</strong></p>" for warning in warnings)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>avex-serve</title><style>{_STYLE}</style></head><body>
-<h1>avex-serve {html.escape(__version__)}</h1>
+<h1>avex-serve {html.escape(__version__)}</h1>{warned}
 <h2>What is served</h2><table><tr>{head}</tr>{rows}</table>
 <h2>Ask it</h2><pre>{html.escape(commands)}</pre>
 <p>gRPC (Open Inference Protocol): <code>{html.escape(grpc)}</code>.

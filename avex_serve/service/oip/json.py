@@ -18,6 +18,8 @@ from avex_serve.service.parsing import BOOL, BYTES, FP32
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
 
 
+_SPACES: Final = dict.fromkeys(map(ord, " \t\r\n"))  # removed by `str.translate`
+
 Parameters: TypeAlias = dict[str, msgspec.Raw]
 
 
@@ -161,12 +163,26 @@ def _from_json(tensor: _Input) -> np.ndarray | list[bytes]:
         return parsing.from_numbers(name, tensor.data).ravel()
     if tensor.datatype == BOOL:
         return parsing.from_flags(name, tensor.data).ravel()
+    texts = parsing.from_texts(name, tensor.data)
+    return [_from_base64(f"{name}, recording {number}", text) for number, text in enumerate(texts, 1)]
+
+
+def _from_base64(name: str, text: str) -> bytes:
+    """The bytes of a recording: JSON can't hold arbitrary ones. Line breaks and the head of a data URL are skipped.
+
+    Raises:
+        TensorError: no base64.
+    """
+    head, comma, rest = text.partition(",")
+    if comma and head.lstrip()[:5].lower() == "data:":
+        if not head.lower().rstrip().endswith(";base64"):
+            raise TensorError(f"{name} is a data URL without base64; expected data:audio/wav;base64,…")
+        text = rest
     try:
-        # JSON can't hold arbitrary bytes.
-        return [base64.b64decode(text, validate=True) for text in parsing.from_texts(name, tensor.data)]
-    except (binascii.Error, ValueError):
+        return base64.b64decode(text.translate(_SPACES), validate=True)
+    except (binascii.Error, ValueError) as error:
         raise TensorError(
-            f"{name} of type BYTES: expected each recording as base64, or as a binary tensor"
+            f"{name} is no base64 ({error}); expected the file's bytes as base64, or as a binary tensor"
         ) from None
 
 

@@ -15,7 +15,8 @@ a window. If there are several probes, they are NAME.scores and NAME.logits. For
 follow one another, and the response parameter ``windows`` holds a JSON list of the number of rows of each recording,
 e.g. ``"[3, 1]"``. The response parameter ``warnings`` is present, a JSON list of sentences, if there are reasons to
 doubt the answer. The response parameter ``trained`` is present, and false, if a head has random weights. Request
-parameters are ``overlap`` in seconds (for BYTES) and ``probe``; others are ignored, since clients add their own.
+parameters are ``overlap`` in seconds, ``final_clip`` and ``channel`` (all for BYTES), and ``probe``; others are
+ignored, since clients add their own.
 
 An output that is requested with the parameter ``classification: k`` (Triton's extension) is answered as BYTES, the k
 largest values of each row as ``value:index:label``.
@@ -32,7 +33,6 @@ import numpy as np
 from msgspec import Meta
 
 from avex_serve import __version__
-from avex_serve.audio.reader import open_audio
 from avex_serve.errors import InputError, NotFoundError, TensorError, UnavailableError, UnsupportedError
 from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
@@ -57,7 +57,7 @@ EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_configuratio
 _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 STEP: Final = 1000  # texts of a classification that are made in about a millisecond
 TEXT_BYTES: Final = 256  # of memory for each of these texts in an answer: measured, rounded up
-PARAMETERS: Final = ("overlap", "probe")  # request parameters with a meaning here
+PARAMETERS: Final = ("overlap", "final_clip", "channel", "probe")  # request parameters with a meaning here
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Model:
             parameters["windows"] = json.dumps(windows)
         else:
             batch = _shaped(tensor)
-            outputs, warnings = self._engine.infer(batch, mask), []
+            outputs, warnings = self._engine.infer(batch, mask), [*self._engine.warnings]
             if self._engine.manifest.kind == "audio":
                 warnings += pipeline.level_warnings(pipeline.find_peak(batch))
         if warnings:
@@ -251,10 +251,10 @@ class Model:
         """The outputs, the number of windows of each recording, and the warnings about them."""
         if not recordings:
             raise TensorError("no recordings; send at least one element")
-        answers = [
-            pipeline.infer_recording(self._repository, self._engine, partial(open_audio, recording), query)
-            for recording in recordings
-        ]
+        answers = []
+        for number, recording in enumerate(recordings, 1):
+            audio = partial(parsing.open_recording, recording, f"recording {number}" if len(recordings) > 1 else "")
+            answers.append(pipeline.infer_recording(self._repository, self._engine, audio, query))
         outputs = {name: np.concatenate([answer.outputs[name] for answer in answers]) for name in answers[0].outputs}
         warnings = [
             f"recording {number}: {warning}" if len(answers) > 1 else warning

@@ -1,0 +1,161 @@
+"""Bundles in object stores: fetched into a folder on this machine, checked, and looked at again for changes.
+
+The repository serves the folder as any other folder of bundles. A bundle appears in it whole: its files are fetched
+into a hidden folder, their digests are checked, and the folder is renamed.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, Final
+
+from avex_serve.bundles.manifest import MANIFEST
+from avex_serve.bundles.reading import read_bundle
+from avex_serve.errors import BundleError, DependencyError, InputError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+STORES: Final = {"s3": "s3fs", "gs": "gcsfs"}  # scheme: the package that fsspec needs for it
+ONLY: Final = "bundle"  # the folder of a bundle that the URL itself names
+DEEPEST: Final = 2  # folders below the URL: a model, and its versions
+# What tells two states of a file apart, by the names that the stores give it.
+IDENTITY: Final = ("ETag", "etag", "md5Hash", "generation", "LastModified", "updated", "mtime", "created", "size")
+
+Files = dict[str, str]  # name within the bundle: its identity in the store
+
+
+def is_remote(root: str) -> bool:
+    """Whether it is a URL."""
+    return "://" in root
+
+
+class Mirror:
+    """The folder that holds the bundles of a URL. Several processes may share it."""
+
+    def __init__(self, url: str, cache: Path) -> None:
+        """Nothing is fetched yet; InputError for a scheme that is not known."""
+        scheme = url.partition("://")[0]
+        if scheme not in STORES:
+            expected = ", ".join(f"{each}://" for each in STORES)
+            raise InputError(f"{url}: scheme {scheme}:// is not known; expected a path, or one of {expected}")
+        self._url = url.rstrip("/")
+        self._package = STORES[scheme]
+        self.folder = cache / hashlib.sha256(self._url.encode()).hexdigest()[:16]
+        self._refused: dict[str, Files] = {}  # as they were when they were refused
+
+    def refresh(self) -> None:
+        """Fetch what is new or has changed, and remove what is gone.
+
+        Raises:
+            BundleError: a new bundle is not whole; the others are up to date.
+            DependencyError: the package for the store is missing.
+            UnavailableError: the store, or the folder, can't be used; what was fetched before stays.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                self._refresh()
+        except (BundleError, DependencyError):
+            raise
+        except ImportError:
+            raise DependencyError(
+                f"{self._url} needs {self._package}, which is not installed; pip install 'avex-serve[cloud]'"
+            ) from None
+        except Exception as error:  # each store has errors of its own
+            raise UnavailableError(f"{self._url} can't be fetched: {error or type(error).__name__}") from error
+
+    def _refresh(self) -> None:
+        import fsspec
+
+        store, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
+        state = self._read_state()
+        found = self._list(store, root)
+        if not found:
+            stay = "; those that were fetched stay" if state else f"; expected {MANIFEST} there, or in folders below"
+            raise BundleError(f"{self._url} holds no bundle{stay}")
+        faults = []
+        for place, files in found.items():
+            if state.get(place) == files and self._target(place).is_dir():
+                continue
+            if self._refused.get(place) == files:
+                continue
+            try:
+                self._fetch(store, f"{root}/{place}".rstrip("/"), place, files)
+            except BundleError as error:
+                self._refused[place] = files
+                faults.append(str(error))
+            else:
+                state[place] = files
+                self._write_state(state)
+        for place in state.keys() - found.keys():
+            shutil.rmtree(self._target(place), ignore_errors=True)
+            del state[place]
+            self._write_state(state)
+        if faults:
+            raise BundleError("; ".join(faults))
+
+    def _list(self, store: Any, root: str) -> dict[str, Files]:
+        """The files of each bundle by its place below the URL, "" for the URL itself."""
+        infos = {PurePosixPath(path).relative_to(root): info for path, info in store.find(root, detail=True).items()}
+        places = {
+            path.parent
+            for path in infos
+            if path.name == MANIFEST
+            and len(path.parent.parts) <= DEEPEST
+            and not any(part.startswith(".") for part in path.parent.parts)
+        }
+        found: dict[str, Files] = {}
+        for path, info in infos.items():
+            if path.parent in places:
+                place = "" if path.parent == PurePosixPath() else str(path.parent)
+                identity = [str(info[key]) for key in IDENTITY if info.get(key) is not None]
+                found.setdefault(place, {})[path.name] = " ".join(identity)
+        return found
+
+    def _fetch(self, store: Any, source: str, place: str, files: Files) -> None:
+        draft, before, target = self.folder / ".draft", self.folder / ".before", self._target(place)
+        for each in (draft, before):
+            shutil.rmtree(each, ignore_errors=True)
+        draft.mkdir()
+        for name in files:
+            store.get_file(f"{source}/{name}", str(draft / name))
+        shown = f"{self._url}/{place}".rstrip("/")
+        try:
+            bundle = read_bundle(draft)
+        except BundleError as error:
+            raise BundleError(str(error).replace(str(draft), shown)) from None
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            target.rename(before)
+        draft.rename(target)
+        shutil.rmtree(
+            before, ignore_errors=True
+        )  # a graph whose weights are mapped keeps its files until it is closed
+        logger.info("fetched bundle %s, version %s, from %s", bundle.manifest.name, bundle.manifest.version, shown)
+
+    def _target(self, place: str) -> Path:
+        return self.folder / (place or ONLY)
+
+    def _read_state(self) -> dict[str, Files]:
+        try:
+            return dict(json.loads((self.folder / ".state").read_text()))
+        except (OSError, ValueError):  # the first look, or a write that was cut off: fetch everything again
+            return {}
+
+    def _write_state(self, state: dict[str, Files]) -> None:
+        draft = self.folder / ".state.draft"
+        draft.write_text(json.dumps(state))
+        draft.replace(self.folder / ".state")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Let one process at a time change the folder."""
+        import fcntl
+
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield

@@ -1,0 +1,98 @@
+"""Any bundle on labelled recordings. Needs no torch."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from avex_serve.bundles.manifest import Activation
+from avex_serve.inference.backend import open_bundle
+from avex_serve.inference.scores import activate
+from avex_serve.training.dataset import MIN_OVERLAP, read_dataset
+from avex_serve.training.embed import run_windows
+from avex_serve.training.noise import noise_logits
+from avex_serve.training.report import Evaluation, Predictions, report
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """The options of ``avex-serve evaluate``; see its ``--help``."""
+
+    bundle: Path
+    data: Path
+    probe: str | None = None
+    seed: int = 0
+    negatives: tuple[str, ...] = ()
+    fully_annotated: bool = False
+    group_by: str | None = None
+    label_column: str | None = None
+    overlap: float = 0.0  # seconds
+    min_overlap: float = MIN_OVERLAP  # seconds
+    cache: Path = Path("~/.cache/avex-serve")
+
+
+def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = print) -> Evaluation:
+    """Evaluate a head of a bundle on all windows with a known label; it must not have been trained on them.
+
+    Args:
+        request: what to do.
+        say: is called with the progress.
+
+    Raises:
+        BundleError: not a bundle.
+        InputError: data or options that can't be used.
+        NotFoundError: no such data or probe.
+        UnsupportedError: the bundle takes embeddings, or has no head.
+    """
+    store = request.cache.expanduser() / "outputs"
+    with (
+        open_bundle(request.bundle, "cpu", precision="float32") as engine,
+        tempfile.TemporaryDirectory(prefix="avex-evaluate-") as scratch,
+    ):
+        _ = engine.audio_spec
+        head = engine.probe(request.probe)
+        labels = engine.labels(head.name)
+        dataset = read_dataset(
+            request.data,
+            negatives=request.negatives,
+            fully_annotated=request.fully_annotated,
+            group_by=request.group_by,
+            label_column=request.label_column,
+            labels=labels,
+        )
+        windows, lost = run_windows(
+            engine,
+            [head.logits],
+            dataset,
+            store,
+            Path(scratch),
+            overlap=request.overlap,
+            min_overlap=request.min_overlap,
+            say=say,
+        )
+        logits = _log_odds(windows.outputs[0], head.activation)
+        noise = noise_logits(engine, [head.logits], lambda outputs: _log_odds(outputs[0], head.activation), store)
+        nothing = np.full(logits.shape, np.nan)
+        return report(
+            windows,
+            labels,
+            [Predictions(np.arange(len(logits)), logits, nothing, nothing)],
+            model=engine.manifest.model,
+            probe=head.name,
+            chosen={},
+            evaluated="all",
+            calibration=None,
+            noise=noise,
+            problems=[*dataset.problems, *lost],
+            seed=request.seed,
+        )
+
+
+def _log_odds(logits: np.ndarray, activation: Activation) -> np.ndarray:
+    """Logits whose sigmoid is the score (N, C) that the bundle reports; raw logits as they are."""
+    if activation != "softmax":
+        return np.array(logits)
+    scores = np.clip(activate(logits, "softmax").astype(np.float64), 1e-12, 1 - 1e-12)
+    return np.log(scores) - np.log1p(-scores)

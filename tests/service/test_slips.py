@@ -1,0 +1,212 @@
+"""What clients do by mistake, and the remedy that the answer names. See test_bad_input.py for the rest."""
+
+import base64
+import io
+import shutil
+import subprocess
+
+import grpc
+import numpy as np
+import pytest
+import soundfile
+from tritonclient.grpc import service_pb2
+
+from tests.bundles import WINDOW
+from tests.service.conftest import encode
+
+INFER = "/v2/models/tiny/infer"
+WAV = encode(0.37, 44100, 2, "WAV")
+BASE64 = base64.b64encode(WAV).decode()
+FORM = "multipart/form-data; boundary=b"
+URLENCODED = "application/x-www-form-urlencoded"
+CURL = shutil.which("curl")
+
+
+def error(answer, status=400):
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/json"
+    return answer.json()["error"]
+
+
+def form(disposition, data=WAV):
+    return b"--b\r\nContent-Disposition: form-data; " + disposition + b"\r\n\r\n" + data + b"\r\n--b--\r\n"
+
+
+BODIES = {
+    "a part without a file name": (form(b'name="audio"', b"x" * 100), FORM, "-F audio=@FILE"),
+    "the same, large": (form(b'name="audio"', bytes(200_000)), FORM, "-F audio=@FILE"),
+    "the same, no text": (form(b'name="audio"', b"\xff\xfe\xfa" * 20), FORM + "; charset=utf-8", "-F audio=@FILE"),
+    "a file name by RFC 5987 alone": (form(b"name=\"audio\"; filename*=utf-8''a.wav"), FORM, "-F audio=@FILE"),
+    "the path of a file": (form(b'name="audio"', b"recording.wav"), FORM, "-F audio=@FILE"),
+    "a file of another name": (form(b'name="file"; filename="a.wav"'), FORM, "expected one file 'audio'"),
+    "no boundary": (form(b'name="audio"; filename="a.wav"'), "multipart/form-data", "has no boundary"),
+    "a form without its type": (form(b'name="audio"; filename="a.wav"'), "audio/wav", "without its Content-Type"),
+    "JSON": (b'{"audio": "UklGRg=="}', "application/json", "this is JSON, so send the file itself: as the body"),
+    "JSON of another type": (b'[{"a": 1}]', "audio/wav", "this is JSON"),
+    "base64": (base64.b64encode(WAV), "text/plain", "this is base64"),
+    "a data URL": (b"data:audio/wav;base64," + base64.b64encode(WAV), "text/plain", "this is a data URL"),
+    "a web page": (b"<!DOCTYPE html><html>", "audio/wav", "this is a web page"),
+    "a zip": (b"PK\x03\x04" + bytes(30), "audio/wav", "this is a compressed file"),
+    "nothing": (b"", "audio/wav", "is empty"),
+    "curl -d": (WAV.translate(None, b"\0\r\n"), URLENCODED, "--data-binary @FILE"),
+    "curl -d of a FLAC": (encode(2, 44100, 1, "FLAC").translate(None, b"\0\r\n"), URLENCODED, "--data-binary @FILE"),
+    "fields of a form as text": (b"audio=recording.wav", URLENCODED, "this is a form as text"),
+}
+
+
+@pytest.mark.parametrize(("body", "content_type", "expected"), BODIES.values(), ids=BODIES)
+def test_what_is_no_recording_is_named_with_the_remedy(audio_server, body, content_type, expected):
+    for path in ("/predict", "/embed"):
+        answer = audio_server.post(path, content=body, headers={"Content-Type": content_type})
+        assert expected in error(answer)
+
+
+def test_a_recording_of_any_declared_type_is_read(audio_server):
+    for content_type in (URLENCODED, "application/json", "text/plain"):
+        answer = audio_server.post("/predict", content=WAV, headers={"Content-Type": content_type})
+        assert answer.status_code == 200
+
+
+@pytest.mark.skipif(CURL is None, reason="curl is not installed")
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--data-binary", "@a.wav"], '"detections"'),
+        (["-F", "audio=@a.wav"], '"detections"'),
+        (["-d", "@a.wav"], "--data-binary @FILE"),
+        (["-F", "audio=<a.wav"], "-F audio=@FILE"),
+        (["-T", "a.wav"], "takes POST, not PUT; curl sends it with --data-binary @FILE"),
+        (["--json", '{"audio": "a.wav"}'], "this is JSON"),
+    ],
+)
+def test_as_curl_sends_it(audio_server, tmp_path, options, expected):
+    (tmp_path / "a.wav").write_bytes(WAV)
+    command = [CURL, "-sS", *options, f"{audio_server.url}/predict"]
+    assert expected in subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (WAV, "it is a recording. Send recordings to /predict"),
+        (b"", "it is empty"),
+        (b"\x1f\x8b", "compressed file"),
+    ],
+)
+def test_what_is_no_json_is_named(audio_server, body, expected):
+    assert expected in error(audio_server.post(INFER, content=body))
+    assert expected in error(audio_server.post("/classify", content=body))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "expected"),
+    [
+        ("PUT", "/predict", 405, "/predict takes POST, not PUT; curl sends it with --data-binary @FILE"),
+        ("GET", "/predict", 405, "/predict takes POST, not GET"),
+        ("POST", "/livez", 405, "/livez takes GET, HEAD, not POST"),
+        ("POST", "/v2/models/tiny", 405, "/v2/models/{name} takes GET, HEAD, not POST"),
+        ("POST", "/predicts", 404, "no /predicts here; did you mean /predict; /docs.json has all paths"),
+        ("GET", "/nothing/of/this/kind", 404, "no /nothing/of/this/kind here; /docs.json has all paths"),
+        ("POST", "/predict/a.wav", 404, "no /predict/a.wav here"),
+    ],
+)
+def test_another_method_or_path(audio_server, method, path, status, expected):
+    answer = audio_server.client.request(method, path)
+    assert expected in error(answer, status)
+    if status == 405:
+        assert answer.headers["Allow"] in expected
+
+
+@pytest.mark.parametrize("path", ["/predict/", "/v2/models/tiny/infer/", "/readyz/", "/docs.json/", "/predict//"])
+def test_a_slash_at_the_end(audio_server, path):
+    method = "POST" if "predict" in path or "infer" in path else "GET"
+    answer = audio_server.client.request(method, path)
+    assert error(answer, 307) == f"no {path} here; leave out the slash at its end"
+    assert answer.headers["Location"] == f"../{path.rstrip('/').rpartition('/')[2]}"
+
+
+def test_a_client_that_follows_the_slash(audio_server):
+    answer = audio_server.client.post("/predict/?top_k=1", content=WAV, follow_redirects=True)
+    assert answer.status_code == 200
+    assert answer.json()["detections"]
+
+
+# -- the protocol ---------------------------------------------------------------------------------------------------
+
+
+def infer_json(*texts, shape=None, **parameters):
+    shape = [len(texts)] if shape is None else shape
+    tensor = {"name": "waveform", "datatype": "BYTES", "shape": shape, "data": texts}
+    return {"inputs": [tensor], "parameters": parameters}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        base64.encodebytes(WAV).decode(),
+        BASE64.replace("A", "A\r\n"),
+        f"data:audio/wav;base64,{BASE64}",
+        f"data:audio/x-wav;codecs=1;BASE64,\n{base64.encodebytes(WAV).decode()}",
+    ],
+    ids=["lines", "Windows' lines", "data URL", "both"],
+)
+def test_base64_as_programs_write_it(audio_server, text):
+    expected = audio_server.post(INFER, json=infer_json(BASE64)).json()
+    assert audio_server.post(INFER, json=infer_json(text)).json() == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ([BASE64, "http://127.0.0.1/a.wav"], "recording 2 is no base64"),
+        ([BASE64[:-1]], "recording 1 is no base64"),
+        (["data:audio/wav,RIFF"], "recording 1 is a data URL without base64"),
+        ([[BASE64]], "one list of strings, each a recording as base64, and the shape [recordings]"),
+    ],
+)
+def test_what_is_no_base64(audio_server, texts, expected):
+    assert expected in error(audio_server.post(INFER, json=infer_json(*texts)))
+
+
+def wav(rate, samples):
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(samples), rate, format="WAV")
+    return file.getvalue()
+
+
+BAD = {
+    "no audio": (b"this is no audio", "can't be decoded"),
+    "a rate that can't be": (wav(48, 9600), "the sample rate is 48"),
+    "too little": (wav(192_000, 1), "less than one"),
+    "base64": (base64.b64encode(WAV), "this is base64, so send the file's own bytes"),
+}
+
+
+@pytest.mark.parametrize(("bad", "expected"), BAD.values(), ids=BAD)
+def test_which_of_several_recordings_is_bad(audio_server, bad, expected):
+    body = infer_json(BASE64, base64.b64encode(bad).decode(), BASE64)
+    over_http = error(audio_server.post(INFER, json=body))
+    assert over_http.startswith("recording 2: ")
+    assert expected in over_http
+    request = service_pb2.ModelInferRequest(model_name="tiny")
+    request.inputs.add(name="waveform", datatype="BYTES", shape=[3]).contents.bytes_contents.extend([WAV, bad, WAV])
+    with grpc.insecure_channel(audio_server.grpc) as channel:
+        call = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+        )
+        with pytest.raises(grpc.RpcError) as caught:
+            call(request, timeout=30)
+    assert caught.value.details() == over_http
+    alone = error(audio_server.post(INFER, json=infer_json(base64.b64encode(bad).decode())))
+    assert not alone.startswith("recording")
+
+
+def test_an_option_is_about_no_recording(audio_server):
+    answer = audio_server.post(INFER, json=infer_json(BASE64, BASE64, overlap=3))
+    assert error(answer).startswith("overlap is 3")
+
+
+def test_windows_of_the_wrong_length(audio_server):
+    tensor = {"name": "waveform", "datatype": "FP32", "shape": [1, 3], "data": [0, 0, 0]}
+    assert f"expected [-1, {WINDOW}]" in error(audio_server.post(INFER, json={"inputs": [tensor]}))
