@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import soundfile
 
-from avex_serve.audio.reader import AudioStream, Wave, open_audio, resample
+from avex_serve.audio.reader import AudioStream, Channel, Wave, open_audio, resample
 from avex_serve.errors import AudioError
 
 RATES: Final = (48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000)  # Hz, those of MP3
@@ -27,9 +27,11 @@ class Clip(NamedTuple):
 
 
 @contextmanager
-def open_span(path: str | os.PathLike[str], start: float = 0.0, end: float = math.inf) -> Iterator[AudioStream]:
+def open_span(
+    path: str | os.PathLike[str], start: float = 0.0, end: float = math.inf, channel: Channel = "mix"
+) -> Iterator[AudioStream]:
     """Read a stretch of a recording, from `start` to `end` in seconds, as a stream; errors as of `open_audio`."""
-    with open_audio(path) as stream:
+    with open_audio(path, channel) as stream:
         rate = stream.sample_rate
         first = round(start * rate)
         last = None if math.isinf(end) else round(end * rate)
@@ -49,7 +51,13 @@ def _between(blocks: Iterable[Wave], first: int, last: int | None) -> Iterator[W
             yield part
 
 
-def read_clip(path: str | os.PathLike[str], start: float, end: float, frames: int | None = None) -> Clip:
+def read_clip(
+    path: str | os.PathLike[str],
+    start: float,
+    end: float,
+    frames: int | None = None,
+    channel: Channel = "mix",
+) -> Clip:
     """The samples of a recording from `start` to `end` in seconds, or as many as there are.
 
     Args:
@@ -58,20 +66,21 @@ def read_clip(path: str | os.PathLike[str], start: float, end: float, frames: in
         end: seconds.
         frames: of the whole recording, as `open_audio` read them. Where libsndfile finds the same number, it reads
             the clip without what is in front of it.
+        channel: as of `open_audio`.
 
     Raises:
         AudioError: the recording ends before the clip starts; otherwise as of `open_audio`.
     """
-    if frames is not None and (clip := _seek(path, start, end, frames)) is not None:
+    if frames is not None and (clip := _seek(path, start, end, frames, channel)) is not None:
         return clip
-    with open_span(path, start, end) as stream:
+    with open_span(path, start, end, channel) as stream:
         blocks = list(stream.blocks)
     if not blocks:
         raise AudioError(f"{path} ends before {start:.1f} s")
     return Clip(np.concatenate(blocks), stream.sample_rate, start)
 
 
-def _seek(path: str | os.PathLike[str], start: float, end: float, frames: int) -> Clip | None:
+def _seek(path: str | os.PathLike[str], start: float, end: float, frames: int, channel: Channel) -> Clip | None:
     try:
         with open(path, "rb") as file, soundfile.SoundFile(file) as sound:  # noqa: PTH123 - soundfile goes by names
             first = round(start * sound.samplerate)
@@ -79,7 +88,8 @@ def _seek(path: str | os.PathLike[str], start: float, end: float, frames: int) -
                 return None
             sound.seek(first)
             samples = sound.read(round(end * sound.samplerate) - first, dtype="float32", always_2d=True)
-            return Clip(samples.mean(axis=1), int(sound.samplerate), start)
+            wave = samples.mean(axis=1) if channel == "mix" else samples[:, channel - 1]
+            return Clip(np.ascontiguousarray(wave), int(sound.samplerate), start)
     except (OSError, soundfile.SoundFileError):
         return None  # `open_audio` has the right message
 
