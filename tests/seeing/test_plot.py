@@ -160,6 +160,6 @@ def test_what_is_refused(tone, tmp_path, monkeypatch, capsys, options, message):
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
 def test_without_the_extra(tone, tmp_path, monkeypatch, capsys, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    for command in (["plot", str(tone), "--output", str(tmp_path / "a.png")],):
+    for command in (["plot", str(tone), "--output", str(tmp_path / "a.png")], ["report", str(tmp_path)]):
         assert main(command) == 3
         assert "pip install 'avex-serve[plot]'" in capsys.readouterr().err
