@@ -93,15 +93,18 @@ class Counts:
         self._add_times(recording)
         if not annotations:
             self.empty.add(recording.path)
-        groups: dict[Key, list[Annotation]] = defaultdict(list)
+        groups: dict[tuple[str, ...], list[Annotation]] = defaultdict(list)
         for each in annotations:
-            key = Key(each.label, each.probe, f"{each.bundle} {each.version}")
-            groups[key].append(each)
+            groups[each.label, each.probe, each.bundle, each.version].append(each)
+        for (label, probe, bundle, version), group in groups.items():
+            key = Key(label, probe, f"{bundle} {version}")
             if recording.start is not None:
-                moment = recording.start + timedelta(seconds=each.start)
-                self.hours[key][f"{moment.hour:02}"] += 1
-                self.days[key][moment.date().isoformat()] += 1
-        for key, group in groups.items():
+                begun = recording.start.replace(minute=0, second=0, microsecond=0)
+                into = (recording.start - begun).total_seconds()
+                for hours, count in Counter(int((into + each.start) // 3600) for each in group).items():
+                    moment = (begun + timedelta(hours=hours)).isoformat()
+                    self.hours[key][moment[11:13]] += count
+                    self.days[key][moment[:10]] += count
             self.detections[key] += len(group)
             self.recordings[key] += 1
             highest = max(each.score for each in group)
