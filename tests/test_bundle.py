@@ -55,6 +55,7 @@ INT8 = {
         "centred_cosine": 0.99,
         "lowest_centred_cosine": 0.9,
         "decisions": 1.0,
+        "decided": 90,
     },
 }
 EMBEDDING = {"output": "embedding", "layers": ["last"]}

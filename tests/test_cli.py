@@ -239,7 +239,8 @@ def test_an_embedding_bundle_names_no_sounds(embedding_bundle, files):
 
 
 def test_version_and_help():
-    assert run("--version").stdout == f"{avex_serve.__version__}\n"
+    for command in ([], *([name] for name in ("predict", "verify", "settings", "demo"))):
+        assert run(*command, "--version").stdout == f"{avex_serve.__version__}\n"
     for arguments in (["--help"], ["predict", "--help"]):
         result = run(*arguments)
         assert (result.returncode, result.stderr) == (0, "")

@@ -53,7 +53,7 @@ def test_a_registered_module_with_time_first_layers_is_exported_too(guide):
     torch.save(plain.state_dict(), "plain.pt")
     registry.register_model("plain_model", ModelSpec(name="plain"), checkpoint_path="plain.pt")
     probe = guide["build_probe_from_config"](guide["config"], num_classes=2, device="cpu", base_model=plain)
-    guide["save_probe"](probe, "plain_probe", labels=["bat", "bee"], model="plain_model")
+    guide["save_probe"](probe, "plain_probe", labels=["bat", "bee"], model="plain_model", activation="softmax")
     # The exporter compares the formats with the eager module, for batches of several sizes.
     assert export(["--probe", "plain_probe", "--output", "plain_bundle"]) == 0
 

@@ -26,6 +26,22 @@ MAX_TAGS: Final = 8  # ID3 tags in front of a recording
 MAX_CHUNKS: Final = 1000  # of a file; recorders write ten
 MAX_METADATA: Final = 2**16  # bytes of a chunk of metadata that are kept
 METADATA: Final = (b"guan", b"wamd", b"bext", b"LIST")
+# What often follows the data, also cut: these, and tags that are no chunks.
+BEHIND: Final = (
+    *METADATA,
+    b"iXML",
+    b"id3 ",
+    b"ID3 ",
+    b"JUNK",
+    b"junk",
+    b"cue ",
+    b"smpl",
+    b"inst",
+    b"PEAK",
+    b"_PMX",
+    b"fact",
+)
+RECORDINGS: Final = (b"RIFF", b"RIFX", b"RF64", b"FORM", b"fLaC", b"OggS")
 SLACK: Final = 64  # bytes that a header may count too many without a sign that audio is missing
 STREAMED: Final = 2**16  # a writer that can't know the size writes 2 or 4 GiB, give or take a header
 UNKNOWN: Final = 2**64 - 1  # size of data that a 64-bit header doesn't know
@@ -306,9 +322,12 @@ def _next(source: Source, end: int, layout: _Layout) -> int:
 
 
 def _follows(source: Source, end: int, layout: _Layout) -> bool:
-    """Whether a whole chunk follows there."""
-    chunk = _chunk(source, _next(source, end, layout), layout)
-    return chunk is not None and chunk.start + chunk.size <= source.size + 1
+    """Whether a chunk follows there, a whole one or one that is often there, or a tag."""
+    position = _next(source, end, layout)
+    chunk = _chunk(source, position, layout)
+    if chunk is None:
+        return source.read(position, 3) in (b"ID3", b"TAG")
+    return chunk.id in BEHIND or chunk.id[:3] in (b"ID3", b"TAG") or chunk.start + chunk.size <= source.size + 1
 
 
 def _read_chunks(source: Source, name: str) -> Header:
@@ -475,6 +494,11 @@ def _extent(source: Source, data: _Chunk, long_size: int | None, header: Header,
         return _Extent(present, [text], cut=True)
     rest = present - declared
     end = data.start + declared
+    if (other := source.read(_next(source, end, layout), 4)) in RECORDINGS:
+        text = (
+            f"another recording ({other.decode()}) follows in the file and was left out; send it as a separate file"
+        )
+        return _Extent(declared, [text])
     if rest <= frame or _follows(source, end, layout):
         return _Extent(declared, [])
     if not wide and (wraps := rest >> 32):
@@ -569,6 +593,12 @@ def _read_flac(source: Source) -> Header:
         metadata=metadata,
         parts=(head, Span(42, source.size)),
     )
+
+
+def ends_with_tag(source: Source) -> bool:
+    """Whether a tag or zeros end the file, as taggers and recorders leave them behind any format."""
+    tail = source.read(max(0, source.size - 160), 160)
+    return tail[-128:-125] == b"TAG" or b"APETAGEX" in tail or not tail.strip(b"\0")
 
 
 def _comments(content: bytes) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from avex_serve.audio.containers import Header, Source, View, mp3_frames, ogg_links, read_header
+from avex_serve.audio.containers import Header, Source, View, ends_with_tag, mp3_frames, ogg_links, read_header
 from avex_serve.errors import AudioError, InputError, NotFoundError, quoted
 from avex_serve.scheduling.request import DECODE, RESAMPLE, current, stage
 
@@ -183,6 +183,10 @@ def _opened(source: Source, name: str, channel: Channel) -> Iterator[AudioStream
                     f"{name} can't be decoded ({error}); expected {READABLE}. Convert it, e.g. with "
                     "`ffmpeg -i FILE out.wav`"
                 ) from None
+        try:
+            _check_rate(header.sample_rate)
+        except AudioError as error:
+            raise AudioError(f"{name}: {error}") from None
         _check_channel(channel, header.channels)
         current().limits.check_recording(header.frames or 0, header.channels, header.sample_rate)
         stream.sample_rate, stream.frames = header.sample_rate, header.frames
@@ -299,7 +303,7 @@ def _open_sound(source: Source, header: Header, stream: AudioStream, files: Exit
             if (sound.samplerate, sound.channels) != (first.samplerate, first.channels):
                 failed = "what follows has another sample rate or number of channels"
                 break
-            count, failed = yield from _read_sound(sound)
+            count, failed = yield from _read_sound(sound, declared)
             decoded += count
             if failed:
                 break
@@ -309,6 +313,8 @@ def _open_sound(source: Source, header: Header, stream: AudioStream, files: Exit
         elif declared is not None and decoded != declared:
             lengths = f"{declared / header.sample_rate:.2f} s, and {decoded / header.sample_rate:.2f} s were read"
             stream.warnings.append(f"the header declares {lengths}: all that the file has")
+        elif failed and not ends_with_tag(source):
+            stream.warnings.append("more follows after the length that the header declares, and can't be decoded")
 
     return read()
 
@@ -318,8 +324,11 @@ def _buffered(view: View) -> io.BufferedReader:
     return io.BufferedReader(view, 2**16)
 
 
-def _read_sound(sound: _Sound) -> Generator[np.ndarray, None, tuple[int, str | None]]:
-    """Decode a file to its end; returns how many frames came, and why there are no more (None: it ends there)."""
+def _read_sound(sound: _Sound, declared: int | None) -> Generator[np.ndarray, None, tuple[int, str | None]]:
+    """Decode a file to its end; returns how many frames came, and why there are no more (None: it ends there).
+
+    After an error, nothing beyond the declared length counts: what follows may be another file.
+    """
     decoded = 0
     size = max(1, BLOCK_SAMPLES // sound.channels)
     while True:
@@ -332,6 +341,8 @@ def _read_sound(sound: _Sound) -> Generator[np.ndarray, None, tuple[int, str | N
             failed = _reason(error)
             missing = np.isnan(samples[:, 0])
             samples = samples[: int(missing.argmax()) if missing.any() else size]
+            if declared is not None:
+                samples = samples[: max(0, declared - decoded)]
         decoded += len(samples)
         yield samples
         if failed or not len(samples):

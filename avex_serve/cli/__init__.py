@@ -48,4 +48,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add_parser(commands)
+    for each in commands.choices.values():
+        each.add_argument("--version", action="version", version=__version__)
     return parser

@@ -13,6 +13,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("bundle", type=Path, help="made by avex-export")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
+    parser.add_argument("--full", action="store_true", help="show all checks, not only the worst of each format")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from avex_serve.evidence.verify import verify_bundle
 
-    report, passed = verify_bundle(arguments.bundle, arguments.device)
+    report, passed = verify_bundle(arguments.bundle, arguments.device, full=arguments.full)
     print(report)
     if not passed:
         raise VerificationError(

@@ -35,12 +35,13 @@ _INT8 = "onnx-int8"
 _INT8_FACTOR, _INT8_SLACK = 2.0, 1e-3
 
 
-def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu") -> tuple[str, bool]:
+def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu", *, full: bool = False) -> tuple[str, bool]:
     """Run a bundle's evidence again on this machine.
 
     Args:
         directory: made by ``avex-export``.
         device: as in `open_bundle`.
+        full: show all checks, not only the worst ones.
 
     Returns:
         The result as text (the table, and both machines), and whether everything agrees.
@@ -62,7 +63,7 @@ def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu") -> tup
     others = dict.fromkeys(c.format for c in record.checks if c.format not in {e.backend.format for e in engines})
     skipped = [f"not run again, since {device} is served by another format: {name}" for name in others]
     machines = f"{_machine('exported on', record.machine)}\n{_machine('verified on', this_machine())}"
-    return f"{table(checks, skipped)}\n\n{machines}", passed
+    return f"{table(checks, skipped, full=full)}\n\n{machines}", passed
 
 
 def _machine(title: str, machine: Machine) -> str:
@@ -293,35 +294,54 @@ _NOISE_LEGEND = (
 _SECTIONS = ((False, "clips through the graph", "rows"), (True, "recordings, end to end", "windows"))
 
 
-def table(checks: Sequence[Check], skipped: Sequence[str] = ()) -> str:
-    """All checks as text, at most 117 characters wide."""
+def table(checks: Sequence[Check], skipped: Sequence[str] = (), *, full: bool = False) -> str:
+    """The checks as text: all of them or, of each format, those that failed and the worst one."""
+    shown = list(checks) if full else _worst(checks)
     lines: list[str] = []
     for end_to_end, title, unit in _SECTIONS:
-        section = [check for check in checks if check.whole_way is end_to_end]
+        section = [check for check in shown if check.whole_way is end_to_end]
         for part in dict.fromkeys(check.part for check in section):
             lines += [""] if lines else []
             lines += [] if part is None else [f"{part}:"]
             lines += _rows(title, unit, [check for check in section if check.part == part])
+    if others := len(checks) - len(shown):
+        lines.append(f"{others} others passed with smaller errors; `avex-serve verify BUNDLE --full` shows them")
     lines += ["", *_LEGEND]
     for legend, applies in (
-        (_OTHERS_LEGEND, any(check.decisions is not None and check.decisions.differ for check in checks)),
-        (_INT8_LEGEND, any(check.format == _INT8 for check in checks)),
-        (_NOISE_LEGEND, any(check.by_float64 for check in checks)),
+        (_OTHERS_LEGEND, any(check.decisions is not None and check.decisions.differ for check in shown)),
+        (_INT8_LEGEND, any(check.format == _INT8 for check in shown)),
+        (_NOISE_LEGEND, any(check.by_float64 for check in shown)),
     ):
         lines += [legend] if applies else []
     return "\n".join([*(line.rstrip() for line in lines), *skipped])
 
 
+def _worst(checks: Sequence[Check]) -> list[Check]:
+    """The checks that failed and, of each kind, the one with other decisions or the largest error."""
+
+    def badness(check: Check) -> tuple[int, float]:
+        differ = 0 if check.decisions is None else check.decisions.differ
+        return differ, max((error.eager or 0.0 for error in check.errors.values()), default=0.0)
+
+    worst: dict[tuple[bool, str | None, str], Check] = {}
+    for check in checks:
+        kind = (check.whole_way, check.part, check.format)
+        if kind not in worst or badness(check) > badness(worst[kind]):
+            worst[kind] = check
+    kept = {id(check) for check in worst.values()}
+    return [check for check in checks if id(check) in kept or not check.passed]
+
+
 def _rows(title: str, unit: str, checks: Sequence[Check]) -> list[str]:
     outputs = list(dict.fromkeys(output for check in checks for output in check.errors))
-    lines = [f"{title:46}" + "".join(f"{output + ' error':^27}" for output in outputs)]
+    lines = [f"{title:24}" + "".join(f"{output + ' error':^27}" for output in outputs)]
     columns = f"{'eager':>9}{'float64':>9}{'module':>9}" * len(outputs)
-    lines.append(f"{'input':26}{unit:>7}  {'format':11}{columns}  decisions")
+    lines.append(f"  {'format':11}{unit:>9}  {columns}  {'decisions':16}     input")
     for check in checks:
         numbers = "".join(_numbers(check.errors.get(output)) for output in outputs)
         mark = "≈" if check.by_float64 else "✓" if check.passed else "✗"
         decided = _decided(check.decisions)
-        lines.append(f"{check.input[:25]:26}{check.rows:7}  {check.format:11}{numbers}  {decided:16}  {mark}")
+        lines.append(f"  {check.format:11}{check.rows:9}  {numbers}  {decided:16}  {mark}  {check.input}")
     return lines
 
 

@@ -379,7 +379,7 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         route = method.removeprefix("/")
         exchange = Exchange("grpc", route, "", method, quiet=method in QUIET)
         # Those of the health service may last for days, and are not recorded.
-        is_stream = handler is not None and handler.response_streaming
+        is_stream = handler is not None and handler.response_streaming and not handler.request_streaming
 
         async def call(messages: Any, context: grpc.aio.ServicerContext) -> Any:
             with nullcontext(Request()) if is_stream else self._front.record(exchange, headers or {}) as request:
@@ -418,19 +418,26 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         request.limit_seconds(context.time_remaining())
         self._front.admit(request, method, headers, infers=method == INFER)
         if handler is None:
-            raise UnsupportedError(f"there is no such method here; expected one of {SERVICE} or {HEALTH_SERVICE}")
+            raise UnsupportedError(
+                f"there is no such method here; expected one that reflection lists, e.g. of {SERVICE}"
+            )
         if handler.request_streaming:
-            return await handler.stream_unary(messages, context)
+            answer = handler.stream_stream if handler.response_streaming else handler.stream_unary
+            return await _in_time(answer(messages, context), request.remaining)
         data = await (self._work if method == INFER else self._rest).next(context.read)
         if method != INFER and len(data) > CONTROL_BYTES:
             raise TooLargeError(f"the message has {len(data)} bytes; expected at most {CONTROL_BYTES} here")
         request.extend_body(len(data))
         answer = handler.unary_stream if handler.response_streaming else handler.unary_unary
-        try:
-            async with asyncio.timeout(None if method in HEALTH else request.remaining):
-                return await answer(data, context)
-        except TimeoutError:
-            raise _late() from None
+        return await _in_time(answer(data, context), None if method in HEALTH else request.remaining)
+
+
+async def _in_time(answer: Awaitable[Any], seconds: float | None) -> Any:
+    try:
+        async with asyncio.timeout(seconds):
+            return await answer
+    except TimeoutError:
+        raise _late() from None
 
 
 def grpc_refusal(error: Exception, route: str) -> tuple[grpc.StatusCode, str]:

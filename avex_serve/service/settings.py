@@ -2,6 +2,7 @@
 
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -272,13 +273,23 @@ def list_settings(environment: Mapping[str, str] = os.environ, kind: type[Settin
     ]
 
 
+WIDTH: Final = 100  # columns of a terminal
+
+
 def table(settings: list[Setting]) -> str:
-    """The settings as a table for people."""
-    rows = [("variable", "value", "default", "description")]
-    rows += [(each.variable, _text(each.value), _text(each.default), each.description) for each in settings]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
+    """The settings for people: variable and value on a line, below it what it means and its default."""
+    lines: list[str] = []
+    for each in settings:
+        value, default = _text(each.value), _text(each.default)
+        lines += _wrapped(f"{each.variable}={value}", "", "  ")
+        unset = "" if value == default else f" (default: {default})"
+        lines += _wrapped(f"{each.description}{unset}", "    ", "    ")
+    return "\n".join(lines)
+
+
+def _wrapped(text: str, first: str, others: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
     )
 
 
@@ -292,5 +303,7 @@ def _redacted(value: Any) -> Any:
 
 def _text(value: Any) -> str:
     if isinstance(value, list):  # as in the variable
-        return os.pathsep.join(map(str, value))
-    return "none" if value is None else str(value)
+        return os.pathsep.join(map(_text, value))
+    if isinstance(value, float):
+        return f"{value:.15g}"
+    return "none" if value is None else "the demo bundle" if value == str(DEMO_BUNDLE) else str(value)

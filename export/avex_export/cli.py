@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from avex_serve import __version__
 from avex_serve.bundles.manifest import Activation
 from avex_serve.cli.output import drop_output, escape_unprintable
 from avex_serve.errors import AvexServeError, DependencyError, ExportError, InputError
@@ -230,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     information = parser.add_argument_group("information")
+    information.add_argument("--version", action="version", version=__version__)
     information.add_argument("--list", action="store_true", help="list probes, backbones and formats, and exit")
     information.add_argument(
         "--explain", action="store_true", help="list the optimising passes and which apply to the probe, and exit"

@@ -134,6 +134,32 @@ def test_a_damaged_flac_is_read_to_the_damage_and_tags_behind_it_do_no_harm():
     assert read(whole + b"TAG" + bytes(125))[1].warnings == []
 
 
+def test_what_follows_a_recording_is_named_unless_it_is_a_tag():
+    flac = encode("FLAC")
+    for data, warning in (
+        (riff(SIZE, after=riff(SIZE)), "another recording (RIFF) follows"),
+        (flac + flac, "more follows after the length that the header declares"),
+        (riff(SIZE, after=b"LIST" + struct.pack("<I", 5000) + b"INFOcut"), None),
+        (riff(SIZE, after=b"TAG" + bytes(125)), None),
+        (flac + bytes(9999), None),
+    ):
+        wave, stream = read(data)
+        assert wave.size == WAVE.size
+        assert not stream.warnings if warning is None else warning in stream.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("container", "field", "size"), [("AIFF", b"SSND", 4), ("CAF", b"data", 8), ("W64", b"data", 8)]
+)
+def test_other_containers_of_unknown_length(container, field, size):
+    data = encode(container, "PCM_16")
+    at = data.find(field) + (16 if container == "W64" else 4)
+    for unknown in (bytes(size), b"\xff" * size):
+        wave, stream = read(data[:at] + unknown + data[at + size :])
+        np.testing.assert_array_equal(wave, decode(data).wave)
+        assert "never finished" in stream.warnings[0]
+
+
 def test_an_ogg_of_several_streams():
     for subtype in ("VORBIS", "OPUS"):
         one = encode("OGG", subtype)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -94,14 +95,36 @@ def all_cases(case):
 
 
 def row(report, name):
-    (line,) = (line for line in report.splitlines() if line.startswith(f"{name} "))
-    return re.split(r" {2,}", line)
+    """The row of an input: its name, rows and format first, its mark last."""
+    (line,) = (line for line in report.splitlines() if line.endswith(f"  {name}"))
+    format_, rows, *others, found = re.split(r" {2,}", line.strip())
+    return [found, rows, format_, *others]
+
+
+verify_all = partial(verify_bundle, full=True)
+
+
+def test_the_worst_rows_are_shown_by_default(bundle, all_cases, case):
+    name = "a recording with a name as long as recorders make them, 2024-05-01T04:30:00+0200.wav"
+    report, passed = verify_bundle(with_evidence(bundle, *all_cases))
+    shown, every = ([line for line in text.splitlines() if "✓" in line] for text in (report, verify_all(bundle)[0]))
+    assert (passed, len(shown), len(every)) == (True, 2, 8)
+    assert set(shown) < set(every)
+    assert "6 others passed with smaller errors; `avex-serve verify BUNDLE --full` shows them" in report
+    tiny = case(name, sixteen_bit(WINDOW, 1)[None])
+    wrong = [
+        replace(tiny, name=f"{name} {i}", eager={k: v + 1 for k, v in tiny.eager.items()}, exact=None)
+        for i in range(3)
+    ]
+    report, passed = verify_bundle(with_evidence(bundle, tiny, *wrong))
+    assert not passed
+    assert [line.rpartition("  ")[2] for line in report.splitlines() if "✗" in line] == [each.name for each in wrong]
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "none"])
 def test_what_a_bundle_answers_is_what_its_evidence_says(tmp_path, all_cases, activation):
     bundle = with_evidence(make_audio_bundle(tmp_path / "b", activation=activation), *all_cases)
-    report, passed = verify_bundle(bundle)
+    report, passed = verify_all(bundle)
     assert passed, report
     assert (report.count("✓"), report.count("✗"), report.count("≈")) == (8, 0, 0)
     for name, windows in (("short", "1"), ("exact", "1"), ("long", "3"), ("another rate", "2")):
@@ -134,7 +157,7 @@ def test_samples_that_no_16_bit_file_holds_stay_as_they_are(bundle, case):
 def test_the_command_runs_it_without_torch(bundle, all_cases, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
     environment = {"PYTHONPATH": str(tmp_path)}
-    command = [AVEX_SERVE, "verify", with_evidence(bundle, *all_cases)]
+    command = [AVEX_SERVE, "verify", with_evidence(bundle, *all_cases), "--full"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.count("✓") == 8
@@ -180,7 +203,7 @@ def test_float64_judges_where_float32_is_the_noise(bundle, case, offs, mark, rat
     clip = sixteen_bit((1, WINDOW), 6) / 64
     sample = case("clip", clip if rate is None else clip[0], rate, **offs)
     # Near 0 a score is a quarter as far off as its logit: the embedding decides.
-    report, passed = verify_bundle(with_evidence(bundle, sample))
+    report, passed = verify_all(with_evidence(bundle, sample))
     assert (row(report, "clip")[-1], passed) == (mark, mark != "✗"), report
     assert ("≈: passed by its error against float64" in report) == (mark == "≈")
 
@@ -192,7 +215,7 @@ def test_a_close_call_is_shown_with_its_margin(bundle, case):
     swapped = logits.copy()
     swapped[0, order[:2]] = logits[0, order[1::-1]]
     apart = replace(clip, name="apart", eager={**clip.eager, "logits": swapped}, exact=None)
-    report, passed = verify_bundle(with_evidence(bundle, clip, apart))
+    report, passed = verify_all(with_evidence(bundle, clip, apart))
     assert not passed
     margin = float(np.ptp(logits[0, order[:2]]))
     assert row(report, "clip")[-2:] == ["as eager", "✓"]
@@ -200,7 +223,7 @@ def test_a_close_call_is_shown_with_its_margin(bundle, case):
     # 16-bit samples this small move a logit by less than 1e-4.
     tiny = case("tiny", sixteen_bit((1, WINDOW), 8) / 2**20, eager_off=0)
     answers = {**tiny.eager, "logits": -tiny.eager["logits"]}
-    report, passed = verify_bundle(with_evidence(bundle, replace(tiny, eager=answers, exact=None)))
+    report, passed = verify_all(with_evidence(bundle, replace(tiny, eager=answers, exact=None)))
     assert passed
     assert "1 other (" in row(report, "tiny")[-2]
     assert "rows with other decisions" in report
@@ -220,8 +243,8 @@ def test_the_way_of_a_recording_is_compared_too(bundle, case, answer, change):
         other = replace(long, eager={n: v.astype(np.float32) for n, v in truth.items()}, exact=truth)
     else:
         other = replace(long, eager={n: v[::-1] for n, v in long.eager.items()}, exact=None)
-    assert verify_bundle(with_evidence(bundle, long))[1]
-    report, passed = verify_bundle(with_evidence(bundle, other))
+    assert verify_all(with_evidence(bundle, long))[1]
+    report, passed = verify_all(with_evidence(bundle, other))
     assert not passed
     assert row(report, "long")[-1] == "✗"
 
@@ -230,7 +253,7 @@ def test_an_answer_that_is_not_finite_does_not_pass(bundle, case):
     huge = case("huge", np.full((1, WINDOW), 3e38, np.float32), exact=False)
     zeros = {name: np.zeros_like(value) for name, value in huge.eager.items()}
     wave = replace(huge, name="wave", input=huge.input[0], sample_rate=SAMPLE_RATE, spans=np.array([[0, 0.1]]))
-    report, passed = verify_bundle(with_evidence(bundle, replace(huge, eager=zeros), replace(wave, eager=zeros)))
+    report, passed = verify_all(with_evidence(bundle, replace(huge, eager=zeros), replace(wave, eager=zeros)))
     assert not passed
     for name in ("huge", "wave"):
         assert row(report, name)[-1] == "✗"
@@ -241,7 +264,7 @@ def test_embeddings_are_verified_as_well(tmp_path, embedding_bundle):
     batch = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
     logits = batch.astype(np.float64) @ weights(bundle)[0]
     case = Case("noise", batch, None, (1, 3), None, {"logits": logits.astype(np.float32)}, {"logits": logits})
-    report, passed = verify_bundle(with_evidence(bundle, case))
+    report, passed = verify_all(with_evidence(bundle, case))
     assert passed
     assert "recordings" not in report
 
@@ -367,9 +390,9 @@ def test_evidence_of_another_bundle(bundle, case):
     silence = case("silence", SILENCE)
     wrong = replace(silence, eager={"logits": silence.eager["logits"]})
     with pytest.raises(BundleError, match="has outputs"):
-        verify_bundle(with_evidence(bundle, wrong))
+        verify_all(with_evidence(bundle, wrong))
     with pytest.raises(TensorError, match="expected"):
-        verify_bundle(with_evidence(bundle, replace(silence, input=SILENCE[:, 1:])))
+        verify_all(with_evidence(bundle, replace(silence, input=SILENCE[:, 1:])))
 
 
 def test_torchscript_alone_needs_torch(bundle, case, monkeypatch, capsys):

@@ -92,6 +92,12 @@ def field(number, content):
 # -- the kinds ------------------------------------------------------------------------------------------------------
 
 
+def nothing(server):
+    """Nothing, for 5 s: what the machine itself lets `/livez` wait."""
+    time.sleep(5)
+    return 0
+
+
 def pipelined(server):
     """Thousands of requests on one connection, sent before the first is answered."""
     return send(server.http_port, LIVE * 2000, times=300)
@@ -105,7 +111,7 @@ def large_head(server):
 def content_length(server):
     """A length of 4,400 digits."""
     line = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"0" * 4400 + b"4\r\n\r\nabcd"
-    return sum(send(server.http_port, line, seconds=5) for _ in range(20))
+    return sum(send(server.http_port, line, seconds=0.5) for _ in range(20))
 
 
 def chunks_of_a_byte(server):
@@ -124,7 +130,7 @@ def upgrade(server):
     """Another request hidden in the body of one that offers an upgrade."""
     inner = b"GET /v2/models/smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
     line = b"POST /predict HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n"
-    return sum(send(server.http_port, line % len(inner) + inner, seconds=2) for _ in range(20))
+    return sum(send(server.http_port, line % len(inner) + inner, seconds=0.5) for _ in range(20))
 
 
 def silent_uploads(server):
@@ -256,7 +262,7 @@ def grpc_continuations(server):
 
 
 KINDS = (
-    pipelined, large_head, content_length, chunks_of_a_byte, many_requests, upgrade, silent_uploads, form,
+    nothing, pipelined, large_head, content_length, chunks_of_a_byte, many_requests, upgrade, silent_uploads, form,
     json_numbers, json_lists, json_text_among_numbers, json_faults, json_nesting, json_parameters, binary_elements,
     midi_dumps, grpc_path, grpc_methods, grpc_compressed, grpc_inputs, grpc_packed, grpc_idle_calls, grpc_pings,
     grpc_continuations,

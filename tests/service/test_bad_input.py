@@ -63,7 +63,11 @@ BAD_OPTIONS = [
     ({"overlap": "0.1"}, 400, "overlap is 0.1"),
     ({"probe": "nothing"}, 404, "no probe 'nothing'"),
     ({"probe": '"nothing"'}, 404, "no probe 'nothing'"),
-    ({"topk": "1"}, 400, "unknown option 'topk'; known: threshold, top_k, model, version, overlap, probe"),
+    (
+        {"topk": "1"},
+        400,
+        "unknown option 'topk'; known: threshold, top_k, model, version, overlap, final_clip, channel, probe",
+    ),
 ]
 
 

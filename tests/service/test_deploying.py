@@ -64,6 +64,10 @@ def test_dockerfile(any_bento):
     assert {rest for name, rest in steps if name == "EXPOSE"} == {"3000", "3001"}
     assert Settings.model_fields["grpc_port"].default == 3001
     assert ("ENV", "BENTOML_DO_NOT_TRACK=True") in steps
+    purged = [
+        index for index, (_, rest) in enumerate(steps) if "apt-get purge" in rest and "build-essential" in rest
+    ]
+    assert purged[0] > max(index for index, (_, rest) in enumerate(steps) if "install.sh" in rest)
     (entrypoint,) = [json.loads(rest) for name, rest in steps if name == "ENTRYPOINT"]
     script = (bento / "env" / "docker" / Path(entrypoint[0]).name).read_text()
     assert "exec bentoml" in script  # so that SIGTERM reaches it
@@ -150,7 +154,17 @@ def test_manifests_fit_the_service():
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] >= pause + settings.drain_seconds + 5
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert ports == {"http": 3000, "grpc": settings.grpc_port}
+    assert ports == {"http": 3000, "grpc": settings.grpc_port, "metrics": settings.metrics_port}
+    assert template["metadata"]["annotations"]["prometheus.io/port"] == str(settings.metrics_port)
+    mounts = {each["mountPath"] for each in container["volumeMounts"]}
+    written = {each["value"] for each in container["env"] if each["name"] in ("TMPDIR", "BENTOML_HOME")}
+    assert all(any(Path(path).is_relative_to(mount) for mount in mounts) for path in written)
+    assert str(settings.api_keys_file.parent) in mounts
+    assert settings.bundle == ("/bundles",)
+    for each in (container, *pod["initContainers"]):
+        assert each["securityContext"]["readOnlyRootFilesystem"]
+    (monitor,) = documents(ROOT / "deploy" / "prometheus" / "service-monitor.yaml")
+    assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in found["Service"]["spec"]["ports"]}
     assert {port["targetPort"] for port in found["Service"]["spec"]["ports"]} == set(ports)
     for selector in (
         found["Deployment"]["spec"]["selector"]["matchLabels"],
@@ -160,7 +174,7 @@ def test_manifests_fit_the_service():
         assert selector.items() <= template["metadata"]["labels"].items()
     assert found["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == "avex-serve"
     known = {f"AVEX_{name.upper()}" for name in Settings.model_fields}
-    assert {each["name"] for each in container["env"]} <= known
+    assert {each["name"] for each in container["env"] if each["name"].startswith("AVEX_")} <= known
 
 
 def test_probes_are_routes(audio_server):

@@ -238,4 +238,5 @@ def test_a_bundle_that_only_the_worker_can_refuse(tmp_path, audio_bundle, listed
 def test_bentofile_lists_the_dependencies():
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     bentofile = yaml.safe_load((CHECKOUT / "bentofile.yaml").read_text())
-    assert bentofile["python"]["packages"] == project["dependencies"]
+    tracing = project["optional-dependencies"]["tracing"]
+    assert sorted(bentofile["python"]["packages"]) == sorted([*project["dependencies"], *tracing])

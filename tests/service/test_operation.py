@@ -21,7 +21,7 @@ from avex_serve.service import AvexService
 from avex_serve.service.http.app import ENDPOINTS
 from avex_serve.service.oip.protocol import REFUSED_PATHS
 from tests.clients import until
-from tests.service.conftest import free_ports, running_server
+from tests.service.conftest import encode, free_ports, running_server
 
 PATIENCE = 30  # seconds
 MODEL_READY = "/inference.GRPCInferenceService/ModelReady"
@@ -349,3 +349,13 @@ def test_answers_are_what_openapi_says(server, wav):
     inputs = [{"name": "waveform", "datatype": "FP32", "shape": [1, 1600], "data": [0.5] * 1600}]
     check("POST", "/v2/models/tiny/infer", 200, "/v2/models/{name}/infer", json={"inputs": inputs})
     check("POST", "/v2/models/tiny/infer", 400, "/v2/models/{name}/infer", json={"inputs": []})
+
+
+def test_the_stages_add_up_on_an_idle_server(tmp_path, slow_bundle):
+    """A long recording, so that what is no stage (the arrival of the body, the answer's text) takes little of it."""
+    recording = encode(10, 44100, 2, "FLAC")
+    with running_server(tmp_path, AVEX_BUNDLE=str(slow_bundle), AVEX_LOG_FORMAT="json", AVEX_THREADS="2") as server:
+        server.client.post("/predict", content=recording, headers={"X-Request-ID": "long"}).raise_for_status()
+        (line,) = line_of(server, "long")
+    total = sum(line[stage] for stage in ("decode_ms", "resample_ms", "queue_ms", "infer_ms"))
+    assert 0.8 * line["duration_ms"] <= total <= line["duration_ms"]

@@ -5,6 +5,7 @@ into a pool of their own. Generated code would tie the project to one range of p
 process that also loads Triton's client, which registers the same names.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
 
@@ -19,8 +20,14 @@ PACKAGE: Final = "inference"
 SERVICE: Final = f"{PACKAGE}.GRPCInferenceService"
 DESCRIPTORS: Final = Path(__file__).with_name("open_inference.binpb")  # made by `make proto`
 
+
+def descriptors() -> Sequence[descriptor_pb2.FileDescriptorProto]:
+    """What describes the protocol."""
+    return descriptor_pb2.FileDescriptorSet.FromString(DESCRIPTORS.read_bytes()).file
+
+
 _pool = descriptor_pool.DescriptorPool()
-for _file in descriptor_pb2.FileDescriptorSet.FromString(DESCRIPTORS.read_bytes()).file:
+for _file in descriptors():
     _pool.Add(_file)
 
 

@@ -22,6 +22,7 @@ from avex_serve.service.credentials import server_credentials
 from avex_serve.service.front import OTHER, Call, Front, GrpcFront
 from avex_serve.service.grpc.health import Health
 from avex_serve.service.grpc.messages import MAX_PARTS, SERVICE, message, message_class, split
+from avex_serve.service.grpc.reflection import REFLECTION, Reflection
 from avex_serve.service.oip import protocol
 from avex_serve.service.parsing import BOOL, BYTES, FP32
 
@@ -65,6 +66,7 @@ class GrpcServer:
     def __init__(self, front: Front) -> None:
         self._front = front
         self._health = Health(front.ready)
+        self._reflection = Reflection()
 
     @classmethod
     async def start(cls, front: Front) -> "GrpcServer":
@@ -88,6 +90,8 @@ class GrpcServer:
         )
         server.add_registered_method_handlers(SERVICE, _Methods(self._front).handlers())
         server.add_registered_method_handlers(HEALTH_SERVICE, self._health.handlers())
+        for name in REFLECTION:
+            server.add_registered_method_handlers(name, self._reflection.handlers())
         try:
             if credentials is None:
                 server.add_insecure_port(settings.grpc_address)
@@ -196,8 +200,10 @@ class _Methods:
     async def _model_metadata(self, request: Any) -> Message:
         with self._model(request.name, request.version) as model:
             fields = asdict(model.metadata())
-        del fields["parameters"]
-        return message_class("ModelMetadataResponse")(**fields)
+        parameters = fields.pop("parameters")
+        response = message_class("ModelMetadataResponse")(**fields)
+        _set_parameters(response, parameters)
+        return response
 
     async def _model_config(self, request: Any) -> Message:
         with self._model(request.name, request.version) as model:
@@ -229,9 +235,7 @@ class _Methods:
         response: Any = message_class("ModelInferResponse")(
             model_name=model.name, model_version=model.version, id=request.id
         )
-        for key, parameter in answer.parameters.items():
-            field = "bool_param" if isinstance(parameter, bool) else "string_param"
-            setattr(response.parameters[key], field, parameter)
+        _set_parameters(response, answer.parameters)
         for name, tensor in answer.outputs.items():
             response.outputs.add(name=name, datatype=tensor.datatype, shape=tensor.array.shape)
             response.raw_output_contents.append(protocol.to_raw(tensor))
@@ -288,6 +292,12 @@ def _check_count(tensor: Any, count: int) -> None:
     """Refuse elements that don't fit the shape, before they are copied."""
     if count != parsing.elements(tensor.name, tensor.shape):
         raise TensorError(f"input {tensor.name!r} of shape {list(tensor.shape)} has {count} elements")
+
+
+def _set_parameters(message: Any, parameters: protocol.Parameters) -> None:
+    fields = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
+    for key, parameter in parameters.items():
+        setattr(message.parameters[key], fields[type(parameter)], parameter)
 
 
 def _parameters(message: Any) -> dict[str, Any]:

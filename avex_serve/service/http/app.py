@@ -4,7 +4,8 @@
          /embed
     POST /classify                  JSON, for embedding bundles
     /v2…                            the Open Inference Protocol
-    /, /metrics, /docs.json         about the service itself
+    /, /models, /metrics,           about the service itself
+         /docs.json
 
 What isn't here, or has no handler here, BentoML answers, except that a path which nobody knows is refused in our
 words. Its own handlers of `/predict` and so on are never reached over the network: see
@@ -387,6 +388,7 @@ ENDPOINTS: Final = (
     ),
     _recordings(pages.EMBED, pipeline.embed, openapi.EMBED, "Embeddings of a recording, one a window", "Embedding"),
     _post(pages.CLASSIFY, _classify, openapi.classify()),
+    _get(pages.DESCRIPTION, pages.model, openapi.description()),
     _get("/v2", _server_metadata, openapi.get("Name, version and extensions of the server", "ServerMetadata")),
     _get("/v2/health/live", _live, openapi.flag("Whether the process is alive", "live")),
     _get("/v2/health/ready", _ready, openapi.flag("Whether requests are accepted", "ready", unready=True)),

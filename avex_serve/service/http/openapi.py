@@ -179,6 +179,14 @@ def model(summary: str, answer: str | None, names: Sequence[str]) -> Schema:
     return _operation(summary, _json(_component(answer)), _path(names), others=missing)
 
 
+def description() -> Schema:
+    """What a client must know of a model."""
+    version = {"name": "version", "in": "query", "description": "by default its newest one", "schema": _STRING}
+    operation = model("Labels, score scale, windows and audio needs of a model", "Model", ["name"])
+    operation["parameters"].append(version)
+    return operation
+
+
 def infer(names: Sequence[str]) -> Schema:
     """Inference by the protocol."""
     binary = {"application/octet-stream": {"schema": _BINARY}}
@@ -259,13 +267,46 @@ _INPUT: Final[Schema] = _object(
     {"name": _STRING, "shape": _SHAPE, "datatype": {"enum": ["FP32", "BYTES", "BOOL"]}},
     {"parameters": _ANY, "data": {"description": "numbers, nested as the shape or flat; for BYTES base64"}},
 )
-# The messages of the protocol, and errors.
+_SECONDS: Final[Schema] = {"type": "number", "description": "seconds"}
+_OPTIONAL_AUDIO: Final[Schema] = {
+    "description": "what recordings become; null: the model takes embeddings",
+    "anyOf": [
+        _object({
+            "sample_rate": {"type": "integer", "description": "Hz, to which recordings are resampled"},
+            "channels": {"const": 1, "description": "recordings are mixed down"},
+            "window": _SECONDS,
+            "shortest": {"type": "number", "description": "seconds; shorter windows are filled with zeros"},
+        }),
+        {"type": "null"},
+    ],
+}  # fmt: skip
+# The messages of the protocol, our description of a model, and errors.
 _PROTOCOL: Final[dict[str, Schema]] = {
     "Error": _object({"error": _STRING}),
     "ServerMetadata": _object({"name": _STRING, "version": _STRING, "extensions": _STRINGS}),
     "ModelMetadata": _object(
-        {"name": _STRING, "versions": _STRINGS, "platform": _STRING, "inputs": _TENSORS, "outputs": _TENSORS}
+        {"name": _STRING, "versions": _STRINGS, "platform": _STRING, "inputs": _TENSORS, "outputs": _TENSORS},
+        {"parameters": {
+            **_ANY,
+            "description": "trained; for audio sample_rate (Hz), channels, window_seconds and window_samples; for "
+            "each probe labels (a JSON list in the order of its scores) and score_scale, or NAME.labels and "
+            "NAME.score_scale if there are several",
+        }},
     ),
+    "Model": _object({
+        "name": _STRING, "version": _STRING, "versions": _STRINGS,
+        "kind": {"enum": ["audio", "embedding"]},
+        "audio": _OPTIONAL_AUDIO,
+        "probes": _list(_object({
+            "name": _STRING,
+            "labels": {**_STRINGS, "description": "in the order of the scores"},
+            "score_scale": {"enum": ["sigmoid", "softmax", "logits"]},
+            "threshold": {"type": "number", "description": "lowest score that is reported by default"},
+            "trained": _BOOLEAN,
+        })),
+        "embeddings": _list(_object({"output": _STRING, "shape": _SHAPE, "layers": _STRINGS})),
+        "trained": _BOOLEAN, "licence": _STRING, "format": _STRING, "device": _STRING,
+    }),
     "ModelReady": _object({"name": _STRING, "ready": _BOOLEAN}),
     "InferRequest": _object(
         {"inputs": _list(_INPUT)},
@@ -279,6 +320,10 @@ _PROTOCOL: Final[dict[str, Schema]] = {
         {"model_name": _STRING, "model_version": _STRING, "outputs": _list(_object(
             {"name": _STRING, "datatype": _STRING, "shape": _SHAPE}, {"parameters": _ANY, "data": _NUMBERS}
         ))},
-        {"id": _STRING, "parameters": _ANY},
+        {"id": _STRING, "parameters": {
+            **_ANY,
+            "description": "for recordings windows (a JSON list: rows of each recording) and spans (a JSON list: "
+            "start and end of each row in seconds), and warnings (a JSON list) if there are any; trained, if false",
+        }},
     ),
 }  # fmt: skip

@@ -13,7 +13,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
 from avex_serve import __version__
+from avex_serve.bundles.manifest import EmbeddingInfo, ProbeInfo
 from avex_serve.inference.engine import Engine
+from avex_serve.inference.scores import Selection, score_scale
 from avex_serve.service.front import METRICS, Front
 from avex_serve.service.metrics import METRICS_TYPE
 from avex_serve.service.settings import DEMO_WARNING
@@ -23,6 +25,7 @@ PREDICT: Final = "/predict"
 EMBED: Final = "/embed"
 CLASSIFY: Final = "/classify"
 MODEL: Final = "/v2/models/{name}"
+DESCRIPTION: Final = "/models/{name}"
 
 
 async def home(front: Front, request: Request) -> Response:
@@ -70,6 +73,46 @@ def describe(engine: Engine) -> dict[str, Any]:
         "device": engine.backend.device,
         "threads": engine.threads,
     }
+
+
+async def model(front: Front, request: Request) -> Response:
+    """What a client must know of a model."""
+    name, version = request.path_params["name"], request.query_params.get("version")
+    with front.repository.lease(name, version) as engine:
+        document = {
+            **describe(engine),
+            "versions": front.repository.versions(name),
+            "audio": _audio(engine),
+            "probes": [_probe(engine, probe) for probe in engine.manifest.probes],
+            "embeddings": [_embedding(engine, info) for info in engine.manifest.embeddings],
+        }
+    return Response(msgspec.json.encode(document), media_type="application/json")
+
+
+def _audio(engine: Engine) -> dict[str, Any] | None:
+    if (audio := engine.manifest.audio) is None:
+        return None
+    shortest = audio.window_samples if audio.shortest_samples is None else audio.shortest_samples
+    return {
+        "sample_rate": audio.sample_rate,
+        "channels": 1,
+        "window": audio.window_samples / audio.sample_rate,
+        "shortest": shortest / audio.sample_rate,
+    }
+
+
+def _probe(engine: Engine, probe: ProbeInfo) -> dict[str, Any]:
+    return {
+        "name": probe.name,
+        "labels": engine.labels(probe.name),
+        "score_scale": score_scale(probe.activation),
+        "threshold": Selection.of(probe.activation, None, None).threshold,
+        "trained": probe.trained,
+    }
+
+
+def _embedding(engine: Engine, info: EmbeddingInfo) -> dict[str, Any]:
+    return {"output": info.output, "shape": engine.manifest.output(info.output).shape[1:], "layers": info.layers}
 
 
 def prefers_html(accept: str) -> bool:

@@ -12,11 +12,17 @@ clip is padded. Without it, nothing is padded.
 
 The answer has the outputs of the manifest and, for each probe, ``scores``: the logits after the activation, one row
 a window. If there are several probes, they are NAME.scores and NAME.logits. For BYTES the rows of all recordings
-follow one another, and the response parameter ``windows`` holds a JSON list of the number of rows of each recording,
-e.g. ``"[3, 1]"``. The response parameter ``warnings`` is present, a JSON list of sentences, if there are reasons to
-doubt the answer. The response parameter ``trained`` is present, and false, if a head has random weights. Request
-parameters are ``overlap`` in seconds, ``final_clip`` and ``channel`` (all for BYTES), and ``probe``; others are
-ignored, since clients add their own.
+follow one another, and these response parameters tell them apart:
+
+    windows    a JSON list of the number of rows of each recording, e.g. ``"[3, 1]"``
+    spans      a JSON list of the start and end of each row, in seconds of its recording, e.g.
+               ``"[[0.0, 5.0], [5.0, 10.0], [10.0, 11.2], [0.0, 3.0]]"``
+
+The response parameter ``warnings`` is present, a JSON list of sentences, if there are reasons to doubt the answer;
+``trained`` is present, and false, if a head has random weights. Request parameters are ``overlap`` in seconds,
+``final_clip`` and ``channel`` (all for BYTES), and ``probe``; others are ignored, since clients add their own.
+
+The metadata of a model have as parameters what a client must know of it: see `Model.metadata`.
 
 An output that is requested with the parameter ``classification: k`` (Triton's extension) is answered as BYTES, the k
 largest values of each row as ``value:index:label``.
@@ -38,7 +44,7 @@ from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
-from avex_serve.inference.scores import activate
+from avex_serve.inference.scores import activate, score_scale
 from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
 from avex_serve.service.parsing import BOOL, BYTES, FP32, LENGTH_BYTES
@@ -57,7 +63,9 @@ EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_configuratio
 _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 STEP: Final = 1000  # texts of a classification that are made in about a millisecond
 TEXT_BYTES: Final = 256  # of memory for each of these texts in an answer: measured, rounded up
+SPAN_BYTES: Final = 512  # of memory for the start and end of a window as text; measured, rounded up
 PARAMETERS: Final = ("overlap", "final_clip", "channel", "probe")  # request parameters with a meaning here
+Parameters = dict[str, str | bool | int | float]  # of a model or a response; lists are JSON, since gRPC has none
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class ModelMetadata:
     platform: str
     inputs: tuple[TensorMetadata, ...]
     outputs: tuple[TensorMetadata, ...]
-    parameters: dict[str, bool]  # only over HTTP: gRPC's message has no field for them
+    parameters: "Parameters"
 
 
 @dataclass(frozen=True)
@@ -121,7 +129,7 @@ class InferAnswer:
     """Outputs by name, and the parameters of the response."""
 
     outputs: dict[str, OutputTensor]
-    parameters: dict[str, str | bool]
+    parameters: "Parameters"
 
 
 class Model:
@@ -143,7 +151,12 @@ class Model:
         return self._engine.manifest.version
 
     def metadata(self) -> ModelMetadata:
-        """What the model takes and answers."""
+        """What the model takes and answers.
+
+        Its parameters are, if it takes audio, those of `_audio_needs`, and for each probe ``labels``, a JSON list in
+        the order of its scores, and ``score_scale``: sigmoid, softmax or logits. They are named as the outputs:
+        NAME.labels if there are several. ``trained`` is false if a head has random weights.
+        """
         manifest = self._engine.manifest
         outputs = [TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.outputs]
         scores = [TensorMetadata(p.scores, FP32, manifest.output(p.logits).shape) for p in manifest.probes]
@@ -153,8 +166,28 @@ class Model:
             platform=PLATFORMS[self._engine.backend.format],
             inputs=tuple(TensorMetadata(spec.name, _DATATYPES[spec.dtype], spec.shape) for spec in manifest.inputs),
             outputs=(*outputs, *scores),
-            parameters={"trained": manifest.trained},
+            parameters={"trained": manifest.trained, **self._audio_needs(), **self._probe_parameters()},
         )
+
+    def _audio_needs(self) -> "Parameters":
+        """For a model that takes audio: ``sample_rate`` in Hz, ``channels``, and windows in seconds and samples."""
+        if (audio := self._engine.manifest.audio) is None:
+            return {}
+        needs: Parameters = {
+            "sample_rate": audio.sample_rate,
+            "channels": 1,
+            "window_seconds": audio.window_samples / audio.sample_rate,
+            "window_samples": audio.window_samples,
+        }
+        return needs if audio.shortest_samples is None else {**needs, "shortest_samples": audio.shortest_samples}
+
+    def _probe_parameters(self) -> "Parameters":
+        parameters: Parameters = {}
+        for probe in self._engine.manifest.probes:
+            prefix = probe.logits.removesuffix("logits")
+            parameters[f"{prefix}labels"] = json.dumps(self._engine.labels(probe.name), ensure_ascii=False)
+            parameters[f"{prefix}score_scale"] = score_scale(probe.activation)
+        return parameters
 
     def config(self) -> dict[str, Any]:
         """The configuration as Triton describes it, the fields that have a meaning here.
@@ -188,10 +221,9 @@ class Model:
             self._engine.probe(request.query.probe)
         wanted = self._wanted(request.outputs)
         tensor, mask = self._inputs(request.inputs)
-        parameters: dict[str, str | bool] = {}
+        parameters: Parameters = {}
         if isinstance(tensor.data, list):
-            outputs, windows, warnings = self._infer_recordings(tensor.data, request.query)
-            parameters["windows"] = json.dumps(windows)
+            outputs, parameters, warnings = self._infer_recordings(tensor.data, request.query)
         else:
             batch = _shaped(tensor)
             outputs, warnings = self._engine.infer(batch, mask), [*self._engine.warnings]
@@ -247,8 +279,8 @@ class Model:
 
     def _infer_recordings(
         self, recordings: list[bytes], query: Query
-    ) -> tuple[dict[str, np.ndarray], list[int], list[str]]:
-        """The outputs, the number of windows of each recording, and the warnings about them."""
+    ) -> tuple[dict[str, np.ndarray], "Parameters", list[str]]:
+        """The outputs, the parameters that say which windows they are of, and the warnings."""
         if not recordings:
             raise TensorError("no recordings; send at least one element")
         answers = []
@@ -261,7 +293,13 @@ class Model:
             for number, answer in enumerate(answers, 1)
             for warning in answer.warnings
         ]
-        return outputs, [len(answer.spans) for answer in answers], warnings
+        spans = np.concatenate([answer.spans for answer in answers])
+        current().extend_answer(SPAN_BYTES * len(spans), "send fewer recordings at once, or with less overlap")
+        parameters: Parameters = {
+            "windows": json.dumps([len(answer.spans) for answer in answers]),
+            "spans": json.dumps(spans.tolist()),
+        }
+        return outputs, parameters, warnings
 
 
 def server_metadata() -> dict[str, Any]:
