@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone, tzinfo
 from typing import Any, Final
@@ -36,8 +36,13 @@ class Choice:
     merge_mean: bool = False  # the score of such a row is the mean of the windows' instead of the highest
 
 
-def make_table(store: Store, choice: Choice) -> Table:
+def make_table(store: Store, choice: Choice, paths: Collection[str] | None = None) -> Table:
     """The table of the last run's results; its rows are read while they are written.
+
+    Args:
+        store: open for reading.
+        choice: what is shown.
+        paths: of the recordings that the table is about; None: of all.
 
     Raises:
         NotFoundError: the store has no results, or a label of the choice is in no probe.
@@ -52,7 +57,9 @@ def make_table(store: Store, choice: Choice) -> Table:
     recordings = [
         _recording(entry, choice.zone)
         for entry in entries
-        if entry.computed and any(entry.recording in names for names in done)
+        if (paths is None or entry.path in paths)
+        and entry.computed
+        and any(entry.recording in names for names in done)
     ]
     about = {
         "results": [msgspec.to_builtins(_described(results)) for results in sets],

@@ -26,10 +26,16 @@ def add_parser(commands: Any) -> None:
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose what a table shows."""
-    group = parser.add_argument_group("tables", "None of these needs inference: change them as often as you like.")
-    group.add_argument(
+    """Add the options of a table's format and of what it shows."""
+    add_selection(parser).add_argument(
         "--format", action="append", choices=FORMATS, help="of the table; several times for several (default: csv)"
+    )
+
+
+def add_selection(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
+    """Add the options that choose which detections are shown."""
+    group = parser.add_argument_group(
+        "detections", "None of these needs inference: change them as often as you like."
     )
     group.add_argument(
         "--threshold",
@@ -51,6 +57,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--merge-score", choices=("max", "mean"), default="max", help="of joined windows (default: max)"
     )
+    return group
 
 
 def run(arguments: argparse.Namespace) -> int:
