@@ -74,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     from avex_serve.archive.files import find_recordings
     from avex_serve.inference.backend import open_bundle
     from avex_serve.inference.pipeline import Query
+    from avex_serve.inference.scores import Selection
 
     query = Query(
         threshold=arguments.threshold,
@@ -87,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     code = 0
     with open_bundle(arguments.bundle, arguments.device, precision=arguments.precision) as engine:
         _check(engine, query)
-        labels = engine.labels(engine.probe(query.probe).name)
+        head = engine.probe(query.probe)
+        labels = engine.labels(head.name)
         hidden, shown = _known(arguments.hide, labels), _known(arguments.show, labels)
         if not arguments.json:
             hidden |= {label for label in labels if label.casefold() in NOTHING} - shown
@@ -95,6 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
             note("the head has random weights: its answers mean nothing")
         if (left_out := found.note()) is not None:
             note(left_out)
+        about_all = {*engine.warnings, *Selection.of(head.activation, query.threshold, query.top_k).warnings}
+        for warning in sorted(about_all):
+            note(warning)
         for path, fault in found.recordings.items():
             try:
                 if fault is not None:
@@ -106,7 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
                     print(json.dumps({"file": path, "error": str(error)}), flush=True)
                 continue
             for warning in prediction.warnings:
-                note(f"{quoted(path)}: {warning}")
+                if warning not in about_all:
+                    note(f"{quoted(path)}: {warning}")
             kept = [each for each in prediction.detections if each.label not in hidden]
             count = len(prediction.detections) - len(kept)
             prediction.detections = kept

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar, get_args, get_type_hints
 import msgspec
 import numpy as np
 
-from avex_serve.audio.reader import AudioStream, open_audio
+from avex_serve.audio.reader import AudioStream, Channel, open_audio
 from avex_serve.errors import AudioError, InputError, TensorError, TooLargeError, naming
 from avex_serve.inference.pipeline import Query
 from avex_serve.scheduling.request import current
@@ -194,17 +194,20 @@ def kind_of(data: bytes) -> str | None:
 
 
 @contextmanager
-def open_recording(data: bytes, item: str = "", remedy: str = "send the file's own bytes") -> Iterator[AudioStream]:
+def open_recording(
+    channel: Channel, *, data: bytes, item: str = "", remedy: str = "send the file's own bytes"
+) -> Iterator[AudioStream]:
     """Open a recording that a client sent; errors as of `open_audio`.
 
     Args:
+        channel: which one to read.
         data: the encoded bytes.
         item: which recording of several it is, for messages.
         remedy: how to send a recording, for messages about bytes that are something else.
     """
     with naming(item):
         try:
-            with open_audio(data) as stream:
+            with open_audio(data, channel) as stream:
                 yield stream
         except AudioError as error:
             if (kind := kind_of(data)) in (None, RECORDING):

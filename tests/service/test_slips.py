@@ -11,6 +11,7 @@ import pytest
 import soundfile
 from tritonclient.grpc import service_pb2
 
+from avex_serve import decode
 from tests.bundles import WINDOW
 from tests.service.conftest import encode
 
@@ -210,3 +211,34 @@ def test_an_option_is_about_no_recording(audio_server):
 def test_windows_of_the_wrong_length(audio_server):
     tensor = {"name": "waveform", "datatype": "FP32", "shape": [1, 3], "data": [0, 0, 0]}
     assert f"expected [-1, {WINDOW}]" in error(audio_server.post(INFER, json={"inputs": [tensor]}))
+
+
+# -- channels, and messages about them ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channel", [1, 2, "mix"])
+def test_the_channel_that_is_asked_for_is_read_over_both_transports(audio_server, audio_engine, channel):
+    file = io.BytesIO()
+    noise = np.random.default_rng(4).uniform(-0.5, 0.5, (4000, 2))
+    soundfile.write(file, noise, 16000, format="WAV", subtype="FLOAT")
+    expected = audio_engine.score(*decode(file.getvalue(), channel)).scores
+    answer = audio_server.post(
+        "/predict", params={"channel": channel, "threshold": -1}, files={"audio": file.getvalue()}
+    )
+    found = {(each["start"], each["label"]): each["score"] for each in answer.json()["detections"]}
+    assert sorted(found.values()) == pytest.approx(sorted(expected.ravel().tolist()))
+    for inputs in ([file.getvalue()], [file.getvalue()] * 2):
+        body = infer_json(*(base64.b64encode(each).decode() for each in inputs), channel=channel)
+        scores = next(
+            output for output in audio_server.post(INFER, json=body).json()["outputs"] if output["name"] == "scores"
+        )
+        assert scores["data"] == pytest.approx(np.concatenate([expected] * len(inputs)).ravel().tolist())
+
+
+def test_a_channel_that_is_not_there(audio_server):
+    told = error(audio_server.post("/predict", params={"channel": 3}, content=WAV))
+    assert told.startswith("channel is 3; expected 1 to 2")
+    told = error(audio_server.post("/predict", params={"channel": 1}, content=b""))
+    assert told.startswith("the audio is empty")
+    told = error(audio_server.post(INFER, json=infer_json(BASE64, BASE64, channel=3)))
+    assert told.startswith("recording 1: channel is 3; expected 1 to 2")

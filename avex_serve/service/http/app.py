@@ -253,7 +253,7 @@ async def _ask(question: Question, options: Collection[str], front: Front, reque
 
     def answer() -> bytes:
         # Encoded in the thread as well: the embeddings of a long recording take seconds.
-        recording = partial(parsing.open_recording, audio, remedy=SEND_BODY)
+        recording = partial(parsing.open_recording, data=audio, remedy=SEND_BODY)
         return msgspec.json.encode(question(front.repository, recording, query))
 
     return Response(await front.infer(answer), media_type="application/json")

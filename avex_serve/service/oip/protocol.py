@@ -285,7 +285,8 @@ class Model:
             raise TensorError("no recordings; send at least one element")
         answers = []
         for number, recording in enumerate(recordings, 1):
-            audio = partial(parsing.open_recording, recording, f"recording {number}" if len(recordings) > 1 else "")
+            item = f"recording {number}" if len(recordings) > 1 else ""
+            audio = partial(parsing.open_recording, data=recording, item=item)
             answers.append(pipeline.infer_recording(self._repository, self._engine, audio, query))
         outputs = {name: np.concatenate([answer.outputs[name] for answer in answers]) for name in answers[0].outputs}
         warnings = [
