@@ -639,7 +639,7 @@ def test_the_command_to_serve_it_can_be_copied(tmp_path, export, name):
     variable, *command = shlex.split(out.splitlines()[-1].removeprefix("serve it: "))
     assert (code, command) == (0, ["bentoml", "serve", "avex_serve.service:AvexService"])
     settings = Settings.from_environment(dict([variable.split("=", 1)]))
-    assert settings.bundle == (tmp_path / name,)
+    assert settings.bundle == (str(tmp_path / name),)
 
 
 # -- standard output -----------------------------------------------------------------------------------------------

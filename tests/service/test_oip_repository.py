@@ -147,8 +147,8 @@ def test_metadata_and_configuration(triton, server):
     inputs = [(each["name"], each["data_type"], [int(size) for size in each["dims"]]) for each in config["input"]]
     assert inputs == [("waveform", "TYPE_FP32", [-1, WINDOW])]
     assert [each["name"] for each in config["output"]] == ["logits", "embedding", "scores"]
-    assert config["parameters"] == {"trained": {"string_value": "false"}}
-    assert server.get("/v2/models/random").json()["parameters"] == {"trained": False}
+    assert config["parameters"]["trained"] == {"string_value": "false"}
+    assert server.get("/v2/models/random").json()["parameters"]["trained"] is False
     extensions = as_dict(client.get_server_metadata())["extensions"]
     assert {"model_repository", "model_configuration", "classification", "binary_tensor_data"} <= set(extensions)
 
@@ -403,6 +403,7 @@ def test_health_follows_the_models(tmp_path):
         running_server(tmp_path / "server", **variables) as server,
         grpc.insecure_channel(server.grpc) as channel,
         tritonclient.grpc.InferenceServerClient(server.grpc) as client,
+        contextlib.ExitStack() as stack,
     ):
         health = health_pb2_grpc.HealthStub(channel)
         serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -418,7 +419,13 @@ def test_health_follows_the_models(tmp_path):
                 assert answer.status == (serving if ready else not_serving)
         unknown = health.Watch(health_pb2.HealthCheckRequest(service="tiny"), timeout=60)
         assert next(unknown).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        more = [health.Watch(health_pb2.HealthCheckRequest(), timeout=60) for _ in range(MAX_WATCHERS - 2)]
+        # A connection has at most 100 calls at a time.
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        channels = [stack.enter_context(grpc.insecure_channel(server.grpc, options=own)) for _ in range(3)]
+        stubs = [health_pb2_grpc.HealthStub(each) for each in channels]
+        more = [
+            stubs[index % 3].Watch(health_pb2.HealthCheckRequest(), timeout=60) for index in range(MAX_WATCHERS - 2)
+        ]
         assert all(next(each).status == serving for each in more)
         with pytest.raises(grpc.RpcError) as refused:
             next(health.Watch(health_pb2.HealthCheckRequest(), timeout=60))
