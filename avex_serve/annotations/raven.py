@@ -11,7 +11,7 @@ from avex_serve.annotations.table import Format, Table, new_file, one_line
 
 HEADER = (
     "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\tLow Freq (Hz)\tHigh Freq (Hz)\tBegin File\tBegin Path\t"
-    "File Offset (s)\tLabel\tScore\n"
+    "File Offset (s)\tLabel\tScore"
 )
 
 
@@ -20,15 +20,16 @@ def write(table: Table, target: Path) -> None:
     before = 0.0  # seconds of the files before this one
     selection = 0
     with new_file(target) as file:
-        file.write(HEADER)
+        file.write(HEADER + ("\tProbability" if table.calibrated else "") + "\n")
         for recording, annotations in table.rows:
             name, path = _cell(recording.name), _cell(recording.path)
             for one in annotations:
                 selection += 1
+                known = "" if one.probability is None else f"{one.probability:.4f}"
                 file.write(
                     f"{selection}\tSpectrogram 1\t1\t{before + one.start:.6f}\t{before + one.end:.6f}\t0.0\t"
                     f"{one.high_frequency(recording):.1f}\t{name}\t{path}\t{one.start:.6f}\t{_cell(one.label)}\t"
-                    f"{one.score:.4f}\n"
+                    f"{one.score:.4f}" + (f"\t{known}" if table.calibrated else "") + "\n"
                 )
             before += recording.duration
 

@@ -137,12 +137,12 @@ class Store:
         return [sets[name] for name in self.description.current if name in sets]
 
     def use_sets(self, sets: Sequence[ResultSet]) -> None:
-        """Make these the current sets; new ones get a folder."""
+        """Make these the current sets; new ones get a folder, and others the version and calibration of these."""
         for results in sets:
-            folder = self._folder(results)
-            if not (folder / SET).exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                _write(self.folder, str((folder / SET).relative_to(self.folder)), _document(results))
+            path, document = self._folder(results) / SET, _document(results)
+            if not path.exists() or path.read_bytes() != document:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write(self.folder, str(path.relative_to(self.folder)), document)
         self.description = Description(LAYOUT, tuple(each.name for each in sets))
         _write(self.folder, DESCRIPTION, _document(self.description))
 

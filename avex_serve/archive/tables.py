@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone, tzinfo
 from typing import Any, Final
@@ -15,7 +15,7 @@ from avex_serve.annotations.table import Annotation, Recording, Table
 from avex_serve.archive.plan import Probe, ResultSet
 from avex_serve.archive.store import Entry, Store, connect, quoted
 from avex_serve.errors import InputError, NotFoundError
-from avex_serve.inference.scores import Selection
+from avex_serve.inference.scores import Selection, Threshold
 from avex_serve.scheduling.cores import usable_cores
 
 CHUNK_FILES: Final = 500  # result files that one statement reads
@@ -27,8 +27,7 @@ SAME_TIME: Final = 1e-6  # seconds, far less than a sample: two windows touch de
 class Choice:
     """Which scores a table shows. None of it changes scores, so that another choice costs no inference."""
 
-    threshold: float | None = None  # lowest score; see `avex_serve.inference.scores.Selection`
-    thresholds: Mapping[str, float] | None = None  # by label; `threshold` is for the labels that aren't in it
+    threshold: Threshold = None  # lowest score; see `avex_serve.inference.scores.Selection`
     top_k: int | None = None  # most labels of a window and a probe
     labels: Sequence[str] | None = None  # the labels to show; None: all
     merge_gap: float | None = None  # seconds between windows that become one row; None: windows stay apart
@@ -69,7 +68,8 @@ def make_table(store: Store, choice: Choice, paths: Collection[str] | None = Non
             if value is not None
         },
     }
-    return Table(recordings, _rows(store, sets, done, recordings, classes, choice), about)
+    calibrated = any(probe.calibration is not None for results in sets for probe in results.probes)
+    return Table(recordings, _rows(store, sets, done, recordings, classes, choice), about, calibrated)
 
 
 def _fields(choice: Choice) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def check_choice(sets: Sequence[ResultSet], choice: Choice) -> dict[str, np.ndar
     if choice.merge_gap is not None and not choice.merge_gap >= 0:
         raise InputError(f"the gap to merge is {choice.merge_gap} s; expected at least 0")
     known = {label for results in sets for probe in results.probes for label in probe.labels}
-    asked = {*(choice.labels or ()), *(choice.thresholds or {})}
+    asked = {*(choice.labels or ()), *(choice.threshold if isinstance(choice.threshold, Mapping) else ())}
     if unknown := sorted(asked - known):
         raise NotFoundError(
             f"no probe has the labels {', '.join(map(repr, unknown[:5]))}; one of the {len(known)} labels is "
@@ -121,17 +121,21 @@ def check_choice(sets: Sequence[ResultSet], choice: Choice) -> dict[str, np.ndar
     rows: list[tuple[int, str, str, int, float]] = []
     for index, results in enumerate(sets):
         for probe in results.probes:
-            activation = "none" if probe.scale == "logits" else probe.scale
-            lowest = Selection.of(activation, choice.threshold, choice.top_k).threshold
-            for label in probe.labels:
+            lowest = np.broadcast_to(_selection(probe, choice).threshold, len(probe.labels)).tolist()
+            for label, limit in zip(probe.labels, lowest, strict=True):
                 if label in shown:
-                    limit = (choice.thresholds or {}).get(label, lowest)
-                    Selection.of(activation, None if limit == lowest else limit, choice.top_k)  # checks it
                     rows.append((index, probe.name, label, len(rows), limit))
     columns = list(zip(*rows, strict=True))
     kinds = (np.int32, object, object, np.int32, np.float64)
     names = ("source", "probe", "label", "class", "lowest")
     return {name: np.array(column, kind) for name, column, kind in zip(names, columns, kinds, strict=True)}
+
+
+def _selection(probe: Probe, choice: Choice) -> Selection:
+    threshold = choice.threshold
+    if isinstance(threshold, Mapping):
+        threshold = {label: value for label, value in threshold.items() if label in probe.labels}
+    return Selection.of(probe.activation, threshold, choice.top_k, probe.labels, probe.calibrator)
 
 
 def _rows(
@@ -145,7 +149,7 @@ def _rows(
     with connect(threads=usable_cores()) as database:
         database.register("classes", classes)
         for chunk in _chunks(recordings, len(sets)):
-            found = _select(database, store, sets, done, chunk, classes, choice)
+            found = _calibrated(_select(database, store, sets, done, chunk, classes, choice), sets)
             groups = itertools.groupby(found, key=lambda row: row[0])
             group = next(groups, None)
             for position, recording in enumerate(chunk):
@@ -179,8 +183,11 @@ def _select(
     chunk: Sequence[Recording],
     classes: dict[str, np.ndarray],
     choice: Choice,
-) -> Iterator[tuple[Any, ...]]:
-    """Rows of position in the chunk, source, start, end, probe, label and score; in the order of the table."""
+) -> Iterator[list[tuple[Any, ...]]]:
+    """Rows of position in the chunk, source, start, end, probe, label and score; in the order of the table.
+
+    They come in lists of some thousands.
+    """
     digests = np.array([recording.digest for recording in chunk], dtype=object)
     database.register("chunk", {"position": np.arange(len(chunk), dtype=np.int32), "recording": digests})
     floor = float(classes["lowest"].min())
@@ -203,13 +210,33 @@ def _select(
         ORDER BY position, start, source, probe, score DESC, class"""
     )
     while rows := result.fetchmany(10_000):
-        yield from rows
+        yield rows
+
+
+def _calibrated(found: Iterable[list[tuple[Any, ...]]], sets: Sequence[ResultSet]) -> Iterator[tuple[Any, ...]]:
+    """The rows of `_select`, each with the probability of its label, None where it is not calibrated."""
+    heads = {
+        (source, probe.name): (calibrator, {label: place for place, label in enumerate(probe.labels)})
+        for source, results in enumerate(sets)
+        for probe in results.probes
+        if (calibrator := probe.calibrator) is not None
+    }
+    for rows in found:
+        probabilities: list[float | None] = [None] * len(rows)
+        for (source, name), (calibrator, place) in heads.items():
+            own = [i for i, row in enumerate(rows) if (row[1], row[4]) == (source, name)]
+            scores = np.array([rows[i][6] for i in own], np.float32)
+            values = calibrator.probabilities(scores, np.array([place[rows[i][5]] for i in own], int))
+            for i, value in zip(own, values.tolist(), strict=True):
+                probabilities[i] = None if math.isnan(value) else value
+        yield from ((*row, probability) for row, probability in zip(rows, probabilities, strict=True))
 
 
 def _annotation(row: tuple[Any, ...], sets: Sequence[ResultSet]) -> Annotation:
-    _, source, start, end, probe, label, score = row
+    _, source, start, end, probe, label, score, probability = row
     results = sets[source]
-    return Annotation(start, end, label, score, results.cut.bandwidth, results.bundle, results.version, probe)
+    place = (results.cut.bandwidth, results.bundle, results.version, probe)
+    return Annotation(start, end, label, score, *place, probability)
 
 
 def merge(annotations: Sequence[Annotation], gap: float, *, mean: bool) -> list[Annotation]:
@@ -234,6 +261,12 @@ def merge(annotations: Sequence[Annotation], gap: float, *, mean: bool) -> list[
 
 
 def _joined(group: Sequence[Annotation], *, mean: bool) -> Annotation:
-    scores = [one.score for one in group]
-    score = sum(scores) / len(scores) if mean else max(scores)
-    return group[0]._replace(end=max(one.end for one in group), score=score)
+    def join(values: Sequence[float]) -> float:
+        return sum(values) / len(values) if mean else max(values)
+
+    probabilities = [one.probability for one in group if one.probability is not None]
+    return group[0]._replace(
+        end=max(one.end for one in group),
+        score=join([one.score for one in group]),
+        probability=join(probabilities) if probabilities else None,
+    )

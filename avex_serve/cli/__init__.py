@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from avex_serve import __version__
 from avex_serve.cli import (
+    calibrate,
     classify,
     demo,
     evaluate,
@@ -26,7 +27,22 @@ from avex_serve.cli import (
 from avex_serve.cli.output import drop_output, escape_unprintable, fail
 from avex_serve.errors import AvexServeError
 
-COMMANDS = (inventory, predict, run, status, tables, classify, report, plot, fit, evaluate, verify, settings, demo)
+COMMANDS = (
+    inventory,
+    predict,
+    run,
+    status,
+    tables,
+    classify,
+    report,
+    plot,
+    fit,
+    evaluate,
+    calibrate,
+    verify,
+    settings,
+    demo,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

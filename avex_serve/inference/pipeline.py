@@ -10,7 +10,7 @@ recording is opened last, after model, head and options have been checked.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
@@ -30,7 +30,7 @@ from avex_serve.inference.results import (
     detect,
     rank,
 )
-from avex_serve.inference.scores import Selection, activate, score_scale
+from avex_serve.inference.scores import Selection, Threshold, activate, check_labels, score_scale
 from avex_serve.scheduling.request import current
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class Query:
     overlap: float = 0.0  # of neighbouring windows, in seconds
     final_clip: FinalClip = "remainder"  # how the end of a recording is answered; see `avex_serve.audio.windows`
     channel: Channel = "mix"  # of the recording, from 1; mix: the mean of all
-    threshold: float | None = None  # lowest score to report; see `avex_serve.inference.scores.Selection`
+    # Lowest score to report, of every label or by label; see `avex_serve.inference.scores.Selection`.
+    threshold: Threshold = None
     top_k: int | None = None  # most labels to report for a window
     probe: str | None = None  # name of the head; None: the first one of the bundle
     output: str | None = None  # name of the embedding; None: the first one of the bundle
@@ -95,7 +96,7 @@ def predict(models: Models, audio: Audio, query: Query) -> Prediction:
     """
     with models.lease(query.model, query.version) as engine:
         head = engine.probe(query.probe)
-        selection = Selection.of(head.activation, query.threshold, query.top_k)
+        selection = select(engine, head, query.threshold, query.top_k)
         windows = _run_either(models, engine, audio, query, [head.logits])
         return _prediction(engine, head, windows, windows.outputs[head.logits], selection, query)
 
@@ -124,7 +125,7 @@ def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
             heads += [(reader, head, output) for head, output in links(source.manifest, reader.manifest)]
         if not heads:
             source.probe(None)  # raises, with the reason
-        selections = [Selection.of(head.activation, query.threshold, query.top_k) for _, head, _ in heads]
+        selections = _select_each([(engine, head) for engine, head, _ in heads], query.threshold, query.top_k)
         windows = run_recording(source, audio, query, list(dict.fromkeys(output for _, _, output in heads)))
         predictions = []
         for (engine, head, output), selection in zip(heads, selections, strict=True):
@@ -167,7 +168,7 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
                 f"bundle {engine.manifest.name} takes audio, not embeddings; use predict, or export with --offline"
             )
         head = engine.probe(query.probe)
-        selection = Selection.of(head.activation, query.threshold, query.top_k)
+        selection = select(engine, head, query.threshold, query.top_k)
         scores = activate(engine.infer(embeddings)[head.logits], head.activation)
         return Classification(
             bundle=engine.manifest.name,
@@ -176,7 +177,7 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
             trained=head.trained,
             score_scale=score_scale(head.activation),
             warnings=selection.warnings,
-            results=rank(scores, engine.labels(head.name), selection),
+            results=rank(scores, engine.labels(head.name), selection, engine.calibrator(head.name)),
         )
 
 
@@ -200,8 +201,31 @@ def _prediction(
         overlap=float(query.overlap),
         score_scale=score_scale(head.activation),
         warnings=(*selection.warnings, *windows.warnings),
-        detections=detect(windows.spans, scores, engine.labels(head.name), selection),
+        detections=detect(windows.spans, scores, engine.labels(head.name), selection, engine.calibrator(head.name)),
     )
+
+
+def select(engine: "Engine", head: ProbeInfo, threshold: Threshold = None, top_k: int | None = None) -> Selection:
+    """Which scores of a head are reported; errors as of `Selection.of`."""
+    labels, calibrator = engine.labels(head.name), engine.calibrator(head.name)
+    return Selection.of(head.activation, threshold, top_k, labels, calibrator)
+
+
+def select_all(engine: "Engine", threshold: Threshold) -> list[tuple[ProbeInfo, Selection]]:
+    """The same for all heads of a bundle; a threshold by label is for the heads that have the label."""
+    heads = engine.manifest.probes
+    return list(zip(heads, _select_each([(engine, head) for head in heads], threshold, None), strict=True))
+
+
+def _select_each(
+    heads: Sequence[tuple["Engine", ProbeInfo]], threshold: Threshold, top_k: int | None
+) -> list[Selection]:
+    if not isinstance(threshold, Mapping):
+        return [select(engine, head, threshold, top_k) for engine, head in heads]
+    labels = [engine.labels(head.name) for engine, head in heads]
+    check_labels(threshold, sorted(set().union(*labels)))
+    own = [{name: value for name, value in threshold.items() if name in names} for names in labels]
+    return [select(engine, head, each, top_k) for (engine, head), each in zip(heads, own, strict=True)]
 
 
 # -- the stream -----------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """The answers, as documents that turn into JSON."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
+import msgspec
 import numpy as np
 
+from avex_serve.calibration.scales import Calibrator
 from avex_serve.inference.scores import ScoreScale, Selection
 
 NUMBER_BYTES: Final = 80  # memory for each number of JSON, until the answer's text is made; measured, rounded up
@@ -21,6 +24,12 @@ def _warnings() -> Any:
     return field(default=(), metadata=_described("reasons to doubt the answer, a sentence each; usually none"))
 
 
+def _probability() -> Any:
+    """The field of a score with its probability."""
+    described = "that the label is right, of a calibrated label; others have none, and JSON leaves it out"
+    return field(default=None, metadata=_described(described))
+
+
 @dataclass(kw_only=True, slots=True)
 class _Document:
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # for the OpenAPI document: there are no other fields
@@ -32,6 +41,7 @@ class LabelScore(_Document):
 
     label: str
     score: float
+    probability: float | None = _probability()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -42,6 +52,7 @@ class Detection(_Document):
     end: float = field(metadata=_described("seconds; never after the recording's end"))
     label: str
     score: float
+    probability: float | None = _probability()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -101,7 +112,13 @@ class Embedding(_Origin):
     )
 
 
-def detect(spans: np.ndarray, scores: np.ndarray, labels: Sequence[str], selection: Selection) -> list[Detection]:
+def detect(
+    spans: np.ndarray,
+    scores: np.ndarray,
+    labels: Sequence[str],
+    selection: Selection,
+    calibrator: Calibrator | None = None,
+) -> list[Detection]:
     """The scores that pass, window by window, the highest of each window first.
 
     Args:
@@ -109,14 +126,50 @@ def detect(spans: np.ndarray, scores: np.ndarray, labels: Sequence[str], selecti
         scores: (N, C).
         labels: C of them.
         selection: which scores pass; it raises the errors.
+        calibrator: of the head; None: it is not calibrated.
     """
     return [
-        Detection(start=start, end=end, label=labels[i], score=score)
+        Detection(start=start, end=end, label=labels[i], score=score, probability=probability)
         for (start, end), best in zip(spans.tolist(), selection.passing(scores), strict=True)
-        for i, score in best
+        for i, score, probability in _calibrated(best, calibrator)
     ]
 
 
-def rank(scores: np.ndarray, labels: Sequence[str], selection: Selection) -> list[list[LabelScore]]:
+def rank(
+    scores: np.ndarray, labels: Sequence[str], selection: Selection, calibrator: Calibrator | None = None
+) -> list[list[LabelScore]]:
     """The scores (N, C) that pass, the highest of each row first; arguments and errors as of `detect`."""
-    return [[LabelScore(label=labels[i], score=score) for i, score in best] for best in selection.passing(scores)]
+    return [
+        [LabelScore(label=labels[i], score=s, probability=p) for i, s, p in _calibrated(best, calibrator)]
+        for best in selection.passing(scores)
+    ]
+
+
+def known(answer: Any) -> Any:
+    """The answer for JSON, which leaves out the probabilities of labels that are not calibrated."""
+    for each in _scored(answer):
+        if each.probability is None:
+            each.probability = msgspec.UNSET  # which msgspec doesn't write
+    return answer
+
+
+def _calibrated(
+    best: list[tuple[int, float]], calibrator: Calibrator | None
+) -> Iterator[tuple[int, float, float | None]]:
+    """Index and score of labels of a window, and the probability of each."""
+    if calibrator is None or not best:
+        return ((i, score, None) for i, score in best)
+    places, scores = zip(*best, strict=True)
+    found = calibrator.probabilities(np.array(scores, np.float32), np.array(places)).tolist()
+    return ((i, score, None if math.isnan(p) else p) for (i, score), p in zip(best, found, strict=True))
+
+
+def _scored(answer: Any) -> Iterator[Any]:
+    if isinstance(answer, Predictions):
+        for prediction in answer.predictions:
+            yield from prediction.detections
+    elif isinstance(answer, Prediction):
+        yield from answer.detections
+    elif isinstance(answer, Classification):
+        for row in answer.results:
+            yield from row

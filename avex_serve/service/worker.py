@@ -132,7 +132,7 @@ class AvexService:
     def predict(
         self,
         audio: Path,
-        threshold: float | None = None,
+        threshold: float | dict[str, float] | None = None,
         top_k: int | None = None,
         overlap: float = 0.0,
         final_clip: FinalClip = "remainder",
@@ -158,7 +158,7 @@ class AvexService:
     def predict_all(
         self,
         audio: Path,
-        threshold: float | None = None,
+        threshold: float | dict[str, float] | None = None,
         top_k: int | None = None,
         overlap: float = 0.0,
         final_clip: FinalClip = "remainder",
@@ -199,7 +199,7 @@ class AvexService:
     def classify(
         self,
         embeddings: list[Any],
-        threshold: float | None = None,
+        threshold: float | dict[str, float] | None = None,
         top_k: int | None = None,
         probe: str | None = None,
         model: str | None = None,

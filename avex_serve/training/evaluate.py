@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from avex_serve.bundles.manifest import Activation
+from avex_serve.calibration.scales import log_odds
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.scores import activate
 from avex_serve.training.dataset import MIN_OVERLAP, read_dataset
@@ -72,27 +73,23 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
             min_overlap=request.min_overlap,
             say=say,
         )
-        logits = _log_odds(windows.outputs[0], head.activation)
-        noise = noise_logits(engine, [head.logits], lambda outputs: _log_odds(outputs[0], head.activation), store)
-        nothing = np.full(logits.shape, np.nan)
+        logits = _logits(windows.outputs[0], head.activation)
+        noise = noise_logits(engine, [head.logits], lambda outputs: _logits(outputs[0], head.activation), store)
         return report(
             windows,
             labels,
-            [Predictions(np.arange(len(logits)), logits, nothing, nothing)],
+            [Predictions.of(np.arange(len(logits)), logits, head.calibration, head.activation)],
             model=engine.manifest.model,
             probe=head.name,
             chosen={},
             evaluated="all",
-            calibration=None,
+            calibration=head.calibration,
             noise=noise,
             problems=[*dataset.problems, *lost],
             seed=request.seed,
         )
 
 
-def _log_odds(logits: np.ndarray, activation: Activation) -> np.ndarray:
+def _logits(logits: np.ndarray, activation: Activation) -> np.ndarray:
     """Logits whose sigmoid is the score (N, C) that the bundle reports; raw logits as they are."""
-    if activation != "softmax":
-        return np.array(logits)
-    scores = np.clip(activate(logits, "softmax").astype(np.float64), 1e-12, 1 - 1e-12)
-    return np.log(scores) - np.log1p(-scores)
+    return log_odds(activate(logits, "softmax"), "softmax") if activation == "softmax" else np.array(logits)

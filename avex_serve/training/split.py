@@ -1,7 +1,9 @@
 """Which windows train and which evaluate: groups of recordings, never single windows. Needs no torch."""
 
+import math
+from collections import Counter
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -107,36 +109,68 @@ def folds(targets: np.ndarray, groups: np.ndarray, count: int, seed: int) -> np.
     return fold[member]
 
 
-def near_duplicates(
-    embeddings: np.ndarray, train: np.ndarray, test: np.ndarray, limit: int = 20
-) -> list[tuple[int, int, float]]:
-    """Pairs of windows across a split that are nearly the same, such as copies in another format.
+class Copies(NamedTuple):
+    """Two recordings whose windows are nearly the same, and the two that are closest."""
+
+    recordings: tuple[int, int]
+    windows: tuple[int, int]
+    cosine: float
+
+
+def near_duplicates(embeddings: np.ndarray, recording: np.ndarray) -> list[Copies]:
+    """Pairs of recordings that are nearly the same, such as copies in another format, by index.
+
+    A pair is one if at least half of the windows of one of them are nearly the same as some of the other: a stretch
+    of silence that two recordings share makes none.
 
     Args:
         embeddings: (N, ...) float32.
-        train: (N,) bool.
-        test: (N,) bool.
-        limit: most pairs to return, one for each window of the test at most.
-
-    Returns:
-        Index of the window of the test and of that of the training, and their cosine, the closest first.
+        recording: (N,) int.
     """
-    rows = np.flatnonzero(train)
-    if not rows.size:
-        return []
+    rows = np.arange(len(recording))
     mean = np.mean([embeddings[i].ravel() for i in rows[:: max(1, rows.size // _BLOCK)]], axis=0)
-    pairs = []
-    for first in _blocks(np.flatnonzero(test)):
+    axis = _widest(_directions(embeddings, rows[:: max(1, rows.size // _BLOCK)], mean))
+    place = np.concatenate([_directions(embeddings, block, mean) @ axis for block in _blocks(rows)])
+    order = np.argsort(place, kind="stable")
+    place = place[order]
+    reach = 1.01 * math.sqrt(2 - 2 * ALIKE)  # unit vectors with that cosine are no further apart along any axis
+    matches: list[np.ndarray] = []  # window, and a recording that has one like it
+    closest: dict[tuple[int, int], Copies] = {}
+    for start in range(0, rows.size, _BLOCK):
+        first = order[start : start + _BLOCK]
         ours = _directions(embeddings, first, mean)
-        best, where = np.full(first.size, -1.0), np.zeros(first.size, int)
-        for second in _blocks(rows):
+        end = int(np.searchsorted(place, place[start : start + _BLOCK][-1] + reach, side="right"))
+        for second in _blocks(order[start:end]):
             cosines = ours @ _directions(embeddings, second, mean).T
-            nearest = cosines.argmax(axis=1)
-            found = cosines[np.arange(first.size), nearest]
-            where = np.where(found > best, second[nearest], where)
-            best = np.maximum(found, best)
-        pairs += [(int(first[i]), int(where[i]), float(best[i])) for i in np.flatnonzero(best >= ALIKE)]
-    return sorted(pairs, key=lambda pair: -pair[2])[:limit]
+            i, j = np.nonzero((cosines >= ALIKE) & (recording[first][:, None] < recording[second]))
+            k, m = np.nonzero((cosines >= ALIKE) & (recording[first][:, None] > recording[second]))
+            # The recording with the lower number is the first of a pair.
+            one, other = np.append(first[i], second[m]), np.append(second[j], first[k])
+            cosine = np.append(cosines[i, j], cosines[k, m])
+            matches += [np.stack(each, 1) for each in ((one, recording[other]), (other, recording[one]))]
+            best = np.argsort(-cosine, kind="stable")
+            pairs, found = np.unique(
+                np.stack([recording[one], recording[other]])[:, best], axis=1, return_index=True
+            )
+            for (a, b), n in zip(pairs.T.tolist(), best[found].tolist(), strict=True):
+                if (a, b) not in closest or cosine[n] > closest[a, b].cosine:
+                    closest[a, b] = Copies((a, b), (int(one[n]), int(other[n])), float(cosine[n]))
+    if not closest:
+        return []
+    windows, others = np.unique(np.concatenate(matches), axis=0).T
+    counts = Counter(zip(recording[windows].tolist(), others.tolist(), strict=True))
+    sizes = np.bincount(recording)
+    return [
+        found
+        for (a, b), found in sorted(closest.items())
+        if counts[a, b] >= sizes[a] / 2 or counts[b, a] >= sizes[b] / 2
+    ]
+
+
+def _widest(directions: np.ndarray) -> np.ndarray:
+    """The axis (D,) along which vectors (n, D) differ most; pairs far apart on it need no comparison."""
+    _, _, axes = np.linalg.svd(directions, full_matrices=False)
+    return np.asarray(axes[0])
 
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:

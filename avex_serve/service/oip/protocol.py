@@ -11,16 +11,23 @@ If the manifest has a second input, ``padding_mask``, it may be sent with FP32: 
 clip is padded. Without it, nothing is padded.
 
 The answer has the outputs of the manifest and, for each probe, ``scores``: the logits after the activation, one row
-a window. If there are several probes, they are NAME.scores and NAME.logits. For BYTES the rows of all recordings
-follow one another, and these response parameters tell them apart:
+a window. For each calibrated probe it has ``probabilities``, NaN for labels that are not calibrated. If there are
+several probes, they are NAME.scores and so on. For BYTES the rows of all recordings follow one another, and these
+response parameters tell them apart:
 
     windows    a JSON list of the number of rows of each recording, e.g. ``"[3, 1]"``
     spans      a JSON list of the start and end of each row, in seconds of its recording, e.g.
                ``"[[0.0, 5.0], [5.0, 10.0], [10.0, 11.2], [0.0, 3.0]]"``
 
+All rows and labels are answered. If the request has the parameter ``threshold``, the response parameter
+``detections`` (or NAME.detections) has those that ``/predict`` would report: a JSON list of the indices of labels
+for each row, e.g. ``"[[0, 2], [], [1]]"``. ``threshold`` is a number, or JSON of numbers by label as text; ``{}``
+stands for the default of each label.
+
 The response parameter ``warnings`` is present, a JSON list of sentences, if there are reasons to doubt the answer;
 ``trained`` is present, and false, if a head has random weights. Request parameters are ``overlap`` in seconds,
-``final_clip`` and ``channel`` (all for BYTES), and ``probe``; others are ignored, since clients add their own.
+``final_clip`` and ``channel`` (all for BYTES), ``threshold`` and ``probe``; others are ignored, since clients add
+their own.
 
 The metadata of a model have as parameters what a client must know of it: see `Model.metadata`.
 
@@ -64,7 +71,13 @@ _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 STEP: Final = 1000  # texts of a classification that are made in about a millisecond
 TEXT_BYTES: Final = 256  # of memory for each of these texts in an answer: measured, rounded up
 SPAN_BYTES: Final = 512  # of memory for the start and end of a window as text; measured, rounded up
-PARAMETERS: Final = ("overlap", "final_clip", "channel", "probe")  # request parameters with a meaning here
+PARAMETERS: Final = (
+    "overlap",
+    "final_clip",
+    "channel",
+    "probe",
+    "threshold",
+)  # request parameters with a meaning here
 Parameters = dict[str, str | bool | int | float]  # of a model or a response; lists are JSON, since gRPC has none
 
 
@@ -154,12 +167,18 @@ class Model:
         """What the model takes and answers.
 
         Its parameters are, if it takes audio, those of `_audio_needs`, and for each probe ``labels``, a JSON list in
-        the order of its scores, and ``score_scale``: sigmoid, softmax or logits. They are named as the outputs:
-        NAME.labels if there are several. ``trained`` is false if a head has random weights.
+        the order of its scores, and ``score_scale``: sigmoid, softmax or logits; for a calibrated probe also
+        ``thresholds``, a JSON object of the lowest score that is a detection by label, and ``target_precision`` of
+        these detections. They are named as the outputs: NAME.labels if there are several. ``trained`` is false if a
+        head has random weights.
         """
         manifest = self._engine.manifest
         outputs = [TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.outputs]
-        scores = [TensorMetadata(p.scores, FP32, manifest.output(p.logits).shape) for p in manifest.probes]
+        scores = [
+            TensorMetadata(name, FP32, manifest.output(p.logits).shape)
+            for p in manifest.probes
+            for name in ([p.scores] if p.calibration is None else [p.scores, p.probabilities])
+        ]
         return ModelMetadata(
             name=self.name,
             versions=tuple(self._repository.versions(self.name)),
@@ -187,6 +206,10 @@ class Model:
             prefix = probe.logits.removesuffix("logits")
             parameters[f"{prefix}labels"] = json.dumps(self._engine.labels(probe.name), ensure_ascii=False)
             parameters[f"{prefix}score_scale"] = score_scale(probe.activation)
+            if (calibrator := self._engine.calibrator(probe.name)) is not None and probe.calibration is not None:
+                thresholds = calibrator.thresholds(self._engine.labels(probe.name))
+                parameters[f"{prefix}thresholds"] = json.dumps(thresholds, ensure_ascii=False)
+                parameters[f"{prefix}target_precision"] = probe.calibration.target_precision
         return parameters
 
     def config(self) -> dict[str, Any]:
@@ -234,7 +257,15 @@ class Model:
         labels: dict[str, tuple[str, ...]] = {}
         for probe in self._engine.manifest.probes:
             outputs[probe.scores] = activate(outputs[probe.logits], probe.activation)
-            labels[probe.logits] = labels[probe.scores] = self._engine.labels(probe.name)
+            names = [probe.logits, probe.scores]
+            if (calibrator := self._engine.calibrator(probe.name)) is not None:
+                outputs[probe.probabilities] = calibrator.probabilities(outputs[probe.scores])
+                names.append(probe.probabilities)
+            labels |= dict.fromkeys(names, self._engine.labels(probe.name))
+        if (threshold := request.query.threshold) is not None:
+            for probe, selection in pipeline.select_all(self._engine, threshold):
+                rows = [[index for index, _ in row] for row in selection.passing(outputs[probe.scores])]
+                parameters[probe.scores.removesuffix("scores") + "detections"] = json.dumps(rows)
         if not self._engine.manifest.trained:
             parameters["trained"] = False
         answers = {
