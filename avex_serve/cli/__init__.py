@@ -20,13 +20,29 @@ from avex_serve.cli import (
     run,
     settings,
     status,
+    suggest,
     tables,
     verify,
 )
 from avex_serve.cli.output import drop_output, escape_unprintable, fail
 from avex_serve.errors import AvexServeError
 
-COMMANDS = (inventory, predict, run, status, tables, classify, report, plot, fit, evaluate, verify, settings, demo)
+COMMANDS = (
+    inventory,
+    predict,
+    run,
+    status,
+    tables,
+    classify,
+    report,
+    plot,
+    suggest,
+    fit,
+    evaluate,
+    verify,
+    settings,
+    demo,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
