@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from avex_serve import __version__
 from avex_serve.cli import (
     classify,
+    compare,
     demo,
+    density,
     evaluate,
     fit,
     inventory,
@@ -26,7 +28,23 @@ from avex_serve.cli import (
 from avex_serve.cli.output import drop_output, escape_unprintable, fail
 from avex_serve.errors import AvexServeError
 
-COMMANDS = (inventory, predict, run, status, tables, classify, report, plot, fit, evaluate, verify, settings, demo)
+COMMANDS = (
+    inventory,
+    predict,
+    run,
+    status,
+    tables,
+    classify,
+    report,
+    plot,
+    density,
+    fit,
+    evaluate,
+    compare,
+    verify,
+    settings,
+    demo,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
