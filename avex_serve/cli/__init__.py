@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from avex_serve import __version__
 from avex_serve.cli import (
     classify,
+    compare,
     demo,
+    density,
     evaluate,
     fit,
     inventory,
@@ -37,8 +39,10 @@ COMMANDS = (
     report,
     plot,
     suggest,
+    density,
     fit,
     evaluate,
+    compare,
     verify,
     settings,
     demo,

@@ -198,6 +198,40 @@ def draw_grid(rows: Sequence[str], columns: Sequence[str], counts: np.ndarray, r
         return _saved(figure, "webp")
 
 
+def draw_curves(
+    precision_recall: Sequence[tuple[float, float]],
+    threshold: tuple[float, float] | None,
+    reliability: Sequence[tuple[float, float]],
+) -> bytes:
+    """A WebP of a label's precision along its recall, and of its share of sounds along their probability.
+
+    Args:
+        precision_recall: points of the curve.
+        threshold: the point at the threshold, if there is one.
+        reliability: mean probability and share of each bin; empty: the label has no probabilities.
+    """
+    with _drawing(5.6 if reliability else 2.9, 2.6) as figure:
+        axes = figure.subplots(1, 2 if reliability else 1, squeeze=False)[0]
+        precisions, recalls = zip(*precision_recall, strict=True)
+        axes[0].step(recalls, precisions, where="pre", color="#3b528b")
+        if threshold is not None:
+            axes[0].plot(threshold[1], threshold[0], "o", color="#c2410c", label="threshold")
+            axes[0].legend(fontsize=8, loc="lower left")
+        axes[0].set_xlabel("recall", fontsize=8)
+        axes[0].set_ylabel("precision", fontsize=8)
+        if reliability:
+            probabilities, shares = zip(*reliability, strict=True)
+            axes[1].plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+            axes[1].plot(probabilities, shares, "o-", color="#3b528b", markersize=4)
+            axes[1].set_xlabel("probability", fontsize=8)
+            axes[1].set_ylabel("share with the sound", fontsize=8)
+        for each in axes:
+            each.set_xlim(-0.03, 1.03)
+            each.set_ylim(-0.03, 1.03)
+            each.tick_params(labelsize=8)
+        return _saved(figure, "webp")
+
+
 def _draw_levels(axes: "Axes", spectrogram: Spectrogram) -> None:
     levels, step = spectrogram.levels, spectrogram.step
     darkest, brightest = np.percentile(levels, CONTRAST)

@@ -113,7 +113,7 @@ def near_duplicates(
     """Pairs of windows across a split that are nearly the same, such as copies in another format.
 
     Args:
-        embeddings: (N, ...) float32.
+        embeddings: (N, D) or (N, ..., D) float32; of the latter, means are compared.
         train: (N,) bool.
         test: (N,) bool.
         limit: most pairs to return, one for each window of the test at most.
@@ -124,7 +124,8 @@ def near_duplicates(
     rows = np.flatnonzero(train)
     if not rows.size:
         return []
-    mean = np.mean([embeddings[i].ravel() for i in rows[:: max(1, rows.size // _BLOCK)]], axis=0)
+    embeddings = _means(embeddings)
+    mean = embeddings[rows[:: max(1, rows.size // _BLOCK)]].mean(axis=0)
     pairs = []
     for first in _blocks(np.flatnonzero(test)):
         ours = _directions(embeddings, first, mean)
@@ -145,6 +146,19 @@ def _blocks(rows: np.ndarray) -> list[np.ndarray]:
 
 def _directions(embeddings: np.ndarray, rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Embeddings less their mean as unit vectors, (rows, D); zero for silence, which equals itself."""
-    centred = embeddings[rows].reshape(rows.size, -1) - mean
+    centred = embeddings[rows] - mean
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
     return np.asarray(np.divide(centred, lengths, out=np.zeros_like(centred), where=lengths > 1e-6))
+
+
+def _means(embeddings: np.ndarray) -> np.ndarray:
+    """(N, D); sequences are read a few at a time, since they may be larger than memory."""
+    if embeddings.ndim == 2:
+        return embeddings
+    width = embeddings.shape[-1]
+    return np.concatenate(
+        [
+            embeddings[i : i + 64].reshape(-1, np.prod(embeddings.shape[1:-1]), width).mean(axis=1)
+            for i in range(0, len(embeddings), 64)
+        ]
+    )

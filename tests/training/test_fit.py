@@ -18,7 +18,7 @@ from avex_serve.synthetic import make_clip
 from avex_serve.training import fit as module
 from avex_serve.training import metrics
 from avex_serve.training.embed import run_windows
-from avex_serve.training.fit import FitRequest, check, embeddings_bundle, fit, probe_config
+from avex_serve.training.fit import FitRequest, check_data, embeddings_bundle, fit_probe, probe_config
 from avex_serve.training.heads import Task, train
 from avex_serve.training.split import split
 
@@ -64,6 +64,8 @@ def test_the_probe_the_calibration_and_the_report(fitted):
         "calibration.json",
         "evaluation.json",
         "evaluation.csv",
+        "evaluation.parquet",
+        "report.html",
     }
     assert load_probe(fitted).labels == LABELS
     calibration = read_calibration(fitted)
@@ -89,15 +91,21 @@ def test_a_check_says_what_would_be_trained_on(data, tmp_path, capsys, monkeypat
     assert main(["fit", str(data), "--output", str(tmp_path / "x"), "--check"]) == 0
     said = capsys.readouterr().out
     assert "33 recordings, 66 windows with labels, 33 groups; evaluation: hold-out" in said
-    assert " 22 / 11 / 11" in said
+    counts = {line.split()[0]: line.split()[-3:] for line in said.splitlines()}
+    assert counts["windows/recordings/groups"] == ["windows/recordings/groups"]
+    assert counts["all"] == ["all", "train", "test"]
+    assert counts["buzz"][0] == "22/11/11"
+    for label in LABELS:
+        everything, train, test = (list(map(int, cell.split("/"))) for cell in counts[label])
+        assert everything == [sum(pair) for pair in zip(train, test, strict=True)]
     assert not (tmp_path / "x").exists()
 
 
 def test_the_same_seed_gives_the_same_bytes_from_stored_embeddings(fitted, data, cache, tmp_path, monkeypatch):
     said = []
-    fit(FitRequest(data, tmp_path / "again", cache=cache), said.append)
+    fit_probe(FitRequest(data, tmp_path / "again", cache=cache), said.append)
     assert not any("embedded" in text or "export" in text for text in said)
-    for name in ("model.safetensors", "calibration.json", "evaluation.json"):
+    for name in ("model.safetensors", "calibration.json", "evaluation.json", "evaluation.parquet", "report.html"):
         assert (tmp_path / "again" / name).read_bytes() == (fitted / name).read_bytes()
 
 
@@ -174,7 +182,7 @@ def test_few_recordings_are_cross_validated_and_one_is_not_evaluated(data, cache
         (few / label).mkdir(parents=True)
         for i in range(3):
             (few / label / f"{i}.wav").write_bytes((data / label / f"{i:02}.wav").read_bytes())
-    evaluation = fit(FitRequest(few, tmp_path / "probe", cache=cache), print)
+    evaluation = fit_probe(FitRequest(few, tmp_path / "probe", cache=cache), print)
     assert (evaluation.evaluated, evaluation.recordings) == ("cross-validation", 6)
     assert any("missing" in problem for problem in evaluation.problems)
 
@@ -199,7 +207,7 @@ def test_a_label_of_one_recording_is_not_evaluated(data, cache, tmp_path):
         (tmp_path / label).mkdir()
         for i in range(count):
             (tmp_path / label / f"{i}.wav").write_bytes((data / label / f"{i:02}.wav").read_bytes())
-    figures = fit(FitRequest(tmp_path, tmp_path / "out" / "probe", cache=cache), print).labels["trill"]
+    figures = fit_probe(FitRequest(tmp_path, tmp_path / "out" / "probe", cache=cache), print).labels["trill"]
     assert figures.average_precision.value is None
     assert "no windows with the sound" in figures.warning
 
@@ -210,7 +218,7 @@ def test_a_split_of_the_data_is_used(data, cache, tmp_path):
     table = data / "splits.csv"
     table.write_text("file,split\n" + "\n".join(rows) + "\n")
     try:
-        evaluation = fit(FitRequest(data, tmp_path / "probe", cache=cache), print)
+        evaluation = fit_probe(FitRequest(data, tmp_path / "probe", cache=cache), print)
     finally:
         table.unlink()
     assert (evaluation.evaluated, evaluation.recordings) == ("split column", 12)
@@ -218,17 +226,17 @@ def test_a_split_of_the_data_is_used(data, cache, tmp_path):
 
 def test_what_can_not_be_fitted_is_refused(data, cache, tmp_path):
     with pytest.raises(NotFoundError, match="expected one of attention_all, attention_last"):
-        fit(FitRequest(data, tmp_path / "x", probe="linear_first", cache=cache))
+        fit_probe(FitRequest(data, tmp_path / "x", probe="linear_first", cache=cache))
     with pytest.raises(NotFoundError, match="--model none"):
-        check(FitRequest(data, tmp_path / "x", model="none", cache=cache))
+        check_data(FitRequest(data, tmp_path / "x", model="none", cache=cache))
     trained = tmp_path / "fine.yml"
     trained.write_text("probe_type: linear\ntarget_layers: [last_layer]\nfreeze_backbone: false\n")
     with pytest.raises(InputError, match="set freeze_backbone: true"):
-        fit(FitRequest(data, tmp_path / "x", probe=str(trained), cache=cache))
+        fit_probe(FitRequest(data, tmp_path / "x", probe=str(trained), cache=cache))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     with pytest.raises(InputError, match=r"--output .* holds no probe\.yml"):
-        fit(FitRequest(data, tmp_path / "full", cache=cache))
+        fit_probe(FitRequest(data, tmp_path / "full", cache=cache))
 
 
 def test_every_variant_is_found():
