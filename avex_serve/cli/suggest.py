@@ -25,6 +25,7 @@ STRATEGIES = {
     "random": "any",
     "bands": "any, evenly over ten bands of scores of equal width",
     "quantiles": "any, evenly over ten bands of scores with equal numbers",
+    "density": "any, evenly over the bands of scores that avex-serve density counts in",
     "recordings": "the best of each recording, then the second best of each",
     "sites": "the best of each site",
     "dates": "the best of each date",

@@ -241,7 +241,7 @@ def _in_time(time: np.ndarray, queue: Queue) -> np.ndarray:
         first, last = queue.hours
         hour = np.where(passing, time, 0) % 86400 / 3600
         passing &= (hour >= first) & (hour < last) if first <= last else (hour >= first) | (hour < last)
-    return passing
+    return np.asarray(passing)
 
 
 def _seconds(moment: datetime | None) -> float:

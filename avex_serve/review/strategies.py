@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 
+from avex_serve.calibration.density import score_bands
 from avex_serve.errors import InputError
 
 BANDS: Final = 10  # of scores
@@ -116,10 +117,16 @@ def _quantiles(candidates: Candidates) -> np.ndarray:
     return rank * BANDS // max(1, candidates.size)
 
 
+def _halves(candidates: Candidates) -> np.ndarray:
+    """The bands of `avex_serve.calibration.density`."""
+    edges = score_bands(candidates.score[np.isfinite(candidates.score)])
+    return np.asarray(np.searchsorted(edges, candidates.score, side="right"))
+
+
 def _everywhere(candidates: Candidates) -> np.ndarray:
     """Combinations of site, date and hour."""
     moment = (candidates.date + 1) * 25 + candidates.hour + 1
-    return candidates.site * (moment.max(initial=0) + 1) + moment
+    return np.asarray(candidates.site * (moment.max(initial=0) + 1) + moment)
 
 
 def _best_of(group: Callable[[Candidates], np.ndarray]) -> Order:
@@ -162,6 +169,7 @@ STRATEGIES: Final[dict[str, Order]] = {
     "random": _random,
     "bands": _some_of(_bands),
     "quantiles": _some_of(_quantiles),
+    "density": _some_of(_halves),
     "recordings": _best_of(lambda each: each.recording),
     "sites": _best_of(lambda each: each.site),
     "dates": _best_of(lambda each: each.date),

@@ -51,7 +51,7 @@ def frame(pool):
 
 def test_the_command_names_every_strategy():
     assert list(SHOWN) == list(STRATEGIES)
-    assert len(STRATEGIES) == 16
+    assert len(STRATEGIES) == 17
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -94,10 +94,14 @@ def test_the_best_of_each_group_then_the_second_best(pool, frame, strategy):
         ("everywhere", ["site", "date", "hour"]),
         ("bands", ["band"]),
         ("quantiles", ["quantile"]),
+        ("density", ["half"]),
     ],
 )
 def test_every_group_has_its_turn(pool, frame, strategy, columns):
-    frame = frame.assign(band=pd.cut(frame.score, 10, labels=False), quantile=pd.qcut(frame.score, 10, labels=False))
+    halves = pd.cut(frame.score, [-1, *frame.score.quantile([0.5, 0.75, 0.875]), 2], labels=False, right=False)
+    frame = frame.assign(
+        half=halves, band=pd.cut(frame.score, 10, labels=False), quantile=pd.qcut(frame.score, 10, labels=False)
+    )
     groups = frame.groupby(columns, dropna=False)
     ordered = groups.ngroup().loc[pool.select(0, Queue(strategy=strategy))[0]].to_numpy()
     first = min(groups.size())  # as long as no group is exhausted
