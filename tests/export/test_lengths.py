@@ -141,7 +141,7 @@ def test_padded_clips_are_answered_as_the_probe_does_with_their_mask(
     code, out, err = export("--probe", folder, "--output", output, "--padding-mask", *options)
     assert (code, err) == (0, "")
     assert "✗" not in out
-    assert "padded clips" in out
+    assert "padded clips" in {name for name, _ in verified(output)}
     manifest = read_bundle(output).manifest
     assert [(spec.name, spec.dtype) for spec in manifest.inputs] == [
         ("waveform", "float32"),
@@ -317,7 +317,7 @@ def test_a_network_of_ones_own_that_honours_a_mask(own):
     code, out, _ = own(Steps, "--padding-mask")
     assert code == 0
     assert "✗" not in out
-    assert "padded clips" in out
+    assert "padded clips" in {name for name, _ in verified(output)}
 
 
 @pytest.mark.parametrize(
