@@ -313,11 +313,11 @@ def test_a_network_of_ones_own_for_clips_of_any_length(tmp_path, own):
         assert np.abs(short - engine.score(noise(1)[0].numpy(), RATE).scores).max() > 1e-4
 
 
-def test_a_network_of_ones_own_that_honours_a_mask(own):
+def test_a_network_of_ones_own_that_honours_a_mask(tmp_path, own):
     code, out, _ = own(Steps, "--padding-mask")
     assert code == 0
     assert "✗" not in out
-    assert "padded clips" in {name for name, _ in verified(output)}
+    assert "padded clips" in {name for name, _ in verified(tmp_path / "bundle")}
 
 
 @pytest.mark.parametrize(
