@@ -107,7 +107,7 @@ def _bands(candidates: Candidates) -> np.ndarray:
         return np.full(candidates.size, -1)
     low, high = candidates.score[known].min(), candidates.score[known].max()
     width = (high - low) / BANDS or 1.0
-    return np.minimum(_whole((candidates.score - low) / width), BANDS - 1)
+    return np.asarray(np.minimum(_whole((candidates.score - low) / width), BANDS - 1))
 
 
 def _quantiles(candidates: Candidates) -> np.ndarray:
