@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 CLASSES, WIDTH, STEPS = 20, 768, 24  # labels, and an embedding: (768,) of a mean, (24, 768) of a sequence
+LAYERS = 13  # that `linear_all` merges
 HEADS = ("linear_last", "linear_all", "mlp_last", "attention_last", "lstm_last", "transformer_last")
 WINDOWS = {"speed": (1000,), "large": (10_000, 100_000)}
 
@@ -112,8 +113,8 @@ def measure(name, count, stored):
     from avex_serve.training.report import report
 
     config = probe_config(name)
-    inputs = 4 if config.target_layers == ["all"] else 1
-    shape = (STEPS, WIDTH) if config.aggregation == "none" else (WIDTH,)
+    inputs = LAYERS if config.target_layers == ["all"] else 1
+    shape = (STEPS, WIDTH) if config.input_processing == "sequence" else (WIDTH,)
     labels = tuple(f"label {i:02}" for i in range(CLASSES))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -190,7 +191,7 @@ Python {python}.
 ## 1,000 windows, 20 classes
 
 Settings chosen in four folds, evaluation, calibration, intervals and report, from stored embeddings: {width} values
-a window for heads on a mean, {steps} × {width} for heads on a sequence, four such layers for `linear_all`.
+a window for heads on a mean, {steps} × {width} for heads on a sequence, {layers} layers for `linear_all`.
 
 {speed}
 
@@ -224,7 +225,7 @@ def main():
     }
     if arguments.write:
         facts = {"cores": arguments.cores, "cpu": cpu(), "python": platform.python_version()}
-        arguments.write.write_text(PAGE.format(**facts, **found, width=WIDTH, steps=STEPS), "utf-8")
+        arguments.write.write_text(PAGE.format(**facts, **found, width=WIDTH, steps=STEPS, layers=LAYERS), "utf-8")
 
 
 def cpu():
