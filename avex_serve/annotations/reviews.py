@@ -2,6 +2,7 @@
 
 Files only grow, one for each annotator: a later row about the same window and label replaces the earlier one, and an
 empty decision withdraws it. A decision is about its label alone; it says nothing about other sounds in the window.
+Other tables of annotations are read too if they have a column of `DECIDED` with the `WORDS`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,13 @@ from avex_serve.errors import InputError, NotFoundError
 
 Decision = Literal["present", "absent", "unsure"]
 DECISIONS: Final[tuple[Decision, ...]] = get_args(Decision)
+WORDS: Final[dict[str, Decision | None]] = {
+    **dict.fromkeys(("present", "correct", "yes", "true", "1"), "present"),
+    **dict.fromkeys(("absent", "incorrect", "no", "false", "0"), "absent"),
+    **dict.fromkeys(("unsure", "unknown", "?"), "unsure"),
+    "": None,
+}
+DECIDED: Final = ("decision", "correct")  # columns; the first that a table has counts
 COLUMNS: Final = ("file", "start", "end", "label", "decision", "annotator", "comment", "time")
 
 
@@ -79,7 +87,7 @@ def read_reviews(path: Path) -> list[Review]:
 
 def is_reviewed(annotations: Sequence[Annotation]) -> bool:
     """Whether the rows of a table are reviews."""
-    return bool(annotations) and "decision" in annotations[0].fields
+    return bool(annotations) and any(column in annotations[0].fields for column in DECIDED)
 
 
 def current_reviews(annotations: Iterable[Annotation], table: Path) -> list[Review]:
@@ -105,14 +113,11 @@ def agreed(reviews: Iterable[Review]) -> dict[Subject, Decision]:
 
 
 def _decision(row: Annotation, table: Path) -> Decision | None:
-    text = row.fields.get("decision", "").lower()
-    if text and not row.label:
-        raise InputError(f"{table}: the decision {text!r} at {row.start:g} s has no label")
-    for decision in DECISIONS:
-        if text == decision:
-            return decision
-    if text:
+    text = next((row.fields[column] for column in DECIDED if column in row.fields), "").lower()
+    if text not in WORDS:
         raise InputError(
             f"{table}: decision {text!r} at {row.start:g} s; expected {', '.join(DECISIONS)} or nothing"
         )
-    return None
+    if text and not row.label:
+        raise InputError(f"{table}: the decision {text!r} at {row.start:g} s has no label")
+    return WORDS[text]

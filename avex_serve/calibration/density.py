@@ -125,7 +125,9 @@ def _in_all(shares: np.ndarray, counts: np.ndarray, rng: np.random.Generator) ->
     low = np.where(present == 0, 0, low)  # a band without any sound, or with nothing else, may be so throughout
     high = np.where(present == reviewed, left, high)
     expected = left * shares
-    down, up = (np.sqrt(np.square(np.maximum(each, 0)).sum()) for each in (expected - low, high - expected))
+    blank = reviewed == 0  # anything may be in them
+    down, up = (np.maximum(each, 0) for each in (expected - low, high - expected))
+    down, up = (np.sqrt(np.square(each[~blank]).sum()) + each[blank].sum() for each in (down, up))
     return _density(expected.sum(), expected.sum() - down, expected.sum() + up, counts)
 
 

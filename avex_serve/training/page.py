@@ -16,6 +16,7 @@ from avex_serve.training.report import HOW, NOTHING, Evaluation, LabelFigures, M
 PAGE: Final = "report.html"
 TEMPLATE: Final = Path(__file__).with_name("report.html.j2")
 MOST_CHARTS: Final = 60  # labels, about 8 kB each: those with the lowest average precision
+MOST_MISTAKES: Final = 15  # about 50 kB each
 MOST_COLUMNS: Final = 20  # labels of a confusion that is shown as a table
 MOST_CONFUSED: Final = 50  # pairs of labels of a larger one
 _COLUMNS: Final = {
@@ -50,7 +51,7 @@ def make_page(evaluation: Evaluation, recordings: Mapping[str, Path]) -> str:
         mean=None if evaluation.macro is None else [_text(getattr(evaluation.macro, f)) for f in _COLUMNS.values()],
         charts=_charts(evaluation),
         confusion=_confusion(evaluation),
-        mistakes=[_mistake(each, recordings) for each in evaluation.worst],
+        mistakes=[_mistake(each, recordings) for each in evaluation.worst[:MOST_MISTAKES]],
         problems=evaluation.problems,
         about=_about(evaluation),
     )

@@ -49,6 +49,13 @@ def test_a_folder_of_annotators_who_differ(tmp_path):
     }
 
 
+def test_tables_of_other_programs(tmp_path):
+    (tmp_path / "x.csv").write_text(
+        "file,start,end,label,correct\na.wav,0,3,wren,Yes\na.wav,3,6,wren,0\na.wav,6,9,wren,\n"
+    )
+    assert [review.decision for review in read_reviews(tmp_path / "x.csv")] == ["present", "absent"]
+
+
 def test_a_table_of_nothing_but_its_header(tmp_path):
     (tmp_path / "new.csv").write_text(HEADER)
     assert read_reviews(tmp_path / "new.csv") == []

@@ -1,6 +1,7 @@
 """`avex-serve fit` on synthetic sounds: what it says, what it writes, and that no figure leaks."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from avex_serve.inference.backend import open_bundle
 from avex_serve.models.probes import load_probe
 from avex_serve.synthetic import make_clip
 from avex_serve.training import fit as module
-from avex_serve.training import metrics
+from avex_serve.training import heads, metrics
 from avex_serve.training.embed import run_windows
 from avex_serve.training.fit import FitRequest, check_data, embeddings_bundle, fit_probe, probe_config
 from avex_serve.training.heads import Task, train
@@ -126,6 +127,25 @@ def test_the_served_score_is_the_score_of_the_training(fitted, data, tmp_path, c
     assert served == pytest.approx(trained_scores(fitted, path), abs=1e-5)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["linear_all", "mlp_last", "attention_last", "lstm_last", "transformer_last"])
+def test_every_head_goes_the_whole_way(data, cache, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(heads, "EPOCHS", 4)
+    monkeypatch.setattr(heads, "RATES", (3e-3,))
+    folder = tmp_path / name
+    evaluation = fit_probe(FitRequest(data, folder, probe=name, cache=cache), print)
+    assert evaluation.macro.auroc.value > 0.6
+    bundle = tmp_path / "bundle"
+    module.run_exporter(["--probe", str(folder), "--format", "onnx", "--output", str(bundle)])
+    path = data / "buzz" / "00.wav"
+    with open_bundle(bundle, "cpu") as engine:
+        scores = engine.score(*soundfile.read(path, dtype="float32")).scores
+    expected = trained_scores(folder, path)
+    assert {(2.0 * i, label): float(scores[i, j]) for i in range(2) for j, label in enumerate(LABELS)} == (
+        pytest.approx(expected, abs=1e-5)
+    )
+
+
 def trained_scores(fitted, path):
     """Scores of a recording's windows by the saved probe."""
     probe = load_probe(fitted)
@@ -174,6 +194,32 @@ def test_a_hum_that_gives_the_class_away_does_not_leak(cache, tmp_path):
     by_recording, by_window = area(windows.groups), area(np.arange(len(windows.targets)))
     assert by_recording.low < 0.5 < by_recording.high
     assert by_window.value > 0.95
+
+
+def test_a_check_finds_what_is_wrong(data, tmp_path, capsys):
+    for i in range(RECORDINGS):
+        for label in LABELS:
+            (tmp_path / label).mkdir(exist_ok=True)
+            (tmp_path / label / f"{i:02}.wav").write_bytes((data / label / f"{i:02}.wav").read_bytes())
+    # A copy of every buzz in another format, at another level: some of them are across the split.
+    for i in range(RECORDINGS):
+        wave, _ = soundfile.read(tmp_path / "buzz" / f"{i:02}.wav")
+        soundfile.write(tmp_path / "buzz" / f"copy{i:02}.mp3", 0.5 * wave, RATE)
+    (tmp_path / "Buzz ").mkdir()
+    (tmp_path / "Buzz " / "x.wav").write_bytes(b"RIFF\xff\xff\xff\x7fWAVE")
+    wave = make_clip(np.random.default_rng(9), ["buzz"], snr_db=5)
+    soundfile.write(tmp_path / "Buzz " / "y.wav", wave, RATE)
+    assert main(["fit", str(tmp_path), "--output", str(tmp_path / "p"), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "fold 1" in said.splitlines()[2], "one group with a label is too few to hold out"
+    assert "Buzz: one recording (or group) only" in said
+    assert "labels that differ by case or spaces alone: 'Buzz', 'buzz'" in said
+    assert "x.wav" in said
+    copies = [line for line in said.splitlines() if "near-duplicates across the split" in line]
+    assert len(copies) >= RECORDINGS // 2
+    for line in copies:
+        one, other = re.findall(r"buzz/(?:copy)?(\d\d)\.\w+", line)
+        assert one == other, "a copy and its original"
 
 
 def test_few_recordings_are_cross_validated_and_one_is_not_evaluated(data, cache, tmp_path, capsys):
