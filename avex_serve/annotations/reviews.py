@@ -1,79 +1,123 @@
-"""Reviewed detections: tables whose rows say whether a label is right.
+"""Decisions of people about single windows: CSV with the columns of `COLUMNS`, a file or a folder of them.
 
-A table has the columns of annotations (see `avex_serve.annotations.reading`) and `decision` or `correct`. Decisions
-are words of `DECISIONS`; rows without one, or with one of doubt, say nothing.
+Files only grow, one for each annotator: a later row about the same window and label replaces the earlier one, and an
+empty decision withdraws it. A decision is about its label alone; it says nothing about other sounds in the window.
+Other tables of annotations are read too if they have a column of `DECIDED` with the `WORDS`.
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
-from avex_serve.annotations.reading import read_annotations, recording_of
-from avex_serve.errors import InputError
+from avex_serve.annotations.reading import TABLES, Annotation, read_annotations, recording_of
+from avex_serve.errors import InputError, NotFoundError
 
-COLUMNS: Final = ("decision", "correct")
-DECISIONS: Final[dict[str, bool | None]] = {
-    **dict.fromkeys(("present", "correct", "yes", "true", "1"), True),
-    **dict.fromkeys(("absent", "incorrect", "no", "false", "0"), False),
-    **dict.fromkeys(("unsure", "unknown", "?", ""), None),
+Decision = Literal["present", "absent", "unsure"]
+DECISIONS: Final[tuple[Decision, ...]] = get_args(Decision)
+WORDS: Final[dict[str, Decision | None]] = {
+    **dict.fromkeys(("present", "correct", "yes", "true", "1"), "present"),
+    **dict.fromkeys(("absent", "incorrect", "no", "false", "0"), "absent"),
+    **dict.fromkeys(("unsure", "unknown", "?"), "unsure"),
+    "": None,
 }
+DECIDED: Final = ("decision", "correct")  # columns; the first that a table has counts
+COLUMNS: Final = ("file", "start", "end", "label", "decision", "annotator", "comment", "time")
+
+
+class Subject(NamedTuple):
+    """What a decision is about."""
+
+    file: str
+    start: float  # seconds
+    end: float
+    label: str
 
 
 class Review(NamedTuple):
-    """A decision about a label over a stretch of a recording."""
+    """A decision that holds: the last one of an annotator about a window and a label."""
 
-    file: str  # as the table says
-    table: Path
-    start: float  # seconds from the start of the recording
+    file: str
+    start: float  # seconds
     end: float
     label: str
-    present: bool
-    score: str | None  # as the table has it
+    decision: Decision
+    annotator: str = ""
+    comment: str = ""
+    time: str = ""
+    fields: Mapping[str, str] = {}  # every column of the row, by its name in lower case
+
+    @property
+    def subject(self) -> Subject:
+        """What the decision is about."""
+        return Subject(*self[:4])
 
 
-def read_reviews(tables: Iterable[Path]) -> list[Review]:
-    """The decisions in tables. Of several about the same stretch and label, the last one counts.
+def read_reviews(path: Path) -> list[Review]:
+    """The decisions that hold, in the order in which they were made.
 
-    Raises:
-        NotFoundError: no such file.
-        InputError: no table of reviewed detections, or another decision than those of `DECISIONS`.
-    """
-    found: dict[tuple[str, float, float, str], Review | None] = {}
-    for table in tables:
-        for row in read_annotations(table):
-            column = next((name for name in COLUMNS if name in row.fields), None)
-            if column is None:
-                raise InputError(
-                    f"{table} has no column {' or '.join(COLUMNS)}; expected whether each label is right"
-                )
-            word = row.fields[column].lower()
-            if word not in DECISIONS:
-                known = ", ".join(each for each in DECISIONS if each)
-                raise InputError(f"{table}: {column} {row.fields[column]!r}; expected one of {known}")
-            present, file = DECISIONS[word], row.file or recording_of(table)
-            score = row.fields.get("score") or None
-            review = None if present is None else Review(file, table, row.start, row.end, row.label, present, score)
-            found[file, row.start, row.end, row.label] = review
-    return [review for review in found.values() if review is not None]
-
-
-def rounded_score(review: Review) -> float:
-    """The score in the table. A rounded one is not 0 or 1: it is at most half a unit of its last digit away.
+    Args:
+        path: a table with the columns `file`, `start`, `end`, `label` and `decision`, or a folder of such tables,
+            where other tables are left out.
 
     Raises:
-        InputError: the row has no score, or none between 0 and 1.
+        NotFoundError: no such file or folder, or a folder without reviews.
+        InputError: not a table of reviews, or an unknown decision.
     """
-    text = review.score or ""
-    try:
-        score = float(text)
-    except ValueError:
-        score = math.nan
-    if not 0 <= score <= 1:
+    if not path.is_dir():
+        annotations = read_annotations(path)
+        if annotations and not is_reviewed(annotations):
+            raise InputError(f"{path} has no column decision; expected {', '.join(COLUMNS)}")
+        return current_reviews(annotations, path)
+    found: list[Review] = []
+    tables = 0
+    for table in sorted(each for each in path.iterdir() if each.suffix.lower() in TABLES and each.is_file()):
+        try:
+            annotations = read_annotations(table)
+        except InputError as error:
+            if "no table of annotations" not in str(error):
+                raise
+            continue
+        if is_reviewed(annotations):
+            tables += 1
+            found += current_reviews(annotations, table)
+    if not tables:
+        raise NotFoundError(f"{path} holds no table with a column decision; expected {', '.join(COLUMNS)}")
+    return list({(review.subject, review.annotator): review for review in found}.values())
+
+
+def is_reviewed(annotations: Sequence[Annotation]) -> bool:
+    """Whether the rows of a table are reviews."""
+    return bool(annotations) and any(column in annotations[0].fields for column in DECIDED)
+
+
+def current_reviews(annotations: Iterable[Annotation], table: Path) -> list[Review]:
+    """The decisions of a table's rows that hold; errors as of `read_reviews`."""
+    found: dict[tuple[Subject, str], Review] = {}
+    for row in annotations:
+        subject = Subject(row.file or recording_of(table), row.start, row.end, row.label)
+        annotator, decision = row.fields.get("annotator", ""), _decision(row, table)
+        found.pop((subject, annotator), None)
+        if decision is not None:
+            comment, time = row.fields.get("comment", ""), row.fields.get("time", "")
+            found[subject, annotator] = Review(*subject, decision, annotator, comment, time, row.fields)
+    return list(found.values())
+
+
+def agreed(reviews: Iterable[Review]) -> dict[Subject, Decision]:
+    """One decision for each window and label: that of all its annotators, or `unsure` where they differ."""
+    found: dict[Subject, Decision] = {}
+    for review in reviews:
+        same = found.get(review.subject, review.decision) == review.decision
+        found[review.subject] = review.decision if same else "unsure"
+    return found
+
+
+def _decision(row: Annotation, table: Path) -> Decision | None:
+    text = next((row.fields[column] for column in DECIDED if column in row.fields), "").lower()
+    if text not in WORDS:
         raise InputError(
-            f"{review.table}: a row of {review.file} has the score {text!r}; expected a number from 0 to 1 in the "
-            "column score"
+            f"{table}: decision {text!r} at {row.start:g} s; expected {', '.join(DECISIONS)} or nothing"
         )
-    digits = len(text.partition(".")[2]) if set(text) <= set("0123456789.") else 9
-    half = 0.5 * 10.0**-digits
-    return min(max(score, half), 1 - half)
+    if text and not row.label:
+        raise InputError(f"{table}: the decision {text!r} at {row.start:g} s has no label")
+    return WORDS[text]

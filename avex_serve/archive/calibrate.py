@@ -1,16 +1,17 @@
 """A bundle's calibration from reviewed detections, as a new version of the bundle with the same graphs."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
 
-from avex_serve.annotations.reviews import Review, read_reviews, rounded_score
+from avex_serve.annotations.reviews import agreed, read_reviews
 from avex_serve.archive.store import Store, connect, quoted
 from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.reading import Bundle, read_bundle
@@ -25,6 +26,18 @@ from avex_serve.inference.pipeline import Query
 from avex_serve.inference.scores import activate
 
 SAME: Final = 1e-3  # seconds: windows that share this much less with a stretch share the same with it
+
+
+class Review(NamedTuple):
+    """A decision about a label over a stretch of a recording."""
+
+    root: Path  # the folder of its table
+    file: str  # as the table says
+    start: float  # seconds
+    end: float
+    label: str
+    present: bool
+    score: str  # as the table has it; empty: it has none
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,12 @@ def calibrate_bundle(request: CalibrationRequest, say: Callable[[str], None] = p
     with open_bundle(request.bundle, "cpu") as engine:
         head = engine.probe(request.probe)
         labels = engine.labels(head.name)
-        reviews = _known(read_reviews(request.labels), labels)
+        reviews = _read(request.labels)
+        if unknown := sorted({review.label for review in reviews} - set(labels)):
+            raise NotFoundError(
+                f"there are reviews of {', '.join(map(repr, unknown[:5]))}, which the probe doesn't have; one of "
+                f"its {len(labels)} labels is {min(labels)!r}"
+            )
         scored = _score(request, engine, head.name, reviews, say)
     names = sorted({review.label for review, _ in scored}, key=labels.index)
     if not names:
@@ -97,13 +115,40 @@ def _next_version(version: str) -> str:
     return str(int(version) + 1) if version.isdecimal() else f"{version}-calibrated"
 
 
-def _known(reviews: Sequence[Review], labels: Collection[str]) -> Sequence[Review]:
-    if unknown := sorted({review.label for review in reviews} - set(labels)):
-        raise NotFoundError(
-            f"{reviews[0].table} has the labels {', '.join(map(repr, unknown[:5]))}, which the probe doesn't have; "
-            f"one of its {len(labels)} labels is {min(labels)!r}"
+def _read(tables: Sequence[Path]) -> list[Review]:
+    """The decisions on which all annotators agree, without those in doubt."""
+    found: dict[tuple[str, float, float, str], Review] = {}
+    for table in tables:
+        reviews = read_reviews(table)
+        decisions = agreed(reviews)
+        root = table if table.is_dir() else table.parent
+        for review in reviews:
+            decision = decisions[review.subject]
+            found.pop(review.subject, None)  # of several tables, the last one counts
+            if decision != "unsure":
+                score = review.fields.get("score", "")
+                found[review.subject] = Review(root, *review.subject, decision == "present", score)
+    return list(found.values())
+
+
+def _rounded(review: Review) -> float:
+    """The score in the table. A rounded one is not 0 or 1: it is at most half a unit of its last digit away.
+
+    Raises:
+        InputError: the row has no score, or none between 0 and 1.
+    """
+    try:
+        score = float(review.score)
+    except ValueError:
+        score = math.nan
+    if not 0 <= score <= 1:
+        raise InputError(
+            f"a review of {review.file} has the score {review.score!r}; expected a number from 0 to 1 in the column "
+            "score"
         )
-    return reviews
+    digits = len(review.score.partition(".")[2]) if set(review.score) <= set("0123456789.") else 9
+    half = 0.5 * 10.0**-digits
+    return min(max(score, half), 1 - half)
 
 
 # -- scores of what was reviewed ----------------------------------------------------------------------------------
@@ -122,7 +167,7 @@ def _score(
     if request.table_scores:
         if request.store is not None or request.recordings is not None:
             raise InputError("--table-scores takes the scores of the tables; leave out --run and --recordings")
-        return [(review, rounded_score(review)) for review in reviews]
+        return [(review, _rounded(review)) for review in reviews]
     by_recording: dict[Path, list[Review]] = defaultdict(list)
     source: _Recordings | _Stored
     source = _Recordings(request, engine, probe) if request.store is None else _Stored(request.store, engine, probe)
@@ -177,13 +222,13 @@ class _Recordings:
 
     def find(self, review: Review) -> Path | None:
         """The recording of a review: next to its table, in the folder of recordings, or there by its name alone."""
-        for root in (review.table.parent, *([] if self._root is None else [self._root])):
+        for root in (review.root, *([] if self._root is None else [self._root])):
             if (path := root / review.file).is_file():
                 return path.resolve()
         found = self._names[PureWindowsPath(review.file).name]
         if len(found) > 1:
             raise InputError(
-                f"{review.table} names {review.file}, of which there are {len(found)}; give their paths"
+                f"there are reviews of {review.file}, of which there are {len(found)}; give their paths"
             )
         return found[0].resolve() if found else None
 
@@ -225,13 +270,13 @@ class _Stored:
 
     def find(self, review: Review) -> Path | None:
         """The recording of a review: its path, also from the table's folder, or its name alone."""
-        for path in (review.table.parent.resolve() / review.file,):
+        for path in (review.root.resolve() / review.file,):
             if str(path) in self._digests:
                 return path
         found = self._names[PureWindowsPath(review.file).name]
         if len(found) > 1:
             raise InputError(
-                f"{review.table} names {review.file}, of which the run has {len(found)}; give their paths"
+                f"there are reviews of {review.file}, of which the run has {len(found)}; give their paths"
             )
         return found[0] if found else None
 

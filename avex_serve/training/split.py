@@ -1,6 +1,5 @@
 """Which windows train and which evaluate: groups of recordings, never single windows. Needs no torch."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -14,6 +13,8 @@ HELD_OUT: Final = 5  # one group in five
 ENOUGH: Final = 10  # groups with a label, so that a fifth of them says something about it
 ALIKE: Final = 0.999  # cosine of embeddings, less their mean, from which on two windows are near-duplicates
 _BLOCK: Final = 2048  # windows that are compared at once
+_SKETCH: Final = 64  # numbers of a sketch
+_NEAR: Final = 0.995  # cosine of the sketches of windows that are compared
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def folds(targets: np.ndarray, groups: np.ndarray, count: int, seed: int) -> np.
 
 
 class Copies(NamedTuple):
-    """Two recordings whose windows are nearly the same, and the two that are closest."""
+    """Two recordings whose windows are nearly the same, and the two windows that are closest."""
 
     recordings: tuple[int, int]
     windows: tuple[int, int]
@@ -124,29 +125,33 @@ def near_duplicates(embeddings: np.ndarray, recording: np.ndarray) -> list[Copie
     of silence that two recordings share makes none.
 
     Args:
-        embeddings: (N, ...) float32.
+        embeddings: (N, D) or (N, ..., D) float32; of the latter, means are compared.
         recording: (N,) int.
     """
+    embeddings = _means(embeddings)
     rows = np.arange(len(recording))
-    mean = np.mean([embeddings[i].ravel() for i in rows[:: max(1, rows.size // _BLOCK)]], axis=0)
-    axis = _widest(_directions(embeddings, rows[:: max(1, rows.size // _BLOCK)], mean))
-    place = np.concatenate([_directions(embeddings, block, mean) @ axis for block in _blocks(rows)])
-    order = np.argsort(place, kind="stable")
-    place = place[order]
-    reach = 1.01 * math.sqrt(2 - 2 * ALIKE)  # unit vectors with that cosine are no further apart along any axis
+    mean = embeddings[:: max(1, rows.size // _BLOCK)].mean(axis=0)
+    # Near windows are found among sketches, which keep angles up to a tenth, and then compared as they are.
+    width = embeddings.shape[1]
+    sketch = (
+        np.random.default_rng(0).standard_normal((width, _SKETCH), np.float32) if width > _SKETCH else np.eye(width)
+    )
+    sketches = np.concatenate(
+        [_unit(_directions(embeddings, block, mean) @ sketch).astype(np.float32) for block in _blocks(rows)]
+    )
     matches: list[np.ndarray] = []  # window, and a recording that has one like it
     closest: dict[tuple[int, int], Copies] = {}
-    for start in range(0, rows.size, _BLOCK):
-        first = order[start : start + _BLOCK]
-        ours = _directions(embeddings, first, mean)
-        end = int(np.searchsorted(place, place[start : start + _BLOCK][-1] + reach, side="right"))
-        for second in _blocks(order[start:end]):
-            cosines = ours @ _directions(embeddings, second, mean).T
-            i, j = np.nonzero((cosines >= ALIKE) & (recording[first][:, None] < recording[second]))
-            k, m = np.nonzero((cosines >= ALIKE) & (recording[first][:, None] > recording[second]))
-            # The recording with the lower number is the first of a pair.
-            one, other = np.append(first[i], second[m]), np.append(second[j], first[k])
-            cosine = np.append(cosines[i, j], cosines[k, m])
+    for first in _blocks(rows):
+        for second in _blocks(rows[first[0] :]):
+            alike = sketches[first] @ sketches[second].T >= _NEAR
+            i, j = np.nonzero(alike & (recording[first][:, None] != recording[second]))
+            if not i.size:
+                continue
+            cosine = _cosines(_directions(embeddings, first, mean), _directions(embeddings, second, mean), i, j)
+            near = cosine >= ALIKE
+            one, other, cosine = first[i[near]], second[j[near]], cosine[near]
+            swapped = recording[one] > recording[other]  # the recording with the lower number is the first of a pair
+            one, other = np.where(swapped, other, one), np.where(swapped, one, other)
             matches += [np.stack(each, 1) for each in ((one, recording[other]), (other, recording[one]))]
             best = np.argsort(-cosine, kind="stable")
             pairs, found = np.unique(
@@ -167,10 +172,9 @@ def near_duplicates(embeddings: np.ndarray, recording: np.ndarray) -> list[Copie
     ]
 
 
-def _widest(directions: np.ndarray) -> np.ndarray:
-    """The axis (D,) along which vectors (n, D) differ most; pairs far apart on it need no comparison."""
-    _, _, axes = np.linalg.svd(directions, full_matrices=False)
-    return np.asarray(axes[0])
+def _cosines(first: np.ndarray, second: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """The cosine of each pair of unit vectors, row `i` of the first and row `j` of the second."""
+    return np.concatenate([(first[i[block]] * second[j[block]]).sum(axis=1) for block in _blocks(np.arange(i.size))])
 
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:
@@ -179,6 +183,22 @@ def _blocks(rows: np.ndarray) -> list[np.ndarray]:
 
 def _directions(embeddings: np.ndarray, rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Embeddings less their mean as unit vectors, (rows, D); zero for silence, which equals itself."""
-    centred = embeddings[rows].reshape(rows.size, -1) - mean
-    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    return np.asarray(np.divide(centred, lengths, out=np.zeros_like(centred), where=lengths > 1e-6))
+    return _unit(embeddings[rows] - mean)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 1e-6))
+
+
+def _means(embeddings: np.ndarray) -> np.ndarray:
+    """(N, D); sequences are read a few at a time, since they may be larger than memory."""
+    if embeddings.ndim == 2:
+        return embeddings
+    width = embeddings.shape[-1]
+    return np.concatenate(
+        [
+            embeddings[i : i + 64].reshape(-1, np.prod(embeddings.shape[1:-1]), width).mean(axis=1)
+            for i in range(0, len(embeddings), 64)
+        ]
+    )

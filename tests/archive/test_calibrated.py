@@ -230,11 +230,11 @@ def test_labels_without_reviews_keep_their_calibration(season, calibrated, tmp_p
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("file,start,end,label\n00.wav,0,0.1,robin\n", (), "no column decision or correct"),
+        ("file,start,end,label\n00.wav,0,0.1,robin\n", (), "has no column decision"),
         (
             "file,start,end,label,decision\n00.wav,0,0.1,robin,maybe\n",
             (),
-            "decision 'maybe'; expected one of present",
+            "decision 'maybe' at 0 s; expected present",
         ),
         ("file,start,end,label,decision\n00.wav,0,0.1,owl,present\n", (), "'owl', which the probe doesn't have"),
         ("file,start,end,label,decision\nnone.wav,0,0.1,robin,present\n", (), "none.wav is not there (1 reviews)"),
@@ -264,8 +264,7 @@ def test_the_bundle_itself_is_not_replaced(season, tmp_path, capsys):
 
 def test_stretches_longer_than_windows_have_their_highest_score(season, bundles, tmp_path):
     """A row of joined windows has the score of the best of them, as tables show it."""
-    from avex_serve.annotations.reviews import Review
-    from avex_serve.archive.calibrate import CalibrationRequest, _Recordings, _score_of
+    from avex_serve.archive.calibrate import CalibrationRequest, Review, _Recordings, _score_of
 
     folder, _ = season
     with open_bundle(bundles["plain"], "cpu") as engine:
@@ -277,5 +276,5 @@ def test_stretches_longer_than_windows_have_their_highest_score(season, bundles,
             (0.31, 0.38, scores[3]),
             (0.55, 0.55, scores[5]),
         ):
-            review = Review("00.wav", tmp_path / "x.csv", start, end, LABELS[0], True, None)
+            review = Review(tmp_path, "00.wav", start, end, LABELS[0], True, "")
             assert _score_of(review, windows) == expected

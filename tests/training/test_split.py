@@ -86,10 +86,11 @@ def test_a_split_that_can_not_be_is_refused(given, reason):
         split(targets, groups, given(groups), 0)
 
 
-def test_recordings_that_are_nearly_the_same_are_found():
+@pytest.mark.parametrize("shape", [(16,), (300,), (4, 80)])
+def test_recordings_that_are_nearly_the_same_are_found(shape):
     rng = np.random.default_rng(0)
     recording = np.repeat(np.arange(500), 10)
-    embeddings = 3 + rng.normal(size=(5000, 16)).astype(np.float32)
+    embeddings = 3 + rng.normal(size=(5000, *shape)).astype(np.float32)
     embeddings[4000:4010] = embeddings[20:30] + 1e-3  # 400 is a copy of 2
     embeddings[4010:4015] = embeddings[13:18]  # 401 is half of 1, from elsewhere in it
     embeddings[4020:4024] = embeddings[30:34]  # 402 shares four of its windows with 3
