@@ -14,6 +14,7 @@ from avex_serve.cli import (
     evaluate,
     fit,
     inventory,
+    merge,
     plot,
     predict,
     report,
@@ -26,7 +27,22 @@ from avex_serve.cli import (
 from avex_serve.cli.output import drop_output, escape_unprintable, fail
 from avex_serve.errors import AvexServeError
 
-COMMANDS = (inventory, predict, run, status, tables, classify, report, plot, fit, evaluate, verify, settings, demo)
+COMMANDS = (
+    inventory,
+    predict,
+    run,
+    merge,
+    status,
+    tables,
+    classify,
+    report,
+    plot,
+    fit,
+    evaluate,
+    verify,
+    settings,
+    demo,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
