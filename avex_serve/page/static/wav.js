@@ -14,7 +14,7 @@
  * @property {number} frames samples of each channel
  * @property {number} channels
  * @property {number} duration seconds
- * @property {(first: number, count: number) => Promise<Float32Array>} read samples of the channel that was chosen;
+ * @property {(first: number, count: number) => Promise<Float32Array<ArrayBuffer>>} read samples of the channel that was chosen;
  *   zeros before the start and after the end
  * @property {Layout} layout
  */

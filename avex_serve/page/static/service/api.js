@@ -33,7 +33,11 @@ export class Api {
     this.asking = null;
   }
 
-  /** The headers that a program sends with each request. */
+  /**
+   * The headers that a program sends with each request.
+   *
+   * @returns {Record<string, string>}
+   */
   get headers() {
     const key = sessionStorage.getItem(KEY);
     return key === null ? {} : { Authorization: `Bearer ${key}` };

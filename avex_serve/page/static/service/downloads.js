@@ -207,9 +207,9 @@ export class Downloads {
  */
 function embeddingRows({ spans, embeddings }) {
   const lines = embeddings.flatMap((each, index) =>
-    (Array.isArray(each[0]) ? each : [each]).map((vector) => [...spans[index], ...vector]),
+    (Array.isArray(each[0]) ? each : [each]).map((/** @type {number[]} */ vector) => [...spans[index], ...vector]),
   );
-  const head = ["start", "end", ...(lines[0] ?? []).slice(2).map((_, index) => `e${index}`)];
+  const head = ["start", "end", ...(lines[0] ?? []).slice(2).map((/** @type {number} */ _, /** @type {number} */ index) => `e${index}`)];
   return [head, ...lines].map((line) => line.join(",")).join("\n") + "\n";
 }
 

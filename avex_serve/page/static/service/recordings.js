@@ -140,6 +140,7 @@ export class Recording {
       progress(part, say(part < 1 ? "service.sending" : "service.computing"));
     const whole = { body: this.file, offset: 0, from: -Infinity, to: Infinity, last: true };
     const pieces = (await this.pieces(options, model, limits)) ?? [whole];
+    /** @type {any} */
     let answer = null;
     for (const [index, piece] of pieces.entries()) {
       const query = predictQuery({ ...options, finalClip: piece.last ? options.finalClip : "none" });
