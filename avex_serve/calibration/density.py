@@ -169,7 +169,8 @@ def _density(expected: float, low: float, high: float, counts: np.ndarray) -> De
     """From sounds in windows that nobody reviewed, and the counts (3, B)."""
     windows, reviewed, present = (int(each.sum()) for each in counts)
     ends = (min(max(each, 0), windows - reviewed) for each in (expected, low, high))
-    return Density(*(float(present + each) / windows for each in ends), windows, reviewed, present)
+    value, least, most = (float(present + each) / windows for each in ends)
+    return Density(value, least, most, windows, reviewed, present)
 
 
 def _counts(band: np.ndarray, decisions: np.ndarray, bands: int) -> np.ndarray:

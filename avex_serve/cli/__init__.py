@@ -22,6 +22,7 @@ from avex_serve.cli import (
     run,
     settings,
     status,
+    suggest,
     tables,
     verify,
 )
@@ -37,6 +38,7 @@ COMMANDS = (
     classify,
     report,
     plot,
+    suggest,
     density,
     fit,
     evaluate,

@@ -276,7 +276,7 @@ def _shortened(text: str, most: int) -> str:
 
 @contextmanager
 def _drawing(width: float, height: float, margins: tuple[float, float] | None = None) -> "Iterator[Figure]":
-    """A figure of a size in inches. Margins: shares left and below, for text; None: as needed, in twice the time."""
+    """A figure of a size in inches, with shares of it left and below for text; None: as needed, twice as slow."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
