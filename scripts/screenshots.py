@@ -20,7 +20,7 @@ import soundfile
 
 from avex_serve.service.settings import DEMO_BUNDLE
 from avex_serve.synthetic import make_recording
-from tests.browsing import launched
+from tests.browsing import launched, wait_until
 
 TARGET = Path(__file__).parents[1] / "docs" / "pictures"
 SIZE = {"width": 1280, "height": 800}
@@ -43,9 +43,9 @@ def main() -> None:
 def photograph(page: Any, url: str, recording: Path, scheme: str) -> None:
     """The page with a recording."""
     page.goto(url)
-    page.get_by_label("Recordings", exact=True).set_input_files(recording)
-    page.wait_for_function("/scores/.test(document.querySelector('.recordings .status')?.textContent ?? '')")
-    page.wait_for_function("document.querySelector('.spectrogram').getAttribute('aria-busy') === 'false'")
+    page.get_by_label("Choose recordings").set_input_files(recording)
+    wait_until(page, "/scores/.test(document.querySelector('.recordings .status')?.textContent ?? '')")
+    wait_until(page, "document.querySelector('.spectrogram').getAttribute('aria-busy') === 'false'")
     page.wait_for_timeout(300)
     page.screenshot(path=TARGET / f"page-{scheme}.png", full_page=True)
 

@@ -32,7 +32,8 @@ def encode_header(sample_rate: int, frames: int | None) -> bytes:
 
 def encode_samples(wave: Wave) -> bytes:
     """Samples (S,) as 16-bit integers; what is beyond [-1, 1] is clipped."""
-    return np.clip(np.rint(wave * 2.0**15), -(2**15), 2**15 - 1).astype("<i2").tobytes()
+    samples: np.ndarray = np.clip(np.rint(wave * 2.0**15), -(2**15), 2**15 - 1).astype("<i2")
+    return samples.tobytes()
 
 
 def encode_stream(blocks: Iterable[Wave], sample_rate: int, frames: int | None) -> Iterator[bytes]:

@@ -39,7 +39,7 @@ def test_the_page_asks_and_is_refused_from_elsewhere(browser, pages, tmp_path, a
     (tmp_path / "cors.yaml").write_text(yaml.safe_dump(config))
     recording = {"name": "recording.wav", "mimeType": "audio/wav", "buffer": wav}
     variables = {"AVEX_BUNDLE": str(audio_bundle), "AVEX_API_KEYS": f"page:{KEY}"}
-    refused = ("401", "CORS policy", "ERR_FAILED")
+    refused = ("401", "CORS policy", "ERR_FAILED", "404")  # 404: it has no icon
     with (
         running_server(tmp_path, BENTOML_CONFIG=str(tmp_path / "cors.yaml"), **variables) as server,
         opened(browser, expected=refused) as page,

@@ -53,7 +53,7 @@ const STRINGS = {
   "service.unreachable": "The service can't be reached. Is it running?",
   "service.unreadable": "The recording can't be read.",
   "service.empty": "No bundle is served.",
-  "choose": "Recordings",
+  "choose": "Choose recordings",
   "choose.help": "Choose files, drop them anywhere on this page, or paste them. They stay with you: the service keeps nothing.",
   "recordings": "Recordings",
   "progress": "Progress of {name}",

@@ -186,7 +186,8 @@ def tables() -> Schema:
     """Detections as a table."""
     columns = {"start": _NUMBERS, "end": _NUMBERS, "score": _NUMBERS, "label": _list({"type": "integer"})}
     described = _object(
-        {"name": _STRING, "digest": {**_STRING, "description": "SHA-256 of the file"}, "duration": _SECONDS,
+        {"name": {**_STRING, "description": "of the file, without a folder"},
+         "digest": {**_STRING, "description": "SHA-256 of the file"}, "duration": _SECONDS,
          "probe": _STRING, "labels": _STRINGS, **columns},
         {"head": {**_STRING, "contentEncoding": "base64", "description": "the start of the file, for its metadata"}},
     )  # fmt: skip

@@ -44,6 +44,7 @@ WAV: Final = "/wav"
 WAV_TYPE: Final = "audio/wav"
 TABLES: Final = "/tables"
 ROW_BYTES: Final = 1024  # memory for a row of a table until it is sent; measured, rounded up
+FOLDER: Final = "/recordings"  # of recordings whose folder is not known, where a format writes paths below it
 EARLIEST: Final = (1980, 1, 1, 0, 0, 0)  # of a file in a ZIP: the same table has the same bytes
 
 Number = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
@@ -52,7 +53,8 @@ Number = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
 class Described(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A recording of a table: its detections as columns, which take less JSON than documents."""
 
-    name: str  # of the file, with folders if the page knows them
+    # Of the file, without a folder: formats of several files are named after it, and must stay in their folder.
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=r"^[^/\0]*$")]
     digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256 of the file
     head: bytes = b""  # the part of the file with its metadata, base64
     duration: Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # seconds
@@ -138,11 +140,15 @@ def write_table(repository: Repository, asked: TableRequest) -> tuple[bytes, str
     """
     if (form := FORMATS.get(asked.format)) is None:
         raise InputError(f"format is {asked.format[:80]!r}; expected one of {', '.join(FORMATS)}")
+    names = [each.name for each in asked.recordings]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two recordings are called {twice[:80]}; make a table of each")
     rows = sum(len(each.start) for each in asked.recordings)
     current().extend_answer(ROW_BYTES * rows, "send fewer recordings at once, or raise the threshold")
     with repository.lease(asked.model, asked.version) as engine:
         bandwidth = _bandwidth(repository, engine)
-        described = sorted(((_recording(each, asked.folder), each) for each in asked.recordings), key=_path)
+        folder = asked.folder or (FOLDER if "." not in form.target else "")
+        described = sorted(((_recording(each, folder), each) for each in asked.recordings), key=_path)
         table = Table(
             [recording for recording, _ in described],
             [(recording, _annotations(each, engine, bandwidth)) for recording, each in described],
@@ -222,6 +228,7 @@ def _annotations(each: Described, engine: Engine, bandwidth: float) -> Sequence[
 def _zipped(folder: Path) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(folder.iterdir()):
-            archive.writestr(zipfile.ZipInfo(path.name, EARLIEST), path.read_bytes(), zipfile.ZIP_DEFLATED)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            archive.writestr(zipfile.ZipInfo(name, EARLIEST), path.read_bytes(), zipfile.ZIP_DEFLATED)
     return content.getvalue()

@@ -43,7 +43,7 @@ class Page {
     this.hover = make("p", { class: "status" });
     const picture = make("div");
     this.spectrogram = new Spectrogram(picture);
-    const detections = make("section", { class: "panel", "aria-label": say("detections") });
+    const detections = make("section", { class: "panel" });
     this.table = this.makeTable(detections);
     this.viewer = make(
       "section",
