@@ -172,10 +172,12 @@ def test_a_link_to_one_window(browser, served, table):
         assert "dawn.wav, 0:08.0 to 0:11.0" in page.text_content(".facts")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everyone_can_use_it(browser, served, scheme):
+@pytest.mark.parametrize(
+    ("scheme", "sizes"), [("light", [(360, 740), (3840, 2160)]), ("dark", [(1280, 900)])], ids=["light", "dark"]
+)
+def test_everyone_can_use_it(browser, served, scheme, sizes):
     with opened(browser, color_scheme=scheme) as page:
-        for width, height in ((1280, 900), (360, 740), (3840, 2160)):
+        for width, height in sizes:
             page.set_viewport_size({"width": width, "height": height})
             page.goto(f"{served}&annotator=bo&label=wren")
             wait(page)
