@@ -5,22 +5,29 @@ from the start of the first file. As a *sound selection table*, Begin Path and F
 are written, so a file without detections moves the times of those behind it all the same.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from avex_serve.annotations.table import Format, Table, new_file, one_line
 
 HEADER = (
     "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\tLow Freq (Hz)\tHigh Freq (Hz)\tBegin File\tBegin Path\t"
-    "File Offset (s)\tLabel\tScore\n"
+    "File Offset (s)\tLabel\tScore"
 )
 
 
-def write(table: Table, target: Path) -> None:
-    """Write a table of all recordings as one sequence, in the order of their paths."""
+def write(table: Table, target: Path, blank: Sequence[str] = ()) -> None:
+    """Write a table of all recordings as one sequence, in the order of their paths.
+
+    Args:
+        table: the detections.
+        target: the file.
+        blank: names of more columns, which people fill in.
+    """
     before = 0.0  # seconds of the files before this one
     selection = 0
     with new_file(target) as file:
-        file.write(HEADER)
+        file.write("\t".join([HEADER, *blank]) + "\n")
         for recording, annotations in table.rows:
             name, path = _cell(recording.name), _cell(recording.path)
             for one in annotations:
@@ -28,7 +35,7 @@ def write(table: Table, target: Path) -> None:
                 file.write(
                     f"{selection}\tSpectrogram 1\t1\t{before + one.start:.6f}\t{before + one.end:.6f}\t0.0\t"
                     f"{one.high_frequency(recording):.1f}\t{name}\t{path}\t{one.start:.6f}\t{_cell(one.label)}\t"
-                    f"{one.score:.4f}\n"
+                    f"{one.score:.4f}" + "\t" * len(blank) + "\n"
                 )
             before += recording.duration
 

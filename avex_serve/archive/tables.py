@@ -5,7 +5,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone, tzinfo
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 import duckdb
 import msgspec
@@ -21,6 +21,17 @@ from avex_serve.scheduling.cores import usable_cores
 CHUNK_FILES: Final = 500  # result files that one statement reads
 CHUNK_SECONDS: Final = 48 * 3600  # of the recordings that one statement reads
 SAME_TIME: Final = 1e-6  # seconds, far less than a sample: two windows touch despite rounding
+
+
+class HasDuration(Protocol):
+    """A recording."""
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+
+
+Timed = TypeVar("Timed", bound=HasDuration)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +155,7 @@ def _rows(
 ) -> Iterator[tuple[Recording, list[Annotation]]]:
     with connect(threads=usable_cores()) as database:
         database.register("classes", classes)
-        for chunk in _chunks(recordings, len(sets)):
+        for chunk in chunks(recordings, len(sets)):
             found = _select(database, store, sets, done, chunk, classes, choice)
             groups = itertools.groupby(found, key=lambda row: row[0])
             group = next(groups, None)
@@ -158,8 +169,9 @@ def _rows(
                 yield recording, annotations
 
 
-def _chunks(recordings: Sequence[Recording], sets: int) -> Iterator[list[Recording]]:
-    chunk: list[Recording] = []
+def chunks(recordings: Sequence[Timed], sets: int) -> Iterator[list[Timed]]:
+    """Recordings in parts whose results are read at once, from this number of sets."""
+    chunk: list[Timed] = []
     seconds = 0.0
     for recording in recordings:
         if chunk and ((len(chunk) + 1) * sets > CHUNK_FILES or seconds + recording.duration > CHUNK_SECONDS):
