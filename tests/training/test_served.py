@@ -14,7 +14,7 @@ from avex_serve.cli import main
 from avex_serve.models.probes import load_probe
 from avex_serve.training import fit as module
 from avex_serve.training import heads
-from avex_serve.training.fit import FitRequest, fit
+from avex_serve.training.fit import FitRequest, fit_probe
 from avex_serve.training.split import split
 from tests.service.conftest import running_server
 from tests.training.conftest import LABELS
@@ -31,7 +31,8 @@ def reports(data, cache, tmp_path_factory):
         patch.setattr(heads, "EPOCHS", 8)
         patch.setattr(heads, "RATES", (3e-3,))
         found = {
-            name: fit(FitRequest(data, folder / name, probe=name, cache=cache), lambda text: None) for name in HEADS
+            name: fit_probe(FitRequest(data, folder / name, probe=name, cache=cache), lambda text: None)
+            for name in HEADS
         }
     return folder, found
 
