@@ -30,10 +30,9 @@ def reports(data, cache, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heads, "EPOCHS", 8)
         patch.setattr(heads, "RATES", (3e-3,))
-        found = {
-            name: fit_probe(FitRequest(data, folder / name, probe=name, cache=cache), lambda text: None)
-            for name in HEADS
-        }
+        found = {}
+        for name in HEADS:
+            found[name] = fit_probe(FitRequest(data, folder / name, probe=name, cache=cache), lambda text: None)
     return folder, found
 
 
