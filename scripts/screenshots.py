@@ -1,6 +1,6 @@
 """Take pictures of the pages for docs/: serve the demo bundle, use the page in chromium, and photograph each view.
 
-``python scripts/screenshots.py`` writes JPEG files into ``docs/pictures``. It needs playwright and chromium, as the
+``python -m scripts.screenshots`` writes JPEG files into ``docs/pictures``. It needs playwright and chromium, as the
 tests of the pages do.
 """
 
