@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avex_serve.cli.predict import add_reading
+from avex_serve.cli.predict import add_reading, read_cut
 from avex_serve.cli.progress import reporting, summary
 from avex_serve.cli.tables import add_choice, read_choice, write_tables
 from avex_serve.errors import InputError
@@ -37,9 +37,6 @@ def add_parser(commands: Any) -> None:
         help="one or more bundles, then recordings: files, folders, patterns, @list.txt, or - for standard input",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results are kept")
-    cut = parser.add_mutually_exclusive_group()
-    cut.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
-    cut.add_argument("--hop", type=float, help="from the start of a window to the start of the next, in seconds")
     add_reading(parser)
     parser.add_argument("--embeddings", action="store_true", help="keep the embeddings, for classify and training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -81,8 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
                     f"avex-serve: bundle {engine.manifest.name} has random weights: its scores mean nothing",
                     file=sys.stderr,
                 )
-        query = Query(overlap=arguments.overlap, final_clip=arguments.final_clip, channel=arguments.channel)
-        passes = plan_passes(engines, query, hop=arguments.hop, keep_embeddings=arguments.embeddings)
+        passes = plan_passes(engines, Query(**read_cut(arguments)), keep_embeddings=arguments.embeddings)
         scores = [results for each in passes for results in each.sets if results.kind == "scores"]
         if scores:
             check_choice(scores, choice)
