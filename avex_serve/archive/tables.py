@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime, tzinfo
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 import duckdb
 import numpy as np
@@ -21,6 +21,17 @@ from avex_serve.scheduling.cores import usable_cores
 
 CHUNK_FILES: Final = 500  # result files that one statement reads
 CHUNK_SECONDS: Final = 48 * 3600  # of the recordings that one statement reads
+
+
+class HasDuration(Protocol):
+    """A recording."""
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+
+
+Timed = TypeVar("Timed", bound=HasDuration)
 
 
 def make_table(store: Store, choice: Choice, paths: Collection[str] | None = None) -> Table:
@@ -103,7 +114,7 @@ def _rows(
 ) -> Iterator[tuple[Recording, list[Annotation]]]:
     with connect(threads=usable_cores()) as database:
         database.register("classes", classes)
-        for chunk in _chunks(recordings, len(sets)):
+        for chunk in chunks(recordings, len(sets)):
             found = _select(database, store, sets, done, chunk, classes, choice)
             groups = itertools.groupby(found, key=lambda row: row[0])
             group = next(groups, None)
@@ -117,8 +128,9 @@ def _rows(
                 yield recording, annotations
 
 
-def _chunks(recordings: Sequence[Recording], sets: int) -> Iterator[list[Recording]]:
-    chunk: list[Recording] = []
+def chunks(recordings: Sequence[Timed], sets: int) -> Iterator[list[Timed]]:
+    """Recordings in parts whose results are read at once, from this number of sets."""
+    chunk: list[Timed] = []
     seconds = 0.0
     for recording in recordings:
         if chunk and ((len(chunk) + 1) * sets > CHUNK_FILES or seconds + recording.duration > CHUNK_SECONDS):

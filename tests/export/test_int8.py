@@ -275,7 +275,7 @@ def test_int8_is_verified_by_what_it_was_off_by_where_it_was_made(tmp_path, int8
             tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) // 2, tensor.name))
     replace_file(output, "model_int8.onnx", graph.SerializeToString())
     assert serve(["verify", str(output)]) == 5
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("✗")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "✗" in line]
     assert lines
     assert all("onnx-int8" in line for line in lines)
     # What isn't known can't be judged by.

@@ -24,7 +24,13 @@ def test_the_demo_goes_the_whole_way(tmp_path):
     command = [Path(sys.executable).with_name("avex-serve"), "demo"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    for part in ("write ONNX", "write TorchScript", "digital silence", "serving bundle linear_last", "Over gRPC"):
+    for part in (
+        "write ONNX",
+        "write TorchScript",
+        "recordings, end to end",
+        "serving bundle linear_last",
+        "Over gRPC",
+    ):
         assert part in result.stdout
     assert "✗" not in result.stdout
     right, played = map(int, re.search(r"(\d+) of (\d+) sounds detected", result.stdout).groups())
