@@ -5,11 +5,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: help demo lint test-fast test test-all fuzz bench bench-overhead bench-archive format proto train-demo clean
+.PHONY: help demo lint lint-page screenshots test-fast test test-all fuzz bench bench-overhead bench-archive format proto train-demo clean
 
 help:
 	@echo "make demo        export the demo probe, serve it and query it over HTTP and gRPC"
 	@echo "make lint        format, lint, types and import contracts"
+	@echo "make lint-page   the types of the pages' JavaScript; needs Node"
+	@echo "make screenshots draw the pictures of the pages in docs/; needs chromium"
 	@echo "make test-fast   the tests that take little: under two minutes on two cores"
 	@echo "make test        what CI runs: make lint, and all tests but the nightly ones"
 	@echo "make test-all    make test, with the nightly tests"
@@ -35,6 +37,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+lint-page:
+	npx --yes --package typescript@5.9 tsc --project avex_serve/page/jsconfig.json
+
+screenshots: $(INSTALLED)
+	$(BIN)/python scripts/screenshots.py
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow and not nightly"

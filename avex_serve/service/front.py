@@ -3,7 +3,7 @@
                                                                 HTTP     gRPC
     1. It gets a route, an id, a context and a span. From here on it is recorded, and every error is answered.
     2. The service is shutting down                             503      UNAVAILABLE         except health, metrics
-    3. It has no valid key                                      401      UNAUTHENTICATED     except health
+    3. It has no valid key                                      401      UNAUTHENTICATED     except health, the page
     4. Its time limit is not a number of seconds                400
     5. Its body is too large, by the length in its head         413
        All requests together hold too many bytes                503
@@ -122,7 +122,14 @@ class Front:
                 request.release_memory()
 
     def admit(
-        self, request: Request, path: str, headers: Mapping[str, str], *, infers: bool, body: Body | None = None
+        self,
+        request: Request,
+        path: str,
+        headers: Mapping[str, str],
+        *,
+        infers: bool,
+        body: Body | None = None,
+        public: bool = False,
     ) -> None:
         """Refuse what can be refused before the body is read.
 
@@ -132,11 +139,12 @@ class Front:
             headers: or metadata.
             infers: whether it needs an engine.
             body: of HTTP, of which nothing has been read.
+            public: whether it needs no key, as the files of the page.
 
         Raises:
             AvexServeError: numbers 3 to 6 at the top of this module.
         """
-        if path not in HEALTH:
+        if path not in HEALTH and not public:
             request.key = self.keys.check(headers.get("authorization"))
         if body is not None:
             request.limit_seconds(_seconds(headers.get(TIME_LIMIT)))
@@ -193,6 +201,7 @@ class Found(NamedTuple):
 
     route: str  # the template of its path, or `OTHER`
     app: ASGIApp
+    public: bool = False  # whether it needs no key
 
 
 class Application(Protocol):
@@ -265,7 +274,7 @@ class HttpFront:
                     await self._cors.preflight_response(headers)(scope, receive, sending)
                 else:
                     with front.running(quiet=exchange.quiet):
-                        await self._answer(front, found.app, request, scope, receive, sending)
+                        await self._answer(front, found, request, scope, receive, sending)
             except asyncio.CancelledError:
                 exchange.status = exchange.status or "500"  # the server ends, and answers this
                 raise
@@ -284,12 +293,12 @@ class HttpFront:
         return headers
 
     async def _answer(
-        self, front: Front, app: ASGIApp, request: Request, scope: Scope, receive: Receive, send: Send
+        self, front: Front, found: Found, request: Request, scope: Scope, receive: Receive, send: Send
     ) -> None:
         settings, path = front.settings, scope["path"]
         body = Body(request, receive, settings.max_body_bytes, settings.read_timeout_seconds)
         infers = scope["method"] == "POST" and not path.startswith(CONTROL)
-        front.admit(request, path, Headers(scope=scope), infers=infers, body=body)
+        front.admit(request, path, Headers(scope=scope), infers=infers, body=body, public=found.public)
         watch: asyncio.Task[None] | None = None
 
         async def sending(message: Message) -> None:
@@ -300,7 +309,7 @@ class HttpFront:
         try:
             async with asyncio.timeout(request.remaining) as wait:
                 watch = asyncio.create_task(body.watch(partial(_end, wait)))
-                await app(scope, body.receive, sending)
+                await found.app(scope, body.receive, sending)
         except TimeoutError:
             if body.client_gone:
                 raise ClientGoneError("the client closed the connection before its answer was ready") from None

@@ -24,7 +24,7 @@ SERVICE = "inference.GRPCInferenceService"
 HEALTH = "grpc.health.v1.Health"
 WORDS = "…"  # stands in a record where the wording was
 JSON_LENGTH = "inference-header-content-length"
-UNKEPT = {"date", "content-length", "server"}  # headers
+UNKEPT = {"date", "content-length", "server", "etag"}  # headers; the last is a digest of the content
 GENERATED = re.compile(r"[0-9a-f]{32}")  # an id of a request that the client didn't give
 SETTLE = 0.3  # seconds until what was answered has been counted
 

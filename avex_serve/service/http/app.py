@@ -4,8 +4,9 @@
          /embed
     POST /classify                  JSON, for embedding bundles
     /v2…                            the Open Inference Protocol
-    /, /models, /metrics,           about the service itself
+    /, /models, /metrics,           about the service itself; for browsers, / is a page
          /docs.json
+    /page, /wav, /tables            what the page needs
 
 What isn't here, or has no handler here, BentoML answers, except that a path which nobody knows is refused in our
 words. Its own handlers of `/predict` and so on are never reached over the network: see
@@ -15,16 +16,17 @@ docs/decisions/serving-own-routes.md.
 import io
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
+from starlette.concurrency import iterate_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,7 +36,7 @@ from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.service import parsing
 from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Found, Front
-from avex_serve.service.http import forms, openapi, pages
+from avex_serve.service.http import forms, openapi, page, pages
 from avex_serve.service.oip import json, protocol
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class Routes:
     def __init__(self, front: Callable[[], Front], bentoml: ASGIApp) -> None:
         """`front` is called with each request; `bentoml` is BentoML's application."""
         self._bentoml = bentoml
+        self._front = front
         self._routes = [
             (_route(endpoint, front, bentoml), OTHER if endpoint.operation is None else endpoint.path)
             for endpoint in ENDPOINTS
@@ -71,8 +74,9 @@ class Routes:
         """What answers the request."""
         name, route, child, match = self._match(scope)
         if match is Match.FULL and route is not None:
+            public = page.is_public(self._front(), route.path, scope)
             scope.update(child)
-            return Found(name, route.handle)
+            return Found(name, route.handle, public)
         if route is not None:
             return Found(name, partial(_refuse_method, route))
         path: str = scope["path"]
@@ -293,6 +297,30 @@ async def _classify(front: Front, request: Request) -> Response:
     return Response(await front.infer(classify), media_type="application/json")
 
 
+async def _wav(_: Front, request: Request) -> Response:
+    audio, query = await _read_recording(request, openapi.WAV)
+    pieces = iterate_in_threadpool(page.decode(audio, query.channel, SEND_BODY))
+    first = await anext(pieces)  # by then, what can be wrong with the recording's header is known
+
+    async def all_pieces() -> AsyncIterator[bytes]:
+        yield first
+        async for piece in pieces:
+            yield piece
+
+    return StreamingResponse(all_pieces(), media_type=page.WAV_TYPE)
+
+
+async def _tables(front: Front, request: Request) -> Response:
+    body = await _read_body(request)
+
+    def write() -> tuple[bytes, str]:
+        return page.write_table(front.repository, parsing.document(page.TableRequest, body))
+
+    content, name = await front.infer(write)
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(content, media_type="application/octet-stream", headers=headers)
+
+
 # -- the Open Inference Protocol ------------------------------------------------------------------------------------
 
 
@@ -411,6 +439,9 @@ ENDPOINTS: Final = (
     ),
     _recordings(pages.EMBED, pipeline.embed, openapi.EMBED, "Embeddings of a recording, one a window", "Embedding"),
     _post(pages.CLASSIFY, _classify, openapi.classify()),
+    _post(page.WAV, _wav, openapi.wav()),
+    _post(page.TABLES, _tables, openapi.tables()),
+    Endpoint(("GET",), page.ASSETS, page.asset, None),
     _get(pages.DESCRIPTION, pages.model, openapi.description()),
     _get("/v2", _server_metadata, openapi.get("Name, version and extensions of the server", "ServerMetadata")),
     _get("/v2/health/live", _live, openapi.flag("Whether the process is alive", "live")),

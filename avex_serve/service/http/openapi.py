@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, get_args
 import msgspec
 
 from avex_serve import __version__
+from avex_serve.annotations.formats import FORMATS
 from avex_serve.audio.windows import FinalClip
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import (
@@ -78,6 +79,7 @@ EMBED: Final[Options] = {
     **_RECORDING,
     "output": ("which embedding of the bundle; by default its first one", _STRING),
 }
+WAV: Final[Options] = {"channel": _RECORDING["channel"]}
 
 
 class ClassifyRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -221,6 +223,39 @@ def classify() -> Schema:
     return _operation(summary, _json(_component("Classification")), None, body)
 
 
+def wav() -> Schema:
+    """A recording as WAV."""
+    operation = recording("A recording as 16-bit WAV at its own rate, one channel", WAV, "Prediction")
+    operation["responses"]["200"]["content"] = {"audio/wav": {"schema": _BINARY}}
+    return operation
+
+
+def tables() -> Schema:
+    """Detections as a table."""
+    columns = {"start": _NUMBERS, "end": _NUMBERS, "score": _NUMBERS, "label": _list({"type": "integer"})}
+    described = _object(
+        {"name": {**_STRING, "description": "of the file, without a folder"},
+         "digest": {**_STRING, "description": "SHA-256 of the file"}, "duration": _SECONDS,
+         "probe": _STRING, "labels": _STRINGS, **columns},
+        {"head": {**_STRING, "contentEncoding": "base64", "description": "the start of the file, for its metadata"}},
+    )  # fmt: skip
+    asked = _object(
+        {"format": {"enum": list(FORMATS)}, "model": _STRING, "recordings": {**_list(described), "minItems": 1}},
+        {
+            "version": _STRING,
+            "folder": {**_STRING, "description": "of the recordings, for the table; it is never read"},
+            "threshold": {"type": "number"},
+            "thresholds": {"type": "object", "additionalProperties": {"type": "number"}},
+        },
+    )
+    return _operation(
+        "Detections as a table for other programs",
+        _content(_BINARY),
+        None,
+        {"required": True, "content": _json(asked)},
+    )
+
+
 def model(summary: str, answer: str | None, names: Sequence[str]) -> Schema:
     """A question about the model that these parameters of the path name."""
     missing = {"404": {"description": "no such model or version", "content": _json(_component("Error"))}}
@@ -296,6 +331,10 @@ def _component(name: str | None) -> Schema:
 
 def _json(schema: Schema) -> Schema:
     return {"application/json": {"schema": schema}}
+
+
+def _content(schema: Schema) -> Schema:
+    return {"application/octet-stream": {"schema": schema}}
 
 
 def _list(items: Schema) -> Schema:

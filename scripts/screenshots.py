@@ -1,0 +1,89 @@
+"""Take pictures of the pages for docs/: serve the demo bundle, use the page in chromium, and photograph each view.
+
+``python scripts/screenshots.py`` writes PNG files into ``docs/pictures``. It needs playwright and chromium, as the
+tests of the pages do.
+"""
+
+import socket
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import DEVNULL, Popen
+from typing import Any
+from urllib.error import URLError
+
+import soundfile
+
+from avex_serve.service.settings import DEMO_BUNDLE
+from avex_serve.synthetic import make_recording
+from tests.browsing import launched, wait_until
+
+TARGET = Path(__file__).parents[1] / "docs" / "pictures"
+SIZE = {"width": 1280, "height": 800}
+START_SECONDS = 60
+
+
+def main() -> None:
+    """Write all pictures."""
+    TARGET.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url, launched() as browser:
+        recording = Path(folder) / "SITE_20240501_053000.wav"
+        soundfile.write(recording, make_recording(0, seconds=20)[0], 44100)
+        for scheme in ("light", "dark"):
+            context = browser.new_context(viewport=SIZE, color_scheme=scheme)
+            page = context.new_page()
+            photograph(page, url, recording, scheme)
+            context.close()
+
+
+def photograph(page: Any, url: str, recording: Path, scheme: str) -> None:
+    """The page with a recording."""
+    page.goto(url)
+    page.get_by_label("Choose recordings").set_input_files(recording)
+    wait_until(page, "/scores/.test(document.querySelector('.recordings .status')?.textContent ?? '')")
+    wait_until(page, "document.querySelector('.spectrogram').getAttribute('aria-busy') === 'false'")
+    page.wait_for_timeout(300)
+    page.screenshot(path=TARGET / f"page-{scheme}.png", full_page=True)
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """A service of the demo bundle on a free port, and its address."""
+    with socket.socket() as http, socket.socket() as grpc:
+        http.bind(("127.0.0.1", 0))
+        grpc.bind(("127.0.0.1", 0))
+        port, other = http.getsockname()[1], grpc.getsockname()[1]
+    bentoml = str(Path(sys.executable).with_name("bentoml"))
+    command = [bentoml, "serve", "avex_serve.service:AvexService", "--host", "127.0.0.1", "--port", str(port)]
+    settings = {"AVEX_BUNDLE": str(DEMO_BUNDLE), "AVEX_GRPC_HOST": "127.0.0.1", "AVEX_GRPC_PORT": str(other)}
+    process = Popen(
+        ["env", *(f"{name}={value}" for name, value in settings.items()), *command], stderr=DEVNULL, cwd=folder
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(f"{url}/readyz", process)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(START_SECONDS)
+
+
+def wait_until_ready(url: str, process: "Popen[bytes]") -> None:
+    """Wait until the service answers."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            urllib.request.urlopen(url).close()
+        except URLError:
+            time.sleep(0.2)
+        else:
+            return
+    raise SystemExit("the service did not start")
+
+
+if __name__ == "__main__":
+    main()
