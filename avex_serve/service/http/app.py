@@ -298,8 +298,9 @@ async def _classify(front: Front, request: Request) -> Response:
 
 
 async def _wav(_: Front, request: Request) -> Response:
-    audio, query = await _read_recording(request, openapi.WAV)
-    pieces = iterate_in_threadpool(page.decode(audio, query.channel, SEND_BODY))
+    sent = await _read_recording(request)
+    query = parsing.query_from_text(sent.options, openapi.WAV)
+    pieces = iterate_in_threadpool(page.decode(sent.audio, query.channel, SEND_BODY))
     first = await anext(pieces)  # by then, what can be wrong with the recording's header is known
 
     async def all_pieces() -> AsyncIterator[bytes]:
