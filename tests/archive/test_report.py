@@ -231,7 +231,7 @@ def test_hostile_names_are_text(command, report, tmp_path):
     ("arguments", "message"),
     [
         (("--examples", "-1"), "--examples is -1"),
-        (("--label", "robbin"), "no probe has the labels 'robbin'"),
+        (("--label", "robbin"), "no probe has the label 'robbin'"),
         (("--output", "."), "is a folder"),
     ],
 )
