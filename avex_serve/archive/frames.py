@@ -17,7 +17,7 @@ from avex_serve.inference import pipeline
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
-from avex_serve.inference.results import detect
+from avex_serve.inference.results import calibrated, detect
 from avex_serve.inference.scores import Threshold, activate
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def predict(
                 continue
             scores = activate(found.outputs[head.logits], head.activation)
             if form == "detections":
-                each = detect(found.spans, scores, labels, selection, calibrator)
+                each = calibrated(detect(found.spans, scores, labels, selection), calibrator)
                 parts += [(file, one.start, one.end, *(getattr(one, name) for name in shown)) for one in each]
             else:
                 parts.append((file, found.spans, scores))

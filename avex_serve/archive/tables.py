@@ -2,25 +2,26 @@
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone, tzinfo
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import datetime, tzinfo
 from typing import Any, Final, Protocol, TypeVar
 
 import duckdb
-import msgspec
 import numpy as np
 
 from avex_serve.annotations.table import Annotation, Recording, Table
+from avex_serve.archive.choice import Choice as Choice
+from avex_serve.archive.choice import describe, in_zone
 from avex_serve.archive.plan import Probe, ResultSet
 from avex_serve.archive.store import Entry, Store, connect, quoted
-from avex_serve.errors import InputError, NotFoundError
-from avex_serve.inference.scores import Selection, Threshold
+from avex_serve.calibration.scales import Calibrator
+from avex_serve.errors import NotFoundError
+from avex_serve.inference.results import Merger, check_gap
+from avex_serve.inference.scores import Selection, check_labels
 from avex_serve.scheduling.cores import usable_cores
 
 CHUNK_FILES: Final = 500  # result files that one statement reads
 CHUNK_SECONDS: Final = 48 * 3600  # of the recordings that one statement reads
-SAME_TIME: Final = 1e-6  # seconds, far less than a sample: two windows touch despite rounding
 
 
 class HasDuration(Protocol):
@@ -32,18 +33,6 @@ class HasDuration(Protocol):
 
 
 Timed = TypeVar("Timed", bound=HasDuration)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """Which scores a table shows. None of it changes scores, so that another choice costs no inference."""
-
-    threshold: Threshold = None  # lowest score; see `avex_serve.inference.scores.Selection`
-    top_k: int | None = None  # most labels of a window and a probe
-    labels: Sequence[str] | None = None  # the labels to show; None: all
-    merge_gap: float | None = None  # seconds between windows that become one row; None: windows stay apart
-    zone: tzinfo | None = None  # of times that come without an offset; None: it stays unknown
-    merge_mean: bool = False  # the score of such a row is the mean of the windows' instead of the highest
 
 
 def make_table(store: Store, choice: Choice, paths: Collection[str] | None = None) -> Table:
@@ -71,43 +60,21 @@ def make_table(store: Store, choice: Choice, paths: Collection[str] | None = Non
         and entry.computed
         and any(entry.recording in names for names in done)
     ]
-    about = {
-        "results": [msgspec.to_builtins(_described(results)) for results in sets],
-        "choice": {
-            name: str(value) if name == "zone" else value
-            for name, value in _fields(choice).items()
-            if value is not None
-        },
-    }
     calibrated = any(probe.calibration is not None for results in sets for probe in results.probes)
-    return Table(recordings, _rows(store, sets, done, recordings, classes, choice), about, calibrated)
-
-
-def _fields(choice: Choice) -> dict[str, Any]:
-    return {name: getattr(choice, name) for name in Choice.__slots__}
-
-
-def _described(results: ResultSet) -> ResultSet:
-    """The set without its labels, which may be thousands."""
-    probes = tuple(Probe(probe.name, (), probe.scale, probe.trained) for probe in results.probes)
-    return msgspec.structs.replace(results, probes=probes)
+    rows = _rows(store, sets, done, recordings, classes, choice)
+    return Table(recordings, rows, describe(sets, choice), calibrated)
 
 
 def _recording(entry: Entry, zone: tzinfo | None) -> Recording:
     assert entry.recording is not None
-    start = None if entry.start is None else datetime.fromisoformat(entry.start)
-    if start is not None and entry.offset is not None:
-        start = datetime.fromisoformat(f"{entry.start}{entry.offset}")
-    elif start is not None and zone is not None:
-        offset = zone.utcoffset(start)
-        start = start.replace(tzinfo=None if offset is None else timezone(offset))
+    start = None if entry.start is None else datetime.fromisoformat(f"{entry.start}{entry.offset or ''}")
     return Recording(
         path=entry.path,
         digest=entry.recording,
         duration=entry.duration,
         sample_rate=entry.sample_rate,
         channels=entry.channels,
-        start=start,
+        start=in_zone(start, zone),
         latitude=entry.latitude,
         longitude=entry.longitude,
     )
@@ -119,15 +86,12 @@ def check_choice(sets: Sequence[ResultSet], choice: Choice) -> dict[str, np.ndar
     Returns:
         The classes that are shown, as columns: set, probe, label, their order, and the lowest score of each.
     """
-    if choice.merge_gap is not None and not choice.merge_gap >= 0:
-        raise InputError(f"the gap to merge is {choice.merge_gap} s; expected at least 0")
+    if choice.merge_gap is not None:
+        check_gap(choice.merge_gap)
     known = {label for results in sets for probe in results.probes for label in probe.labels}
-    asked = {*(choice.labels or ()), *(choice.threshold if isinstance(choice.threshold, Mapping) else ())}
-    if unknown := sorted(asked - known):
-        raise NotFoundError(
-            f"no probe has the labels {', '.join(map(repr, unknown[:5]))}; one of the {len(known)} labels is "
-            f"{min(known)!r}"
-        )
+    check_labels(
+        [*(choice.labels or ()), *(choice.threshold if isinstance(choice.threshold, Mapping) else ())], known
+    )
     shown = known if choice.labels is None else set(choice.labels)
     rows: list[tuple[int, str, str, int, float]] = []
     for index, results in enumerate(sets):
@@ -157,10 +121,16 @@ def _rows(
     classes: dict[str, np.ndarray],
     choice: Choice,
 ) -> Iterator[tuple[Recording, list[Annotation]]]:
+    calibrators = {
+        (results.bundle, results.version, probe.name): probe.calibrator
+        for results in sets
+        for probe in results.probes
+        if probe.calibration is not None
+    }
     with connect(threads=usable_cores()) as database:
         database.register("classes", classes)
         for chunk in chunks(recordings, len(sets)):
-            found = _calibrated(_select(database, store, sets, done, chunk, classes, choice), sets)
+            found = _select(database, store, sets, done, chunk, classes, choice)
             groups = itertools.groupby(found, key=lambda row: row[0])
             group = next(groups, None)
             for position, recording in enumerate(chunk):
@@ -170,7 +140,20 @@ def _rows(
                     group = next(groups, None)
                 if choice.merge_gap is not None:
                     annotations = merge(annotations, choice.merge_gap, mean=choice.merge_mean)
-                yield recording, annotations
+                yield recording, _calibrated(annotations, calibrators)
+
+
+def _calibrated(
+    annotations: list[Annotation], calibrators: Mapping[tuple[str, str, str], Calibrator | None]
+) -> list[Annotation]:
+    """The annotations with the probability that each score stands for; joined windows have one score."""
+    for origin, calibrator in calibrators.items():
+        own = [i for i, one in enumerate(annotations) if (one.bundle, one.version, one.probe) == origin]
+        if own and calibrator is not None:
+            labels, scores = [annotations[i].label for i in own], [annotations[i].score for i in own]
+            for i, probability in zip(own, calibrator.of_labels(labels, scores), strict=True):
+                annotations[i] = annotations[i]._replace(probability=probability)
+    return annotations
 
 
 def chunks(recordings: Sequence[Timed], sets: int) -> Iterator[list[Timed]]:
@@ -195,11 +178,8 @@ def _select(
     chunk: Sequence[Recording],
     classes: dict[str, np.ndarray],
     choice: Choice,
-) -> Iterator[list[tuple[Any, ...]]]:
-    """Rows of position in the chunk, source, start, end, probe, label and score; in the order of the table.
-
-    They come in lists of some thousands.
-    """
+) -> Iterator[tuple[Any, ...]]:
+    """Rows of position in the chunk, source, start, end, probe, label and score; in the order of the table."""
     digests = np.array([recording.digest for recording in chunk], dtype=object)
     database.register("chunk", {"position": np.arange(len(chunk), dtype=np.int32), "recording": digests})
     floor = float(classes["lowest"].min())
@@ -223,33 +203,13 @@ def _select(
         ORDER BY position, start, source, probe, score DESC, class"""
     )
     while rows := result.fetchmany(10_000):
-        yield rows
-
-
-def _calibrated(found: Iterable[list[tuple[Any, ...]]], sets: Sequence[ResultSet]) -> Iterator[tuple[Any, ...]]:
-    """The rows of `_select`, each with the probability of its label, None where it is not calibrated."""
-    heads = {
-        (source, probe.name): (calibrator, {label: place for place, label in enumerate(probe.labels)})
-        for source, results in enumerate(sets)
-        for probe in results.probes
-        if (calibrator := probe.calibrator) is not None
-    }
-    for rows in found:
-        probabilities: list[float | None] = [None] * len(rows)
-        for (source, name), (calibrator, place) in heads.items():
-            own = [i for i, row in enumerate(rows) if (row[1], row[4]) == (source, name)]
-            scores = np.array([rows[i][6] for i in own], np.float32)
-            values = calibrator.probabilities(scores, np.array([place[rows[i][5]] for i in own], int))
-            for i, value in zip(own, values.tolist(), strict=True):
-                probabilities[i] = None if math.isnan(value) else value
-        yield from ((*row, probability) for row, probability in zip(rows, probabilities, strict=True))
+        yield from rows
 
 
 def _annotation(row: tuple[Any, ...], sets: Sequence[ResultSet]) -> Annotation:
-    _, source, start, end, probe, label, score, probability = row
+    _, source, start, end, probe, label, score = row
     results = sets[source]
-    place = (results.cut.bandwidth, results.bundle, results.version, probe)
-    return Annotation(start, end, label, score, *place, probability)
+    return Annotation(start, end, label, score, results.cut.bandwidth, results.bundle, results.version, probe)
 
 
 def merge(annotations: Sequence[Annotation], gap: float, *, mean: bool) -> list[Annotation]:
@@ -260,26 +220,12 @@ def merge(annotations: Sequence[Annotation], gap: float, *, mean: bool) -> list[
         gap: seconds between the end of one and the start of the next.
         mean: the score is the mean of the joined ones; else the highest.
     """
-    ends: dict[tuple[str, ...], float] = {}
-    groups: dict[tuple[str, ...], list[Annotation]] = {}
-    merged: list[list[Annotation]] = []
-    for one in annotations:
-        key = (one.bundle, one.version, one.probe, one.label)
-        if key not in ends or one.start > ends[key] + gap + SAME_TIME:
-            ends[key], groups[key] = one.end, []
-            merged.append(groups[key])
-        ends[key] = max(ends[key], one.end)
-        groups[key].append(one)
-    return [_joined(group, mean=mean) for group in merged]
-
-
-def _joined(group: Sequence[Annotation], *, mean: bool) -> Annotation:
-    def join(values: Sequence[float]) -> float:
-        return sum(values) / len(values) if mean else max(values)
-
-    probabilities = [one.probability for one in group if one.probability is not None]
-    return group[0]._replace(
-        end=max(one.end for one in group),
-        score=join([one.score for one in group]),
-        probability=join(probabilities) if probabilities else None,
+    merger = Merger[Annotation](
+        gap,
+        "mean" if mean else "max",
+        lambda one: (one.bundle, one.version, one.probe, one.label),
+        lambda one, end, score: one._replace(end=end, score=score),
     )
+    for one in annotations:
+        merger.add(one)
+    return merger.take()

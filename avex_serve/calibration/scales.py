@@ -6,7 +6,7 @@ raw logits as they are.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -101,6 +101,7 @@ class Calibrator:
     slopes: np.ndarray  # (C,) float64; NaN where the label is not calibrated
     offsets: np.ndarray  # (C,), likewise
     lowest: np.ndarray  # (C,) float64, the lowest score of a detection; NaN where the label has no threshold
+    places: Mapping[str, int]  # of the labels
 
     @classmethod
     def of(cls, calibration: Calibration, activation: Activation) -> "Calibrator":
@@ -112,15 +113,19 @@ class Calibrator:
             np.array([np.nan if scale is None else scale.slope for scale in scales]),
             np.array([np.nan if scale is None else scale.offset for scale in scales]),
             thresholds if activation == "none" else sigmoid(thresholds),
+            {each.label: place for place, each in enumerate(calibration.labels)},
         )
 
-    def thresholds(self, labels: Sequence[str]) -> dict[str, float]:
+    def thresholds(self) -> dict[str, float]:
         """The lowest score of a detection by label, of the labels that have a threshold."""
-        return {
-            label: lowest
-            for label, lowest in zip(labels, self.lowest.tolist(), strict=True)
-            if not math.isnan(lowest)
-        }
+        lowest = self.lowest.tolist()
+        return {label: lowest[place] for label, place in self.places.items() if not math.isnan(lowest[place])}
+
+    def of_labels(self, labels: Sequence[str], scores: Sequence[float]) -> list[float | None]:
+        """The probability of each label with its score; None where it is not calibrated."""
+        places = np.array([self.places[label] for label in labels], int)
+        found = self.probabilities(np.array(scores, np.float32), places).tolist()
+        return [None if math.isnan(probability) else probability for probability in found]
 
     def probabilities(self, scores: np.ndarray, labels: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
         """Probabilities that the labels are right, float32 of the shape of the scores; NaN where not calibrated.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avex_serve.cli.output import read_threshold
+from avex_serve.cli.output import add_shown, read_labels, read_threshold
 from avex_serve.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,19 +42,11 @@ def add_selection(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
         help="lowest score to show, or a CSV file of label,threshold (default: those of the bundle, else 0.5)",
     )
     group.add_argument("--top-k", type=int, help="show at most this number of labels for each window")
-    group.add_argument(
-        "--label", action="append", metavar="LABEL|@FILE", help="show this label, or those of a file; several times"
-    )
-    group.add_argument(
-        "--merge", type=float, metavar="GAP", help="join windows of a label that are at most GAP seconds apart"
-    )
+    add_shown(group)
     group.add_argument(
         "--timezone",
         metavar="ZONE",
         help="of times without an offset, such as Australia/Brisbane or +10:00 (default: they stay without one)",
-    )
-    group.add_argument(
-        "--merge-score", choices=("max", "mean"), default="max", help="of joined windows (default: max)"
     )
     return group
 
@@ -105,16 +97,8 @@ def read_choice(arguments: argparse.Namespace) -> "Choice":
     return Choice(
         threshold=read_threshold(arguments.threshold),
         top_k=arguments.top_k,
-        labels=_read_labels(arguments.label),
+        labels=read_labels(arguments.label),
         merge_gap=arguments.merge,
         zone=zone,
         merge_mean=arguments.merge_score == "mean",
     )
-
-
-def _read_labels(given: list[str] | None) -> list[str] | None:
-    if given is None:
-        return None
-    from avex_serve.bundles.labels import read_label_file
-
-    return [label for one in given for label in (read_label_file(Path(one[1:])) if one.startswith("@") else [one])]

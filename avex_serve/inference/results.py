@@ -1,14 +1,15 @@
 """The answers, as documents that turn into JSON."""
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 
 from avex_serve.calibration.scales import Calibrator
+from avex_serve.errors import InputError
 from avex_serve.inference.scores import ScoreScale, Selection
 
 NUMBER_BYTES: Final = 80  # memory for each number of JSON, until the answer's text is made; measured, rounded up
@@ -112,64 +113,166 @@ class Embedding(_Origin):
     )
 
 
-def detect(
-    spans: np.ndarray,
-    scores: np.ndarray,
-    labels: Sequence[str],
-    selection: Selection,
-    calibrator: Calibrator | None = None,
-) -> list[Detection]:
-    """The scores that pass, window by window, the highest of each window first.
+def detect(spans: np.ndarray, scores: np.ndarray, labels: Sequence[str], selection: Selection) -> list[Detection]:
+    """The scores that pass, window by window; arguments and errors as of `detect_windows`."""
+    return list(chain.from_iterable(detect_windows(spans, scores, labels, selection)))
+
+
+def detect_windows(
+    spans: np.ndarray, scores: np.ndarray, labels: Sequence[str], selection: Selection
+) -> Iterator[list[Detection]]:
+    """The scores of each window that pass, the highest first.
 
     Args:
         spans: (N, 2) start and end of each window in seconds.
         scores: (N, C).
         labels: C of them.
         selection: which scores pass; it raises the errors.
-        calibrator: of the head; None: it is not calibrated.
     """
-    return [
-        Detection(start=start, end=end, label=labels[i], score=score, probability=probability)
-        for (start, end), best in zip(spans.tolist(), selection.passing(scores), strict=True)
-        for i, score, probability in _calibrated(best, calibrator)
-    ]
+    for (start, end), best in zip(spans.tolist(), selection.passing(scores), strict=True):
+        yield [Detection(start=start, end=end, label=labels[i], score=score) for i, score in best]
 
 
-def rank(
-    scores: np.ndarray, labels: Sequence[str], selection: Selection, calibrator: Calibrator | None = None
-) -> list[list[LabelScore]]:
-    """The scores (N, C) that pass, the highest of each row first; arguments and errors as of `detect`."""
-    return [
-        [LabelScore(label=labels[i], score=s, probability=p) for i, s, p in _calibrated(best, calibrator)]
-        for best in selection.passing(scores)
-    ]
+def rank(scores: np.ndarray, labels: Sequence[str], selection: Selection) -> list[list[LabelScore]]:
+    """The scores (N, C) that pass, the highest of each row first; arguments and errors as of `detect_windows`."""
+    return [[LabelScore(label=labels[i], score=score) for i, score in best] for best in selection.passing(scores)]
 
 
-def known(answer: Any) -> Any:
-    """The answer for JSON, which leaves out the probabilities of labels that are not calibrated."""
-    for each in _scored(answer):
+# -- probabilities --------------------------------------------------------------------------------------------------
+
+Known = TypeVar("Known", Detection, LabelScore)
+
+
+def calibrated(found: list[Known], calibrator: Calibrator | None) -> list[Known]:
+    """The same with the probability of each; None: the head is not calibrated."""
+    if calibrator is not None and found:
+        known = calibrator.of_labels([one.label for one in found], [one.score for one in found])
+        for one, probability in zip(found, known, strict=True):
+            one.probability = probability
+    return found
+
+
+def known(found: Any) -> Any:
+    """An answer, or detections, for JSON, which leaves out the probabilities of labels that are not calibrated."""
+    for each in _scored(found):
         if each.probability is None:
             each.probability = msgspec.UNSET  # which msgspec doesn't write
-    return answer
+    return found
 
 
-def _calibrated(
-    best: list[tuple[int, float]], calibrator: Calibrator | None
-) -> Iterator[tuple[int, float, float | None]]:
-    """Index and score of labels of a window, and the probability of each."""
-    if calibrator is None or not best:
-        return ((i, score, None) for i, score in best)
-    places, scores = zip(*best, strict=True)
-    found = calibrator.probabilities(np.array(scores, np.float32), np.array(places)).tolist()
-    return ((i, score, None if math.isnan(p) else p) for (i, score), p in zip(best, found, strict=True))
+def _scored(found: Any) -> Iterator[Any]:
+    if isinstance(found, Detection | LabelScore):
+        yield found
+    elif isinstance(found, list):
+        yield from chain.from_iterable(map(_scored, found))
+    elif isinstance(found, Prediction):
+        yield from found.detections
+    elif isinstance(found, Predictions):
+        yield from _scored(found.predictions)
+    elif isinstance(found, Classification):
+        yield from _scored(found.results)
 
 
-def _scored(answer: Any) -> Iterator[Any]:
-    if isinstance(answer, Predictions):
-        for prediction in answer.predictions:
-            yield from prediction.detections
-    elif isinstance(answer, Prediction):
-        yield from answer.detections
-    elif isinstance(answer, Classification):
-        for row in answer.results:
-            yield from row
+# -- consecutive windows --------------------------------------------------------------------------------------------
+
+SAME_TIME: Final = 1e-6  # seconds, far less than a sample: two windows touch despite rounding
+MergeScore = Literal["max", "mean"]
+
+
+class Scored(Protocol):
+    """A detection, or a row of a table."""
+
+    @property
+    def start(self) -> float:
+        """Seconds."""
+        ...
+
+    @property
+    def end(self) -> float:
+        """Seconds."""
+        ...
+
+    @property
+    def score(self) -> float:
+        """The higher the surer."""
+        ...
+
+
+One = TypeVar("One", bound=Scored)
+
+
+@dataclass(slots=True)
+class _Joined(Generic[One]):
+    """Those of one label that follow one another."""
+
+    first: One
+    end: float
+    highest: float
+    total: float
+    count: int = 1
+
+
+class Merger(Generic[One]):
+    """Joins those of one label that are at most a gap apart. They are added in order of their start."""
+
+    def __init__(
+        self,
+        gap: float,
+        score: MergeScore,
+        key: Callable[[One], Hashable],
+        joined: Callable[[One, float, float], One],
+    ) -> None:
+        """Join by these rules.
+
+        Args:
+            gap: seconds between the end of one and the start of the next.
+            score: of those that are joined: the highest or the mean.
+            key: what those that may be joined have in common.
+            joined: from the first one, the end and the score to the result.
+
+        Raises:
+            InputError: a gap that can't be.
+        """
+        check_gap(gap)
+        self._gap = gap
+        self._mean = score == "mean"
+        self._key = key
+        self._result = joined
+        self._open: dict[Hashable, _Joined[One]] = {}
+        self._all: list[_Joined[One]] = []
+
+    @classmethod
+    def of_detections(cls, gap: float, score: MergeScore) -> "Merger[Detection]":
+        """One for detections; arguments and errors as of `Merger`."""
+        return Merger(gap, score, lambda one: one.label, lambda one, end, best: replace(one, end=end, score=best))
+
+    def add(self, one: One) -> None:
+        """Add one that starts no earlier than those before."""
+        key = self._key(one)
+        into = self._open.get(key)
+        if into is None or self._is_over(into, one.start):
+            self._open[key] = new = _Joined(one, one.end, one.score, one.score)
+            self._all.append(new)
+            return
+        into.end = max(into.end, one.end)
+        into.highest = max(into.highest, one.score)
+        into.total += one.score
+        into.count += 1
+
+    def take(self, start: float | None = None) -> list[One]:
+        """Remove those that nothing from this start on can join, or all, and return them in order of their start."""
+        over = [each for each in self._all if start is None or self._is_over(each, start)]
+        self._all = [] if start is None else [each for each in self._all if not self._is_over(each, start)]
+        return [
+            self._result(each.first, each.end, each.total / each.count if self._mean else each.highest)
+            for each in over
+        ]
+
+    def _is_over(self, joined: _Joined[One], start: float) -> bool:
+        return start > joined.end + self._gap + SAME_TIME
+
+
+def check_gap(gap: float) -> None:
+    """Raise InputError for a gap that can't be."""
+    if not gap >= 0:
+        raise InputError(f"the gap to merge is {gap} s; expected at least 0")

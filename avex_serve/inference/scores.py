@@ -3,7 +3,8 @@
 import math
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Final, Literal
 
 import numpy as np
@@ -16,9 +17,8 @@ from avex_serve.scheduling.request import current
 STEP: Final = 1000  # labels that are reported in a few milliseconds
 SCORE_BYTES: Final = 512  # memory for a score with its label until the answer's text is made; measured, rounded up
 
-Threshold = float | Mapping[str, float] | None  # lowest score to report: of every label, or by label
-
 ScoreScale = Literal["sigmoid", "softmax", "logits"]
+Threshold = float | Mapping[str, float] | None  # lowest score to report: of every label, or by label
 
 
 def score_scale(activation: Activation) -> ScoreScale:
@@ -47,12 +47,14 @@ class Selection:
     """Which scores are reported: those of at least `threshold`, the best `top_k` of each window, or both.
 
     Threshold and top-k are independent of each other. If neither is given, each label has the threshold of the
-    head's calibration, and where it has none 0.5 (for raw logits 0, which is the same point).
+    head's calibration, and where it has none 0.5 (for raw logits 0, which is the same point). Labels that aren't
+    shown take no place among the best.
     """
 
-    threshold: float | np.ndarray  # of every label, or (C,) float64
+    threshold: float | np.ndarray  # of every label, or (C,) float64 of those that are shown
     top_k: int | None
     warnings: tuple[str, ...] = ()  # reasons to doubt that this is what the client wants
+    shown: tuple[int, ...] | None = None  # indices of the labels that are reported; None: all
 
     @classmethod
     def of(
@@ -94,6 +96,14 @@ class Selection:
                 lowest[labels.index(label)] = value
         return cls(lowest, most, warnings)
 
+    def showing(self, wanted: Collection[str] | None, labels: Sequence[str]) -> "Selection":
+        """The same for some of a head's labels; None: all."""
+        if wanted is None:
+            return self
+        shown = tuple(index for index, label in enumerate(labels) if label in wanted)
+        threshold = self.threshold[list(shown)] if isinstance(self.threshold, np.ndarray) else self.threshold
+        return replace(self, threshold=threshold, shown=shown)
+
     def best(self, scores: np.ndarray) -> list[int]:
         """Indices into scores (C,) that pass, the highest first and equals in the order of the labels."""
         order = np.argsort(-scores, kind="stable")[: self.top_k]
@@ -103,6 +113,7 @@ class Selection:
 
     def count(self, scores: np.ndarray) -> int:
         """How many of the scores (N, C) pass."""
+        scores = self._shown(scores)
         passing = np.count_nonzero(scores.astype(np.float64) >= self.threshold, axis=-1)
         return int((passing if self.top_k is None else np.minimum(passing, self.top_k)).sum())
 
@@ -119,22 +130,29 @@ class Selection:
             "raise threshold or lower top_k to report fewer labels, or send the recording in pieces",
         )
         made = 0
-        for row in scores:
+        for row in self._shown(scores):
             if made >= STEP:  # a short answer needs no checkpoint
                 request.checkpoint()
                 made = 0
-            best = [(index, float(row[index])) for index in self.best(row)]
+            best = [
+                (index if self.shown is None else self.shown[index], float(row[index])) for index in self.best(row)
+            ]
             made += len(best)
             yield best
 
+    def _shown(self, scores: np.ndarray) -> np.ndarray:
+        return scores if self.shown is None else scores[:, self.shown]
 
-def check_labels(thresholds: Mapping[str, float], labels: Collection[str]) -> None:
-    """Raise NotFoundError for a threshold of a label that isn't there."""
-    if unknown := sorted(thresholds.keys() - set(labels)):
-        raise NotFoundError(
-            f"threshold is given for {', '.join(map(repr, unknown[:5]))}, and the head has no such label; one of "
-            f"its {len(labels)} labels is {min(labels)!r}"
-        )
+
+def check_labels(wanted: Collection[str] | None, labels: Collection[str]) -> None:
+    """Raise NotFoundError for a label that no head has."""
+    for label in wanted or ():
+        if label not in labels:
+            nearest = get_close_matches(label, labels, 1)
+            hint = (
+                f"did you mean {nearest[0]!r}?" if nearest else f"one of the {len(labels)} labels is {min(labels)!r}"
+            )
+            raise NotFoundError(f"no probe has the label {label[:80]!r}; {hint}")
 
 
 def _check_threshold(threshold: float, activation: Activation, whose: str = "") -> tuple[str, ...]:

@@ -89,7 +89,7 @@ def test_the_default_is_the_threshold_of_each_label(engines, wave):
 
 def test_thresholds_by_label_are_checked(engines, wave):
     for engine in engines:
-        with pytest.raises(NotFoundError, match="'robbin', and the head has no such label; one of its 3"):
+        with pytest.raises(NotFoundError, match="no probe has the label 'robbin'; did you mean 'robin'"):
             engine.predict(wave, SAMPLE_RATE, threshold={"robbin": 0.5})
         with pytest.raises(InputError, match="threshold of 'robin' is 1\\.5, and no sigmoid score"):
             engine.predict(wave, SAMPLE_RATE, threshold={"robin": 1.5})

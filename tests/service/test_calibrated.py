@@ -1,5 +1,6 @@
 """A calibrated bundle over HTTP, gRPC and BentoML's client."""
 
+import csv
 import json
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_predict(server, engine, path, options):
 @pytest.mark.parametrize(
     ("threshold", "status", "reason"),
     [
-        ('{"owl": 0.5}', 404, "'owl', and the head has no such label"),
+        ('{"owl": 0.5}', 404, "no probe has the label 'owl'"),
         ('{"robin": "high"}', 400, "threshold is"),
         ('{"robin": 2}', 400, "threshold of 'robin' is 2"),
         ('{"robin": 0.5', 400, "threshold is"),
@@ -93,19 +94,16 @@ def test_the_protocol(server, engine, path, module):
     audio = module.InferInput("waveform", [1], "BYTES")
     audio.set_data_from_numpy(np.array([path.read_bytes()], dtype=np.object_))
     scores = engine.score(*decode(path)).scores
-    for threshold, same in (("{}", {}), ('{"robin": 0.6}', {"robin": 0.6}), (0.6, 0.6)):
-        result = client.infer("tiny", [audio], parameters={"threshold": threshold})
+    wanted = [module.InferRequestedOutput(name) for name in ("scores", "probabilities", "detections")]
+    for threshold, same in ((None, None), ('{"robin": 0.6}', {"robin": 0.6}), (0.6, 0.6)):
+        parameters = None if threshold is None else {"threshold": threshold}
+        result = client.infer("tiny", [audio], outputs=wanted, parameters=parameters)
         assert result.as_numpy("scores") == pytest.approx(scores, abs=1e-6)
         found = result.as_numpy("probabilities")
         assert found == pytest.approx(engine.calibrator().probabilities(scores), abs=1e-6, nan_ok=True)
         assert np.isnan(found[:, 2]).all()
-        response = result.get_response()
-        if module is tritonclient.grpc:
-            rows = json.loads(response.parameters["detections"].string_param)
-        else:
-            rows = json.loads(response["parameters"]["detections"])
-        detections = engine.predict(*decode(path), threshold=same).detections
-        assert [LABELS[i] for row in rows for i in row] == [each.label for each in detections]
+        detections = [json.loads(each) for each in result.as_numpy("detections")]
+        assert detections == as_json(engine.predict(*decode(path), threshold=same))["detections"]
     result = client.infer("tiny", [audio], outputs=[module.InferRequestedOutput("probabilities", class_count=1)])
     assert result.as_numpy("probabilities").shape == (5, 1)
     metadata = client.get_model_metadata("tiny")
@@ -121,3 +119,15 @@ def test_json_of_the_protocol_is_json(server, path):
     outputs = {each["name"]: each["data"] for each in json.loads(answer.text, parse_constant=pytest.fail)["outputs"]}
     assert outputs["probabilities"][2] is None
     assert 0 < outputs["probabilities"][0] < 1
+
+
+def test_lines_and_tables(server, engine, path):
+    expected = as_json(engine.predict(*decode(path)))["detections"]
+    lines = server.post("/predict?format=stream", content=path.read_bytes()).text.splitlines()
+    found = [each for line in lines for each in (json.loads(line).get("detections") or []) if "window" in line]
+    assert found == expected
+    rows = list(csv.DictReader(server.post("/predict?format=csv", content=path.read_bytes()).text.splitlines()))
+    assert [row["label"] for row in rows] == [each["label"] for each in expected]
+    for row, each in zip(rows, expected, strict=True):
+        assert row["probability"] == "" or float(row["probability"]) == pytest.approx(each["probability"])
+        assert (row["probability"] == "") == ("probability" not in each)

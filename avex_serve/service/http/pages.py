@@ -111,7 +111,7 @@ def _probe(engine: Engine, probe: ProbeInfo) -> dict[str, Any]:
         "trained": probe.trained,
     }
     if (calibrator := engine.calibrator(probe.name)) is not None and probe.calibration is not None:
-        document["thresholds"] = calibrator.thresholds(engine.labels(probe.name))
+        document["thresholds"] = calibrator.thresholds()
         document["target_precision"] = probe.calibration.target_precision
     return document
 
