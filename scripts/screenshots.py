@@ -18,6 +18,7 @@ from urllib.error import URLError
 
 import soundfile
 
+from avex_serve.cli import main as run_command
 from avex_serve.service.settings import DEMO_BUNDLE
 from avex_serve.synthetic import make_recording
 from tests.browsing import launched, wait_until
@@ -32,7 +33,9 @@ def main() -> None:
     TARGET.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url, launched() as browser:
         recording = Path(folder) / "SITE_20240501_053000.wav"
-        soundfile.write(recording, make_recording(0, seconds=20)[0], 44100)
+        soundfile.write(recording, make_recording(0, seconds=20)[0], 16000)
+        plot = ["plot", str(recording), "--bundle", str(DEMO_BUNDLE), "--end", "10"]
+        run_command([*plot, "--output", str(TARGET / "detections.png")])
         for scheme in ("light", "dark"):
             context = browser.new_context(viewport=SIZE, color_scheme=scheme)
             page = context.new_page()
