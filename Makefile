@@ -41,7 +41,7 @@ lint-page:
 	npx --yes --package typescript@5.9 tsc --project avex_serve/page/jsconfig.json
 
 screenshots: $(INSTALLED)
-	$(BIN)/python scripts/screenshots.py
+	$(BIN)/python -m scripts.screenshots
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow and not nightly"

@@ -1,6 +1,6 @@
 """Take pictures of the pages for docs/: serve the demo bundle, use the page in chromium, and photograph each view.
 
-``python scripts/screenshots.py`` writes PNG files into ``docs/pictures``. It needs playwright and chromium, as the
+``python -m scripts.screenshots`` writes JPEG files into ``docs/pictures``. It needs playwright and chromium, as the
 tests of the pages do.
 """
 
@@ -24,7 +24,11 @@ from avex_serve.synthetic import make_recording
 from tests.browsing import launched, wait_until
 
 TARGET = Path(__file__).parents[1] / "docs" / "pictures"
-SIZE = {"width": 1280, "height": 800}
+VIEWS: dict[str, dict[str, Any]] = {
+    "light": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "dark"},
+    "narrow": {"viewport": {"width": 360, "height": 740}, "color_scheme": "light"},
+}
 START_SECONDS = 60
 
 
@@ -33,24 +37,24 @@ def main() -> None:
     TARGET.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url, launched() as browser:
         recording = Path(folder) / "SITE_20240501_053000.wav"
-        soundfile.write(recording, make_recording(0, seconds=20)[0], 16000)
+        soundfile.write(recording, make_recording(0)[0], 16000)
         plot = ["plot", str(recording), "--bundle", str(DEMO_BUNDLE), "--end", "10"]
         run_command([*plot, "--output", str(TARGET / "detections.png")])
-        for scheme in ("light", "dark"):
-            context = browser.new_context(viewport=SIZE, color_scheme=scheme)
-            page = context.new_page()
-            photograph(page, url, recording, scheme)
+        for name, options in VIEWS.items():
+            context = browser.new_context(**options)
+            photograph(context.new_page(), url, recording, TARGET / f"page-{name}.jpg")
             context.close()
 
 
-def photograph(page: Any, url: str, recording: Path, scheme: str) -> None:
-    """The page with a recording."""
+def photograph(page: Any, url: str, recording: Path, target: Path) -> None:
+    """The page with a recording, to a file."""
     page.goto(url)
+    wait_until(page, "document.querySelector('select').options.length > 0")
     page.get_by_label("Choose recordings").set_input_files(recording)
     wait_until(page, "/scores/.test(document.querySelector('.recordings .status')?.textContent ?? '')")
     wait_until(page, "document.querySelector('.spectrogram').getAttribute('aria-busy') === 'false'")
     page.wait_for_timeout(300)
-    page.screenshot(path=TARGET / f"page-{scheme}.png", full_page=True)
+    page.screenshot(path=target, full_page=True, quality=80)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
@@ -19,7 +20,7 @@ BREAKS: Final = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 class Recording:
     """A recording, as tables know it."""
 
-    path: str  # absolute
+    path: str  # absolute, or a URL
     digest: str  # SHA-256 of the file
     duration: float  # seconds
     sample_rate: int  # Hz
@@ -62,8 +63,11 @@ class Table:
     @property
     def root(self) -> str:
         """The deepest folder that holds all recordings."""
-        folders = [os.path.dirname(recording.path) for recording in self.recordings]  # noqa: PTH120
-        return os.path.commonpath(folders) if folders else os.sep
+        folders = [recording.path.split("/")[:-1] for recording in self.recordings]  # of paths or URLs
+        if not folders:
+            return os.sep
+        both = zip(min(folders), max(folders), strict=False)
+        return "/".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], both)) or os.sep
 
 
 @dataclass(frozen=True)

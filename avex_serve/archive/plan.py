@@ -1,7 +1,8 @@
 """What a run computes: passes over each recording, and the sets of results that they fill."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 from avex_serve.audio.windows import hop_samples
 from avex_serve.bundles.manifest import EmbeddingInfo, ProbeInfo
 from avex_serve.errors import InputError, UnsupportedError
+from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query, links
 from avex_serve.inference.scores import activate, score_scale
@@ -86,6 +88,31 @@ class Pass:
         """The sets that a finished recording has results in."""
         kept = self.embeddings.values() if self.keep_embeddings else ()
         return [*(target.results for target in self.targets), *kept]
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run computes, in words that another process understands."""
+
+    bundles: tuple[str, ...]  # absolute paths
+    device: str
+    precision: str
+    query: Query
+    hop: float | None = None
+    keep_embeddings: bool = False
+
+    @contextmanager
+    def opened(self, threads: int | None = None) -> Iterator[list[Pass]]:
+        """Open the bundles and plan their passes; errors as of `open_bundle` and `plan_passes`.
+
+        Args:
+            threads: that infer at the same time; None: one for each core that may be used.
+        """
+        with ExitStack() as stack:
+            engines = [
+                stack.enter_context(open_bundle(bundle, self.device, precision=self.precision, threads=threads))
+                for bundle in self.bundles
+            ]
+            yield plan_passes(engines, self.query, hop=self.hop, keep_embeddings=self.keep_embeddings)
 
 
 def plan_passes(

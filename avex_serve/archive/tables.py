@@ -61,7 +61,7 @@ def make_table(store: Store, choice: Choice, paths: Collection[str] | None = Non
     """
     sets = [results for results in store.current() if results.kind == "scores"]
     if not sets:
-        raise NotFoundError(f"{store.folder} has no scores; run a bundle with a probe, or classify its embeddings")
+        raise NotFoundError(f"{store.place} has no scores; run a bundle with a probe, or classify its embeddings")
     classes = check_choice(sets, choice)
     done = [store.done(results) for results in sets]
     entries = sorted(store.journal().values(), key=lambda entry: entry.path)
@@ -199,7 +199,8 @@ def _select(
     enough = "" if math.isinf(floor) else f" WHERE score::DOUBLE >= {floor!r}"  # before the join, for speed
     sources = []
     for index, (results, names) in enumerate(zip(sets, done, strict=True)):
-        files = [quoted(store.path(results, digest)) for digest in dict.fromkeys(digests) if digest in names]
+        kept = [digest for digest in dict.fromkeys(digests) if digest in names]
+        files = [quoted(path) for path in store.paths(results, kept)]
         if files:
             sources.append(f"SELECT *, {index} AS source FROM read_parquet([{', '.join(files)}]){enough}")
     best = (

@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
     """Add the command and its options."""
     parser = commands.add_parser("tables", help="write the results of a run as a table; needs no inference")
     parser.set_defaults(run=run)
-    parser.add_argument("store", type=Path, metavar="DIR", help="made by avex-serve run")
+    parser.add_argument("store", metavar="DIR", help="made by avex-serve run: a folder or a URL")
     parser.add_argument("--output", type=Path, help="the file, or the folder of formats that need several files")
     add_choice(parser)
 
@@ -62,18 +62,19 @@ def add_selection(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the tables, and print where they are."""
-    from avex_serve.archive.store import Store
+    from avex_serve.archive.store import opened
 
     if arguments.output is not None and len(arguments.format or ()) > 1:
         raise InputError("--output is for one --format; leave it out to write several into the store")
-    for target in write_tables(Store(arguments.store), arguments.format, read_choice(arguments), arguments.output):
-        print(target)
+    with opened(arguments.store) as store:
+        for target in write_tables(store, arguments.format, read_choice(arguments), arguments.output):
+            print(target)
     return 0
 
 
 def write_tables(
     store: "Store", formats: Sequence[str] | None, choice: "Choice", output: Path | None = None
-) -> list[Path]:
+) -> list[str]:
     """Write a table in each format, by default CSV and into the store; returns where they are."""
     from avex_serve.annotations.formats import FORMATS as WRITERS
     from avex_serve.archive.store import TABLES, report_full_disk
@@ -84,7 +85,7 @@ def write_tables(
         target = output or store.folder / TABLES / WRITERS[name].target
         with report_full_disk():
             WRITERS[name].write(make_table(store, choice), target)
-        targets.append(target)
+            targets.append(store.keep_table(target))
     return targets
 
 
