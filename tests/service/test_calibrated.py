@@ -123,9 +123,8 @@ def test_json_of_the_protocol_is_json(server, path):
 
 def test_lines_and_tables(server, engine, path):
     expected = as_json(engine.predict(*decode(path)))["detections"]
-    lines = server.post("/predict?format=stream", content=path.read_bytes()).text.splitlines()
-    found = [each for line in lines for each in (json.loads(line).get("detections") or []) if "window" in line]
-    assert found == expected
+    lines = map(json.loads, server.post("/predict?format=stream", content=path.read_bytes()).text.splitlines())
+    assert [each for line in lines if line["event"] == "window" for each in line["detections"]] == expected
     rows = list(csv.DictReader(server.post("/predict?format=csv", content=path.read_bytes()).text.splitlines()))
     assert [row["label"] for row in rows] == [each["label"] for each in expected]
     for row, each in zip(rows, expected, strict=True):
