@@ -73,7 +73,7 @@ def send(page, *files):
     wait_until(page, f"document.querySelectorAll('.recordings li').length >= {len(files)}")
     wait_until(
         page,
-        "[...document.querySelectorAll('.recordings .status')].every(each => !/^(sending|computing|waiting|piece)/"
+        "[...document.querySelectorAll('.recordings .status')].every(each => !/^(sending|comput|waiting)/"
         ".test(each.textContent))",
     )
 

@@ -22,6 +22,7 @@ export class ServiceError extends Error {
  * @property {Record<string, string>} [headers]
  * @property {XMLHttpRequestResponseType} [kind] of the answer; by default json
  * @property {(part: number) => void} [progress] called with the part of the body that is sent, 0 to 1
+ * @property {(text: string) => void} [received] called with what has arrived of an answer of text
  * @property {AbortSignal} [signal]
  */
 
@@ -88,7 +89,7 @@ export class Api {
  * @param {Question} question
  * @returns {Promise<{status: number, answer: any, error: string}>}
  */
-function send(path, { body = null, headers = {}, kind = "json", progress, signal }) {
+function send(path, { body = null, headers = {}, kind = "json", progress, received, signal }) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.open(body === null ? "GET" : "POST", path);
@@ -96,7 +97,13 @@ function send(path, { body = null, headers = {}, kind = "json", progress, signal
     for (const [name, value] of Object.entries({ Accept: "application/json", ...headers })) {
       request.setRequestHeader(name, value);
     }
-    request.upload.addEventListener("progress", (event) => progress?.(event.loaded / event.total));
+    // Each of these listeners makes the browser report more often.
+    if (progress !== undefined) {
+      request.upload.addEventListener("progress", (event) => progress(event.loaded / event.total));
+    }
+    if (received !== undefined) {
+      request.addEventListener("progress", () => request.status === 200 && received(request.responseText));
+    }
     request.addEventListener("load", async () => {
       const { status, response } = request;
       if (status >= 200 && status < 300) {
