@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avex_serve.cli.output import note
-from avex_serve.cli.predict import add_reading
+from avex_serve.cli.predict import add_reading, read_cut
 from avex_serve.cli.progress import reporting, summary
 from avex_serve.cli.tables import add_choice, read_choice, write_tables
 from avex_serve.errors import InputError
@@ -42,9 +42,6 @@ def add_parser(commands: Any) -> None:
         "for standard input",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="where the results are kept: a folder or a URL")
-    cut = parser.add_mutually_exclusive_group()
-    cut.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
-    cut.add_argument("--hop", type=float, help="from the start of a window to the start of the next, in seconds")
     add_reading(parser)
     parser.add_argument(
         "--shard",
@@ -88,8 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         bundles=tuple(os.path.abspath(bundle) for bundle in bundles),  # noqa: PTH100
         device=arguments.device,
         precision=arguments.precision,
-        query=Query(overlap=arguments.overlap, final_clip=arguments.final_clip, channel=arguments.channel),
-        hop=arguments.hop,
+        query=Query(**read_cut(arguments)),
         keep_embeddings=arguments.embeddings,
     )
     with contextlib.ExitStack() as stack:

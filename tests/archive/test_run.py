@@ -123,7 +123,7 @@ def test_thresholds_and_labels_by_file(archive, bundles, command, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("label,threshold\nrobbin,0.5\n", "no probe has the labels 'robbin'"),
+        ("label,threshold\nrobbin,0.5\n", "no probe has the label 'robbin'"),
         ("robin;0.5\n", "row 1: robin;0.5; expected label,threshold"),
         ("robin,high\n", "expected label,threshold"),
         ("robin,nan\n", "expected a finite number"),
@@ -310,9 +310,9 @@ def test_a_probe_added_later_is_answered_from_stored_embeddings(
         (("{backbone}", "{archive}"), "has no probe, and no other bundle here reads its embeddings"),
         (("{plain}", "{head}", "{archive}"), "no other bundle here makes those that it reads"),
         (("{plain}", "{archive}", "--overlap", "0.1"), "overlap is 0.1 s"),
-        (("{plain}", "{archive}", "--hop", "0"), "overlap is 0.1 s"),
+        (("{plain}", "{archive}", "--hop", "0"), "hop is 0.0 s"),
         (("{plain}", "{archive}", "--threshold", "high"), "neither a number nor a file"),
-        (("{plain}", "{archive}", "--label", "owl"), "no probe has the labels 'owl'"),
+        (("{plain}", "{archive}", "--label", "owl"), "no probe has the label 'owl'"),
         (("{plain}", "{archive}", "--merge", "-1"), "the gap to merge is -1.0 s"),
         (("{plain}", "{archive}", "--top-k", "0"), "top_k is 0"),
     ],
