@@ -107,7 +107,8 @@ function send(path, { body = null, headers = {}, kind = "json", progress, receiv
     request.addEventListener("load", async () => {
       const { status, response } = request;
       if (status >= 200 && status < 300) {
-        resolve({ status, answer: kind === "json" ? JSON.parse(response) : response, error: "" });
+        const answer = kind === "json" ? JSON.parse(response) : kind === "blob" ? named(request, response) : response;
+        resolve({ status, answer, error: "" });
         return;
       }
       const text = typeof response === "string" ? response : await new Response(response).text();
@@ -118,6 +119,17 @@ function send(path, { body = null, headers = {}, kind = "json", progress, receiv
     signal?.addEventListener("abort", () => request.abort());
     request.send(body);
   });
+}
+
+/**
+ * The content as a file of the name that the service gives it.
+ *
+ * @param {XMLHttpRequest} request
+ * @param {Blob} content
+ */
+function named(request, content) {
+  const found = /filename\*=UTF-8''([^;]+)/.exec(request.getResponseHeader("Content-Disposition") ?? "");
+  return new File([content], found === null ? "" : decodeURIComponent(found[1]), { type: content.type });
 }
 
 /** @param {string} text of an answer that is no success */
