@@ -492,14 +492,15 @@ def test_an_interruption_ends_cleanly(tmp_path, bundles, status, sent):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path, bundles, audio_bundle):
-    archive = make_archive(tmp_path / "archive", 200)
+@pytest.mark.parametrize(("kills", "recordings"), [(3, 40), pytest.param(20, 200, marks=pytest.mark.nightly)])
+def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path, bundles, kills, recordings):
+    archive = make_archive(tmp_path / "archive", recordings)
     options = ("--embeddings", "--format", "csv", "--format", "raven", "--format", "parquet")
     began = time.monotonic()
     assert finish(start(bundles["probes"], archive, tmp_path / "undisturbed", *options)) == 0
     lasted = time.monotonic() - began
     moments = random.Random(0)
-    for _ in range(20):
+    for _ in range(kills):
         process = start(bundles["probes"], archive, tmp_path / "killed", *options)
         time.sleep(moments.uniform(0, lasted))
         process.kill()
