@@ -44,7 +44,8 @@ def add_parser(commands: Any) -> None:
         "suggest",
         help="write a table of what to review next, from the results of a run",
         description="Write a table of windows to review: is this label in it? Fill in the column decision with "
-        "present, absent or unsure, and give the table to fit, evaluate or calibrate.",
+        "present, absent or unsure, and give the table to fit, evaluate or calibrate. avex-serve review does the "
+        "same in a browser.",
     )
     parser.set_defaults(run=run)
     parser.add_argument("store", type=Path, metavar="RUN_DIR", help="made by avex-serve run")

@@ -148,24 +148,33 @@ def _directions(rows: np.ndarray) -> np.ndarray:
 # -- from tables ----------------------------------------------------------------------------------------------------
 
 
-def read_tables(tables: Sequence[Path]) -> Pool:
+def read_tables(tables: Sequence[Path]) -> tuple[Pool, int]:
     """The rows of tables, such as BirdNET's CSV or Raven's selections; each row is a window with one label.
 
+    Returns:
+        The pool, and how many rows are left out: without a label, or about a recording that is not there or ends
+        before them.
+
     Raises:
-        NotFoundError: no such table, or none of its recordings is there.
+        NotFoundError: no such table, or all of its rows are left out.
         InputError: not a table of annotations.
     """
     rows: dict[str, list[Annotation]] = {}
+    total = 0
     for table in tables:
         for row in read_annotations(table):
+            total += 1
             path = _recording_path(table, row)
             if row.label and path is not None:
                 rows.setdefault(path, []).append(row)
-    if not rows:
-        named = ", ".join(str(table) for table in tables)
-        raise NotFoundError(f"{named}: no row names a label and a recording that is there")
     sites = sites_of(sorted(rows))
     sounds = [_described(path, site) for path, site in zip(sorted(rows), sites, strict=True)]
+    for sound in sounds:
+        rows[sound.path] = [row for row in rows[sound.path] if not sound.duration or row.start < sound.duration]
+    kept = sum(len(found) for found in rows.values())
+    if not kept:
+        named = ", ".join(str(table) for table in tables)
+        raise NotFoundError(f"{named}: no row names a label and a recording that is there")
     labels = sorted({row.label for found in rows.values() for row in found})
     place = {label: i for i, label in enumerate(labels)}
     recording: list[int] = []
@@ -184,7 +193,7 @@ def read_tables(tables: Sequence[Path]) -> Pool:
         (np.fromiter(found, np.int64, len(found)), np.fromiter(found.values(), np.float64, len(found)))
         for found in candidates
     ]
-    return Pool(sounds, labels, np.array(recording, np.int32), np.array(spans), columns)
+    return Pool(sounds, labels, np.array(recording, np.int32), np.array(spans), columns), total - kept
 
 
 def _recording_path(table: Path, row: Annotation) -> str | None:
