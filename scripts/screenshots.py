@@ -18,6 +18,7 @@ from urllib.error import URLError
 
 import soundfile
 
+from avex_serve.cli import main as run_command
 from avex_serve.service.settings import DEMO_BUNDLE
 from avex_serve.synthetic import make_recording
 from tests.browsing import launched, wait_until
@@ -37,6 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url, launched() as browser:
         recording = Path(folder) / "SITE_20240501_053000.wav"
         soundfile.write(recording, make_recording(0)[0], 16000)
+        plot = ["plot", str(recording), "--bundle", str(DEMO_BUNDLE), "--end", "10"]
+        run_command([*plot, "--output", str(TARGET / "detections.png")])
         for name, options in VIEWS.items():
             context = browser.new_context(**options)
             photograph(context.new_page(), url, recording, TARGET / f"page-{name}.jpg")

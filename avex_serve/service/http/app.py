@@ -74,7 +74,7 @@ class Routes:
         """What answers the request."""
         name, route, child, match = self._match(scope)
         if match is Match.FULL and route is not None:
-            public = page.is_public(self._front(), route.path, scope)
+            public = scope["method"] != "POST" and page.is_public(self._front(), route.path, scope)
             scope.update(child)
             return Found(name, route.handle, public)
         if route is not None:
