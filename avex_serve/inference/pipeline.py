@@ -144,13 +144,8 @@ def open_answer(models: Models, audio: Audio, query: Query) -> "Iterator[Answer]
     with models.lease(query.model, query.version) as engine:
         head = engine.probe(query.probe)
         run = HeadRun(engine, head, head.logits, query)
-<<<<<<< HEAD
         check_labels(named(query), engine.labels(head.name))
-        with _source_of(models, engine, head) as (source, run.output), _read(source, [run], audio, query) as answer:
-=======
-        check_labels(query.label, engine.labels(head.name))
         with source_of(models, engine, head) as (source, run.output), _read(source, [run], audio, query) as answer:
->>>>>>> main
             yield answer
 
 

@@ -304,14 +304,9 @@ def _table(
         current().extend_answer(size * len(prediction.detections), "raise threshold or lower top_k")
         recording, doubts = _recording(form, data, answer.stream)
         rows = [(recording, _annotations(answer, prediction))]
-<<<<<<< HEAD
-        about = describe([_results(answer, query)], _choice(form, query))
-        table = Table([recording], rows, about, answer.heads[0].calibrator is not None)
-=======
         (head,) = answer.heads
-        results = result_set(answer.source, head.engine, head.head, query)
-        table = Table([recording], rows, describe([results], _choice(form, query)))
->>>>>>> main
+        about = describe([result_set(answer.source, head.engine, head.head, query)], _choice(form, query))
+        table = Table([recording], rows, about, head.calibrator is not None)
     return TABLES[form.format].content(table), tuple(dict.fromkeys((*prediction.warnings, *doubts)))
 
 
