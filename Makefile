@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: help demo lint test-fast test test-all fuzz bench bench-overhead format proto train-demo clean
+.PHONY: help demo lint test-fast test test-all fuzz bench bench-overhead format lock proto train-demo clean
 
 help:
 	@echo "make demo        export the demo probe, serve it and query it over HTTP and gRPC"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench       speed and memory against avex (installs it: gigabytes)"
 	@echo "make bench-overhead  what HTTP and gRPC cost on top of the engine"
 	@echo "make format      rewrite the code in the project's format"
+	@echo "make lock        pin the packages of the image by constraints.txt"
 	@echo "make proto       compile the messages of gRPC"
 	@echo "make train-demo  train the demo model and its probes again (minutes)"
 	@echo "make clean       remove .venv and caches"
@@ -65,6 +66,9 @@ bench-overhead: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+lock: $(INSTALLED)
+	$(BIN)/python scripts/lock.py
 
 proto: $(INSTALLED)
 	$(BIN)/python -m grpc_tools.protoc --proto_path avex_serve/service/grpc \
