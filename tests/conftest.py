@@ -9,6 +9,7 @@ from pathlib import Path
 import filelock
 import pytest
 
+from tests.browsing import launched
 from tests.bundles import make_audio_bundle, make_embedding_bundle
 
 # Tests run side by side, a process for each core: threads inside of one would wait for one another.
@@ -71,3 +72,10 @@ def audio_bundle(tmp_path_factory):
 def embedding_bundle(tmp_path_factory):
     """Folder of a tiny bundle that takes embeddings."""
     return make_embedding_bundle(tmp_path_factory.mktemp("bundles") / "embedding")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, for all tests of the process."""
+    with launched() as browser:
+        yield browser

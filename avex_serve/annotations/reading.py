@@ -39,6 +39,11 @@ class Annotation(NamedTuple):
     label: str  # may be empty, if the table describes recordings only
     fields: Mapping[str, str] = {}  # every column of the row, by its name in lower case
 
+    @property
+    def decision(self) -> str:
+        """Of a review (see `reviews`): present, absent or unsure; empty for a label that somebody set."""
+        return self.fields.get("decision", "")
+
 
 def read_annotations(path: Path, label_column: str | None = None) -> list[Annotation]:
     """The annotations in a table of any of the formats.
@@ -109,8 +114,9 @@ def _read_columns(lines: Sequence[str], path: Path, label_column: str | None) ->
             f"{path} has selections of several files without File Offset (s): its times can't be told apart; add "
             "this measurement in Raven and save the table again"
         )
-    # Raven writes a row for each view of a selection, waveform and spectrogram.
-    return list({row[:4]: row for row in rows}.values())
+    if "view" in names:  # Raven writes a row for each view of a selection, waveform and spectrogram
+        return list({row[:4]: row for row in rows}.values())
+    return rows
 
 
 def _annotation(

@@ -3,11 +3,13 @@
 import glob
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from avex_serve.errors import AvexServeError, InputError, NotFoundError, quoted
+from avex_serve.archive.cloud import Look, find_objects
+from avex_serve.bundles.remote import is_remote
+from avex_serve.errors import AvexServeError, InputError, NotFoundError, UnsupportedError, quoted
 
 SUFFIXES: Final = (
     *(".wav", ".wave", ".w64", ".rf64", ".flac", ".mp3"),
@@ -24,6 +26,7 @@ class Found(NamedTuple):
     # recording is here too, with the reason.
     recordings: dict[str, AvexServeError | None]
     hidden: list[str]  # files that were left out, since their names begin with a dot
+    objects: dict[str, Look]  # size and time of the recordings in object stores
 
     def note(self) -> str | None:
         """A sentence about what was left out; None: nothing was."""
@@ -33,18 +36,19 @@ class Found(NamedTuple):
         return f"{files} left out, e.g. {quoted(self.hidden[0])}"
 
 
-def find_recordings(arguments: Iterable[str]) -> Found:
+def find_recordings(arguments: Iterable[str], *, remote: bool = False) -> Found:
     """Find the recordings that arguments stand for.
 
     Args:
         arguments: files; folders, in which files named as audio count, at any depth; patterns such as ``*.wav`` and
             ``**/*.flac``; ``@list.txt`` or ``@-`` for standard input, with one of these a line. Hidden files and
             folders count only if they are named themselves. A file that exists is never read as a pattern.
+        remote: whether URLs of object stores may be among them, each for an object, a folder or a pattern.
     """
-    found = Found({}, [])
+    found = Found({}, [], {})
     for argument in arguments:
         for each in _lines(argument[len(LIST) :], found) if argument.startswith(LIST) else [argument]:
-            _add(each, found)
+            _add(each, found, remote=remote)
     return found
 
 
@@ -66,7 +70,15 @@ def _lines(path: str, found: Found) -> Iterator[str]:
     yield from (line for each in lines if (line := each.removesuffix("\r")).strip())
 
 
-def _add(argument: str, found: Found) -> None:
+def _add(argument: str, found: Found, *, remote: bool) -> None:
+    if is_remote(argument):
+        if remote:
+            _add_objects(argument, found)
+        else:
+            found.recordings[argument] = UnsupportedError(
+                f"{argument} is in an object store; use avex-serve run, or copy it to this machine"
+            )
+        return
     # Strings, since a Path for each of 100,000 names is slow. Unlike Path's, these functions answer False for what
     # can't be read.
     if os.path.isdir(argument):  # noqa: PTH112
@@ -82,6 +94,27 @@ def _add(argument: str, found: Found) -> None:
         found.recordings.setdefault(argument, NotFoundError(reason))
     for path in matches:
         found.recordings.setdefault(path, None)
+
+
+def _add_objects(url: str, found: Found) -> None:
+    """Add the objects that a URL or a pattern stands for."""
+    reason: AvexServeError = NotFoundError(
+        f"{url}: no recordings there; expected objects named {', '.join(SUFFIXES)}"
+    )
+    objects: dict[str, Look] = {}
+    try:
+        objects = find_objects(url)
+    except AvexServeError as error:
+        reason = error
+    any_name = "*." in url.rpartition("/")[2]
+    matches = [path for path in objects if path == url or any_name or path.lower().endswith(SUFFIXES)]
+    shown = [path for path in matches if _hidden_parts(path) <= _hidden_parts(url)]
+    found.hidden.extend(sorted(set(matches) - set(shown)))
+    if not shown:
+        found.recordings.setdefault(url, reason)
+    for path in shown:
+        found.recordings.setdefault(path, None)
+        found.objects[path] = objects[path]
 
 
 def _matching(pattern: str, found: Found) -> list[str]:
@@ -104,8 +137,11 @@ def _matching(pattern: str, found: Found) -> list[str]:
 
 def _is_hidden(path: str, pattern: str) -> bool:
     """Whether a part of the path begins with a dot that the pattern doesn't name."""
-    in_path, in_pattern = (sum(part.startswith(".") for part in Path(each).parts) for each in (path, pattern))
-    return in_path > in_pattern
+    return _hidden_parts(path) > _hidden_parts(pattern)
+
+
+def _hidden_parts(path: str) -> int:
+    return sum(part.startswith(".") for part in Path(path).parts)
 
 
 def _walk(folder: str, found: Found) -> list[str]:
@@ -124,3 +160,10 @@ def _walk(folder: str, found: Found) -> list[str]:
                 path = os.path.join(root, name)  # noqa: PTH118
                 (found.hidden if name.startswith(".") else recordings).append(path)
     return recordings
+
+
+def sites_of(paths: Sequence[str]) -> list[str]:
+    """The folder of each recording, below the deepest folder that holds all of them: where it was made."""
+    folders = [os.path.dirname(path) for path in paths]  # noqa: PTH120 - 100,000 of them
+    root = os.path.commonpath(folders) if folders else os.sep
+    return [os.path.relpath(folder, root) for folder in folders]

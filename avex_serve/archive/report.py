@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from urllib.parse import urlencode
 
 import numpy as np
 
@@ -24,8 +25,7 @@ TEMPLATE: Final = Path(__file__).with_name("report.html.j2")
 MOST_EXAMPLES: Final = 150  # of all labels, about 50 kB each
 MOST_ROWS: Final = 1000  # of a list or table
 MOST_DAYS: Final = 366  # columns of a picture; of more days, the months are counted
-CONTEXT: Final = 1.0  # seconds of a clip before and after the detection
-LONGEST: Final = 10.0  # seconds of a detection that a clip has
+REVIEW: Final = "http://127.0.0.1:8766/?"  # of a window in avex-serve review, while that runs
 APART: Final = 10.0  # seconds between two examples from one recording
 
 
@@ -284,7 +284,6 @@ def _grid(
 def _clip(example: Example, entry: Entry, channel: Any) -> dict[str, Any]:
     """An example with picture and sound, or the reason why there are none."""
     annotation = example.annotation
-    end = min(annotation.end, annotation.start + LONGEST)
     moment = absolute_time(example.recording, annotation.start)
     shown = {
         "label": annotation.label,
@@ -292,23 +291,20 @@ def _clip(example: Example, entry: Entry, channel: Any) -> dict[str, Any]:
         + (f", {moment}" if moment else ""),
         "file": example.path,
         "reason": None,
+        "review": REVIEW
+        + urlencode(
+            {"file": example.path, "start": f"{annotation.start:.3f}", "label": annotation.label},
+            errors="surrogateescape",
+        ),
     }
     try:
         status = os.stat(example.path)  # noqa: PTH116
         if (status.st_size, status.st_mtime_ns) != (entry.size, entry.modified):
             return shown | {"reason": "The file has changed since it was computed."}
-        first, last = max(0.0, annotation.start - CONTEXT), end + CONTEXT
         frames = round(entry.duration * entry.sample_rate)
-        clip = clips.read_clip(example.path, first, last, frames, channel)
-        spectrogram = pictures.make_spectrogram([clip.wave], clip.sample_rate, first)
-        picture = pictures.draw_clip(spectrogram, (annotation.start, end))
-        sound = clips.as_mp3(clip)
+        return shown | page.illustrate(example.path, annotation.start, annotation.end, frames, channel)
     except (OSError, AvexServeError) as error:
         return shown | {"reason": f"The recording can't be read: {error}"}
-    return shown | {
-        "picture": clips.data_uri("image/webp", picture),
-        "sound": clips.data_uri("audio/mpeg", sound),
-    }
 
 
 def _described(results: ResultSet) -> dict[str, Any]:

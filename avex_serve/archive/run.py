@@ -5,8 +5,8 @@ import queue
 import stat
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -14,12 +14,14 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from avex_serve.archive.cloud import Look, local_copy, look
 from avex_serve.archive.plan import Pass, ResultSet, read_stored
-from avex_serve.archive.store import Entry, ResultFile, Store
+from avex_serve.archive.store import Entry, Part, ResultFile, Store
 from avex_serve.audio.reader import describe, open_audio
 from avex_serve.audio.recorder import find_origin, format_offset
 from avex_serve.bundles.reading import sha256_of
-from avex_serve.errors import AudioError, AvexServeError, StorageError
+from avex_serve.bundles.remote import is_remote
+from avex_serve.errors import AudioError, AvexServeError, BundleError, NotFoundError, StorageError
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import stream_windows
 from avex_serve.scheduling.request import Request, answering
@@ -66,10 +68,22 @@ class Progress:
             self.failed += 1
 
 
+# From recordings that are to be computed to entries for the journal with the results by set, in any order.
+Elsewhere = Callable[[Iterable[Entry]], Generator[tuple[Entry, Mapping[str, bytes]], None, None]]
+Note = Callable[[Entry], None]
 Report = Callable[[Progress, Entry | None], None]  # None: the run begins
 
 
-def run(store: Store, passes: Sequence[Pass], recordings: Mapping[str, str | None], report: Report) -> Progress:
+def run(
+    store: Store,
+    passes: Sequence[Pass],
+    recordings: Mapping[str, str | None],
+    report: Report,
+    *,
+    objects: Mapping[str, Look] | None = None,
+    part: Part | None = None,
+    engine: Elsewhere | None = None,
+) -> Progress:
     """Compute what the store lacks, and note every recording in its journal.
 
     An interruption (KeyboardInterrupt) loses only the recordings that are being computed.
@@ -79,12 +93,15 @@ def run(store: Store, passes: Sequence[Pass], recordings: Mapping[str, str | Non
         passes: of the plan.
         recordings: by absolute path; with the reason where it is known that there is no recording.
         report: is called in this thread at the start, and after each recording.
+        objects: size and time of those in object stores, where they are known from a listing.
+        part: which part of a list the recordings are; None: all of it.
+        engine: computes recordings in other processes; None: this process does.
 
     Raises:
         StorageError: the disk is full.
         BaseException: a fault of ours, or of a library; the recording that caused it is not in the store.
     """
-    return _Run(store, passes).run(recordings, report)
+    return Run(store, passes, engine).run(recordings, report, objects or {}, part)
 
 
 def classify(store: Store, reader: Engine, report: Report) -> Progress:
@@ -95,7 +112,7 @@ def classify(store: Store, reader: Engine, report: Report) -> Progress:
     """
     sets = store.sets()
     targets = read_stored(reader, list(sets.values()))
-    store.use_sets([*store.current(), *(target.results for target in targets)])
+    store.use_sets([*store.current(), *(target.results for target in targets)], store.description.part)
     entries = {entry.recording: entry for entry in store.journal().values() if entry.computed}
     progress = Progress(0, 0, 0)
     todo = []
@@ -117,10 +134,13 @@ def classify(store: Store, reader: Engine, report: Report) -> Progress:
     return progress
 
 
-class _Run:
-    def __init__(self, store: Store, passes: Sequence[Pass]) -> None:
+class Run:
+    """A run of passes into a store; see `run`."""
+
+    def __init__(self, store: Store, passes: Sequence[Pass], engine: Elsewhere | None = None) -> None:
         self._store = store
         self._passes = passes
+        self._engine = engine
         self._sets = [results for each in passes for results in each.sets]
         self._done = {results.name: store.done(results) for results in self._all_sets()}
         self._journal = store.journal()
@@ -136,14 +156,20 @@ class _Run:
             yield from (target.results for target in each.targets)
             yield from each.embeddings.values()
 
-    def run(self, recordings: Mapping[str, str | None], report: Report) -> Progress:
+    def run(
+        self,
+        recordings: Mapping[str, str | None],
+        report: Report,
+        objects: Mapping[str, Look],
+        part: Part | None,
+    ) -> Progress:
         """See `run`."""
         before = dict(self._journal)
         seen: set[str] = set()
         pending: list[Entry] = []
         failed: list[Entry] = []
         for path, reason in recordings.items():
-            entry = _look(path) if reason is None else Entry(path, 0, 0, error=reason)
+            entry = _look(path, objects.get(path)) if reason is None else Entry(path, 0, 0, error=reason)
             seen.add(entry.path)
             known = self._journal.get(entry.path)
             if known is not None and known.computed and known.same_file(entry):
@@ -154,7 +180,7 @@ class _Run:
             (pending if entry.error is None else failed).append(entry)
         size = sum(entry.size for entry in pending)
         progress = Progress(len(recordings), len(recordings) - len(pending) - len(failed), size)
-        self._store.use_sets(self._sets)
+        self._store.use_sets(self._sets, part)
         if pending:  # so that status knows what is missing, whatever happens to this process
             self._store.write_journal(self._journal.values())
         report(progress, None)
@@ -172,8 +198,27 @@ class _Run:
         return [results for results in self._sets if recording not in self._done[results.name]]
 
     def _compute_all(self, pending: Sequence[Entry], progress: Progress, report: Report) -> None:
-        if not pending:
-            return
+        here = pending if self._engine is None else [entry for entry in pending if self._is_stored(entry)]
+        there = [] if self._engine is None else [entry for entry in pending if not self._is_stored(entry)]
+        with self._store.journaling() as note:
+            if here:
+                self._compute_here(here, progress, report, note)
+            if there:
+                self._compute_there(there, progress, report, note)
+
+    def _compute_there(self, pending: Sequence[Entry], progress: Progress, report: Report, note: Note) -> None:
+        assert self._engine is not None
+        names = {results.name for results in self._sets}
+        with closing(self._engine(pending)) as answers:
+            for entry, files in answers:
+                if entry.computed and files.keys() != names:
+                    raise BundleError(f"{entry.path} was computed by other bundles; copy these to every machine")
+                for results in self._sets if entry.computed else ():
+                    self._store.add_content(results, str(entry.recording), files[results.name])
+                note(entry)
+                self._note(entry, progress, report)
+
+    def _compute_here(self, pending: Sequence[Entry], progress: Progress, report: Report, note: Note) -> None:
         todo = iter(pending)
         outcomes: queue.SimpleQueue[Entry | BaseException | None] = queue.SimpleQueue()
 
@@ -184,7 +229,7 @@ class _Run:
                         entry = next(todo, None)
                     if entry is None:
                         break
-                    entry = self._compute(entry)
+                    entry = self.compute(entry)
                     note(entry)
                     outcomes.put(entry)
             except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
@@ -195,26 +240,36 @@ class _Run:
         # One more than infer: while a recording is decoded, the others keep the cores busy.
         count = min(len(pending), 1 + max(each.source.threads for each in self._passes))
         workers = [threading.Thread(target=work, name=f"avex-run-{index}", daemon=True) for index in range(count)]
-        with self._store.journaling() as note:
+        for worker in workers:
+            worker.start()
+        try:
+            ended = 0
+            while ended < count:
+                outcome = outcomes.get()
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                if outcome is None:
+                    ended += 1
+                else:
+                    self._note(outcome, progress, report)
+        finally:
+            self._stopped = True
+            with self._lock:
+                for request in self._requests:
+                    request.abandon()
             for worker in workers:
-                worker.start()
-            try:
-                ended = 0
-                while ended < count:
-                    outcome = outcomes.get()
-                    if isinstance(outcome, BaseException):
-                        raise outcome
-                    if outcome is None:
-                        ended += 1
-                    else:
-                        self._note(outcome, progress, report)
-            finally:
-                self._stopped = True
-                with self._lock:
-                    for request in self._requests:
-                        request.abandon()
-                for worker in workers:
-                    worker.join()
+                worker.join()
+
+    def _is_stored(self, entry: Entry) -> bool:
+        """Whether what a recording lacks can be computed from stored embeddings."""
+        return (
+            entry.recording is not None
+            and entry.recording in self._sounds
+            and all(
+                self._stored_sources(each, self._lacking(each, entry.recording), entry.recording) is not None
+                for each in self._passes
+            )
+        )
 
     def _note(self, entry: Entry, progress: Progress, report: Report) -> None:
         self._journal[entry.path] = entry
@@ -226,12 +281,12 @@ class _Run:
         found = {self._journal[path].recording for path in seen} - {None}
         for path, entry in list(self._journal.items()):
             replaced = entry.recording in found or not entry.computed
-            if path not in seen and replaced and not os.path.lexists(path):
+            if path not in seen and replaced and _is_gone(path):
                 del self._journal[path]
 
     # -- in the threads --------------------------------------------------------------------------------------------
 
-    def _compute(self, entry: Entry) -> Entry:
+    def compute(self, entry: Entry) -> Entry:
         """Compute a recording and store its results; its entry for the journal."""
         request = Request()
         with self._lock:
@@ -239,21 +294,25 @@ class _Run:
             if self._stopped:
                 request.abandon()
         now = _look(entry.path)  # it may have grown since the recordings were listed
+        file = entry.path
         recording = entry.recording if now.same_file(entry) else None
         try:
             with answering(request):
                 if now.error is not None:
                     raise AudioError(now.error)
-                recording = recording or _digest(entry.path)
-                with self._alone(recording):
-                    sound = self._fill(msgspec.structs.replace(now, recording=recording))
-            now = _with_origin(msgspec.structs.replace(sound, path=now.path, size=now.size, modified=now.modified))
+                with local_copy(entry.path) as file:
+                    recording = recording or _digest(file)
+                    with self._alone(recording):
+                        sound = self._fill(msgspec.structs.replace(now, recording=recording), file)
+                    own = msgspec.structs.replace(sound, path=now.path, size=now.size, modified=now.modified)
+                    now = _with_origin(own, file)
         except StorageError:
             raise
         except AvexServeError as error:
             if self._stopped:
                 raise
-            reason = str(error) if entry.path in str(error) else f"{entry.path}: {error}"
+            reason = str(error).replace(file, entry.path)
+            reason = reason if entry.path in reason else f"{entry.path}: {reason}"
             now = msgspec.structs.replace(now, recording=recording, error=reason)
         finally:
             with self._lock:
@@ -277,25 +336,25 @@ class _Run:
                 del self._running[recording]
             mine.set()
 
-    def _fill(self, entry: Entry) -> Entry:
-        """Compute the sets that lack the recording; its entry, with duration and rate."""
+    def _fill(self, entry: Entry, file: str) -> Entry:
+        """Compute the sets that lack the recording, from its `file`; its entry, with duration and rate."""
         recording = entry.recording
         assert recording is not None
         sound = self._sounds.get(recording)
         for each in self._passes:
             # A run that was killed may have left results without a line in the journal: they are computed again.
-            lacking = (
-                each.sets if sound is None else [one for one in each.sets if recording not in self._done[one.name]]
-            )
+            lacking = each.sets if sound is None else self._lacking(each, recording)
             if not lacking:
                 continue
-            computed = self._compute_sets(each, lacking, entry, known=sound is not None)
+            computed = self._compute_sets(each, lacking, entry, file, known=sound is not None)
             sound = sound or computed
         assert sound is not None
         self._sounds[recording] = sound
         return sound
 
-    def _compute_sets(self, each: Pass, lacking: Sequence[ResultSet], entry: Entry, *, known: bool) -> Entry:
+    def _compute_sets(
+        self, each: Pass, lacking: Sequence[ResultSet], entry: Entry, file: str, *, known: bool
+    ) -> Entry:
         """Compute these sets of a pass, from stored embeddings if the recording is known.
 
         Returns:
@@ -315,15 +374,13 @@ class _Run:
                     for output, results in kept.items():
                         files[results.name].add(spans, outputs[output])
 
-            sources = {
-                output: each.embeddings.get(output) for target in targets for output in target.sources.values()
-            }
-            stored = {output: results for output, results in sources.items() if results is not None}
-            if known and not kept and len(stored) == len(sources) and self._holds(stored.values(), recording):
+            sources = {output for target in targets for output in target.sources.values()}
+            stored = self._stored_sources(each, lacking, recording) if known else None
+            if stored is not None:
                 add(read_embeddings(self._store, stored, recording))
             else:
-                with open_audio(entry.path, each.query.channel) as stream:
-                    add(stream_windows(each.source, stream, each.query, list(sources | kept)))
+                with open_audio(file, each.query.channel) as stream:
+                    add(stream_windows(each.source, stream, each.query, sorted(sources | kept.keys())))
                 entry = msgspec.structs.replace(
                     entry,
                     duration=stream.samples / stream.sample_rate,
@@ -337,8 +394,22 @@ class _Run:
                 self._done[results.name].add(recording)
         return entry
 
-    def _holds(self, sets: Iterable[ResultSet], recording: str) -> bool:
-        return all(recording in self._done[results.name] for results in sets)
+    def _lacking(self, each: Pass, recording: str) -> list[ResultSet]:
+        return [results for results in each.sets if recording not in self._done[results.name]]
+
+    def _stored_sources(
+        self, each: Pass, lacking: Sequence[ResultSet], recording: str
+    ) -> dict[str, ResultSet] | None:
+        """The stored embeddings that these sets can be computed from, by output; None: the audio is needed."""
+        sources: dict[str, ResultSet] = {}
+        for results in lacking:
+            target = next((target for target in each.targets if target.results is results), None)
+            for output in target.sources.values() if target is not None else ("",):
+                embeddings = each.embeddings.get(output)
+                if embeddings is None or recording not in self._done[embeddings.name]:
+                    return None
+                sources[output] = embeddings
+        return sources
 
 
 def read_embeddings(store: Store, sources: Mapping[str, ResultSet], recording: str) -> Rows:
@@ -349,7 +420,13 @@ def read_embeddings(store: Store, sources: Mapping[str, ResultSet], recording: s
     yield spans, outputs
 
 
-def _look(path: str) -> Entry:
+def _look(path: str, listed: Look | None = None) -> Entry:
+    """The entry of a recording that may have to be computed; of an object, as it was listed."""
+    if is_remote(path):
+        try:
+            return Entry(path, *(listed or look(path)))
+        except AvexServeError as error:
+            return Entry(path, 0, 0, error=str(error))
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -364,9 +441,19 @@ def _look(path: str) -> Entry:
     return Entry(path, status.st_size, status.st_mtime_ns)
 
 
-def _with_origin(entry: Entry) -> Entry:
-    """The entry with what name and header say of time and place."""
-    header = describe(entry.path)
+def _is_gone(path: str) -> bool:
+    if not is_remote(path):
+        return not os.path.lexists(path)
+    try:
+        look(path)
+    except NotFoundError:
+        return True
+    return False
+
+
+def _with_origin(entry: Entry, file: str) -> Entry:
+    """The entry with what name and header say of time and place; its content is in `file`."""
+    header = describe(file)
     origin = find_origin(os.path.basename(entry.path), header.metadata, entry.duration)  # noqa: PTH119
     return msgspec.structs.replace(
         entry,

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from avex_serve.bundles.manifest import MANIFEST
 from avex_serve.bundles.reading import read_bundle
-from avex_serve.errors import BundleError, DependencyError, InputError, UnavailableError
+from avex_serve.errors import AvexServeError, BundleError, DependencyError, InputError, UnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +33,46 @@ def is_remote(root: str) -> bool:
     return "://" in root
 
 
+def check_scheme(url: str) -> str:
+    """The package that fsspec needs for a URL; InputError for a scheme that is not known."""
+    scheme = url.partition("://")[0]
+    if scheme not in STORES:
+        expected = ", ".join(f"{each}://" for each in STORES)
+        raise InputError(f"{url}: scheme {scheme}:// is not known; expected a path, or one of {expected}")
+    return STORES[scheme]
+
+
+@contextmanager
+def asking(url: str, what: str = "fetched") -> Iterator[None]:
+    """Turn what goes wrong in the block, which asks an object store, into errors of ours.
+
+    Args:
+        url: of the store, for messages.
+        what: what is to be done with it.
+
+    Raises:
+        DependencyError: the package for the store is missing.
+        UnavailableError: the store doesn't answer, or refuses.
+    """
+    try:
+        yield
+    except AvexServeError:
+        raise
+    except ImportError:
+        raise DependencyError(
+            f"{url} needs {check_scheme(url)}, which is not installed; pip install 'avex-serve[cloud]'"
+        ) from None
+    except Exception as error:  # each store has errors of its own
+        raise UnavailableError(f"{url} can't be {what}: {error or type(error).__name__}") from error
+
+
 class Mirror:
     """The folder that holds the bundles of a URL. Several processes may share it."""
 
     def __init__(self, url: str, cache: Path) -> None:
         """Nothing is fetched yet; InputError for a scheme that is not known."""
-        scheme = url.partition("://")[0]
-        if scheme not in STORES:
-            expected = ", ".join(f"{each}://" for each in STORES)
-            raise InputError(f"{url}: scheme {scheme}:// is not known; expected a path, or one of {expected}")
+        check_scheme(url)
         self._url = url.rstrip("/")
-        self._package = STORES[scheme]
         self.folder = cache / hashlib.sha256(self._url.encode()).hexdigest()[:16]
         self._refused: dict[str, Files] = {}  # as they were when they were refused
 
@@ -55,18 +84,10 @@ class Mirror:
             DependencyError: the package for the store is missing.
             UnavailableError: the store, or the folder, can't be used; what was fetched before stays.
         """
-        try:
+        with asking(self._url):
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 self._refresh()
-        except (BundleError, DependencyError):
-            raise
-        except ImportError:
-            raise DependencyError(
-                f"{self._url} needs {self._package}, which is not installed; pip install 'avex-serve[cloud]'"
-            ) from None
-        except Exception as error:  # each store has errors of its own
-            raise UnavailableError(f"{self._url} can't be fetched: {error or type(error).__name__}") from error
 
     def _refresh(self) -> None:
         import fsspec

@@ -10,23 +10,47 @@ from collections.abc import Sequence
 from avex_serve import __version__
 from avex_serve.cli import (
     classify,
+    compare,
     demo,
+    density,
     evaluate,
     fit,
     inventory,
+    merge,
     plot,
     predict,
     report,
+    review,
     run,
     settings,
     status,
+    suggest,
     tables,
     verify,
 )
 from avex_serve.cli.output import drop_output, escape_unprintable, fail
 from avex_serve.errors import AvexServeError
 
-COMMANDS = (inventory, predict, run, status, tables, classify, report, plot, fit, evaluate, verify, settings, demo)
+COMMANDS = (
+    inventory,
+    predict,
+    run,
+    merge,
+    status,
+    tables,
+    classify,
+    report,
+    plot,
+    suggest,
+    review,
+    density,
+    fit,
+    evaluate,
+    compare,
+    verify,
+    settings,
+    demo,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,20 +21,20 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="labelled recordings")
     parser.add_argument("--probe", help="which head of the bundle (default: the first)")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="where to write evaluation.json and evaluation.csv"
+        "--output", type=Path, metavar="DIR", help="where to write the report: report.html and tables"
     )
     add_data_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the figures, and write them if a folder was given."""
+    """Print the figures, and write the report if a folder was given."""
     from avex_serve.training.evaluate import EvaluationRequest, evaluate_bundle
+    from avex_serve.training.files import report_in
     from avex_serve.training.report import summary
 
     request = EvaluationRequest(**given_options(arguments, EvaluationRequest))
     evaluation = evaluate_bundle(request, lambda text: print(text, file=sys.stderr, flush=True))
     print(summary(evaluation))
-    if "output" in arguments:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        evaluation.write(arguments.output)
+    if request.output is not None:
+        print(f"wrote {request.output}; the report is {report_in(request.output)}")
     return 0

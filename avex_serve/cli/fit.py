@@ -77,18 +77,19 @@ def given_options(arguments: argparse.Namespace, request: type[Any]) -> dict[str
 def run(arguments: argparse.Namespace) -> int:
     """Print the check, or train and print the figures."""
     try:
-        from avex_serve.training.fit import FitRequest, check, fit, run_exporter
+        from avex_serve.training.files import report_in
+        from avex_serve.training.fit import FitRequest, check_data, fit_probe, run_exporter
         from avex_serve.training.report import summary
     except ModuleNotFoundError as error:
         raise DependencyError(f"{error.name} is not installed; pip install 'avex-serve[export]'") from error
 
     request = FitRequest(**given_options(arguments, FitRequest))
     if "check" in arguments:
-        print(check(request))
+        print(check_data(request))
         return 0
-    evaluation = fit(request, lambda text: print(text, file=sys.stderr, flush=True))
+    evaluation = fit_probe(request, lambda text: print(text, file=sys.stderr, flush=True))
     print(summary(evaluation))
-    print(f"wrote {request.output}; the report is {request.output / 'evaluation.json'}")
+    print(f"wrote {request.output}; the report is {report_in(request.output)}")
     if "export" in arguments:
         target = [] if arguments.export is None else ["--output", str(arguments.export)]
         print(run_exporter(["--probe", str(request.output), *target]).splitlines()[-1])

@@ -10,13 +10,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avex_serve.cli.predict import add_reading
+from avex_serve.cli.output import note
+from avex_serve.cli.predict import add_reading, read_cut
 from avex_serve.cli.progress import reporting, summary
 from avex_serve.cli.tables import add_choice, read_choice, write_tables
 from avex_serve.errors import InputError
 
 if TYPE_CHECKING:
+    from avex_serve.archive.cloud import Look
+    from avex_serve.archive.plan import Pass
     from avex_serve.archive.run import Progress
+    from avex_serve.archive.shards import Shard
 
 SOME_FAILED = 1
 INTERRUPTED = 130
@@ -34,13 +38,23 @@ def add_parser(commands: Any) -> None:
         "arguments",
         nargs="+",
         metavar="BUNDLE… PATH…",
-        help="one or more bundles, then recordings: files, folders, patterns, @list.txt, or - for standard input",
+        help="one or more bundles, then recordings: files, folders, patterns, s3:// or gs:// URLs, @list.txt, or - "
+        "for standard input",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results are kept")
-    cut = parser.add_mutually_exclusive_group()
-    cut.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
-    cut.add_argument("--hop", type=float, help="from the start of a window to the start of the next, in seconds")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where the results are kept: a folder or a URL")
     add_reading(parser)
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="compute this part of the recordings, from 1/N to N/N, into a folder of DIR; merge joins them "
+        "(default: by the variables of a Slurm job array or of a Kubernetes Indexed Job; none: all recordings)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: on the Ray cluster of this machine or of RAY_ADDRESS, or else on a new one of this machine",
+    )
     parser.add_argument("--embeddings", action="store_true", help="keep the embeddings, for classify and training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
@@ -60,36 +74,38 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compute what is missing, and write the tables; the exit code tells whether recordings failed."""
-    from avex_serve.archive.plan import plan_passes
+    from avex_serve.archive.cluster import connected
+    from avex_serve.archive.plan import Job
     from avex_serve.archive.run import run as run_passes
-    from avex_serve.archive.store import Store
+    from avex_serve.archive.store import adding
     from avex_serve.archive.tables import check_choice
-    from avex_serve.inference.backend import open_bundle
     from avex_serve.inference.pipeline import Query
 
     bundles, paths = _split(arguments.arguments)
     choice = read_choice(arguments)
-    recordings = _find(paths)
+    shard = _find_shard(arguments)
+    (recordings, objects), part, out = _find(paths), None, arguments.out
+    if shard is not None:
+        recordings, part = shard.take(recordings)
+        out = f"{out.rstrip('/')}/{shard.folder}"
+    job = Job(
+        bundles=tuple(os.path.abspath(bundle) for bundle in bundles),  # noqa: PTH100
+        device=arguments.device,
+        precision=arguments.precision,
+        query=Query(**read_cut(arguments)),
+        keep_embeddings=arguments.embeddings,
+    )
     with contextlib.ExitStack() as stack:
-        engines = [
-            stack.enter_context(open_bundle(bundle, arguments.device, precision=arguments.precision))
-            for bundle in bundles
-        ]
-        for engine in engines:
-            if not engine.manifest.trained:
-                print(
-                    f"avex-serve: bundle {engine.manifest.name} has random weights: its scores mean nothing",
-                    file=sys.stderr,
-                )
-        query = Query(overlap=arguments.overlap, final_clip=arguments.final_clip, channel=arguments.channel)
-        passes = plan_passes(engines, query, hop=arguments.hop, keep_embeddings=arguments.embeddings)
+        passes = stack.enter_context(job.opened())
+        _warn_of_random(passes)
         scores = [results for each in passes for results in each.sets if results.kind == "scores"]
         if scores:
             check_choice(scores, choice)
-        store = stack.enter_context(Store.writing(arguments.out))
+        store = stack.enter_context(adding(out))
+        engine = stack.enter_context(connected(job)) if arguments.engine == "ray" else None
         try:
             with end_on_sigterm(), reporting(arguments.progress) as report:
-                progress = run_passes(store, passes, recordings, report)
+                progress = run_passes(store, passes, recordings, report, objects=objects, part=part, engine=engine)
         except KeyboardInterrupt:
             print("avex-serve: interrupted; start the same command again to go on", file=sys.stderr)
             return INTERRUPTED
@@ -97,10 +113,17 @@ def run(arguments: argparse.Namespace) -> int:
     return finish(progress, tables, arguments.progress)
 
 
-def finish(progress: "Progress", tables: Sequence[Path], kind: str) -> int:
+def _warn_of_random(passes: "Sequence[Pass]") -> None:
+    for each in passes:
+        for engine in (each.source, *(target.engine for target in each.targets if target.engine is not each.source)):
+            if not engine.manifest.trained:
+                note(f"bundle {engine.manifest.name} has random weights: its scores mean nothing")
+
+
+def finish(progress: "Progress", tables: list[str], kind: str) -> int:
     """Print where the tables are, and the summary of a run; returns the exit code."""
     if kind == "json":
-        print(json.dumps({"event": "end", **summary(progress), "tables": [str(table) for table in tables]}))
+        print(json.dumps({"event": "end", **summary(progress), "tables": tables}))
     else:
         for table in tables:
             print(table)
@@ -122,22 +145,41 @@ def end_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _find(paths: list[str]) -> dict[str, str | None]:
-    """The recordings by absolute path, sorted; with the reason where there is none.
+def _find_shard(arguments: argparse.Namespace) -> "Shard | None":
+    """The shard to compute, which is printed if no option says it; None: all recordings."""
+    from avex_serve.archive.shards import check_siblings, find_shard
+
+    found = find_shard(arguments.shard, os.environ)
+    if found is None:
+        return None
+    shard, source = found
+    if arguments.shard is None:
+        note(f"shard {shard}, by {source}")
+    check_siblings(arguments.out, shard)
+    return shard
+
+
+def _find(paths: list[str]) -> "tuple[dict[str, str | None], dict[str, Look]]":
+    """The recordings by absolute path, sorted; with the reason where there is none. And what was listed of objects.
 
     Raises:
         AvexServeError: there are no recordings at all.
     """
     from avex_serve.archive.files import LIST, STDIN, find_recordings
+    from avex_serve.bundles.remote import is_remote
 
-    found = find_recordings(LIST + STDIN if path == STDIN else path for path in paths)
-    if (note := found.note()) is not None:
-        print(f"avex-serve: {note}", file=sys.stderr)
+    found = find_recordings((LIST + STDIN if path == STDIN else path for path in paths), remote=True)
+    if (hidden := found.note()) is not None:
+        note(hidden)
     errors = [error for error in found.recordings.values() if error is not None]
     if len(errors) == len(found.recordings):
         raise errors[0] if errors else InputError("the lists name no recordings; expected one path a line")
-    absolute = {os.path.abspath(path): error for path, error in found.recordings.items()}  # noqa: PTH100
-    return {path: None if error is None else str(error) for path, error in sorted(absolute.items())}
+    absolute = {
+        path if is_remote(path) else os.path.abspath(path): error  # noqa: PTH100
+        for path, error in found.recordings.items()
+    }
+    reasons = {path: None if error is None else str(error) for path, error in sorted(absolute.items())}
+    return reasons, found.objects
 
 
 def _split(arguments: list[str]) -> tuple[list[Path], list[str]]:

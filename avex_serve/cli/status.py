@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,15 +12,16 @@ def add_parser(commands: Any) -> None:
     """Add the command and its options."""
     parser = commands.add_parser("status", help="what a run has done, what is missing, and what failed and why")
     parser.set_defaults(run=run)
-    parser.add_argument("store", type=Path, metavar="DIR", help="made by avex-serve run")
+    parser.add_argument("store", metavar="DIR", help="made by avex-serve run: a folder or a URL")
     parser.add_argument("--json", action="store_true", help="one JSON document")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print it; also while another process writes to the store."""
-    from avex_serve.archive.store import Store
+    from avex_serve.archive.store import opened
 
-    status = describe(Store(arguments.store))
+    with opened(arguments.store) as store:
+        status = describe(store)
     print(json.dumps(status, ensure_ascii=False) if arguments.json else _text(status))
     return 0
 

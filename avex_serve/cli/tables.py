@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from avex_serve.cli.output import add_shown, read_labels
 from avex_serve.errors import InputError, NotFoundError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def add_parser(commands: Any) -> None:
     """Add the command and its options."""
     parser = commands.add_parser("tables", help="write the results of a run as a table; needs no inference")
     parser.set_defaults(run=run)
-    parser.add_argument("store", type=Path, metavar="DIR", help="made by avex-serve run")
+    parser.add_argument("store", metavar="DIR", help="made by avex-serve run: a folder or a URL")
     parser.add_argument("--output", type=Path, help="the file, or the folder of formats that need several files")
     add_choice(parser)
 
@@ -43,37 +44,30 @@ def add_selection(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
         help="lowest score to show (default: 0.5), or a CSV file of label,threshold",
     )
     group.add_argument("--top-k", type=int, help="show at most this number of labels for each window")
-    group.add_argument(
-        "--label", action="append", metavar="LABEL|@FILE", help="show this label, or those of a file; several times"
-    )
-    group.add_argument(
-        "--merge", type=float, metavar="GAP", help="join windows of a label that are at most GAP seconds apart"
-    )
+    add_shown(group)
     group.add_argument(
         "--timezone",
         metavar="ZONE",
         help="of times without an offset, such as Australia/Brisbane or +10:00 (default: they stay without one)",
-    )
-    group.add_argument(
-        "--merge-score", choices=("max", "mean"), default="max", help="of joined windows (default: max)"
     )
     return group
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the tables, and print where they are."""
-    from avex_serve.archive.store import Store
+    from avex_serve.archive.store import opened
 
     if arguments.output is not None and len(arguments.format or ()) > 1:
         raise InputError("--output is for one --format; leave it out to write several into the store")
-    for target in write_tables(Store(arguments.store), arguments.format, read_choice(arguments), arguments.output):
-        print(target)
+    with opened(arguments.store) as store:
+        for target in write_tables(store, arguments.format, read_choice(arguments), arguments.output):
+            print(target)
     return 0
 
 
 def write_tables(
     store: "Store", formats: Sequence[str] | None, choice: "Choice", output: Path | None = None
-) -> list[Path]:
+) -> list[str]:
     """Write a table in each format, by default CSV and into the store; returns where they are."""
     from avex_serve.annotations.formats import FORMATS as WRITERS
     from avex_serve.archive.store import TABLES, report_full_disk
@@ -84,7 +78,7 @@ def write_tables(
         target = output or store.folder / TABLES / WRITERS[name].target
         with report_full_disk():
             WRITERS[name].write(make_table(store, choice), target)
-        targets.append(target)
+            targets.append(store.keep_table(target))
     return targets
 
 
@@ -107,19 +101,11 @@ def read_choice(arguments: argparse.Namespace) -> "Choice":
         threshold=threshold,
         thresholds=thresholds,
         top_k=arguments.top_k,
-        labels=_read_labels(arguments.label),
+        labels=read_labels(arguments.label),
         merge_gap=arguments.merge,
         zone=zone,
         merge_mean=arguments.merge_score == "mean",
     )
-
-
-def _read_labels(given: list[str] | None) -> list[str] | None:
-    if given is None:
-        return None
-    from avex_serve.bundles.labels import read_label_file
-
-    return [label for one in given for label in (read_label_file(Path(one[1:])) if one.startswith("@") else [one])]
 
 
 def _read_thresholds(given: str | None) -> tuple[float | None, dict[str, float] | None]:

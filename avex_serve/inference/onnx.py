@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-# onnxruntime's wheels report their use to Microsoft, and write an id of the machine below HOME, unless this is set before
-# the import.
+# onnxruntime's wheels report their use to Microsoft, and write an id of the machine below HOME, unless this is set
+# before the import.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime

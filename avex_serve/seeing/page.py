@@ -2,13 +2,43 @@
 
 import base64
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, Final
 
 from avex_serve import __version__
+from avex_serve.audio.reader import Channel
+from avex_serve.seeing import clips, pictures
 from avex_serve.seeing.pictures import printable
 
 STYLE: Final = "page.css"
+CONTEXT: Final = 1.0  # seconds of a clip before and after what it shows
+LONGEST: Final = 10.0  # seconds of what it shows
+
+
+def illustrate(
+    path: str | os.PathLike[str], start: float, end: float, frames: int | None, channel: Channel = "mix"
+) -> dict[str, str]:
+    """Picture and sound of a stretch of a recording, as the macro `example` takes them.
+
+    Args:
+        path: of the recording.
+        start: seconds.
+        end: seconds; of a long stretch, the first `LONGEST` are shown.
+        frames: see `read_clip`.
+        channel: see `read_clip`.
+
+    Raises:
+        AudioError, OSError: the recording can't be read.
+    """
+    end = min(end, start + LONGEST)
+    first = max(0.0, start - CONTEXT)
+    clip = clips.read_clip(path, first, end + CONTEXT, frames, channel)
+    spectrogram = pictures.make_spectrogram([clip.wave], clip.sample_rate, first)
+    return {
+        "picture": clips.data_uri("image/webp", pictures.draw_clip(spectrogram, (start, end))),
+        "sound": clips.data_uri("audio/mpeg", clips.as_mp3(clip)),
+    }
 
 
 def render(template: Path, **values: Any) -> str:

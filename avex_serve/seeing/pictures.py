@@ -161,7 +161,7 @@ def draw_recording(spectrogram: Spectrogram, marks: Sequence[Mark], title: str, 
 
 def draw_clip(spectrogram: Spectrogram, span: tuple[float, float]) -> bytes:
     """A small WebP of a clip; lines are around a span in seconds."""
-    with _drawing(4, 2.2) as figure:
+    with _drawing(4, 2.2, margins=(0.12, 0.12)) as figure:
         axes = figure.subplots()
         _draw_levels(axes, spectrogram)
         for moment in span:
@@ -195,6 +195,40 @@ def draw_grid(rows: Sequence[str], columns: Sequence[str], counts: np.ndarray, r
         grid.set_xticks(places[::every], [columns[place] for place in places[::every]], fontsize=8)
         _name_rows(grid, rows)
         figure.colorbar(mesh, ax=[bars, grid], label="detections", pad=0.01, fraction=0.04)
+        return _saved(figure, "webp")
+
+
+def draw_curves(
+    precision_recall: Sequence[tuple[float, float]],
+    threshold: tuple[float, float] | None,
+    reliability: Sequence[tuple[float, float]],
+) -> bytes:
+    """A WebP of a label's precision along its recall, and of its share of sounds along their probability.
+
+    Args:
+        precision_recall: points of the curve.
+        threshold: the point at the threshold, if there is one.
+        reliability: mean probability and share of each bin; empty: the label has no probabilities.
+    """
+    with _drawing(5.6 if reliability else 2.9, 2.6, margins=(0.1 if reliability else 0.19, 0.17)) as figure:
+        axes = figure.subplots(1, 2 if reliability else 1, squeeze=False)[0]
+        precisions, recalls = zip(*precision_recall, strict=True)
+        axes[0].step(recalls, precisions, where="pre", color="#3b528b")
+        if threshold is not None:
+            axes[0].plot(threshold[1], threshold[0], "o", color="#c2410c", label="threshold")
+            axes[0].legend(fontsize=8, loc="lower left")
+        axes[0].set_xlabel("recall", fontsize=8)
+        axes[0].set_ylabel("precision", fontsize=8)
+        if reliability:
+            probabilities, shares = zip(*reliability, strict=True)
+            axes[1].plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+            axes[1].plot(probabilities, shares, "o-", color="#3b528b", markersize=4)
+            axes[1].set_xlabel("probability", fontsize=8)
+            axes[1].set_ylabel("share with the sound", fontsize=8)
+        for each in axes:
+            each.set_xlim(-0.03, 1.03)
+            each.set_ylim(-0.03, 1.03)
+            each.tick_params(labelsize=8)
         return _saved(figure, "webp")
 
 
@@ -241,15 +275,20 @@ def _shortened(text: str, most: int) -> str:
 
 
 @contextmanager
-def _drawing(width: float, height: float) -> "Iterator[Figure]":
-    """A figure of a size in inches."""
+def _drawing(width: float, height: float, margins: tuple[float, float] | None = None) -> "Iterator[Figure]":
+    """A figure of a size in inches, with shares of it left and below for text; None: as needed, twice as slow."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     # A fixed salt makes the same SVG each time.
     with rc_context({"svg.hashsalt": "avex-serve"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        yield Figure(figsize=(width, height), dpi=100, layout="constrained")
+        if margins is None:
+            yield Figure(figsize=(width, height), dpi=100, layout="constrained")
+            return
+        figure = Figure(figsize=(width, height), dpi=100)
+        figure.subplots_adjust(*margins, 0.98, 0.97, wspace=0.3)
+        yield figure
 
 
 def _saved(figure: "Figure", kind: str) -> bytes:

@@ -127,6 +127,10 @@ class Settings(BaseModel):
         ge=1,
         description="threads that infer in each worker; by default the usable cores divided by the workers",
     )
+    page: Literal["on", "off"] = Field(
+        "on",
+        description="whether / is a page for browsers, to which people drag recordings; JSON is there in any case",
+    )
     log_format: Literal["text", "json"] = Field("text", description="text as BentoML's, or a JSON document a line")
     drain_seconds: Seconds = Field(30.0, gt=0, description="for running requests after SIGTERM, in seconds")
 

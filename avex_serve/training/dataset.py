@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from avex_serve.annotations.reading import TABLES, Annotation, read_annotations, recording_of
+from avex_serve.annotations.reviews import current_reviews, is_reviewed
 from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.reading import sha256_of
 from avex_serve.errors import AudioError, AvexServeError, InputError, NotFoundError
@@ -29,6 +30,9 @@ SPLITS: Final = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _ABSENT: Final = "-"  # in front of a label: the sound is known to be absent
+_SAME: Final = 0.05  # seconds: spans of reviews may be rounded
+_UNREVIEWED: Final = -2
+_DECIDED: Final = {"present": 1, "absent": 0, "unsure": -1}
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Dataset:
         present = np.zeros(targets.shape, bool)
         absent = np.zeros(targets.shape, bool)
         for annotation in recording.annotations:
+            if annotation.decision:
+                continue
             end = min(annotation.end, recording.seconds)
             shared = np.minimum(spans[:, 1], end) - np.maximum(spans[:, 0], annotation.start)
             # An annotation of a point in time lies in the window that it starts in.
@@ -91,7 +97,8 @@ class Dataset:
         targets[absent] = 0
         targets[touched] = -1
         targets[present] = 1
-        return targets
+        reviewed = _reviewed(recording, spans, index)
+        return np.asarray(np.where(reviewed == _UNREVIEWED, targets, reviewed))
 
 
 def read_dataset(
@@ -146,6 +153,27 @@ def read_dataset(
     return Dataset(known, tuple(recordings), ignored, fully_annotated, tuple(problems))
 
 
+def _reviewed(recording: Recording, spans: np.ndarray, index: Mapping[str, int]) -> np.ndarray:
+    """What reviews say of windows, (N, C) int8 as targets; `_UNREVIEWED` where they say nothing.
+
+    A sound in a span is in every window that holds the span. A sound that is absent from a span is absent from every
+    window inside it.
+    """
+    found = np.full((len(spans), len(index)), _UNREVIEWED, np.int8)
+    for review in recording.annotations:
+        if not review.decision or review.label not in index:
+            continue
+        end = min(review.end, recording.seconds)
+        holding = (spans[:, 0] <= review.start + _SAME) & (end <= spans[:, 1] + _SAME)
+        inside = (review.start <= spans[:, 0] + _SAME) & (spans[:, 1] <= end + _SAME)
+        rows = {"present": holding, "absent": inside, "unsure": holding | inside}[review.decision]
+        column, value = found[:, index[review.label]], _DECIDED[review.decision]
+        differs = rows & (column != _UNREVIEWED) & (column != value)
+        column[rows] = value
+        column[differs] = -1  # annotators disagree
+    return found
+
+
 # -- from files to recordings -----------------------------------------------------------------------------------
 
 
@@ -166,6 +194,11 @@ def _read_tables(
             if data.is_file() or "no table of annotations" not in str(error):
                 raise
             continue  # a text of another kind, such as a README
+        if is_reviewed(annotations):
+            annotations = [
+                Annotation(*review.subject, {**review.fields, "decision": review.decision})
+                for review in current_reviews(annotations, table)
+            ]
         absent: Counter[str] = Counter()
         for annotation in annotations:
             name = annotation.file or recording_of(table)
@@ -240,6 +273,8 @@ def _scanned(recordings: Sequence[Recording], problems: list[str]) -> list[Recor
     """The recordings that can be read, each with its digest and length."""
 
     def scan(recording: Recording) -> Recording | str:
+        if not recording.name.isascii() and recording.name.encode(errors="replace").decode() != recording.name:
+            return f"left out: {recording.name}: the name is not UTF-8; rename the file"
         try:
             with open_audio(recording.path) as stream:
                 frames = stream.frames or sum(block.size for block in stream.blocks)
@@ -292,7 +327,12 @@ def _joined(recordings: Sequence[Recording], problems: list[str]) -> list[Record
 
 
 def _labels_of(recordings: Iterable[Recording], negatives: frozenset[str]) -> tuple[str, ...]:
-    found = {annotation.label for recording in recordings for annotation in recording.annotations}
+    found = {
+        annotation.label
+        for recording in recordings
+        for annotation in recording.annotations
+        if annotation.decision in ("", "present")
+    }
     return tuple(sorted(name for name in found if name.lower() not in negatives and not name.startswith(_ABSENT)))
 
 
@@ -311,7 +351,8 @@ def _label_problems(
     groups: dict[str, set[str]] = defaultdict(set)
     for recording in recordings:
         for annotation in recording.annotations:
-            groups[annotation.label].add(recording.group)
+            if annotation.decision in ("", "present"):
+                groups[annotation.label].add(recording.group)
     for label in labels:
         if len(groups[label]) == 0 and not foreign:
             problems.append(f"{label}: no recording of it can be read")

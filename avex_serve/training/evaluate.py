@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from avex_serve.archive.store import report_full_disk
 from avex_serve.bundles.manifest import Activation
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.scores import activate
 from avex_serve.training.dataset import MIN_OVERLAP, read_dataset
 from avex_serve.training.embed import run_windows
+from avex_serve.training.files import can_make_page, write_report
 from avex_serve.training.noise import noise_logits
 from avex_serve.training.report import Evaluation, Predictions, report
 
@@ -22,6 +24,7 @@ class EvaluationRequest:
 
     bundle: Path
     data: Path
+    output: Path | None = None  # folder of the report
     probe: str | None = None
     seed: int = 0
     negatives: tuple[str, ...] = ()
@@ -36,6 +39,8 @@ class EvaluationRequest:
 def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = print) -> Evaluation:
     """Evaluate a head of a bundle on all windows with a known label; it must not have been trained on them.
 
+    The files of `write_report` are written into ``request.output``, if that is given.
+
     Args:
         request: what to do.
         say: is called with the progress.
@@ -47,6 +52,7 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
         UnsupportedError: the bundle takes embeddings, or has no head.
     """
     store = request.cache.expanduser() / "outputs"
+    page = request.output is not None and can_make_page(say)
     with (
         open_bundle(request.bundle, "cpu", precision="float32") as engine,
         tempfile.TemporaryDirectory(prefix="avex-evaluate-") as scratch,
@@ -75,10 +81,11 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
         logits = _log_odds(windows.outputs[0], head.activation)
         noise = noise_logits(engine, [head.logits], lambda outputs: _log_odds(outputs[0], head.activation), store)
         nothing = np.full(logits.shape, np.nan)
-        return report(
+        predictions = [Predictions(np.arange(len(logits)), logits, nothing, nothing)]
+        evaluation = report(
             windows,
             labels,
-            [Predictions(np.arange(len(logits)), logits, nothing, nothing)],
+            predictions,
             model=engine.manifest.model,
             probe=head.name,
             chosen={},
@@ -88,6 +95,14 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
             problems=[*dataset.problems, *lost],
             seed=request.seed,
         )
+        if request.output is not None:
+            with report_full_disk():
+                request.output.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=request.output) as unfinished:
+                    write_report(Path(unfinished), evaluation, windows, predictions, page=page)
+                    for path in Path(unfinished).iterdir():
+                        path.replace(request.output / path.name)
+        return evaluation
 
 
 def _log_odds(logits: np.ndarray, activation: Activation) -> np.ndarray:

@@ -17,19 +17,19 @@ from avex_serve.audio.windows import plan_windows
 from avex_serve.bundles.manifest import MANIFEST
 from avex_serve.bundles.sealing import atomic_directory
 from avex_serve.calibration.fit import TARGET
-from avex_serve.calibration.scales import Calibration
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import AvexServeError, DependencyError, InputError, NotFoundError
 from avex_serve.inference.backend import open_bundle
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import fingerprint
 from avex_serve.models.probes import build_probe_from_config, load_probe_config, save_probe
-from avex_serve.models.probes.base import Probe
 from avex_serve.models.probes.storage import PROBE, load_head
 from avex_serve.models.utils.load import find_entry, load_model
 from avex_serve.training import report
+from avex_serve.training.copies import MOST, find_copies
 from avex_serve.training.dataset import MIN_OVERLAP, Dataset, read_dataset
 from avex_serve.training.embed import Windows, run_windows
+from avex_serve.training.files import can_make_page, write_report
 from avex_serve.training.heads import Task, Trained, train
 from avex_serve.training.noise import noise_logits
 from avex_serve.training.report import Evaluation, Predictions
@@ -57,13 +57,13 @@ class FitRequest:
     cache: Path = Path("~/.cache/avex-serve")
 
 
-def check(request: FitRequest) -> str:
-    """What `fit` would train on: windows and recordings of each label in each part, and what is wrong.
+def check_data(request: FitRequest) -> str:
+    """What `fit_probe` would train on: windows, recordings and groups of each label in each part, and what is wrong.
 
-    Recordings are opened for their length and content; nothing is embedded.
+    Recordings are opened for their length and content, and those of one length are compared; nothing is embedded.
 
     Raises:
-        AvexServeError: as of `fit`.
+        AvexServeError: as of `fit_probe`.
     """
     dataset = _dataset(request)
     windows = _planned(request, dataset)
@@ -73,21 +73,30 @@ def check(request: FitRequest) -> str:
         f"{np.unique(windows.groups).size} groups; evaluation: {parts.how}"
     ]
     columns = {"all": np.ones(len(windows.targets), bool)}
-    if not parts.trains_on_all:
+    if parts.trains_on_all:
+        columns |= {f"fold {i}": held for i, (_, held) in enumerate(parts.parts, 1)}
+    else:
         columns |= {"train": parts.parts[0][0], "test": parts.parts[0][1]}
-    lines.append(f"{'':24}" + "".join(f"{f'{name}: windows/recordings/groups':>40}" for name in columns))
+    lines.append("windows/recordings/groups")
+    lines.append(f"{'':24}" + "".join(f"{name:>16}" for name in columns))
     for i, label in enumerate(dataset.labels):
-        lines.append(f"{label[:24]:24}" + "".join(f"{_counted(windows, i, rows):>40}" for rows in columns.values()))
+        has = windows.targets[:, i] == 1
+        lines.append(
+            f"{label[:24]:24}" + "".join(f"{_counted(windows, has & rows):>16}" for rows in columns.values())
+        )
     without = ~(windows.targets == 1).any(axis=1)
-    lines.append(f"{'(none of them)':24}{int(without.sum()):>24} windows")
-    return "\n".join([*lines, *(f"problem: {problem}" for problem in dataset.problems)])
+    lines.append(
+        f"{'(none of them)':24}" + "".join(f"{_counted(windows, without & r):>16}" for r in columns.values())
+    )
+    problems = [*dataset.problems, *_empty_parts(dataset, windows, parts), *_sound_copies(windows, parts)]
+    return "\n".join([*lines, *(f"problem: {problem}" for problem in problems)])
 
 
-def fit(request: FitRequest, say: Say = print) -> Evaluation:
+def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
     """Train a head, evaluate it on recordings that chose nothing of it, and save it with its report.
 
-    The folder ``request.output`` is a saved probe with ``calibration.json``, ``evaluation.json`` and
-    ``evaluation.csv``, written whole or not at all.
+    The folder ``request.output`` is a saved probe with ``calibration.json`` and the files of `write_report`, written
+    whole or not at all.
 
     Args:
         request: what to do.
@@ -103,6 +112,7 @@ def fit(request: FitRequest, say: Say = print) -> Evaluation:
     output = request.output
     if output.exists() and not (output.is_dir() and ((output / PROBE).is_file() or not any(output.iterdir()))):
         raise InputError(f"--output {output} exists and holds no {PROBE}: not replaced; choose another folder")
+    page = can_make_page(say)
     dataset = _dataset(request)
     base = _load(request.model)
     cache = request.cache.expanduser()
@@ -122,41 +132,85 @@ def fit(request: FitRequest, say: Say = print) -> Evaluation:
             min_overlap=request.min_overlap,
             say=say,
         )
-        parts = _split(windows, request.seed)
-        task = Task(config, dataset.labels, windows.outputs, windows.targets, windows.groups)
-        copies = _copies(windows, parts)
-        say(f"train on {len(windows.targets)} windows of {len(windows.recordings)} recordings: {parts.how}")
-        predictions, heads, known = [], [], windows.targets.copy()
-        for rows, held in parts.parts:
-            # A label without a recording to train with can't be evaluated there.
-            known[np.ix_(held, ~(windows.targets[rows] == 1).any(axis=0))] = -1
-            trained = train(task, rows, request.seed, request.target_precision)
-            left = np.flatnonzero(held)
-            predictions.append(Predictions.of(left, trained.logits(task, left), trained.calibration))
-            heads.append(trained)
-        if parts.trains_on_all:
-            trained = train(task, np.ones(len(windows.targets), bool), request.seed, request.target_precision)
-        else:
-            (trained,) = heads
-        windows = replace(windows, targets=known)
-        logits = noise_logits(engine, outputs, _head(task, trained), cache / "embeddings")
+        fitted = fit_windows(config, dataset.labels, windows, request.seed, request.target_precision, say)
+        noise = noise_logits(engine, outputs, fitted.noise_logits, cache / "embeddings")
     evaluation = report.report(
-        windows,
+        fitted.windows,
         dataset.labels,
-        predictions,
+        fitted.predictions,
         model=Path(request.model).stem if request.model.endswith((".yml", ".yaml")) else request.model,
         probe=Path(request.probe).stem,
-        chosen=trained.chosen,
-        evaluated=parts.how,
-        calibration=trained.calibration,
-        noise=logits,
-        problems=[*dataset.problems, *lost, *copies],
+        chosen=fitted.head.chosen,
+        evaluated=fitted.how,
+        calibration=fitted.head.calibration,
+        noise=noise,
+        problems=[*dataset.problems, *lost, *fitted.problems],
         seed=request.seed,
     )
     probe = build_probe_from_config(config, len(dataset.labels), "cpu", base_model=base)
-    load_head(probe, trained.state, "the trained head")
-    _write(request, probe, trained.calibration, evaluation, dataset.labels)
+    load_head(probe, fitted.head.state, "the trained head")
+    try:
+        with atomic_directory(output, marker=PROBE) as folder:
+            save_probe(probe, folder, labels=dataset.labels, model=request.model, activation="sigmoid")
+            fitted.head.calibration.write(folder)
+            write_report(folder, evaluation, fitted.windows, fitted.predictions, page=page)
+    except FileExistsError as error:
+        raise InputError(f"--output {error}") from error
     return evaluation
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A head that was trained on windows, and what it says about windows that chose nothing of it."""
+
+    task: Task
+    head: Trained
+    how: str  # see `Split`
+    windows: Windows  # with the targets that can be evaluated
+    predictions: list[Predictions]  # for parts of the windows; none: nothing could be evaluated
+    problems: list[str]
+
+    def noise_logits(self, inputs: list[np.ndarray]) -> np.ndarray:
+        """From the inputs of the head (N, ...) to its logits (N, C)."""
+        return self.head.logits(replace(self.task, embeddings=inputs), np.arange(len(inputs[0])))
+
+
+def fit_windows(
+    config: ProbeConfig,
+    labels: Sequence[str],
+    windows: Windows,
+    seed: int,
+    target_precision: float = TARGET,
+    say: Say = print,
+) -> Fitted:
+    """Train a head on embedded windows, and others on parts of them for its evaluation.
+
+    Args:
+        config: of the probe.
+        labels: C names.
+        windows: with the inputs of the head as outputs.
+        seed: of all random choices.
+        target_precision: of the thresholds.
+        say: is called with the progress.
+    """
+    parts = _split(windows, seed)
+    task = Task(config, tuple(labels), windows.outputs, windows.targets, windows.groups)
+    copies = _copies(windows, parts)
+    say(f"train on {len(windows.targets)} windows of {len(windows.recordings)} recordings: {parts.how}")
+    predictions, heads, known = [], [], windows.targets.copy()
+    for rows, held in parts.parts:
+        # A label without a recording to train with can't be evaluated there.
+        known[np.ix_(held, ~(windows.targets[rows] == 1).any(axis=0))] = -1
+        trained = train(task, rows, seed, target_precision)
+        left = np.flatnonzero(held)
+        predictions.append(Predictions.of(left, trained.logits(task, left), trained.calibration))
+        heads.append(trained)
+        if len(parts.parts) > 1:
+            say(f"evaluated {len(heads)} of {len(parts.parts)} folds")
+    head = (
+        train(task, np.ones(len(windows.targets), bool), seed, target_precision) if parts.trains_on_all else heads[0]
+    )
+    return Fitted(task, head, parts.how, replace(windows, targets=known), predictions, copies)
 
 
 def probe_config(name: str) -> ProbeConfig:
@@ -266,6 +320,8 @@ def _planned(request: FitRequest, dataset: Dataset) -> Windows:
         rate, length = base.audio_config.sample_rate, base.clip_samples
     else:
         rate, length = audio.sample_rate, audio.sample_rate * audio.target_length_seconds
+    if not dataset.recordings:
+        raise InputError("; ".join(("no recording can be read", *dataset.problems)))
     targets, spans, member = [], [], []
     for i, recording in enumerate(dataset.recordings):
         total = max(1, round(recording.seconds * rate))
@@ -282,45 +338,57 @@ def _split(windows: Windows, seed: int) -> Split:
     return split(windows.targets, windows.groups, windows.splits, seed)
 
 
-def _counted(windows: Windows, label: int, rows: np.ndarray) -> str:
-    has = (windows.targets[:, label] == 1) & rows
-    recordings, groups = np.unique(windows.recording[has]).size, np.unique(windows.groups[has]).size
-    return f"{int(has.sum())} / {recordings} / {groups}"
+def _counted(windows: Windows, rows: np.ndarray) -> str:
+    recordings, groups = np.unique(windows.recording[rows]).size, np.unique(windows.groups[rows]).size
+    return f"{int(rows.sum())}/{recordings}/{groups}"
+
+
+def _empty_parts(dataset: Dataset, windows: Windows, parts: Split) -> list[str]:
+    """A sentence for each label that can't be trained or evaluated."""
+    found = []
+    for i, label in enumerate(dataset.labels):
+        has = windows.targets[:, i] == 1
+        if not has.any():
+            found.append(f"{label}: no window shares enough with an annotation; see --min-overlap")
+        elif not parts.trains_on_all:
+            train, test = parts.parts[0]
+            found += [
+                f"{label}: no window to {what} with"
+                for what, rows in (("train", train), ("test", test))
+                if not (has & rows).any()
+            ]
+    return found
+
+
+def _sound_copies(windows: Windows, parts: Split) -> list[str]:
+    """A sentence for each pair of recordings across the split that sound the same."""
+    part = np.full(len(windows.recordings), -1)
+    for i, (_, held) in enumerate(parts.parts):
+        part[np.unique(windows.recording[held])] = i
+    copies = find_copies(windows.recordings, part.tolist())
+    if copies is None:
+        return [
+            f"near-duplicates were not looked for in more than {MOST} recordings of one length; fit looks for them"
+        ]
+    return [
+        f"near-duplicates across the split: {windows.recordings[copy.first].name} and "
+        f"{windows.recordings[copy.second].name} sound the same (correlation {copy.correlation:.2f}); if these are "
+        "copies, remove one or put both into one group"
+        for copy in copies
+    ]
 
 
 def _copies(windows: Windows, parts: Split) -> list[str]:
-    """A sentence for each near-duplicate across the first part of the split."""
-    if not parts.parts:
-        return []
-    rows, held = parts.parts[0]
-    sentences: dict[tuple[str, str], str] = {}
-    for test, other, cosine in near_duplicates(windows.outputs[0], rows, held):
-        names = [windows.recordings[windows.recording[i]].name for i in (test, other)]
-        starts = [windows.spans[i, 0] for i in (test, other)]
-        sentences.setdefault(
-            (names[0], names[1]),
-            f"near-duplicates across the split: {names[0]} at {starts[0]:.1f} s and {names[1]} at {starts[1]:.1f} s "
-            f"(cosine {cosine:.4f}); if these are copies, remove one or put both into one group",
-        )
+    """A sentence for each pair of recordings with near-duplicates across the split."""
+    sentences: dict[frozenset[str], str] = {}
+    for rows, held in parts.parts:
+        for test, other, cosine in near_duplicates(windows.outputs[0], rows, held):
+            names = [windows.recordings[windows.recording[i]].name for i in (test, other)]
+            starts = [windows.spans[i, 0] for i in (test, other)]
+            sentences.setdefault(
+                frozenset(names),
+                f"near-duplicates across the split: {names[0]} at {starts[0]:.1f} s and {names[1]} at "
+                f"{starts[1]:.1f} s (cosine {cosine:.4f}); if these are copies, remove one or put both into one "
+                "group",
+            )
     return list(sentences.values())
-
-
-def _head(task: Task, trained: Trained) -> Callable[[list[np.ndarray]], np.ndarray]:
-    """From the inputs of the head (N, ...) to its logits (N, C)."""
-
-    def logits(inputs: list[np.ndarray]) -> np.ndarray:
-        return trained.logits(replace(task, embeddings=inputs), np.arange(len(inputs[0])))
-
-    return logits
-
-
-def _write(
-    request: FitRequest, probe: Probe, calibration: Calibration, evaluation: Evaluation, labels: Sequence[str]
-) -> None:
-    try:
-        with atomic_directory(request.output, marker=PROBE) as folder:
-            save_probe(probe, folder, labels=labels, model=request.model, activation="sigmoid")
-            calibration.write(folder)
-            evaluation.write(folder)
-    except FileExistsError as error:
-        raise InputError(f"--output {error}") from error

@@ -26,6 +26,12 @@ FEW: Final = 5  # recordings with a sound, below which its figures say little
 WORST: Final = 30  # mistakes to list
 BACKGROUND: Final = "the background of the data"  # windows that hold none of the sounds
 NOTHING: Final = "(none)"  # in the confusion: no sound, and no detection
+HOW: Final = {  # by `Evaluation.evaluated`
+    "hold-out": "groups that were held out",
+    "cross-validation": "cross-validation over groups",
+    "split column": "the split of the data",
+    "all": "all labelled windows",
+}
 _LARGE: Final = 20_000  # windows, above which there are fewer resamples
 _POINTS: Final = 100  # of a curve
 
@@ -160,7 +166,7 @@ def report(
     rows = np.empty(0, int)
     if predictions:
         macro, figures = evaluate(windows, labels, predictions, seed)
-        rows = _join(predictions).rows
+        rows = join(predictions).rows
     if calibration is not None:
         scores = [_finite(sigmoid(threshold)) for threshold in calibration.thresholds(np.nan)]
         figures = {
@@ -197,7 +203,7 @@ def evaluate(
         predictions: of parts of the windows that don't overlap.
         seed: of the resampling.
     """
-    joined = _join(predictions)
+    joined = join(predictions)
     groups, targets = windows.groups[joined.rows], windows.targets[joined.rows]
     values = _point(joined, targets)
     drawn = _resampled(joined, targets, groups, seed)  # (metrics, C, B)
@@ -208,12 +214,12 @@ def evaluate(
     found = {}
     for i, label in enumerate(labels):
         with_sound, recordings, without = map(int, counts[i])
-        measures = [_measure(values[m, i], drawn[m, i], with_sound, recordings) for m in range(len(_NAMES))]
+        measures = [_measure(values[m, i], drawn[m, i], with_sound, recordings) for m in range(len(FIGURES))]
         known = targets[:, i] >= 0
         has, logits = targets[known, i], joined.logits[known, i]
         calibrated = np.isfinite(joined.probabilities[known, i])
         found[label] = LabelFigures(
-            **dict(zip(_NAMES, measures, strict=True)),
+            **dict(zip(FIGURES, measures, strict=True)),
             windows_without=without,
             threshold_score=None,
             precision_recall=_curve(has, logits),
@@ -221,15 +227,15 @@ def evaluate(
             warning=_warning(with_sound, recordings, without),
         )
     windows_with, recordings_with = int((targets == 1).any(axis=1).sum()), np.unique(groups).size
-    macro = [_measure(_mean(values[m]), _mean(drawn[m]), windows_with, recordings_with) for m in range(len(_NAMES))]
-    return Figures(**dict(zip(_NAMES, macro, strict=True))), found
+    macro = [_measure(mean(values[m]), mean(drawn[m]), windows_with, recordings_with) for m in range(len(FIGURES))]
+    return Figures(**dict(zip(FIGURES, macro, strict=True))), found
 
 
 def confusion(
     windows: Windows, labels: Sequence[str], predictions: Sequence[Predictions]
 ) -> dict[str, dict[str, int]]:
     """Counts by true and detected label, of windows that are known for every label and have one at most."""
-    joined = _join(predictions)
+    joined = join(predictions)
     targets = windows.targets[joined.rows]
     single = (targets >= 0).all(axis=1) & (targets.sum(axis=1) <= 1)
     counts: dict[str, dict[str, int]] = {}
@@ -243,7 +249,7 @@ def confusion(
 
 def worst(windows: Windows, labels: Sequence[str], predictions: Sequence[Predictions]) -> tuple[Mistake, ...]:
     """The windows and labels with the highest loss among those that a score of 0.5 decides wrongly."""
-    joined = _join(predictions)
+    joined = join(predictions)
     targets = windows.targets[joined.rows]
     wrong = np.where(targets == 1, -joined.logits, joined.logits)  # logit of the opposite
     wrong[targets < 0] = -np.inf
@@ -307,10 +313,9 @@ def summary(evaluation: Evaluation) -> str:
     if evaluation.macro is None:
         lines = ["nothing could be evaluated: all windows belong to one recording or group"]
     else:
-        how = {"cross-validation": "cross-validation over groups", "split column": "the split of the data"}
         lines = [
-            f"{evaluation.windows} windows of {evaluation.recordings} recordings, by "
-            f"{how.get(evaluation.evaluated, evaluation.evaluated)}; 95 % intervals over recordings",
+            f"evaluated on {evaluation.windows} windows of {evaluation.recordings} recordings "
+            f"({HOW.get(evaluation.evaluated, evaluation.evaluated)}); 95 % intervals over recordings",
             f"{'':24} {'windows':>8} {'recordings':>10}  {'average precision':20}  {'AUROC':20}  threshold",
         ]
         rows: list[tuple[str, Figures]] = [*evaluation.labels.items(), ("mean", evaluation.macro)]
@@ -345,7 +350,7 @@ def _noise(
         for name, logits in noise.items()
     }
     if predictions:
-        joined = _join(predictions)
+        joined = join(predictions)
         empty = (windows.targets[joined.rows] == 0).all(axis=1)
         if empty.any():
             detected = np.where(np.isnan(joined.detected), joined.logits >= 0, joined.detected)[empty]
@@ -356,22 +361,22 @@ def _noise(
 
 # -- figures ------------------------------------------------------------------------------------------------------
 
-_NAMES: Final = tuple(field for field in Figures.__struct_fields__)
+FIGURES: Final = tuple(field for field in Figures.__struct_fields__)
 
 
 def _point(joined: Predictions, targets: np.ndarray) -> np.ndarray:
-    return _figures(joined, targets, np.ones((1, len(targets))))[..., 0]
+    return figures_of(joined, targets, np.ones((1, len(targets))))[..., 0]
 
 
 def _resampled(joined: Predictions, targets: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
     resamples = metrics.RESAMPLES if len(targets) <= _LARGE else metrics.RESAMPLES // 5
     blocks = metrics.resample(groups, seed, resamples)
-    return np.concatenate([_figures(joined, targets, weights) for weights in blocks], axis=-1)
+    return np.concatenate([figures_of(joined, targets, weights) for weights in blocks], axis=-1)
 
 
-def _figures(joined: Predictions, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(metrics, C, B) of weights (B, N), in the order of `_NAMES`."""
-    found = np.full((len(_NAMES), targets.shape[1], len(weights)), np.nan)
+def figures_of(joined: Predictions, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(metrics, C, B) of weights (B, N), in the order of `FIGURES`."""
+    found = np.full((len(FIGURES), targets.shape[1], len(weights)), np.nan)
     for i in range(targets.shape[1]):
         known = targets[:, i] >= 0
         has, logits, weight = targets[known, i], joined.logits[known, i], weights[:, known]
@@ -387,11 +392,12 @@ def _figures(joined: Predictions, targets: np.ndarray, weights: np.ndarray) -> n
     return found
 
 
-def _join(predictions: Sequence[Predictions]) -> Predictions:
+def join(predictions: Sequence[Predictions]) -> Predictions:
+    """The predictions of all parts, one after the other."""
     return Predictions(*(np.concatenate(parts) for parts in zip(*predictions, strict=True)))
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
+def mean(values: np.ndarray) -> np.ndarray:
     """Mean over labels (C, ...) of those that have a value; NaN where none has."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore", divide="ignore"):

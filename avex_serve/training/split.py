@@ -12,6 +12,7 @@ HELD_OUT: Final = 5  # one group in five
 ENOUGH: Final = 10  # groups with a label, so that a fifth of them says something about it
 ALIKE: Final = 0.999  # cosine of embeddings, less their mean, from which on two windows are near-duplicates
 _BLOCK: Final = 2048  # windows that are compared at once
+_SKETCH: Final = 64  # numbers of a sketch
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def near_duplicates(
     """Pairs of windows across a split that are nearly the same, such as copies in another format.
 
     Args:
-        embeddings: (N, ...) float32.
+        embeddings: (N, D) or (N, ..., D) float32; of the latter, means are compared.
         train: (N,) bool.
         test: (N,) bool.
         limit: most pairs to return, one for each window of the test at most.
@@ -121,21 +122,34 @@ def near_duplicates(
     Returns:
         Index of the window of the test and of that of the training, and their cosine, the closest first.
     """
-    rows = np.flatnonzero(train)
-    if not rows.size:
+    ours, theirs = np.flatnonzero(test), np.flatnonzero(train)
+    if not theirs.size or not ours.size:
         return []
-    mean = np.mean([embeddings[i].ravel() for i in rows[:: max(1, rows.size // _BLOCK)]], axis=0)
+    embeddings = _means(embeddings)
+    mean = embeddings[theirs[:: max(1, theirs.size // _BLOCK)]].mean(axis=0)
+    # The nearest window is found among sketches, which keep angles up to a tenth, and then compared as it is.
+    width = embeddings.shape[1]
+    sketch = (
+        np.random.default_rng(0).standard_normal((width, _SKETCH), np.float32) if width > _SKETCH else np.eye(width)
+    )
+    left, right = (
+        np.concatenate([_unit(_directions(embeddings, block, mean) @ sketch) for block in _blocks(rows)]).astype(
+            np.float32
+        )
+        for rows in (ours, theirs)
+    )
     pairs = []
-    for first in _blocks(np.flatnonzero(test)):
-        ours = _directions(embeddings, first, mean)
+    for first in _blocks(np.arange(ours.size)):
         best, where = np.full(first.size, -1.0), np.zeros(first.size, int)
-        for second in _blocks(rows):
-            cosines = ours @ _directions(embeddings, second, mean).T
+        for second in _blocks(np.arange(theirs.size)):
+            cosines = left[first] @ right[second].T
             nearest = cosines.argmax(axis=1)
             found = cosines[np.arange(first.size), nearest]
             where = np.where(found > best, second[nearest], where)
             best = np.maximum(found, best)
-        pairs += [(int(first[i]), int(where[i]), float(best[i])) for i in np.flatnonzero(best >= ALIKE)]
+        test_rows, train_rows = ours[first], theirs[where]
+        exact = (_directions(embeddings, test_rows, mean) * _directions(embeddings, train_rows, mean)).sum(axis=1)
+        pairs += [(int(test_rows[i]), int(train_rows[i]), float(exact[i])) for i in np.flatnonzero(exact >= ALIKE)]
     return sorted(pairs, key=lambda pair: -pair[2])[:limit]
 
 
@@ -145,6 +159,22 @@ def _blocks(rows: np.ndarray) -> list[np.ndarray]:
 
 def _directions(embeddings: np.ndarray, rows: np.ndarray, mean: np.ndarray) -> np.ndarray:
     """Embeddings less their mean as unit vectors, (rows, D); zero for silence, which equals itself."""
-    centred = embeddings[rows].reshape(rows.size, -1) - mean
-    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
-    return np.asarray(np.divide(centred, lengths, out=np.zeros_like(centred), where=lengths > 1e-6))
+    return _unit(embeddings[rows] - mean)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 1e-6))
+
+
+def _means(embeddings: np.ndarray) -> np.ndarray:
+    """(N, D); sequences are read a few at a time, since they may be larger than memory."""
+    if embeddings.ndim == 2:
+        return embeddings
+    width = embeddings.shape[-1]
+    return np.concatenate(
+        [
+            embeddings[i : i + 64].reshape(-1, np.prod(embeddings.shape[1:-1]), width).mean(axis=1)
+            for i in range(0, len(embeddings), 64)
+        ]
+    )

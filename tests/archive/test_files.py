@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def found(*arguments):
-    recordings, hidden = find_recordings(arguments)
+    recordings, hidden, _ = find_recordings(arguments)
     faults = {path: str(error) for path, error in recordings.items() if error is not None}
     return [path for path in recordings if path not in faults], hidden, faults
 

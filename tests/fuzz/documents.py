@@ -3,6 +3,7 @@
 import base64
 import struct
 
+from avex_serve.annotations.formats import FORMATS
 from tests.bundles import DIM, WINDOW
 from tests.fuzz import mutations, recordings
 from tests.fuzz.mutations import MODEL, OFFLINE
@@ -13,8 +14,10 @@ LENGTH = b"Inference-Header-Content-Length"
 
 def request(random):
     """A request with such a document."""
-    match random.randrange(8):
-        case 0 | 1 | 2:
+    match random.randrange(10):
+        case 0 | 1:
+            return mutations.request(b"POST /tables", mutations.spoilt_json(random, table(random)))
+        case 2 | 8 | 9:
             return mutations.request(INFER, mutations.spoilt_json(random, tensors(random)))
         case 3 | 4:
             body, headers = binary(random)
@@ -26,6 +29,23 @@ def request(random):
     path = random.choice((b"index", b"models/tiny/load", b"models/absent/unload"))
     asked = {"ready": True, "parameters": {"unload_dependents": True, "a": 0.25}}
     return mutations.request(b"POST /v2/repository/" + path, mutations.spoilt_json(random, asked))
+
+
+def table(random):
+    """A document with detections."""
+    count = random.choice((0, 1, 3))
+    head = base64.b64encode(recordings.audio(random)[:3000]).decode()
+    rows = {"label": [0] * count, "start": [0.5] * count, "end": [1.0] * count, "score": [0.25] * count}
+    recording = {
+        "name": "a.wav",
+        "digest": "0" * 64,
+        "duration": 1.5,
+        "probe": "linear",
+        "labels": ["x"],
+        "head": head,
+    }
+    asked = {"format": random.choice(list(FORMATS)), "model": MODEL, "recordings": [recording | rows]}
+    return asked | {"folder": "/a", "threshold": 0.5, "thresholds": {"x": 0.25}}
 
 
 def tensors(random):

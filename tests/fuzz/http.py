@@ -15,7 +15,8 @@ PATHS = (
     "/", "/livez", "/readyz", "/metrics", "/docs.json", "/v2", f"/v2/models/{MODEL}", f"/v2/models/{MODEL}/config",
     f"/v2/models/{MODEL}/infer", f"/v2/models/{MODEL}/versions/1/infer", "/v2/repository/index", "/classify",
     f"/v2/repository/models/{MODEL}/load", f"/v2/models/{MODEL}/trace/setting", "/predict", "/embed", "/predict_all",
-    "/schema.json", "/healthz", "/x", f"/predict?model={MODEL}", f"/embed?model={MODEL}",
+    "/schema.json", "/healthz", "/x", "/wav", "/tables",
+    "/page/page.css", "/page/service/main.js", "/page/../x", f"/predict?model={MODEL}", f"/embed?model={MODEL}",
 )  # fmt: skip
 OPTIONS = ("threshold", "top_k", "overlap", "probe", "model", "version", "output", "audio", "x", "")
 AUDIO = mutations.RECORDINGS[0]
@@ -35,7 +36,9 @@ CHUNK_SIZES = (
 TARGETS = (
     b"*", b"//", b"/%", b"/%ff%00", b"/%ed%a0%80", b"/predict%0a", b"/predict?" + b"a&" * 3000,
     b"/predict?top_k=%ff%fe", b"/predict?top_k=1&top_k=2", b"http://a/livez", b"http://[/livez", b"http://\xff/",
-    b"a:443", b"/\xff", b"/a b", b"", b"/predict#x", b"/../../etc/passwd", b"/v2/models/%2e%2e/config",
+    b"a:443", b"/\xff", b"/a b", b"", b"/predict#x", b"/../../etc/passwd", b"/page/../../../etc/passwd",
+    b"/page/%2e%2e/assets.py",
+    b"/page//etc/passwd", b"/page/%00", b"/page/" + b"../" * 500, b"/v2/models/%2e%2e/config",
     b"/" + b"a" * 70_000, b"?", b"/v2/models/\x7f/ready", b"/livez/", b"/v2/models/" + b"%F0%9F%90%A6" * 50,
 )  # fmt: skip
 VERSIONS = (

@@ -14,6 +14,6 @@ def audio(random):
 
 def request(random):
     """A request with such a recording as its body."""
-    path = random.choice(("/predict", "/predict", "/embed", "/predict_all"))
-    options = query(random) if random.random() < 0.3 else f"?model={mutations.MODEL}"
+    path = random.choice(("/predict", "/predict", "/embed", "/predict_all", "/wav"))
+    options = query(random) if random.random() < 0.3 else "" if path == "/wav" else f"?model={mutations.MODEL}"
     return mutations.request(f"POST {path}{options}".encode(), audio(random))

@@ -2,29 +2,17 @@
 
 import functools
 import http.server
-import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.browsing import opened
 from tests.service.conftest import running_server
 
 DOCS = Path(__file__).parents[2] / "docs"
 KEY = "browser-key"
-
-
-@pytest.fixture(scope="module")
-def page():
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    with playwright.sync_playwright() as driver:
-        found = shutil.which("chromium") or driver.chromium.executable_path
-        if not Path(found).exists():
-            pytest.skip("chromium is not installed: playwright install chromium")
-        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser.new_page()
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +31,7 @@ def pages():
         thread.join()
 
 
-def test_the_page_asks_and_is_refused_from_elsewhere(page, pages, tmp_path, audio_bundle, wav):
+def test_the_page_asks_and_is_refused_from_elsewhere(browser, pages, tmp_path, audio_bundle, wav):
     text = (DOCS / "securing.md").read_text()
     config = yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])
     cors = config["services"]["AvexService"]["http"]["cors"]
@@ -51,7 +39,11 @@ def test_the_page_asks_and_is_refused_from_elsewhere(page, pages, tmp_path, audi
     (tmp_path / "cors.yaml").write_text(yaml.safe_dump(config))
     recording = {"name": "recording.wav", "mimeType": "audio/wav", "buffer": wav}
     variables = {"AVEX_BUNDLE": str(audio_bundle), "AVEX_API_KEYS": f"page:{KEY}"}
-    with running_server(tmp_path, BENTOML_CONFIG=str(tmp_path / "cors.yaml"), **variables) as server:
+    refused = ("401", "CORS policy", "ERR_FAILED", "404")  # 404: it has no icon
+    with (
+        running_server(tmp_path, BENTOML_CONFIG=str(tmp_path / "cors.yaml"), **variables) as server,
+        opened(browser, expected=refused) as page,
+    ):
 
         def ask(origin, key):
             page.goto(f"{origin}/browser.html")

@@ -188,6 +188,7 @@ def test_schemas_refuse_what_is_wrong():
 
 def test_manifests_fit_the_service():
     found = {document["kind"]: document for path in MANIFESTS for document in documents(path)}
+    assert found.pop("Job")["spec"]["completionMode"] == "Indexed"  # see tests/archive/test_shards.py
     assert set(found) == {"Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"}
     template = found["Deployment"]["spec"]["template"]
     pod, (container,) = template["spec"], template["spec"]["containers"]

@@ -194,3 +194,31 @@ def test_no_such_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="a folder for each class"):
         read_dataset(tmp_path / "empty")
+
+
+def test_reviews_say_something_about_their_label_alone(tmp_path):
+    write(tmp_path / "a.wav")
+    (tmp_path / "alice.csv").write_text(
+        "file,start,end,label,decision,annotator\n"
+        "a.wav,0,2,x,present,alice\na.wav,2,4,x,absent,alice\na.wav,4,6,y,present,alice\na.wav,4,6,x,unsure,alice\n"
+        "a.wav,6,7,x,present,alice\n"
+    )
+    dataset = read_dataset(tmp_path)
+    assert dataset.labels == ("x", "y")
+    assert targets_of(dataset, "a.wav") == {"x": [1, 0, -1, 1], "y": [-1, -1, 1, -1]}
+    (tmp_path / "bob.csv").write_text("file,start,end,label,decision,annotator\na.wav,0,2,x,absent,bob\n")
+    assert targets_of(read_dataset(tmp_path), "a.wav")["x"] == [-1, 0, -1, 1], "they differ about the first window"
+    # A sound in a window is somewhere in every longer one; one that is absent is absent from every shorter one.
+    longer, shorter = np.array([[0, 4], [4, 7]], float), np.array([[0, 1], [2, 3], [6, 7]], float)
+    (tmp_path / "bob.csv").unlink()
+    dataset = read_dataset(tmp_path)
+    assert targets_of(dataset, "a.wav", longer)["x"] == [1, -1]
+    assert targets_of(dataset, "a.wav", shorter)["x"] == [-1, 0, 1]
+
+
+def test_reviews_change_what_annotations_say(tmp_path):
+    table(tmp_path, "a.wav,0,4,x\n")
+    write(tmp_path / "a.wav")
+    (tmp_path / "reviews.csv").write_text("file,start,end,label,decision\na.wav,2,4,x,absent\na.wav,4,6,z,absent\n")
+    dataset = read_dataset(tmp_path, fully_annotated=True)
+    assert targets_of(dataset, "a.wav") == {"x": [1, 0, 0, 0]}

@@ -61,7 +61,7 @@ def test_the_command_needs_no_torch(audio_bundle, data, tmp_path):
         [*command, "--cache", tmp_path], capture_output=True, text=True, env=environment, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "60 windows of 12 recordings, by all" in done.stdout
+    assert "evaluated on 60 windows of 12 recordings (all labelled windows)" in done.stdout
     report = json.loads((tmp_path / "report" / "evaluation.json").read_text())
     assert set(report["labels"]) == set(LABELS)
     assert (tmp_path / "report" / "evaluation.csv").read_text("utf-8").count("\n") == 5

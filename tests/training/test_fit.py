@@ -1,6 +1,7 @@
 """`avex-serve fit` on synthetic sounds: what it says, what it writes, and that no figure leaks."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,9 +17,9 @@ from avex_serve.inference.backend import open_bundle
 from avex_serve.models.probes import load_probe
 from avex_serve.synthetic import make_clip
 from avex_serve.training import fit as module
-from avex_serve.training import metrics
+from avex_serve.training import heads, metrics
 from avex_serve.training.embed import run_windows
-from avex_serve.training.fit import FitRequest, check, embeddings_bundle, fit, probe_config
+from avex_serve.training.fit import FitRequest, check_data, embeddings_bundle, fit_probe, probe_config
 from avex_serve.training.heads import Task, train
 from avex_serve.training.split import split
 
@@ -64,6 +65,8 @@ def test_the_probe_the_calibration_and_the_report(fitted):
         "calibration.json",
         "evaluation.json",
         "evaluation.csv",
+        "evaluation.parquet",
+        "report.html",
     }
     assert load_probe(fitted).labels == LABELS
     calibration = read_calibration(fitted)
@@ -89,15 +92,21 @@ def test_a_check_says_what_would_be_trained_on(data, tmp_path, capsys, monkeypat
     assert main(["fit", str(data), "--output", str(tmp_path / "x"), "--check"]) == 0
     said = capsys.readouterr().out
     assert "33 recordings, 66 windows with labels, 33 groups; evaluation: hold-out" in said
-    assert " 22 / 11 / 11" in said
+    counts = {line.split()[0]: line.split()[-3:] for line in said.splitlines()}
+    assert counts["windows/recordings/groups"] == ["windows/recordings/groups"]
+    assert counts["all"] == ["all", "train", "test"]
+    assert counts["buzz"][0] == "22/11/11"
+    for label in LABELS:
+        everything, train, test = (list(map(int, cell.split("/"))) for cell in counts[label])
+        assert everything == [sum(pair) for pair in zip(train, test, strict=True)]
     assert not (tmp_path / "x").exists()
 
 
 def test_the_same_seed_gives_the_same_bytes_from_stored_embeddings(fitted, data, cache, tmp_path, monkeypatch):
     said = []
-    fit(FitRequest(data, tmp_path / "again", cache=cache), said.append)
+    fit_probe(FitRequest(data, tmp_path / "again", cache=cache), said.append)
     assert not any("embedded" in text or "export" in text for text in said)
-    for name in ("model.safetensors", "calibration.json", "evaluation.json"):
+    for name in ("model.safetensors", "calibration.json", "evaluation.json", "evaluation.parquet", "report.html"):
         assert (tmp_path / "again" / name).read_bytes() == (fitted / name).read_bytes()
 
 
@@ -116,6 +125,25 @@ def test_the_served_score_is_the_score_of_the_training(fitted, data, tmp_path, c
         scores = engine.score(wave, rate).scores
     assert served[(0.0, "trill")] == pytest.approx(float(scores[0, 1]), abs=1e-7)
     assert served == pytest.approx(trained_scores(fitted, path), abs=1e-5)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["linear_all", "mlp_last", "attention_last", "lstm_last", "transformer_last"])
+def test_every_head_goes_the_whole_way(data, cache, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(heads, "EPOCHS", 4)
+    monkeypatch.setattr(heads, "RATES", (3e-3,))
+    folder = tmp_path / name
+    evaluation = fit_probe(FitRequest(data, folder, probe=name, cache=cache), print)
+    assert evaluation.macro.auroc.value > 0.6
+    bundle = tmp_path / "bundle"
+    module.run_exporter(["--probe", str(folder), "--format", "onnx", "--output", str(bundle)])
+    path = data / "buzz" / "00.wav"
+    with open_bundle(bundle, "cpu") as engine:
+        scores = engine.score(*soundfile.read(path, dtype="float32")).scores
+    expected = trained_scores(folder, path)
+    assert {(2.0 * i, label): float(scores[i, j]) for i in range(2) for j, label in enumerate(LABELS)} == (
+        pytest.approx(expected, abs=1e-5)
+    )
 
 
 def trained_scores(fitted, path):
@@ -168,13 +196,39 @@ def test_a_hum_that_gives_the_class_away_does_not_leak(cache, tmp_path):
     assert by_window.value > 0.95
 
 
+def test_a_check_finds_what_is_wrong(data, tmp_path, capsys):
+    for i in range(RECORDINGS):
+        for label in LABELS:
+            (tmp_path / label).mkdir(exist_ok=True)
+            (tmp_path / label / f"{i:02}.wav").write_bytes((data / label / f"{i:02}.wav").read_bytes())
+    # A copy of every buzz in another format, at another level: some of them are across the split.
+    for i in range(RECORDINGS):
+        wave, _ = soundfile.read(tmp_path / "buzz" / f"{i:02}.wav")
+        soundfile.write(tmp_path / "buzz" / f"copy{i:02}.mp3", 0.5 * wave, RATE)
+    (tmp_path / "Buzz ").mkdir()
+    (tmp_path / "Buzz " / "x.wav").write_bytes(b"RIFF\xff\xff\xff\x7fWAVE")
+    wave = make_clip(np.random.default_rng(9), ["buzz"], snr_db=5)
+    soundfile.write(tmp_path / "Buzz " / "y.wav", wave, RATE)
+    assert main(["fit", str(tmp_path), "--output", str(tmp_path / "p"), "--check"]) == 0
+    said = capsys.readouterr().out
+    assert "fold 1" in said.splitlines()[2], "one group with a label is too few to hold out"
+    assert "Buzz: one recording (or group) only" in said
+    assert "labels that differ by case or spaces alone: 'Buzz', 'buzz'" in said
+    assert "x.wav" in said
+    copies = [line for line in said.splitlines() if "near-duplicates across the split" in line]
+    assert len(copies) >= RECORDINGS // 2
+    for line in copies:
+        one, other = re.findall(r"buzz/(?:copy)?(\d\d)\.\w+", line)
+        assert one == other, "a copy and its original"
+
+
 def test_few_recordings_are_cross_validated_and_one_is_not_evaluated(data, cache, tmp_path, capsys):
     few = tmp_path / "few"
     for label in LABELS:
         (few / label).mkdir(parents=True)
         for i in range(3):
             (few / label / f"{i}.wav").write_bytes((data / label / f"{i:02}.wav").read_bytes())
-    evaluation = fit(FitRequest(few, tmp_path / "probe", cache=cache), print)
+    evaluation = fit_probe(FitRequest(few, tmp_path / "probe", cache=cache), print)
     assert (evaluation.evaluated, evaluation.recordings) == ("cross-validation", 6)
     assert any("missing" in problem for problem in evaluation.problems)
 
@@ -199,7 +253,7 @@ def test_a_label_of_one_recording_is_not_evaluated(data, cache, tmp_path):
         (tmp_path / label).mkdir()
         for i in range(count):
             (tmp_path / label / f"{i}.wav").write_bytes((data / label / f"{i:02}.wav").read_bytes())
-    figures = fit(FitRequest(tmp_path, tmp_path / "out" / "probe", cache=cache), print).labels["trill"]
+    figures = fit_probe(FitRequest(tmp_path, tmp_path / "out" / "probe", cache=cache), print).labels["trill"]
     assert figures.average_precision.value is None
     assert "no windows with the sound" in figures.warning
 
@@ -210,7 +264,7 @@ def test_a_split_of_the_data_is_used(data, cache, tmp_path):
     table = data / "splits.csv"
     table.write_text("file,split\n" + "\n".join(rows) + "\n")
     try:
-        evaluation = fit(FitRequest(data, tmp_path / "probe", cache=cache), print)
+        evaluation = fit_probe(FitRequest(data, tmp_path / "probe", cache=cache), print)
     finally:
         table.unlink()
     assert (evaluation.evaluated, evaluation.recordings) == ("split column", 12)
@@ -218,17 +272,17 @@ def test_a_split_of_the_data_is_used(data, cache, tmp_path):
 
 def test_what_can_not_be_fitted_is_refused(data, cache, tmp_path):
     with pytest.raises(NotFoundError, match="expected one of attention_all, attention_last"):
-        fit(FitRequest(data, tmp_path / "x", probe="linear_first", cache=cache))
+        fit_probe(FitRequest(data, tmp_path / "x", probe="linear_first", cache=cache))
     with pytest.raises(NotFoundError, match="--model none"):
-        check(FitRequest(data, tmp_path / "x", model="none", cache=cache))
+        check_data(FitRequest(data, tmp_path / "x", model="none", cache=cache))
     trained = tmp_path / "fine.yml"
     trained.write_text("probe_type: linear\ntarget_layers: [last_layer]\nfreeze_backbone: false\n")
     with pytest.raises(InputError, match="set freeze_backbone: true"):
-        fit(FitRequest(data, tmp_path / "x", probe=str(trained), cache=cache))
+        fit_probe(FitRequest(data, tmp_path / "x", probe=str(trained), cache=cache))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     with pytest.raises(InputError, match=r"--output .* holds no probe\.yml"):
-        fit(FitRequest(data, tmp_path / "full", cache=cache))
+        fit_probe(FitRequest(data, tmp_path / "full", cache=cache))
 
 
 def test_every_variant_is_found():

@@ -86,9 +86,10 @@ def test_a_split_that_can_not_be_is_refused(given, reason):
         split(targets, groups, given(groups), 0)
 
 
-def test_near_duplicates_across_the_split_are_found():
+@pytest.mark.parametrize("shape", [(16,), (300,), (4, 80)])
+def test_near_duplicates_across_the_split_are_found(shape):
     rng = np.random.default_rng(0)
-    embeddings = 3 + rng.normal(size=(5000, 16)).astype(np.float32)
+    embeddings = 3 + rng.normal(size=(5000, *shape)).astype(np.float32)
     train = np.arange(5000) < 3000
     embeddings[4000] = embeddings[17] + 1e-3
     embeddings[4100] = embeddings[4200]  # both in the test

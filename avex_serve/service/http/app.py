@@ -4,8 +4,9 @@
          /embed
     POST /classify                  JSON, for embedding bundles
     /v2…                            the Open Inference Protocol
-    /, /models, /metrics,           about the service itself
+    /, /models, /metrics,           about the service itself; for browsers, / is a page
          /docs.json
+    /page, /wav, /tables            what the page needs
 
 What isn't here, or has no handler here, BentoML answers, except that a path which nobody knows is refused in our
 words. Its own handlers of `/predict` and so on are never reached over the network: see
@@ -15,16 +16,17 @@ docs/decisions/serving-own-routes.md.
 import io
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
+from starlette.concurrency import iterate_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,7 +36,7 @@ from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.service import parsing
 from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Found, Front
-from avex_serve.service.http import openapi, pages
+from avex_serve.service.http import forms, openapi, page, pages
 from avex_serve.service.oip import json, protocol
 
 logger = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class Routes:
     def __init__(self, front: Callable[[], Front], bentoml: ASGIApp) -> None:
         """`front` is called with each request; `bentoml` is BentoML's application."""
         self._bentoml = bentoml
+        self._front = front
         self._routes = [
             (_route(endpoint, front, bentoml), OTHER if endpoint.operation is None else endpoint.path)
             for endpoint in ENDPOINTS
@@ -71,8 +74,9 @@ class Routes:
         """What answers the request."""
         name, route, child, match = self._match(scope)
         if match is Match.FULL and route is not None:
+            public = scope["method"] != "POST" and page.is_public(self._front(), route.path, scope)
             scope.update(child)
-            return Found(name, route.handle)
+            return Found(name, route.handle, public)
         if route is not None:
             return Found(name, partial(_refuse_method, route))
         path: str = scope["path"]
@@ -154,15 +158,19 @@ MAX_FIELDS: Final = 16  # of a form, besides the file; there are fewer options
 MAX_FIELD_BYTES: Final = 2**16
 
 
-async def _read_recording(request: Request, options: Collection[str]) -> tuple[bytes, Query]:
-    """The encoded recording, and the query that the URL's query and form fields describe.
+class _Sent(NamedTuple):
+    """What a request about a recording carries."""
 
-    Args:
-        request: the request.
-        options: the options that it may have.
+    audio: bytes  # encoded
+    options: list[tuple[str, str]]  # of the URL's query and of the form
+    file: str | None = None  # the recording's name in a form
+
+
+async def _read_recording(request: Request) -> _Sent:
+    """The recording and the options of a request.
 
     Raises:
-        InputError: a malformed form, or options that are unknown or of another type.
+        InputError: a malformed form.
         StorageError: a large file has no room on disk.
     """
     pairs = request.query_params.multi_items()
@@ -170,7 +178,8 @@ async def _read_recording(request: Request, options: Collection[str]) -> tuple[b
         body = await _read_body(request)
         if _content_type(request) == "application/x-www-form-urlencoded":
             _check_urlencoded(body)
-        return body, parsing.query_from_text(pairs, options)
+        return _Sent(body, pairs)
+    file: str | None = None
     audio: bytes | None = None
     _refuse_encoding(request)
     try:
@@ -181,7 +190,7 @@ async def _read_recording(request: Request, options: Collection[str]) -> tuple[b
                 elif isinstance(field, str):
                     raise InputError(f"the form's {AUDIO_FIELD!r} has no file name, so it is no file; {SEND_FILE}")
                 elif name == AUDIO_FIELD and isinstance(field, UploadFile) and audio is None:
-                    audio = await field.read()
+                    audio, file = await field.read(), field.filename
                 else:
                     raise InputError(f"form field {name!r}: expected one file {AUDIO_FIELD!r} and options as text")
     except (HTTPException, ValueError) as error:
@@ -191,7 +200,7 @@ async def _read_recording(request: Request, options: Collection[str]) -> tuple[b
         raise StorageError("the service has no room on disk for a form; send the recording as the body") from None
     if audio is None:
         raise InputError(f"the multipart body holds no whole file {AUDIO_FIELD!r}; {SEND_FILE}")
-    return audio, parsing.query_from_text(pairs, options)
+    return _Sent(audio, pairs, file)
 
 
 def _content_type(request: Request) -> str:
@@ -249,11 +258,29 @@ Question = Callable[[Repository, pipeline.Audio, Query], object]
 
 
 async def _ask(question: Question, options: Collection[str], front: Front, request: Request) -> Response:
-    audio, query = await _read_recording(request, options)
+    sent = await _read_recording(request)
+    query = parsing.query_from_text(sent.options, options)
+    return await _send_document(question, front, _opening(sent), query)
 
+
+async def _predict(front: Front, request: Request) -> Response:
+    sent = await _read_recording(request)
+    form, options = forms.choose(sent.options, request.headers.get("accept", ""), sent.file)
+    query = parsing.query_from_text(options, openapi.PREDICT)
+    if form.format == forms.DOCUMENT:
+        return await _send_document(pipeline.predict, front, _opening(sent), query)
+    if form.format == forms.LINES:
+        return await forms.send_lines(front, pages.PREDICT, _opening(sent), query)
+    return await forms.send_table(front, form, sent.audio, _opening(sent), query)
+
+
+def _opening(sent: _Sent) -> pipeline.Audio:
+    return partial(parsing.open_recording, data=sent.audio, remedy=SEND_BODY)
+
+
+async def _send_document(question: Question, front: Front, recording: pipeline.Audio, query: Query) -> Response:
     def answer() -> bytes:
         # Encoded in the thread as well: the embeddings of a long recording take seconds.
-        recording = partial(parsing.open_recording, data=audio, remedy=SEND_BODY)
         return msgspec.json.encode(question(front.repository, recording, query))
 
     return Response(await front.infer(answer), media_type="application/json")
@@ -268,6 +295,31 @@ async def _classify(front: Front, request: Request) -> Response:
         return msgspec.json.encode(pipeline.classify(front.repository, embeddings, asked.query()))
 
     return Response(await front.infer(classify), media_type="application/json")
+
+
+async def _wav(_: Front, request: Request) -> Response:
+    sent = await _read_recording(request)
+    query = parsing.query_from_text(sent.options, openapi.WAV)
+    pieces = iterate_in_threadpool(page.decode(sent.audio, query.channel, SEND_BODY))
+    first = await anext(pieces)  # by then, what can be wrong with the recording's header is known
+
+    async def all_pieces() -> AsyncIterator[bytes]:
+        yield first
+        async for piece in pieces:
+            yield piece
+
+    return StreamingResponse(all_pieces(), media_type=page.WAV_TYPE)
+
+
+async def _tables(front: Front, request: Request) -> Response:
+    body = await _read_body(request)
+
+    def write() -> tuple[bytes, str]:
+        return page.write_table(front.repository, parsing.document(page.TableRequest, body))
+
+    content, name = await front.infer(write)
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(content, media_type="application/octet-stream", headers=headers)
 
 
 # -- the Open Inference Protocol ------------------------------------------------------------------------------------
@@ -378,7 +430,7 @@ def _models(path: str, *names: str) -> list[Endpoint]:
 REPOSITORY: Final = "/v2/repository/models/{name}"
 ENDPOINTS: Final = (
     _get("/", pages.home, openapi.home()),
-    _recordings(pages.PREDICT, pipeline.predict, openapi.PREDICT, "Name the sounds in a recording", "Prediction"),
+    _post(pages.PREDICT, _predict, openapi.predict()),
     _recordings(
         "/predict_all",
         pipeline.predict_all,
@@ -388,6 +440,9 @@ ENDPOINTS: Final = (
     ),
     _recordings(pages.EMBED, pipeline.embed, openapi.EMBED, "Embeddings of a recording, one a window", "Embedding"),
     _post(pages.CLASSIFY, _classify, openapi.classify()),
+    _post(page.WAV, _wav, openapi.wav()),
+    _post(page.TABLES, _tables, openapi.tables()),
+    Endpoint(("GET",), page.ASSETS, page.asset, None),
     _get(pages.DESCRIPTION, pages.model, openapi.description()),
     _get("/v2", _server_metadata, openapi.get("Name, version and extensions of the server", "ServerMetadata")),
     _get("/v2/health/live", _live, openapi.flag("Whether the process is alive", "live")),

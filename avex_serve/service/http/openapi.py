@@ -10,9 +10,19 @@ from typing import Annotated, Any, Final, get_args
 import msgspec
 
 from avex_serve import __version__
+from avex_serve.annotations.formats import FORMATS
 from avex_serve.audio.windows import FinalClip
 from avex_serve.inference.pipeline import Query
-from avex_serve.inference.results import Classification, Detection, Embedding, LabelScore, Prediction, Predictions
+from avex_serve.inference.results import (
+    Classification,
+    Detection,
+    Embedding,
+    LabelScore,
+    MergeScore,
+    Prediction,
+    Predictions,
+)
+from avex_serve.service.http import forms
 
 Schema = dict[str, Any]
 Options = Mapping[str, tuple[str, Schema]]  # name: description and schema
@@ -34,6 +44,8 @@ _BINARY: Final[Schema] = {"type": "string", "contentMediaType": "application/oct
 _NUMBER: Final[Schema] = {"anyOf": [{"type": "number"}, {"enum": ["", "null"]}]}
 _COUNT: Final[Schema] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["", "null"]}]}
 _FINAL_CLIP: Final[Schema] = {"enum": [*get_args(FinalClip), "", "null"]}
+_LABELS: Final[Schema] = {"type": "array", "items": _STRING}
+_MERGE_SCORE: Final[Schema] = {"enum": [*get_args(MergeScore), "", "null"]}
 _CHANNEL: Final[Schema] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["mix", "", "null"]}]}
 
 # Options of the routes that take a recording.
@@ -41,22 +53,33 @@ _RECORDING: Final[Options] = {
     "model": ("which model to ask; needed if several are served", _STRING),
     "version": ("of the model; by default its newest one", _STRING),
     "overlap": ("seconds that neighbouring windows share; less than a window", _NUMBER),
+    "hop": ("seconds from the start of a window to the start of the next, in place of overlap", _NUMBER),
     "final_clip": ("what happens to the end of the recording that is shorter than a window", _FINAL_CLIP),
     "channel": ("which channel to process, from 1; by default mix, the mean of all", _CHANNEL),
 }
 PREDICT_ALL: Final[Options] = {
     "threshold": ("lowest score to report; 0.5 unless top_k is given", _NUMBER),
     "top_k": ("report at most this many labels a window", _COUNT),
+    "label": ("report this label; send it several times for several", _LABELS),
+    "merge": ("join windows of a label that are at most this many seconds apart", _NUMBER),
+    "merge_score": ("of joined windows; by default max", _MERGE_SCORE),
     **_RECORDING,
 }
 PREDICT: Final[Options] = {
     **PREDICT_ALL,
     "probe": ("which head of the bundle to ask; by default its first one", _STRING),
+    "format": (
+        "of the answer: json, lines of JSON while it is made (stream), or a table; by default as Accept says",
+        {"enum": [*forms.NAMES, "", "null"]},
+    ),
+    "file": ("name or path of the recording, for tables; by default the file's name in the form", _STRING),
+    "timezone": ("for tables: of a time without one, such as Australia/Brisbane or +10:00", _STRING),
 }
 EMBED: Final[Options] = {
     **_RECORDING,
     "output": ("which embedding of the bundle; by default its first one", _STRING),
 }
+WAV: Final[Options] = {"channel": _RECORDING["channel"]}
 
 
 class ClassifyRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -114,7 +137,10 @@ def _documents() -> dict[str, Schema]:
         kw_only=True,
         namespace={"__doc__": Embedding.__doc__},
     )
-    kinds = (Prediction, Detection, Predictions, embedding, Classification, LabelScore, ClassifyRequest)
+    kinds = (
+        *(Prediction, Detection, Predictions, embedding, Classification, LabelScore, ClassifyRequest),
+        *forms.EVENTS,
+    )
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for kind in kinds:
         schema = schemas[kind.__name__]
@@ -162,8 +188,32 @@ def recording(summary: str, options: Options, answer: str) -> Schema:
     return {
         **_operation(summary, _json(_component(answer)), parameters, {"required": True, "content": content}),
         "description": "The recording (WAV, FLAC, OGG, MP3) is the body, whatever its type, or a file of a form. "
-        "Options may be in the query or in the form; send each once.",
+        "Options may be in the query or in the form; send each once, but for label.",
     }
+
+
+def predict() -> Schema:
+    """The question about a recording whose answer has several forms."""
+    operation = recording("Name the sounds in a recording", PREDICT, "Prediction")
+    line = {"oneOf": [_component(each.__name__) for each in forms.EVENTS]}
+    tables: Schema = {str(each.media_type): {"schema": _STRING} for each in forms.TABLES.values()}
+    # That of aoef is JSON, and that of ndjson lines of another kind.
+    operation["responses"]["200"]["content"] |= {
+        **tables,
+        **_json(_component("Prediction")),
+        forms.LINES_TYPE: {"schema": line},
+    }
+    operation["responses"]["200"]["headers"] = {
+        forms.WARNINGS: {
+            "description": "of a table: reasons to doubt it, as a JSON list of sentences",
+            "schema": _STRING,
+        }
+    }
+    operation["description"] += (
+        " The option format, or else Accept, says whether the answer is a document, a line of JSON for each window "
+        "while it is made (the last line says whether that is all), or a table."
+    )
+    return operation
 
 
 def classify() -> Schema:
@@ -171,6 +221,39 @@ def classify() -> Schema:
     summary = "Ask an embedding bundle about embeddings, (batch, dim) or (batch, time, dim)"
     body = {"required": True, "content": _json(_component("ClassifyRequest"))}
     return _operation(summary, _json(_component("Classification")), None, body)
+
+
+def wav() -> Schema:
+    """A recording as WAV."""
+    operation = recording("A recording as 16-bit WAV at its own rate, one channel", WAV, "Prediction")
+    operation["responses"]["200"]["content"] = {"audio/wav": {"schema": _BINARY}}
+    return operation
+
+
+def tables() -> Schema:
+    """Detections as a table."""
+    columns = {"start": _NUMBERS, "end": _NUMBERS, "score": _NUMBERS, "label": _list({"type": "integer"})}
+    described = _object(
+        {"name": {**_STRING, "description": "of the file, without a folder"},
+         "digest": {**_STRING, "description": "SHA-256 of the file"}, "duration": _SECONDS,
+         "probe": _STRING, "labels": _STRINGS, **columns},
+        {"head": {**_STRING, "contentEncoding": "base64", "description": "the start of the file, for its metadata"}},
+    )  # fmt: skip
+    asked = _object(
+        {"format": {"enum": list(FORMATS)}, "model": _STRING, "recordings": {**_list(described), "minItems": 1}},
+        {
+            "version": _STRING,
+            "folder": {**_STRING, "description": "of the recordings, for the table; it is never read"},
+            "threshold": {"type": "number"},
+            "thresholds": {"type": "object", "additionalProperties": {"type": "number"}},
+        },
+    )
+    return _operation(
+        "Detections as a table for other programs",
+        _content(_BINARY),
+        None,
+        {"required": True, "content": _json(asked)},
+    )
 
 
 def model(summary: str, answer: str | None, names: Sequence[str]) -> Schema:
@@ -248,6 +331,10 @@ def _component(name: str | None) -> Schema:
 
 def _json(schema: Schema) -> Schema:
     return {"application/json": {"schema": schema}}
+
+
+def _content(schema: Schema) -> Schema:
+    return {"application/octet-stream": {"schema": schema}}
 
 
 def _list(items: Schema) -> Schema:

@@ -1,22 +1,23 @@
-"""The pages about the service itself: what is served, and its metrics.
+"""What is served, and its metrics.
 
 They replace BentoML's: its page loads a tracker from elsewhere, and its metrics make a series of every path that
 a client tries.
 """
 
-import html
 from typing import Any, Final
 
 import msgspec
 from anyio import to_thread
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from avex_serve import __version__
+from avex_serve.annotations.formats import FORMATS
 from avex_serve.bundles.manifest import EmbeddingInfo, ProbeInfo
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.scores import Selection, score_scale
-from avex_serve.service.front import METRICS, Front
+from avex_serve.service.front import Front
+from avex_serve.service.http import page
 from avex_serve.service.metrics import METRICS_TYPE
 from avex_serve.service.settings import DEMO_WARNING
 
@@ -29,20 +30,20 @@ DESCRIPTION: Final = "/models/{name}"
 
 
 async def home(front: Front, request: Request) -> Response:
-    """What is served: for browsers a page, for programs JSON."""
+    """For browsers the page, for programs what is served, as JSON."""
+    if page.shows_page(front, request.headers):
+        return page.document(request)
     with front.repository.lease_those(lambda _: True) as engines:
         models = [describe(engine) for engine in engines]
-    port = front.settings.grpc_port
-    warnings = [DEMO_WARNING] if front.settings.serves_demo else []
-    if prefers_html(request.headers.get("accept", "")):
-        base = str(request.base_url).rstrip("/")
-        return HTMLResponse(_page(models, base, f"{request.url.hostname}:{port}", warnings))
+    settings = front.settings
     document = {
         "name": "avex-serve",
         "version": __version__,
-        "warnings": warnings,
+        "warnings": [DEMO_WARNING] if settings.serves_demo else [],
         "models": models,
-        "grpc_port": port,
+        "formats": [{"name": form.name, "file": page.file_name(form)} for form in FORMATS.values()],
+        "limits": {"body_bytes": settings.max_body_bytes, "seconds": settings.max_seconds},
+        "grpc_port": settings.grpc_port,
     }
     return Response(msgspec.json.encode(document), media_type="application/json")
 
@@ -113,68 +114,3 @@ def _probe(engine: Engine, probe: ProbeInfo) -> dict[str, Any]:
 
 def _embedding(engine: Engine, info: EmbeddingInfo) -> dict[str, Any]:
     return {"output": info.output, "shape": engine.manifest.output(info.output).shape[1:], "layers": info.layers}
-
-
-def prefers_html(accept: str) -> bool:
-    """Whether a browser asks: programs accept no particular type, any type, or JSON."""
-    types = [part.partition(";")[0].strip() for part in accept.split(",")]
-    return "text/html" in types and "application/json" not in types
-
-
-_STYLE: Final = """body{font:1rem/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse}th,td{text-align:left;padding:.2rem 1rem .2rem 0;border-bottom:1px solid #ccc}
-pre{background:#f4f4f4;padding:.7rem;overflow:auto}"""
-
-
-def _page(models: list[dict[str, Any]], base: str, grpc: str, warnings: list[str]) -> str:
-    names = list(models[0]) if models else []
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(model[name]))}</td>" for name in names) + "</tr>"
-        for model in models
-    )
-    commands = "\n".join(_commands(models, base))
-    warned = "".join(f"<p><strong>Warning: {html.escape(warning)}</strong></p>" for warning in warnings)
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>avex-serve</title><style>{_STYLE}</style></head><body>
-<h1>avex-serve {html.escape(__version__)}</h1>{warned}
-<h2>What is served</h2><table><tr>{head}</tr>{rows}</table>
-<h2>Ask it</h2><pre>{html.escape(commands)}</pre>
-<p>gRPC (Open Inference Protocol): <code>{html.escape(grpc)}</code>.
- Every route: <a href="docs.json">docs.json</a>. Metrics: <a href="{METRICS[1:]}">metrics</a>.
- Health: <a href="readyz">readyz</a>.</p>
-</body></html>
-"""
-
-
-def _cell(value: Any) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in value.items()) if isinstance(value, dict) else str(value)
-
-
-def _commands(models: list[dict[str, Any]], base: str) -> list[str]:
-    """Commands for each kind of model; if there are several models, each command names the one that it asks."""
-    names = dict.fromkeys(model["name"] for model in models)
-
-    def first(kind: str, *, labels: bool = False) -> str | None:
-        fitting = (each["name"] for each in models if each["kind"] == kind and (each["labels"] or not labels))
-        return next(fitting, None)
-
-    def query(name: str, *options: str) -> str:
-        pairs = [*options, *([f"model={name}"] if len(names) > 1 else [])]
-        return "?" + "&".join(pairs) if pairs else ""
-
-    commands = []
-    if (name := first("audio", labels=True)) is not None:
-        form = f" -F model={name}" if len(names) > 1 else ""
-        commands += [
-            f"curl --data-binary @recording.wav '{base}{PREDICT}{query(name, 'top_k=3')}'",
-            f"curl -F audio=@recording.wav -F threshold=0.3{form} {base}{PREDICT}",
-        ]
-    if (name := first("audio")) is not None:
-        commands.append(f"curl --data-binary @recording.wav '{base}{EMBED}{query(name)}'")
-    if (name := first("embedding")) is not None:
-        model = f'"model": "{name}", ' if len(names) > 1 else ""
-        # curl joins the pieces; the file holds a list of embeddings.
-        body = f"""--json '{{{model}"embeddings": ' --json @embeddings.json --json '}}'"""
-        commands.append(f"curl {body} {base}{CLASSIFY}")
-    return commands + [f"curl {base}{MODEL.format(name=name)}" for name in names]

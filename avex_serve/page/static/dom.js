@@ -1,0 +1,66 @@
+/** Elements of the page. What people and files say becomes text, never HTML. */
+
+/**
+ * An element with attributes, listeners and children.
+ *
+ * @template {keyof HTMLElementTagNameMap} Tag
+ * @param {Tag} tag
+ * @param {Record<string, any>} properties a function is a listener of the event of its name; null and false leave an
+ *   attribute out, true leaves it empty
+ * @param {...(Node | string | null)} children
+ * @returns {HTMLElementTagNameMap[Tag]}
+ */
+export function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (typeof value === "function") {
+      element.addEventListener(name, value);
+    } else if (value !== null && value !== undefined && value !== false) {
+      element.setAttribute(name, value === true ? "" : String(value));
+    }
+  }
+  element.append(...children.filter((each) => each !== null));
+  return element;
+}
+
+/**
+ * A labelled control: a choice, a number or a slider.
+ *
+ * @param {string} text
+ * @param {HTMLElement} control
+ */
+export function labelled(text, control) {
+  return make("label", { class: "field" }, make("span", {}, text), control);
+}
+
+/**
+ * A choice from a list.
+ *
+ * @param {[value: string, text: string][]} options
+ * @param {Record<string, any>} properties
+ */
+export function choice(options, properties = {}) {
+  return make("select", properties, ...options.map(([value, text]) => make("option", { value }, text)));
+}
+
+let lines = 0;
+
+/**
+ * A line that screen readers read out when its text changes.
+ */
+export function statusLine() {
+  lines += 1;
+  return make("p", { role: "status", class: "status", id: `status-${lines}` });
+}
+
+/**
+ * Save bytes as a file of the browser's user.
+ *
+ * @param {Blob} content
+ * @param {string} name
+ */
+export function save(content, name) {
+  const address = URL.createObjectURL(content);
+  make("a", { href: address, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 60_000);
+}

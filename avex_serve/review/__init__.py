@@ -1,0 +1,1 @@
+"""What people review next, and what they decide."""

@@ -1,0 +1,234 @@
+"""The page for people, and the two questions that it alone asks.
+
+    GET  /             its document, for browsers; see `pages.home`
+    GET  /page/NAME    its modules and styles, from a table of files: see `avex_serve.page.assets`
+    POST /wav          a recording as WAV at its own rate, in formats that the page does not decode
+    POST /tables       detections as a table, in the formats of `avex-serve tables`
+
+The service keeps nothing between them. A table is made from what the page sends: no inference is repeated, and it
+holds the detections that pass the thresholds that the user sees.
+"""
+
+import io
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from datetime import timezone
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from avex_serve.annotations.formats import FORMATS
+from avex_serve.annotations.table import Annotation, Format, Recording, Table
+from avex_serve.audio.containers import Header, Source, read_header
+from avex_serve.audio.reader import Channel
+from avex_serve.audio.recorder import find_origin
+from avex_serve.errors import AudioError, InputError, NotFoundError
+from avex_serve.inference.engine import Engine
+from avex_serve.inference.pipeline import links
+from avex_serve.inference.repository import Repository
+from avex_serve.page.assets import HEADERS, Asset, assets
+from avex_serve.page.waves import encode_stream
+from avex_serve.scheduling.request import current
+from avex_serve.service import parsing
+from avex_serve.service.front import Front
+
+DOCUMENT: Final = "service.html"
+ASSETS: Final = "/page/{name:path}"
+WAV: Final = "/wav"
+WAV_TYPE: Final = "audio/wav"
+TABLES: Final = "/tables"
+ROW_BYTES: Final = 1024  # memory for a row of a table until it is sent; measured, rounded up
+FOLDER: Final = "/recordings"  # of recordings whose folder is not known, where a format writes paths below it
+EARLIEST: Final = (1980, 1, 1, 0, 0, 0)  # of a file in a ZIP: the same table has the same bytes
+
+Number = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+
+
+class Described(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A recording of a table: its detections as columns, which take less JSON than documents."""
+
+    # Of the file, without a folder: formats of several files are named after it, and must stay in their folder.
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=200, pattern=r"^[^/\0]*$")]
+    digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256 of the file
+    head: bytes = b""  # the part of the file with its metadata, base64
+    duration: Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # seconds
+    probe: str
+    labels: list[str]
+    label: list[int]  # positions in `labels`
+    start: list[Number]  # seconds
+    end: list[Number]
+    score: list[Number]
+
+
+class TableRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """The JSON body of ``/tables``."""
+
+    format: str
+    model: str
+    version: str | None = None
+    folder: str = ""  # where the recordings are on the user's computer; it is written and never read
+    threshold: Number | None = None  # what the detections were selected by, for the table's description
+    thresholds: dict[str, Number] = {}
+    recordings: Annotated[list[Described], msgspec.Meta(min_length=1)]
+
+
+# -- files of the page ----------------------------------------------------------------------------------------------
+
+
+def is_public(front: Front, route: str, scope: Scope) -> bool:
+    """Whether a request to this route needs no key: it gets files of the page, which asks for the key itself."""
+    return route == ASSETS or (route == "/" and shows_page(front, Headers(scope=scope)))
+
+
+def shows_page(front: Front, headers: Headers) -> bool:
+    """Whether / is the page: for browsers, unless the setting forbids it. Programs get JSON.
+
+    Programs accept no particular type, any type, or JSON.
+    """
+    types = [part.partition(";")[0].strip() for part in headers.get("accept", "").split(",")]
+    return front.settings.page == "on" and "text/html" in types and "application/json" not in types
+
+
+def document(request: Request) -> Response:
+    """The page."""
+    return _send(request, assets()[DOCUMENT])
+
+
+async def asset(front: Front, request: Request) -> Response:
+    """A file of the page; NotFoundError if there is none of that name, or no page."""
+    found = assets().get(request.path_params["name"]) if front.settings.page == "on" else None
+    if found is None:
+        raise NotFoundError("the page has no such file")
+    return _send(request, found)
+
+
+def _send(request: Request, found: Asset) -> Response:
+    headers = {**HEADERS, "ETag": found.etag}
+    if request.headers.get("if-none-match") == found.etag:
+        return Response(status_code=304, headers=headers)
+    return Response(found.content, media_type=found.media_type, headers=headers)
+
+
+# -- recordings -----------------------------------------------------------------------------------------------------
+
+
+def decode(data: bytes, channel: Channel, remedy: str) -> Iterator[bytes]:
+    """A recording as WAV, in pieces; errors as of `parsing.open_recording`, and while it is decoded."""
+    request = current()
+    with parsing.open_recording(channel, data=data, remedy=remedy) as stream:
+        for piece in encode_stream(stream, stream.sample_rate, stream.frames):
+            request.check_wanted()
+            yield piece
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+def write_table(repository: Repository, asked: TableRequest) -> tuple[bytes, str]:
+    """A table, and the name of its file; a format of several files becomes a ZIP.
+
+    Raises:
+        InputError: an unknown format, or columns that don't fit together.
+        NotFoundError: no such model or probe.
+        TooLargeError: more rows than the request may have.
+    """
+    if (form := FORMATS.get(asked.format)) is None:
+        raise InputError(f"format is {asked.format[:80]!r}; expected one of {', '.join(FORMATS)}")
+    names = [each.name for each in asked.recordings]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two recordings are called {twice[:80]}; make a table of each")
+    rows = sum(len(each.start) for each in asked.recordings)
+    current().extend_answer(ROW_BYTES * rows, "send fewer recordings at once, or raise the threshold")
+    with repository.lease(asked.model, asked.version) as engine:
+        bandwidth = _bandwidth(repository, engine)
+        folder = asked.folder or (FOLDER if "." not in form.target else "")
+        described = sorted(((_recording(each, folder), each) for each in asked.recordings), key=_path)
+        table = Table(
+            [recording for recording, _ in described],
+            [(recording, _annotations(each, engine, bandwidth)) for recording, each in described],
+            _about(asked, engine),
+        )
+    with tempfile.TemporaryDirectory(prefix="avex-table-") as folder:
+        target = Path(folder) / form.target
+        form.write(table, target)
+        return _zipped(target) if target.is_dir() else target.read_bytes(), file_name(form)
+
+
+def file_name(form: Format) -> str:
+    """The usual name of a table's file; a format of several files is sent as a ZIP."""
+    return form.target if "." in form.target else f"{form.target}.zip"
+
+
+def _path(pair: tuple[Recording, Described]) -> str:
+    return pair[0].path
+
+
+def _about(asked: TableRequest, engine: Engine) -> dict[str, Any]:
+    choice = {"threshold": asked.threshold, "thresholds": asked.thresholds or None}
+    return {
+        "results": [{"bundle": engine.manifest.name, "version": engine.manifest.version}],
+        "choice": {name: value for name, value in choice.items() if value is not None},
+    }
+
+
+def _bandwidth(repository: Repository, engine: Engine) -> float:
+    """Hz: the highest frequency that the model receives, itself or through the bundle that makes its embeddings."""
+    if engine.manifest.audio is not None:
+        return engine.manifest.audio.sample_rate / 2
+    with repository.lease_those(lambda source: bool(links(source, engine.manifest))) as sources:
+        rates = [source.manifest.audio.sample_rate for source in sources if source.manifest.audio is not None]
+    return max(rates, default=0) / 2
+
+
+def _recording(described: Described, folder: str) -> Recording:
+    header = _header(described.head)
+    origin = find_origin(described.name, header.metadata, described.duration)
+    start = origin.start
+    if start is not None and origin.offset is not None:
+        start = start.replace(tzinfo=timezone(origin.offset))
+    path = f"{folder.rstrip('/')}/{described.name}" if folder else described.name
+    return Recording(
+        path=path,
+        digest=described.digest,
+        duration=described.duration,
+        sample_rate=header.sample_rate,
+        channels=header.channels,
+        start=start,
+        latitude=origin.latitude,
+        longitude=origin.longitude,
+    )
+
+
+def _header(head: bytes) -> Header:
+    try:
+        return read_header(Source(head))[1]
+    except AudioError:
+        return Header("", 0, 1, None)
+
+
+def _annotations(each: Described, engine: Engine, bandwidth: float) -> Sequence[Annotation]:
+    if not len(each.label) == len(each.start) == len(each.end) == len(each.score):
+        raise InputError(f"{each.name[:80]}: label, start, end and score have different lengths")
+    if each.label and not 0 <= min(each.label) <= max(each.label) < len(each.labels):
+        raise InputError(f"{each.name[:80]}: label {max(each.label)} is not one of {len(each.labels)} labels")
+    probe, manifest = engine.probe(each.probe).name, engine.manifest
+    columns = zip(each.start, each.end, each.label, each.score, strict=True)
+    return [
+        Annotation(start, end, each.labels[label], score, bandwidth, manifest.name, manifest.version, probe)
+        for start, end, label, score in columns
+    ]
+
+
+def _zipped(folder: Path) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            name = path.relative_to(folder).as_posix()
+            archive.writestr(zipfile.ZipInfo(name, EARLIEST), path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return content.getvalue()

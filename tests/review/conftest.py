@@ -1,0 +1,3 @@
+"""A results store to review."""
+
+from tests.archive.conftest import archive, bundles, command  # noqa: F401
