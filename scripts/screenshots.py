@@ -12,12 +12,13 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from subprocess import DEVNULL, Popen
+from subprocess import DEVNULL, PIPE, Popen, run
 from typing import Any
 from urllib.error import URLError
 
 import soundfile
 
+from avex_serve.cli import main as run_command
 from avex_serve.service.settings import DEMO_BUNDLE
 from avex_serve.synthetic import make_recording
 from tests.browsing import launched, wait_until
@@ -37,10 +38,50 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url, launched() as browser:
         recording = Path(folder) / "SITE_20240501_053000.wav"
         soundfile.write(recording, make_recording(0)[0], 16000)
+        plot = ["plot", str(recording), "--bundle", str(DEMO_BUNDLE), "--end", "10"]
+        run_command([*plot, "--output", str(TARGET / "detections.png")])
         for name, options in VIEWS.items():
             context = browser.new_context(**options)
             photograph(context.new_page(), url, recording, TARGET / f"page-{name}.jpg")
             context.close()
+        with reviewed(Path(folder), recording) as url:
+            context = browser.new_context(viewport={"width": 1280, "height": 960})
+            photograph_review(context.new_page(), url, TARGET / "review.jpg")
+            context.close()
+
+
+def photograph_review(page: Any, url: str, target: Path) -> None:
+    """The page of a review after some decisions, to a file."""
+    page.goto(f"{url}&annotator=Ada&strategy=random")
+    shown = ""
+    for key in "ynnynunyynnnyynny ":
+        page.wait_for_function(
+            """before => {
+                const shown = document.querySelector("[data-window]")?.dataset.window ?? "";
+                const busy = document.querySelector(".spectrogram")?.getAttribute("aria-busy");
+                return shown !== "" && shown !== before && busy === "false";
+            }""",
+            arg=shown,
+        )
+        shown = page.get_attribute("[data-window]", "data-window")
+        page.keyboard.press(key)
+    page.wait_for_timeout(3000)
+    page.screenshot(path=target, quality=80)
+
+
+@contextmanager
+def reviewed(folder: Path, recording: Path) -> Iterator[str]:
+    """A review of the demo bundle's results on a recording, and its address."""
+    command = [sys.executable, "-m", "avex_serve"]
+    options = ["--out", str(folder / "run"), "--hop", "0.5"]
+    run([*command, "run", str(DEMO_BUNDLE), str(recording), *options], check=True, stdout=DEVNULL, stderr=DEVNULL)
+    process = Popen([*command, "review", str(folder / "run"), "--port", "0"], stdout=PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[-1]
+    finally:
+        process.terminate()
+        process.wait(START_SECONDS)
 
 
 def photograph(page: Any, url: str, recording: Path, target: Path) -> None:

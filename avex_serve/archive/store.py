@@ -176,11 +176,11 @@ class Store:
         return [sets[name] for name in self.description.current if name in sets]
 
     def add_set(self, results: ResultSet) -> None:
-        """Make the folder of a set, if it is new."""
-        folder = self._folder(results)
-        if not (folder / SET).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write(str((folder / SET).relative_to(self.folder)), _document(results))
+        """Make the folder of a set; one that is there gets the version and the calibration of this."""
+        path, document = self._folder(results) / SET, _document(results)
+        if not path.exists() or path.read_bytes() != document:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(str(path.relative_to(self.folder)), document)
 
     def use_sets(self, sets: Sequence[ResultSet], part: Part | None = None) -> None:
         """Make these the current sets, of all recordings or of a part of them."""
@@ -203,7 +203,7 @@ class Store:
             found.update(Path(name).stem for name in names if name.endswith(RESULTS))
         return found
 
-    def add_results(self, results: ResultSet, recording: str, source: Path) -> None:
+    def add_results(self, results: ResultSet, recording: str, source: str) -> None:
         """Add the results of a recording from a file of another store, as a link where that can be."""
         target, unfinished = self.path(results, recording), self.folder / SCRATCH / f"{results.name}-{recording}"
         with report_full_disk():
@@ -220,14 +220,14 @@ class Store:
             unfinished.write_bytes(content)
             self.publish(unfinished, self.path(results, recording))
 
-    def paths(self, results: ResultSet, recordings: Iterable[str]) -> list[Path]:
+    def paths(self, results: ResultSet, recordings: Iterable[str]) -> list[str]:
         """Files with the results of these recordings, which are `done`."""
-        paths = [self.path(results, recording) for recording in recordings]
+        place = f"{results.kind}/{results.name}"  # a Path for each of 100,000 names is slow
+        names = [f"{place}/{recording[:2]}/{recording}{RESULTS}" for recording in recordings]
         if self.remote is not None:
-            absent = [str(path.relative_to(self.folder)) for path in paths if not path.exists()]
             with report_full_disk():
-                self.remote.fetch(absent, self.folder)
-        return paths
+                self.remote.fetch([name for name in names if not (self.folder / name).exists()], self.folder)
+        return [f"{self.folder}/{name}" for name in names]
 
     def path(self, results: ResultSet, recording: str) -> Path:
         """Where the results of a recording are, or will be."""

@@ -49,6 +49,12 @@ def add_parser(commands: Any) -> None:
         help="compute this part of the recordings, from 1/N to N/N, into a folder of DIR; merge joins them "
         "(default: by the variables of a Slurm job array or of a Kubernetes Indexed Job; none: all recordings)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: on the Ray cluster of this machine or of RAY_ADDRESS, or else on a new one of this machine",
+    )
     parser.add_argument("--embeddings", action="store_true", help="keep the embeddings, for classify and training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
@@ -68,6 +74,7 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compute what is missing, and write the tables; the exit code tells whether recordings failed."""
+    from avex_serve.archive.cluster import connected
     from avex_serve.archive.plan import Job
     from avex_serve.archive.run import run as run_passes
     from avex_serve.archive.store import adding
@@ -95,9 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
         if scores:
             check_choice(scores, choice)
         store = stack.enter_context(adding(out))
+        engine = stack.enter_context(connected(job)) if arguments.engine == "ray" else None
         try:
             with end_on_sigterm(), reporting(arguments.progress) as report:
-                progress = run_passes(store, passes, recordings, report, objects=objects, part=part)
+                progress = run_passes(store, passes, recordings, report, objects=objects, part=part, engine=engine)
         except KeyboardInterrupt:
             print("avex-serve: interrupted; start the same command again to go on", file=sys.stderr)
             return INTERRUPTED
