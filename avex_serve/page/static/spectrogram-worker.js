@@ -12,6 +12,8 @@ import { Spectrum } from "./fft.js";
 import { FLOOR } from "./levels.js";
 import { openWav } from "./wav.js";
 
+/** @typedef {Pick<import("./wav.js").Sound, "read">} Source */
+
 const PIECE = 32; // columns that are computed between two answers
 const MOST_FRAMES = 32; // of a column; of longer columns, stretches at equal distances are computed
 const RUNS = 4; // such stretches
@@ -46,11 +48,15 @@ async function answer({ id, start, end, columns, size }) {
   const hop = ((end - start) * opened.sampleRate) / columns; // samples
   const whole = Math.min(MOST_FRAMES, Math.max(1, Math.round(hop / size)));
   const rough = Math.min(whole, Math.max(1, Math.floor(ROUGH / columns / size)));
+  const source = await readAhead(opened, start * opened.sampleRate, columns * hop, size + 2 * Math.ceil(hop));
+  if (id !== newest) {
+    return;
+  }
   for (const frames of new Set([rough, whole])) {
     for (let first = 0; first < columns; first += PIECE) {
       const count = Math.min(PIECE, columns - first);
       const left = start * opened.sampleRate + first * hop;
-      const levels = await compute(opened, spectrum, left, hop, count, frames);
+      const levels = await compute(source, spectrum, left, hop, count, frames);
       if (id !== newest) {
         return;
       }
@@ -61,7 +67,26 @@ async function answer({ id, start, end, columns, size }) {
 }
 
 /**
- * @param {import("./wav.js").Sound} opened
+ * A short stretch of a recording, read by one request instead of one for each piece; a long one as it is.
+ *
+ * @param {Source} opened
+ * @param {number} from sample
+ * @param {number} count samples
+ * @param {number} around samples that the frames at its ends need besides
+ * @returns {Promise<Source>}
+ */
+async function readAhead(opened, from, count, around) {
+  const begin = Math.floor(from) - around;
+  const samples = Math.ceil(count) + 2 * around + 2;
+  if (samples > MOST_SAMPLES) {
+    return opened;
+  }
+  const wave = await opened.read(begin, samples);
+  return { read: async (first, length) => wave.subarray(first - begin, first - begin + length) };
+}
+
+/**
+ * @param {Source} opened
  * @param {Spectrum} transform
  * @param {number} from sample at the left edge of the first column
  * @param {number} hop samples from column to column
