@@ -1,8 +1,8 @@
 /**
  * A worker that reads a recording and computes columns of its spectrogram.
  *
- * In: {place, channel} opens a recording; then {id, start, end, columns, size} asks for columns. A new question ends
- * the work on the one before. Out: {id, first, levels} with the next columns, as bytes: 0 is FLOOR, 255 is 0 dB
+ * In: {place, channel} opens a recording, and {prepare} with an address makes it ready for that; then {id, start, end,
+ * columns, size} asks for columns. A new question ends the work on the one before. Out: {id, first, levels} with the next columns, as bytes: 0 is FLOOR, 255 is 0 dB
  * relative to a sine at full scale. After the last column {id, done}, where `done` says whether the picture is
  * complete: a long stretch is computed roughly first, and then once more. Or {id, error}.
  */
@@ -19,22 +19,51 @@ const MOST_FRAMES = 32; // of a column; of longer columns, stretches at equal di
 const RUNS = 4; // such stretches
 const ROUGH = 2 ** 22; // samples that are transformed for a rough picture
 const MOST_SAMPLES = 2 ** 21; // that are read at once
+const MOST_PREPARED = 4; // recordings
 
 /** @type {Promise<import("./wav.js").Sound | null>} */
 let sound = Promise.resolve(null);
+/** @type {Map<string, Promise<import("./wav.js").Sound | null>>} */
+const prepared = new Map(); // by address
 let newest = -1;
 /** @type {Spectrum | null} */
 let spectrum = null;
 
 self.addEventListener("message", ({ data }) => {
+  if ("prepare" in data) {
+    prepare(data.prepare);
+    return;
+  }
   if ("place" in data) {
-    sound = openBytes(data.place).then((bytes) => openWav(bytes, data.channel));
-    sound.catch(() => null); // each question reports it
+    const ready = data.channel === "mix" ? prepared.get(data.place.url) : undefined;
+    sound = ready ?? open(data.place, data.channel);
     return;
   }
   newest = data.id;
   answer(data).catch((error) => self.postMessage({ id: data.id, error: String(error.message ?? error) }));
 });
+
+/** @param {string} url */
+function prepare(url) {
+  if (!prepared.has(url)) {
+    const opened = open({ url }, "mix");
+    opened.catch(() => prepared.delete(url));
+    prepared.set(url, opened);
+    if (prepared.size > MOST_PREPARED) {
+      prepared.delete(prepared.keys().next().value ?? "");
+    }
+  }
+}
+
+/**
+ * @param {import("./bytes.js").Place} place
+ * @param {number | "mix"} channel
+ */
+function open(place, channel) {
+  const opened = openBytes(place).then((bytes) => openWav(bytes, channel));
+  opened.catch(() => null); // each question reports it
+  return opened;
+}
 
 /** @param {{id: number, start: number, end: number, columns: number, size: number}} asked */
 async function answer({ id, start, end, columns, size }) {
