@@ -2,9 +2,10 @@
  * A worker that reads a recording and computes columns of its spectrogram.
  *
  * In: {place, channel} opens a recording, and {prepare} with an address makes it ready for that; then {id, start, end,
- * columns, size} asks for columns. A new question ends the work on the one before. Out: {id, first, levels} with the next columns, as bytes: 0 is FLOOR, 255 is 0 dB
- * relative to a sine at full scale. After the last column {id, done}, where `done` says whether the picture is
- * complete: a long stretch is computed roughly first, and then once more. Or {id, error}.
+ * columns, size} asks for columns. A new question ends the work on the one before. Out: {id, first, levels} with the
+ * next columns, as bytes: 0 is FLOOR, 255 is 0 dB relative to a sine at full scale. After the last column {id, done},
+ * where `done` says whether the picture is complete: a long stretch is computed roughly first, and then once more. Or
+ * {id, error}.
  */
 
 import { openBytes } from "./bytes.js";
