@@ -16,17 +16,17 @@ docs/decisions/serving-own-routes.md.
 import io
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import msgspec
-from starlette.concurrency import iterate_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,6 +34,7 @@ from avex_serve.errors import InputError, NotFoundError, StorageError, TooLargeE
 from avex_serve.inference import pipeline
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
+from avex_serve.inference.results import known
 from avex_serve.service import parsing
 from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Found, Front
 from avex_serve.service.http import forms, openapi, page, pages
@@ -281,7 +282,7 @@ def _opening(sent: _Sent) -> pipeline.Audio:
 async def _send_document(question: Question, front: Front, recording: pipeline.Audio, query: Query) -> Response:
     def answer() -> bytes:
         # Encoded in the thread as well: the embeddings of a long recording take seconds.
-        return msgspec.json.encode(question(front.repository, recording, query))
+        return msgspec.json.encode(known(question(front.repository, recording, query)))
 
     return Response(await front.infer(answer), media_type="application/json")
 
@@ -292,23 +293,16 @@ async def _classify(front: Front, request: Request) -> Response:
     def classify() -> bytes:
         asked = parsing.document(openapi.ClassifyRequest, body)
         embeddings = parsing.from_numbers("embeddings", asked.embeddings)
-        return msgspec.json.encode(pipeline.classify(front.repository, embeddings, asked.query()))
+        return msgspec.json.encode(known(pipeline.classify(front.repository, embeddings, asked.query())))
 
     return Response(await front.infer(classify), media_type="application/json")
 
 
-async def _wav(_: Front, request: Request) -> Response:
+async def _wav(front: Front, request: Request) -> Response:
     sent = await _read_recording(request)
     query = parsing.query_from_text(sent.options, openapi.WAV)
-    pieces = iterate_in_threadpool(page.decode(sent.audio, query.channel, SEND_BODY))
-    first = await anext(pieces)  # by then, what can be wrong with the recording's header is known
-
-    async def all_pieces() -> AsyncIterator[bytes]:
-        yield first
-        async for piece in pieces:
-            yield piece
-
-    return StreamingResponse(all_pieces(), media_type=page.WAV_TYPE)
+    make = partial(page.decode, _opening(sent), query.channel)
+    return await forms.send_pieces(front, page.WAV, make, page.WAV_TYPE)
 
 
 async def _tables(front: Front, request: Request) -> Response:
@@ -318,7 +312,7 @@ async def _tables(front: Front, request: Request) -> Response:
         return page.write_table(front.repository, parsing.document(page.TableRequest, body))
 
     content, name = await front.infer(write)
-    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
     return Response(content, media_type="application/octet-stream", headers=headers)
 
 
