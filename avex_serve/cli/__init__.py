@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from avex_serve import __version__
 from avex_serve.cli import (
+    calibrate,
     classify,
     compare,
     demo,
@@ -48,7 +49,11 @@ COMMANDS = (
     fit,
     evaluate,
     compare,
+<<<<<<< HEAD
     info,
+=======
+    calibrate,
+>>>>>>> main
     verify,
     settings,
     demo,
