@@ -39,7 +39,9 @@ def test_what_changed(tmp_path, capsys):
     assert main(["diff", str(old), str(new)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert 'probes.linear.activation: "sigmoid" → "softmax"' in lines
-    assert f'labels.linear: {json.dumps(LABELS, ensure_ascii=False)} → ["{LABELS[0]}", "{LABELS[1]}", "новый"]' in lines
+    assert (
+        f'labels.linear: {json.dumps(LABELS, ensure_ascii=False)} → ["{LABELS[0]}", "{LABELS[1]}", "новый"]' in lines
+    )
     assert any(line.startswith("files.labels.json: ") for line in lines)
 
 

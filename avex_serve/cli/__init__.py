@@ -49,11 +49,8 @@ COMMANDS = (
     fit,
     evaluate,
     compare,
-<<<<<<< HEAD
-    info,
-=======
     calibrate,
->>>>>>> main
+    info,
     verify,
     settings,
     demo,
