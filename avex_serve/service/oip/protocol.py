@@ -20,16 +20,18 @@ follow one another, and these response parameters tell them apart:
 
 The response parameter ``warnings`` is present, a JSON list of sentences, if there are reasons to doubt the answer;
 ``trained`` is present, and false, if a head has random weights. Request parameters are ``overlap`` in seconds,
-``final_clip`` and ``channel`` (all for BYTES), and ``probe``; others are ignored, since clients add their own.
+``final_clip`` and ``channel`` (all for BYTES), and ``probe``. Others are ignored, since clients add their own; the
+answer has a warning that names them, unless Triton's clients are known to add them.
 
-The metadata of a model have as parameters what a client must know of it: see `Model.metadata`.
+The metadata and the configuration of a model have as parameters what a client must know of it: see
+`Model.metadata`.
 
 An output that is requested with the parameter ``classification: k`` (Triton's extension) is answered as BYTES, the k
 largest values of each row as ``value:index:label``.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +66,14 @@ _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 STEP: Final = 1000  # texts of a classification that are made in about a millisecond
 TEXT_BYTES: Final = 256  # of memory for each of these texts in an answer: measured, rounded up
 SPAN_BYTES: Final = 512  # of memory for the start and end of a window as text; measured, rounded up
-PARAMETERS: Final = ("overlap", "final_clip", "channel", "probe")  # request parameters with a meaning here
+RECORDING_PARAMETERS: Final = ("overlap", "final_clip", "channel")  # request parameters with a meaning for BYTES
+PARAMETERS: Final = (*RECORDING_PARAMETERS, "probe")  # all with a meaning here
+# Those that Triton's clients add by themselves, or that JSON's messages use.
+EXPECTED: Final = frozenset(
+    ("binary_data_output", "headers", "priority", "sequence_end", "sequence_id", "sequence_start", "timeout",
+     "triton_enable_empty_final_response")
+)  # fmt: skip
+NAMED: Final = 4  # of them that a warning names, the unknown ones
 Parameters = dict[str, str | bool | int | float]  # of a model or a response; lists are JSON, since gRPC has none
 
 
@@ -114,6 +123,8 @@ class InferRequest:
     inputs: list[InputTensor]
     outputs: list[RequestedOutput]  # none: all
     query: Query
+    given: tuple[str, ...] = ()  # names of its parameters
+    options: tuple[str, ...] = ()  # names in the URL's query, which mean nothing here
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,8 @@ class Model:
     def metadata(self) -> ModelMetadata:
         """What the model takes and answers.
 
-        Its parameters are, if it takes audio, those of `_audio_needs`, and for each probe ``labels``, a JSON list in
+        Its parameters are ``request_parameters``, a JSON list of the parameters that a request may have, if it takes
+        audio those of `_audio_needs`, and for each probe ``labels``, a JSON list in
         the order of its scores, and ``score_scale``: sigmoid, softmax or logits. They are named as the outputs:
         NAME.labels if there are several. ``trained`` is false if a head has random weights.
         """
@@ -166,14 +178,24 @@ class Model:
             platform=PLATFORMS[self._engine.backend.format],
             inputs=tuple(TensorMetadata(spec.name, _DATATYPES[spec.dtype], spec.shape) for spec in manifest.inputs),
             outputs=(*outputs, *scores),
-            parameters={"trained": manifest.trained, **self._audio_needs(), **self._probe_parameters()},
+            parameters={
+                "trained": manifest.trained,
+                "request_parameters": json.dumps(PARAMETERS),
+                **self._audio_needs(),
+                **self._probe_parameters(),
+            },
         )
 
     def _audio_needs(self) -> "Parameters":
-        """For a model that takes audio: ``sample_rate`` in Hz, ``channels``, and windows in seconds and samples."""
+        """For a model that takes audio: ``sample_rate`` in Hz, ``channels``, and windows in seconds and samples.
+
+        ``recordings`` says in words how to send whole files, since `ModelMetadata.inputs` has one type for each.
+        """
         if (audio := self._engine.manifest.audio) is None:
             return {}
         needs: Parameters = {
+            "recordings": f"send whole files (WAV, FLAC, OGG, MP3), of any rate and length, as {BYTES} of shape "
+            f"[files] in {self._engine.manifest.inputs[0].name}",
             "sample_rate": audio.sample_rate,
             "channels": 1,
             "window_seconds": audio.window_samples / audio.sample_rate,
@@ -206,7 +228,11 @@ class Model:
             "max_batch_size": 0,
             "input": inputs,
             "output": outputs,
-            "parameters": {"trained": {"string_value": json.dumps(metadata.parameters["trained"])}},
+            # The metadata's messages of Triton's gRPC client have no parameters, those of the configuration do.
+            "parameters": {
+                name: {"string_value": value if isinstance(value, str) else json.dumps(value)}
+                for name, value in metadata.parameters.items()
+            },
         }
 
     def infer(self, request: InferRequest) -> InferAnswer:
@@ -226,9 +252,11 @@ class Model:
             outputs, parameters, warnings = self._infer_recordings(tensor.data, request.query)
         else:
             batch = _shaped(tensor)
+            self._check_windows(batch)
             outputs, warnings = self._engine.infer(batch, mask), [*self._engine.warnings]
             if self._engine.manifest.kind == "audio":
                 warnings += pipeline.level_warnings(pipeline.find_peak(batch))
+        warnings += _unused(request, recordings=isinstance(tensor.data, list))
         if warnings:
             parameters["warnings"] = json.dumps(warnings, ensure_ascii=False)
         labels: dict[str, tuple[str, ...]] = {}
@@ -261,7 +289,7 @@ class Model:
             raise InputError(f"inputs are {got}; expected one, {name!r}{''.join(f', or {o!r} too' for o in others)}")
         for tensor in tensors:
             if (count := len(tensor.data)) != parsing.elements(tensor.name, tensor.shape):
-                raise TensorError(f"input {tensor.name!r} of shape {list(tensor.shape)} has {count} elements")
+                raise parsing.wrong_count(tensor.name, tensor.shape, count)
         tensor = given[name]
         if tensor.datatype == BOOL:
             raise TensorError(f"input {name!r} has type BOOL; expected FP32, or BYTES for encoded recordings")
@@ -277,6 +305,17 @@ class Model:
             )
         return tensor, _shaped(mask)
 
+    def _check_windows(self, batch: np.ndarray) -> None:
+        """Refuse what looks like a recording that isn't cut into windows, with the remedy."""
+        audio, spec = self._engine.manifest.audio, self._engine.manifest.inputs[0]
+        if audio is None or (batch.ndim == 2 and spec.shape[1] in (-1, batch.shape[1])):
+            return
+        raise TensorError(
+            f"input {spec.name!r} has shape {list(batch.shape)}; expected {list(spec.shape)}: a row for each window "
+            f"of {audio.window_samples} samples at {audio.sample_rate} Hz. To send recordings, send their files "
+            f"as {BYTES}"
+        )
+
     def _infer_recordings(
         self, recordings: list[bytes], query: Query
     ) -> tuple[dict[str, np.ndarray], "Parameters", list[str]]:
@@ -289,10 +328,12 @@ class Model:
             audio = partial(parsing.open_recording, data=recording, item=item)
             answers.append(pipeline.infer_recording(self._repository, self._engine, audio, query))
         outputs = {name: np.concatenate([answer.outputs[name] for answer in answers]) for name in answers[0].outputs}
-        warnings = [
-            f"recording {number}: {warning}" if len(answers) > 1 else warning
+        of_all = [each for each in answers[0].warnings if all(each in answer.warnings for answer in answers)]
+        warnings = of_all + [
+            f"recording {number}: {warning}"
             for number, answer in enumerate(answers, 1)
             for warning in answer.warnings
+            if warning not in of_all
         ]
         spans = np.concatenate([answer.spans for answer in answers])
         current().extend_answer(SPAN_BYTES * len(spans), "send fewer recordings at once, or with less overlap")
@@ -330,6 +371,23 @@ def parse_output(name: str, parameters: dict[str, Any]) -> RequestedOutput:
 def parse_parameters(parameters: Mapping[str, Any]) -> Query:
     """The query that request parameters describe; InputError for values of another type."""
     return parsing.query({name: parameters[name] for name in PARAMETERS if name in parameters}, PARAMETERS)
+
+
+def _unused(request: InferRequest, *, recordings: bool) -> list[str]:
+    """Warnings of parameters and options that the request has and that changed nothing."""
+    unknown = [name for name in request.given if name not in PARAMETERS and name not in EXPECTED]
+    misplaced = [] if recordings else [name for name in RECORDING_PARAMETERS if name in request.given]
+    faults = (
+        ("unknown parameters", unknown, f"known: {', '.join(PARAMETERS)}"),
+        (f"parameters for recordings ({BYTES})", misplaced, "the request has windows"),
+        ("options in the URL", request.options, "send parameters in the request"),
+    )
+    return [f"{what} were ignored: {_named(names)}; {hint}" for what, names, hint in faults if names]
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(repr(name[: parsing.QUOTED]) for name in names[:NAMED]) + more
 
 
 def refuse_shared_memory(name: str, parameters: Collection[str]) -> None:
