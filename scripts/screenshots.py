@@ -1,6 +1,6 @@
 """Take pictures of the pages for docs/: serve the demo bundle, use the page in chromium, and photograph each view.
 
-``python scripts/screenshots.py`` writes PNG files into ``docs/pictures``. It needs playwright and chromium, as the
+``python -m scripts.screenshots`` writes JPEG files into ``docs/pictures``. It needs playwright and chromium, as the
 tests of the pages do.
 """
 
@@ -12,18 +12,23 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from subprocess import DEVNULL, Popen
+from subprocess import DEVNULL, PIPE, Popen, run
 from typing import Any
 from urllib.error import URLError
 
 import soundfile
 
+from avex_serve.cli import main as run_command
 from avex_serve.service.settings import DEMO_BUNDLE
 from avex_serve.synthetic import make_recording
 from tests.browsing import launched, wait_until
 
 TARGET = Path(__file__).parents[1] / "docs" / "pictures"
-SIZE = {"width": 1280, "height": 800}
+VIEWS: dict[str, dict[str, Any]] = {
+    "light": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light"},
+    "dark": {"viewport": {"width": 1280, "height": 800}, "color_scheme": "dark"},
+    "narrow": {"viewport": {"width": 360, "height": 740}, "color_scheme": "light"},
+}
 START_SECONDS = 60
 
 
@@ -32,22 +37,62 @@ def main() -> None:
     TARGET.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url, launched() as browser:
         recording = Path(folder) / "SITE_20240501_053000.wav"
-        soundfile.write(recording, make_recording(0, seconds=20)[0], 44100)
-        for scheme in ("light", "dark"):
-            context = browser.new_context(viewport=SIZE, color_scheme=scheme)
-            page = context.new_page()
-            photograph(page, url, recording, scheme)
+        soundfile.write(recording, make_recording(0)[0], 16000)
+        plot = ["plot", str(recording), "--bundle", str(DEMO_BUNDLE), "--end", "10"]
+        run_command([*plot, "--output", str(TARGET / "detections.png")])
+        for name, options in VIEWS.items():
+            context = browser.new_context(**options)
+            photograph(context.new_page(), url, recording, TARGET / f"page-{name}.jpg")
+            context.close()
+        with reviewed(Path(folder), recording) as url:
+            context = browser.new_context(viewport={"width": 1280, "height": 960})
+            photograph_review(context.new_page(), url, TARGET / "review.jpg")
             context.close()
 
 
-def photograph(page: Any, url: str, recording: Path, scheme: str) -> None:
-    """The page with a recording."""
+def photograph_review(page: Any, url: str, target: Path) -> None:
+    """The page of a review after some decisions, to a file."""
+    page.goto(f"{url}&annotator=Ada&strategy=random")
+    shown = ""
+    for key in "ynnynunyynnnyynny ":
+        page.wait_for_function(
+            """before => {
+                const shown = document.querySelector("[data-window]")?.dataset.window ?? "";
+                const busy = document.querySelector(".spectrogram")?.getAttribute("aria-busy");
+                return shown !== "" && shown !== before && busy === "false";
+            }""",
+            arg=shown,
+        )
+        shown = page.get_attribute("[data-window]", "data-window")
+        page.keyboard.press(key)
+    page.wait_for_timeout(3000)
+    page.screenshot(path=target, quality=80)
+
+
+@contextmanager
+def reviewed(folder: Path, recording: Path) -> Iterator[str]:
+    """A review of the demo bundle's results on a recording, and its address."""
+    command = [sys.executable, "-m", "avex_serve"]
+    options = ["--out", str(folder / "run"), "--hop", "0.5"]
+    run([*command, "run", str(DEMO_BUNDLE), str(recording), *options], check=True, stdout=DEVNULL, stderr=DEVNULL)
+    process = Popen([*command, "review", str(folder / "run"), "--port", "0"], stdout=PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[-1]
+    finally:
+        process.terminate()
+        process.wait(START_SECONDS)
+
+
+def photograph(page: Any, url: str, recording: Path, target: Path) -> None:
+    """The page with a recording, to a file."""
     page.goto(url)
+    wait_until(page, "document.querySelector('select').options.length > 0")
     page.get_by_label("Choose recordings").set_input_files(recording)
     wait_until(page, "/scores/.test(document.querySelector('.recordings .status')?.textContent ?? '')")
     wait_until(page, "document.querySelector('.spectrogram').getAttribute('aria-busy') === 'false'")
     page.wait_for_timeout(300)
-    page.screenshot(path=TARGET / f"page-{scheme}.png", full_page=True)
+    page.screenshot(path=target, full_page=True, quality=80)
 
 
 @contextmanager

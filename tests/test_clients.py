@@ -79,26 +79,46 @@ def test_curl(server, workplace, engine):
     assert answers == [as_json(each) for each in expected]
 
 
+def test_curl_with_the_options_of_a_run(server, workplace, engine):
+    expected = engine.predict(*decode("recording.wav"), label=["robin", "chiffchaff"], overlap=0.05, merge=0)
+    assert json.loads(shell(SHELL[1], server)) == as_json(expected)
+
+
+def test_lines(server, workplace, engine):
+    lines = [json.loads(line) for line in shell(SHELL[2], server).splitlines()]
+    assert lines == python(PYTHON[0], server)["events"]
+    detections = [one for line in lines[1:-1] for one in line["detections"]]
+    assert detections == as_json(engine.predict(*decode("recording.wav")))["detections"]
+
+
+def test_tables(server, workplace, engine):
+    shell(SHELL[3], server)
+    count = len(engine.predict(*decode("recording.wav")).detections)
+    assert count > 0
+    names = ("recording.selections.txt", "labels.txt", "detections.csv")
+    assert [Path(name).read_text().count("\n") for name in names] == [count + 1, count, count + 1]
+
+
 def test_curl_with_an_id(server, workplace, engine):
-    headers = shell(SHELL[1], server)
+    headers = shell(SHELL[4], server)
     assert "x-request-id: dawn-7" in headers
     expected = as_json(engine.predict(*decode("recording.wav")))
     assert json.loads(Path("answer.json").read_text()) == expected
 
 
 def test_curl_with_the_protocol(server, workplace, engine):
-    (scores,) = json.loads(shell(SHELL[2], server))["outputs"]
+    (scores,) = json.loads(shell(SHELL[5], server))["outputs"]
     expected = engine.score(*decode("recording.wav")).scores
     np.testing.assert_allclose(np.reshape(scores["data"], scores["shape"]), expected, rtol=1e-6)
 
 
 def test_curl_of_a_description(server):
-    described = json.loads(shell(SHELL[3], server))
+    described = json.loads(shell(SHELL[6], server))
     assert [probe["labels"] for probe in described["probes"]] == [list(LABELS)]
 
 
 def test_grpc_by_reflection(server):
-    assert python(PYTHON[4], server)["labels"] == list(LABELS)
+    assert python(PYTHON[7], server)["labels"] == list(LABELS)
 
 
 def test_grpcurl_sends_what_the_methods_take(server, workplace):
@@ -119,25 +139,30 @@ def test_grpcurl_sends_what_the_methods_take(server, workplace):
 
 
 def test_bentoml(server, workplace, engine, capsys):
-    names = python(PYTHON[0], server)
+    names = python(PYTHON[1], server)
     names["client"]._temp_dir.cleanup()  # which closing forgets
     assert names["prediction"] == as_json(engine.predict(*decode("recording.wav"), top_k=1))
     assert len(capsys.readouterr().out.splitlines()) == len(names["prediction"]["detections"])
 
 
-@pytest.mark.parametrize("code", [PYTHON[1], PYTHON[3]], ids=["grpc", "http"])
+@pytest.mark.parametrize("code", [PYTHON[2], PYTHON[5], PYTHON[6]], ids=["grpc", "stream", "http"])
 def test_triton(server, workplace, engine, code, capsys):
     names = python(code, server)
     np.testing.assert_array_equal(names["scores"], engine.score(*decode("recording.wav")).scores)
-    if code == PYTHON[1]:
+    if code == PYTHON[2]:
         assert names["labels"] == list(LABELS)
         assert len(capsys.readouterr().out.splitlines()) == len(names["scores"]) == len(names["spans"])
 
 
 def test_triton_with_windows(server, engine):
-    names = python(PYTHON[2], server)
+    names = python(PYTHON[3], server)
     np.testing.assert_array_equal(names["embeddings"], engine.infer(names["windows"])["embedding"])
 
 
+def test_triton_with_detections(server, workplace, engine):
+    expected = engine.predict(*decode("recording.wav"), threshold=0.3, merge=0)
+    assert python(PYTHON[4], server)["detections"] == as_json(expected)["detections"]
+
+
 def test_no_example_is_left_out():
-    assert (len(SHELL), len(PYTHON)) == (4, 5)
+    assert (len(SHELL), len(PYTHON)) == (7, 8)

@@ -1,4 +1,4 @@
-"""What the README says is true: its Python runs, its commands exist, its links lead to files."""
+"""What the README and the pages that continue it say is true: Python runs, commands exist, links lead to files."""
 
 import re
 import shlex
@@ -16,9 +16,11 @@ from tests.service.conftest import running_server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SERVING = (ROOT / "docs" / "serving.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README + SERVING, re.DOTALL)
+PAGES = README + SERVING + (ROOT / "docs" / "exporting.md").read_text()
 CARD = re.findall(r"```python\n(.*?)```", (DEMO_BUNDLE / "README.md").read_text(), re.DOTALL)
-SHELL = re.findall(r"`(avex-(?:export|serve) [^`\n]+)`|^(avex-(?:export|serve) .+)$", README, re.MULTILINE)
+SHELL = re.findall(r"`(avex-(?:export|serve) [^`\n]+)`|^(avex-(?:export|serve) .+)$", PAGES, re.MULTILINE)
 
 
 @pytest.fixture
@@ -70,8 +72,21 @@ def test_settings_are_documented():
         assert f"`AVEX_{field.upper()}" in text
 
 
-def test_its_links_lead_to_files():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    assert all((ROOT / link).is_file() for link in links if not link.startswith("https://"))
+def test_links_lead_to_files():
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+        lost = [each for each in links if not each.startswith("https://") and not (page.parent / each).is_file()]
+        assert not lost, page.name
+
+
+def test_every_page_is_found_from_the_readme():
+    pages = [ROOT / "README.md"]
+    for page in pages:
+        links = re.findall(r"\]\(([^)#]+)", page.read_text()) if page.suffix == ".md" else []
+        pages += {(page.parent / each).resolve() for each in links if not each.startswith("https://")} - set(pages)
     for folder in ("docs/*.md", "examples/*.py"):
-        assert {str(path.relative_to(ROOT)) for path in ROOT.glob(folder)} <= set(links)
+        assert set(ROOT.glob(folder)) <= set(pages)
+
+
+def test_the_readme_is_short():
+    assert README.count("\n") <= 150

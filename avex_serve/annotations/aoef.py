@@ -3,17 +3,16 @@
 import itertools
 import json
 import uuid
-from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
-from avex_serve.annotations.table import Format, Recording, Table, new_file
+from avex_serve.annotations.table import Recording, Table, text_format
 from avex_serve.errors import InputError
 
 VERSION: Final = "1.1.0"
 SPACE: Final = uuid.uuid5(uuid.NAMESPACE_URL, "https://github.com/mbsantiago/soundevent")
 
 
-def write(table: Table, target: Path) -> None:
+def write(table: Table, file: TextIO) -> None:
     """Write one document. Its identifiers are digests, so that the same detections give the same bytes.
 
     Raises:
@@ -47,8 +46,7 @@ def write(table: Table, target: Path) -> None:
         "clips": clips,
         "clip_predictions": predictions,
     }
-    with new_file(target) as file:
-        json.dump({"version": VERSION, "data": data}, file, ensure_ascii=False)
+    json.dump({"version": VERSION, "data": data}, file, ensure_ascii=False)
 
 
 def _recording(recording: Recording) -> dict[str, Any]:
@@ -70,4 +68,4 @@ def _recording(recording: Recording) -> dict[str, Any]:
     }
 
 
-FORMAT = Format("aoef", "detections.aoef.json", write)
+FORMAT = text_format("aoef", "detections.aoef.json", "application/json", write)

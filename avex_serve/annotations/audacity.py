@@ -1,9 +1,11 @@
 """Label tracks of Audacity: a file for each recording, in folders like those of the recordings."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
-from avex_serve.annotations.table import Format, Table, new_folder, one_line
+from avex_serve.annotations.table import Annotation, Format, Table, new_folder, one_line
 
 MARKER = "labels.of.audacity"
 
@@ -16,10 +18,17 @@ def write(table: Table, target: Path) -> None:
         for recording, annotations in table.rows:
             file = folder / (os.path.relpath(recording.path, root) + ".txt")
             file.parent.mkdir(parents=True, exist_ok=True)
-            lines = (
-                f"{one.start:.6f}\t{one.end:.6f}\t{one_line(one.label)} {one.score:.4f}\n" for one in annotations
-            )
-            file.write_text("".join(lines), "utf-8", newline="")
+            file.write_text(_track(annotations), "utf-8", newline="")
 
 
-FORMAT = Format("audacity", "audacity", write)
+def write_track(table: Table, file: TextIO) -> None:
+    """Write the label track of one recording."""
+    for _, annotations in table.rows:
+        file.write(_track(annotations))
+
+
+def _track(annotations: Sequence[Annotation]) -> str:
+    return "".join(f"{one.start:.6f}\t{one.end:.6f}\t{one_line(one.label)} {one.score:.4f}\n" for one in annotations)
+
+
+FORMAT = Format("audacity", "audacity", write, "text/plain", write_track)

@@ -2,10 +2,9 @@
 
 import csv
 import re
-from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
-from avex_serve.annotations.table import Format, Table, new_file
+from avex_serve.annotations.table import Table, text_format
 
 HEADER: Final = ("Start (s)", "End (s)", "Scientific name", "Common name", "Confidence", "File")
 # BirdNET's labels: genus and species, an underscore, and a common name.
@@ -18,15 +17,14 @@ def names(label: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else (label, label)
 
 
-def write(table: Table, target: Path) -> None:
+def write(table: Table, file: TextIO) -> None:
     """Write one file for all recordings."""
-    with new_file(target) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        for recording, annotations in table.rows:
-            for one in annotations:
-                times = (f"{one.start:.3f}", f"{one.end:.3f}")
-                writer.writerow((*times, *names(one.label), f"{one.score:.4f}", recording.path))
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(HEADER)
+    for recording, annotations in table.rows:
+        for one in annotations:
+            times = (f"{one.start:.3f}", f"{one.end:.3f}")
+            writer.writerow((*times, *names(one.label), f"{one.score:.4f}", recording.path))
 
 
-FORMAT = Format("birdnet", "birdnet.csv", write)
+FORMAT = text_format("birdnet", "birdnet.csv", "text/csv", write)

@@ -4,9 +4,9 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
-from avex_serve.annotations.table import Annotation, Format, Recording, Table, absolute_time, new_file
+from avex_serve.annotations.table import Annotation, Format, Recording, Table, absolute_time, new_file, text_format
 
 # Name and type, as DuckDB calls it.
 COLUMNS: Final = {
@@ -23,20 +23,18 @@ COLUMNS: Final = {
 }
 
 
-def write_csv(table: Table, target: Path) -> None:
-    """Write a CSV file; an empty cell is an unknown time."""
-    with new_file(target) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in _rows(table):
-            writer.writerow(row)
+def write_csv(table: Table, file: TextIO) -> None:
+    """Write CSV; an empty cell is an unknown time."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in _rows(table):
+        writer.writerow(row)
 
 
-def write_ndjson(table: Table, target: Path) -> None:
+def write_ndjson(table: Table, file: TextIO) -> None:
     """Write a line of JSON for each detection; null is an unknown time."""
-    with new_file(target) as file:
-        for row in _rows(table):
-            file.write(json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n")
+    for row in _rows(table):
+        file.write(json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n")
 
 
 def write_parquet(table: Table, target: Path) -> None:
@@ -46,7 +44,8 @@ def write_parquet(table: Table, target: Path) -> None:
     rows = target.with_name(f".{target.name}.ndjson")
     unfinished = target.with_name(f".{target.name}.unfinished")
     try:
-        write_ndjson(table, rows)
+        with new_file(rows) as file:
+            write_ndjson(table, file)
         columns = ", ".join(f"'{name}': '{kind}'" for name, kind in COLUMNS.items())
         about = _quoted(json.dumps(table.about, ensure_ascii=False, sort_keys=True))
         with duckdb.connect(config={"threads": 1, "memory_limit": "1GB"}) as database:
@@ -79,7 +78,7 @@ def _quoted(text: str) -> str:
 
 
 FORMATS = (
-    Format("csv", "detections.csv", write_csv),
-    Format("ndjson", "detections.ndjson", write_ndjson),
-    Format("parquet", "detections.parquet", write_parquet),
+    text_format("csv", "detections.csv", "text/csv", write_csv),
+    text_format("ndjson", "detections.ndjson", "application/x-ndjson", write_ndjson),
+    Format("parquet", "detections.parquet", write_parquet, "application/vnd.apache.parquet"),
 )

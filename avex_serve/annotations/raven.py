@@ -6,9 +6,9 @@ are written, so a file without detections moves the times of those behind it all
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TextIO
 
-from avex_serve.annotations.table import Format, Table, new_file, one_line
+from avex_serve.annotations.table import Table, one_line, text_format
 
 HEADER = (
     "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\tLow Freq (Hz)\tHigh Freq (Hz)\tBegin File\tBegin Path\t"
@@ -16,28 +16,27 @@ HEADER = (
 )
 
 
-def write(table: Table, target: Path, blank: Sequence[str] = ()) -> None:
+def write(table: Table, file: TextIO, blank: Sequence[str] = ()) -> None:
     """Write a table of all recordings as one sequence, in the order of their paths.
 
     Args:
         table: the detections.
-        target: the file.
+        file: what to write to.
         blank: names of more columns, which people fill in.
     """
     before = 0.0  # seconds of the files before this one
     selection = 0
-    with new_file(target) as file:
-        file.write("\t".join([HEADER, *blank]) + "\n")
-        for recording, annotations in table.rows:
-            name, path = _cell(recording.name), _cell(recording.path)
-            for one in annotations:
-                selection += 1
-                file.write(
-                    f"{selection}\tSpectrogram 1\t1\t{before + one.start:.6f}\t{before + one.end:.6f}\t0.0\t"
-                    f"{one.high_frequency(recording):.1f}\t{name}\t{path}\t{one.start:.6f}\t{_cell(one.label)}\t"
-                    f"{one.score:.4f}" + "\t" * len(blank) + "\n"
-                )
-            before += recording.duration
+    file.write("\t".join([HEADER, *blank]) + "\n")
+    for recording, annotations in table.rows:
+        name, path = _cell(recording.name), _cell(recording.path)
+        for one in annotations:
+            selection += 1
+            file.write(
+                f"{selection}\tSpectrogram 1\t1\t{before + one.start:.6f}\t{before + one.end:.6f}\t0.0\t"
+                f"{one.high_frequency(recording):.1f}\t{name}\t{path}\t{one.start:.6f}\t{_cell(one.label)}\t"
+                f"{one.score:.4f}" + "\t" * len(blank) + "\n"
+            )
+        before += recording.duration
 
 
 def _cell(text: str) -> str:
@@ -46,4 +45,4 @@ def _cell(text: str) -> str:
     return "'" + text[1:] if text.startswith('"') else text
 
 
-FORMAT = Format("raven", "raven.selections.txt", write)
+FORMAT = text_format("raven", "raven.selections.txt", "text/tab-separated-values", write)

@@ -1,7 +1,9 @@
 """What every format is written from, and what a format is."""
 
+import io
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
 from avex_serve.bundles.sealing import atomic_directory
-from avex_serve.errors import InputError
+from avex_serve.errors import InputError, StorageError
 
 BREAKS: Final = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 
@@ -69,6 +71,11 @@ class Table:
         both = zip(min(folders), max(folders), strict=False)
         return "/".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], both)) or os.sep
 
+    def folder_of(self, recording: Recording) -> str:
+        """The folder of a recording, relative to `root`. A client may name recordings without a folder."""
+        folder = os.path.dirname(recording.path)  # noqa: PTH120
+        return os.path.relpath(folder or os.curdir, self.root or os.curdir)
+
 
 @dataclass(frozen=True)
 class Format:
@@ -77,6 +84,38 @@ class Format:
     name: str  # for --format
     target: str  # the usual name of its file, or of its folder
     write: Callable[[Table, Path], None]  # whole or not at all
+    media_type: str | None = None  # of the table of one recording; None: that is a folder
+    text: Callable[[Table, TextIO], None] | None = None  # writes the table of one recording, if it is text
+
+    def content(self, table: Table) -> bytes:
+        """The table of one recording as bytes.
+
+        Raises:
+            StorageError: there is no room on disk.
+        """
+        if self.text is not None:
+            file = io.StringIO(newline="")
+            self.text(table, file)
+            return file.getvalue().encode()
+        try:
+            with tempfile.TemporaryDirectory(prefix="avex-table-") as folder:
+                target = Path(folder) / self.target
+                self.write(table, target)
+                return target.read_bytes()
+        except OSError as error:
+            raise StorageError(
+                f"the table can't be written to disk ({error.strerror}); choose a format of text, such as csv"
+            ) from None
+
+
+def text_format(name: str, target: str, media_type: str, text: Callable[[Table, TextIO], None]) -> Format:
+    """A format of one file of text, for any number of recordings."""
+
+    def write(table: Table, target: Path) -> None:
+        with new_file(target) as file:
+            text(table, file)
+
+    return Format(name, target, write, media_type, text)
 
 
 def absolute_time(recording: Recording, seconds: float) -> str:

@@ -3,18 +3,17 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
-from avex_serve.audio.windows import hop_samples
 from avex_serve.bundles.manifest import EmbeddingInfo, ProbeInfo
 from avex_serve.errors import InputError, UnsupportedError
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
-from avex_serve.inference.pipeline import Query, links
+from avex_serve.inference.pipeline import Query, links, with_overlap
 from avex_serve.inference.scores import activate, score_scale
 
 
@@ -97,7 +96,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     precision: str
     query: Query
-    hop: float | None = None
     keep_embeddings: bool = False
 
     @contextmanager
@@ -112,12 +110,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
                 stack.enter_context(open_bundle(bundle, self.device, precision=self.precision, threads=threads))
                 for bundle in self.bundles
             ]
-            yield plan_passes(engines, self.query, hop=self.hop, keep_embeddings=self.keep_embeddings)
+            yield plan_passes(engines, self.query, keep_embeddings=self.keep_embeddings)
 
 
-def plan_passes(
-    engines: Sequence[Engine], query: Query, *, hop: float | None = None, keep_embeddings: bool = False
-) -> list[Pass]:
+def plan_passes(engines: Sequence[Engine], query: Query, *, keep_embeddings: bool = False) -> list[Pass]:
     """The fewest passes that run all bundles: one for each audio bundle.
 
     A bundle that takes embeddings runs in the pass of an audio bundle with the fingerprint that its heads read.
@@ -125,14 +121,13 @@ def plan_passes(
     Args:
         engines: the open bundles.
         query: the options that change scores.
-        hop: seconds from the start of a window to the start of the next, in place of the query's overlap.
         keep_embeddings: store the embeddings of the audio bundles as well.
 
     Raises:
-        InputError: an overlap that a bundle can't have, or nothing to compute.
+        InputError: an overlap or hop that a bundle can't have, or nothing to compute.
         UnsupportedError: a bundle that takes embeddings which no other bundle here makes.
     """
-    passes = [_plan_pass(engine, query, hop) for engine in engines if engine.manifest.kind == "audio"]
+    passes = [_plan_pass(engine, query) for engine in engines if engine.manifest.kind == "audio"]
     for reader in engines:
         if reader.manifest.kind == "embedding":
             _add_reader(reader, passes)
@@ -173,12 +168,8 @@ def scoring_options(query: Query) -> dict[str, Any]:
     return {"overlap": float(query.overlap), "final_clip": query.final_clip, "channel": query.channel}
 
 
-def _plan_pass(engine: Engine, query: Query, hop: float | None) -> Pass:
-    spec = engine.audio_spec
-    if hop is not None:
-        query = replace(query, overlap=spec.window_samples / spec.sample_rate - hop)
-    hop_samples(spec.window_samples, spec.sample_rate, query.overlap)  # raises for an overlap that can't be
-    planned = Pass(engine, query)
+def _plan_pass(engine: Engine, query: Query) -> Pass:
+    planned = Pass(engine, with_overlap(query, engine.audio_spec))
     planned.embeddings = {info.output: _embedding_set(planned, info) for info in engine.manifest.embeddings}
     if heads := engine.manifest.probes:
         identity = {"bundle": engine.bundle.digest, **_running(planned)}

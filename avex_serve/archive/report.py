@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from urllib.parse import urlencode
 
 import numpy as np
 
@@ -24,6 +25,7 @@ TEMPLATE: Final = Path(__file__).with_name("report.html.j2")
 MOST_EXAMPLES: Final = 150  # of all labels, about 50 kB each
 MOST_ROWS: Final = 1000  # of a list or table
 MOST_DAYS: Final = 366  # columns of a picture; of more days, the months are counted
+REVIEW: Final = "http://127.0.0.1:8766/?"  # of a window in avex-serve review, while that runs
 APART: Final = 10.0  # seconds between two examples from one recording
 
 
@@ -289,6 +291,11 @@ def _clip(example: Example, entry: Entry, channel: Any) -> dict[str, Any]:
         + (f", {moment}" if moment else ""),
         "file": example.path,
         "reason": None,
+        "review": REVIEW
+        + urlencode(
+            {"file": example.path, "start": f"{annotation.start:.3f}", "label": annotation.label},
+            errors="surrogateescape",
+        ),
     }
     try:
         status = os.stat(example.path)  # noqa: PTH116

@@ -203,7 +203,7 @@ class Store:
             found.update(Path(name).stem for name in names if name.endswith(RESULTS))
         return found
 
-    def add_results(self, results: ResultSet, recording: str, source: Path) -> None:
+    def add_results(self, results: ResultSet, recording: str, source: str) -> None:
         """Add the results of a recording from a file of another store, as a link where that can be."""
         target, unfinished = self.path(results, recording), self.folder / SCRATCH / f"{results.name}-{recording}"
         with report_full_disk():
@@ -220,14 +220,14 @@ class Store:
             unfinished.write_bytes(content)
             self.publish(unfinished, self.path(results, recording))
 
-    def paths(self, results: ResultSet, recordings: Iterable[str]) -> list[Path]:
+    def paths(self, results: ResultSet, recordings: Iterable[str]) -> list[str]:
         """Files with the results of these recordings, which are `done`."""
-        paths = [self.path(results, recording) for recording in recordings]
+        place = f"{results.kind}/{results.name}"  # a Path for each of 100,000 names is slow
+        names = [f"{place}/{recording[:2]}/{recording}{RESULTS}" for recording in recordings]
         if self.remote is not None:
-            absent = [str(path.relative_to(self.folder)) for path in paths if not path.exists()]
             with report_full_disk():
-                self.remote.fetch(absent, self.folder)
-        return paths
+                self.remote.fetch([name for name in names if not (self.folder / name).exists()], self.folder)
+        return [f"{self.folder}/{name}" for name in names]
 
     def path(self, results: ResultSet, recording: str) -> Path:
         """Where the results of a recording are, or will be."""

@@ -2,25 +2,25 @@
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone, tzinfo
+from collections.abc import Collection, Iterator, Sequence
+from datetime import datetime, tzinfo
 from typing import Any, Final, Protocol, TypeVar
 
 import duckdb
-import msgspec
 import numpy as np
 
 from avex_serve.annotations.table import Annotation, Recording, Table
-from avex_serve.archive.plan import Probe, ResultSet
+from avex_serve.archive.choice import Choice as Choice
+from avex_serve.archive.choice import describe, in_zone
+from avex_serve.archive.plan import ResultSet
 from avex_serve.archive.store import Entry, Store, connect, quoted
-from avex_serve.errors import InputError, NotFoundError
-from avex_serve.inference.scores import Selection
+from avex_serve.errors import NotFoundError
+from avex_serve.inference.results import Merger, check_gap
+from avex_serve.inference.scores import Selection, check_labels
 from avex_serve.scheduling.cores import usable_cores
 
 CHUNK_FILES: Final = 500  # result files that one statement reads
 CHUNK_SECONDS: Final = 48 * 3600  # of the recordings that one statement reads
-SAME_TIME: Final = 1e-6  # seconds, far less than a sample: two windows touch despite rounding
 
 
 class HasDuration(Protocol):
@@ -32,19 +32,6 @@ class HasDuration(Protocol):
 
 
 Timed = TypeVar("Timed", bound=HasDuration)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """Which scores a table shows. None of it changes scores, so that another choice costs no inference."""
-
-    threshold: float | None = None  # lowest score; see `avex_serve.inference.scores.Selection`
-    thresholds: Mapping[str, float] | None = None  # by label; `threshold` is for the labels that aren't in it
-    top_k: int | None = None  # most labels of a window and a probe
-    labels: Sequence[str] | None = None  # the labels to show; None: all
-    merge_gap: float | None = None  # seconds between windows that become one row; None: windows stay apart
-    zone: tzinfo | None = None  # of times that come without an offset; None: it stays unknown
-    merge_mean: bool = False  # the score of such a row is the mean of the windows' instead of the highest
 
 
 def make_table(store: Store, choice: Choice, paths: Collection[str] | None = None) -> Table:
@@ -72,42 +59,19 @@ def make_table(store: Store, choice: Choice, paths: Collection[str] | None = Non
         and entry.computed
         and any(entry.recording in names for names in done)
     ]
-    about = {
-        "results": [msgspec.to_builtins(_described(results)) for results in sets],
-        "choice": {
-            name: str(value) if name == "zone" else value
-            for name, value in _fields(choice).items()
-            if value is not None
-        },
-    }
-    return Table(recordings, _rows(store, sets, done, recordings, classes, choice), about)
-
-
-def _fields(choice: Choice) -> dict[str, Any]:
-    return {name: getattr(choice, name) for name in Choice.__slots__}
-
-
-def _described(results: ResultSet) -> ResultSet:
-    """The set without its labels, which may be thousands."""
-    probes = tuple(Probe(probe.name, (), probe.scale, probe.trained) for probe in results.probes)
-    return msgspec.structs.replace(results, probes=probes)
+    return Table(recordings, _rows(store, sets, done, recordings, classes, choice), describe(sets, choice))
 
 
 def _recording(entry: Entry, zone: tzinfo | None) -> Recording:
     assert entry.recording is not None
-    start = None if entry.start is None else datetime.fromisoformat(entry.start)
-    if start is not None and entry.offset is not None:
-        start = datetime.fromisoformat(f"{entry.start}{entry.offset}")
-    elif start is not None and zone is not None:
-        offset = zone.utcoffset(start)
-        start = start.replace(tzinfo=None if offset is None else timezone(offset))
+    start = None if entry.start is None else datetime.fromisoformat(f"{entry.start}{entry.offset or ''}")
     return Recording(
         path=entry.path,
         digest=entry.recording,
         duration=entry.duration,
         sample_rate=entry.sample_rate,
         channels=entry.channels,
-        start=start,
+        start=in_zone(start, zone),
         latitude=entry.latitude,
         longitude=entry.longitude,
     )
@@ -119,15 +83,10 @@ def check_choice(sets: Sequence[ResultSet], choice: Choice) -> dict[str, np.ndar
     Returns:
         The classes that are shown, as columns: set, probe, label, their order, and the lowest score of each.
     """
-    if choice.merge_gap is not None and not choice.merge_gap >= 0:
-        raise InputError(f"the gap to merge is {choice.merge_gap} s; expected at least 0")
+    if choice.merge_gap is not None:
+        check_gap(choice.merge_gap)
     known = {label for results in sets for probe in results.probes for label in probe.labels}
-    asked = {*(choice.labels or ()), *(choice.thresholds or {})}
-    if unknown := sorted(asked - known):
-        raise NotFoundError(
-            f"no probe has the labels {', '.join(map(repr, unknown[:5]))}; one of the {len(known)} labels is "
-            f"{min(known)!r}"
-        )
+    check_labels([*(choice.labels or ()), *(choice.thresholds or {})], known)
     shown = known if choice.labels is None else set(choice.labels)
     rows: list[tuple[int, str, str, int, float]] = []
     for index, results in enumerate(sets):
@@ -233,20 +192,12 @@ def merge(annotations: Sequence[Annotation], gap: float, *, mean: bool) -> list[
         gap: seconds between the end of one and the start of the next.
         mean: the score is the mean of the joined ones; else the highest.
     """
-    ends: dict[tuple[str, ...], float] = {}
-    groups: dict[tuple[str, ...], list[Annotation]] = {}
-    merged: list[list[Annotation]] = []
+    merger = Merger[Annotation](
+        gap,
+        "mean" if mean else "max",
+        lambda one: (one.bundle, one.version, one.probe, one.label),
+        lambda one, end, score: one._replace(end=end, score=score),
+    )
     for one in annotations:
-        key = (one.bundle, one.version, one.probe, one.label)
-        if key not in ends or one.start > ends[key] + gap + SAME_TIME:
-            ends[key], groups[key] = one.end, []
-            merged.append(groups[key])
-        ends[key] = max(ends[key], one.end)
-        groups[key].append(one)
-    return [_joined(group, mean=mean) for group in merged]
-
-
-def _joined(group: Sequence[Annotation], *, mean: bool) -> Annotation:
-    scores = [one.score for one in group]
-    score = sum(scores) / len(scores) if mean else max(scores)
-    return group[0]._replace(end=max(one.end for one in group), score=score)
+        merger.add(one)
+    return merger.take()

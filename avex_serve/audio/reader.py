@@ -59,6 +59,7 @@ class AudioStream:
     partial: bool = False  # whether the warnings say that audio is missing; known once all is read
     samples: int = 0  # read until now
     name: str = "the waveform"  # for messages
+    header: Header | None = None  # of an encoded recording
 
     def __iter__(self) -> Iterator[Wave]:
         """The blocks, counted."""
@@ -199,7 +200,7 @@ def _opened(source: Source, name: str, channel: Channel) -> Iterator[AudioStream
         _check_channel(channel, header.channels)
         current().limits.check_recording(header.frames or 0, header.channels, header.sample_rate)
         stream.sample_rate, stream.frames = header.sample_rate, header.frames
-        stream.name = name
+        stream.name, stream.header = name, header
         stream.blocks = _mixed(blocks, source, header, stream, channel, name)
         yield stream
 

@@ -1,8 +1,10 @@
-"""What commands print, and where; values of options that several of them have."""
+"""What commands print, and where; options that several of them have."""
 
+import argparse
 import io
 import os
 import sys
+from pathlib import Path
 from typing import Literal
 
 from avex_serve.errors import AvexServeError
@@ -28,6 +30,30 @@ def fail(error: AvexServeError) -> int:
 def parse_channel(text: str) -> int | Literal["mix"]:
     """The value of an option that names a channel."""
     return "mix" if text == "mix" else int(text)
+
+
+def add_shown(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """Add the options of which labels are shown, and how consecutive windows become one row."""
+    parser.add_argument(
+        "--label", action="append", metavar="LABEL|@FILE", help="show this label, or those of a file; several times"
+    )
+    parser.add_argument(
+        "--merge", type=float, metavar="GAP", help="join windows of a label that are at most GAP seconds apart"
+    )
+    parser.add_argument(
+        "--merge-score", choices=("max", "mean"), default="max", help="of joined windows (default: max)"
+    )
+
+
+def read_labels(given: list[str] | None) -> tuple[str, ...] | None:
+    """The labels that ``--label`` names; None: all."""
+    if given is None:
+        return None
+    from avex_serve.bundles.labels import read_label_file
+
+    return tuple(
+        label for one in given for label in (read_label_file(Path(one[1:])) if one.startswith("@") else [one])
+    )
 
 
 def note(text: str) -> None:

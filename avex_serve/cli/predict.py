@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from avex_serve.cli.output import fail, note, parse_channel
+from avex_serve.cli.output import add_shown, fail, note, parse_channel, read_labels
 from avex_serve.errors import AudioError, AvexServeError, NotFoundError, naming, quoted
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--threshold", type=float, help="lowest score to report (default: 0.5)")
     parser.add_argument("--top-k", type=int, help="report at most this number of labels for each window")
-    parser.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
+    add_shown(parser)
     add_reading(parser)
     parser.add_argument("--probe", help="which head of the bundle to run")
     parser.add_argument(
@@ -59,7 +59,10 @@ def add_parser(commands: Any) -> None:
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """Add the options of which part of a recording is run."""
+    """Add the options of how a recording is cut into windows, and which part of it is run."""
+    cut = parser.add_mutually_exclusive_group()
+    cut.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
+    cut.add_argument("--hop", type=float, help="from the start of a window to the start of the next, in seconds")
     parser.add_argument(
         "--final-clip",
         choices=("none", "extend", "remainder", "full"),
@@ -67,6 +70,11 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         help="an end shorter than a window: left out, padded, as it is (default), or a window moved back",
     )
     parser.add_argument("--channel", type=parse_channel, default="mix", help="N, from 1, or mix: the mean of all")
+
+
+def read_cut(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_reading`, as fields of a query."""
+    return {name: getattr(arguments, name) for name in ("overlap", "hop", "final_clip", "channel")}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,10 +87,11 @@ def run(arguments: argparse.Namespace) -> int:
     query = Query(
         threshold=arguments.threshold,
         top_k=arguments.top_k,
-        overlap=arguments.overlap,
-        final_clip=arguments.final_clip,
-        channel=arguments.channel,
+        label=read_labels(arguments.label),
+        merge=arguments.merge,
+        merge_score=arguments.merge_score,
         probe=arguments.probe,
+        **read_cut(arguments),
     )
     found = find_recordings(arguments.recordings)
     code = 0

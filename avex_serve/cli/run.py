@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avex_serve.cli.output import note
-from avex_serve.cli.predict import add_reading
+from avex_serve.cli.predict import add_reading, read_cut
 from avex_serve.cli.progress import reporting, summary
 from avex_serve.cli.tables import add_choice, read_choice, write_tables
 from avex_serve.errors import InputError
@@ -42,15 +42,18 @@ def add_parser(commands: Any) -> None:
         "for standard input",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="where the results are kept: a folder or a URL")
-    cut = parser.add_mutually_exclusive_group()
-    cut.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows, in seconds")
-    cut.add_argument("--hop", type=float, help="from the start of a window to the start of the next, in seconds")
     add_reading(parser)
     parser.add_argument(
         "--shard",
         metavar="I/N",
         help="compute this part of the recordings, from 1/N to N/N, into a folder of DIR; merge joins them "
         "(default: by the variables of a Slurm job array or of a Kubernetes Indexed Job; none: all recordings)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: on the Ray cluster of this machine or of RAY_ADDRESS, or else on a new one of this machine",
     )
     parser.add_argument("--embeddings", action="store_true", help="keep the embeddings, for classify and training")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -71,6 +74,7 @@ def add_progress(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compute what is missing, and write the tables; the exit code tells whether recordings failed."""
+    from avex_serve.archive.cluster import connected
     from avex_serve.archive.plan import Job
     from avex_serve.archive.run import run as run_passes
     from avex_serve.archive.store import adding
@@ -88,8 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         bundles=tuple(os.path.abspath(bundle) for bundle in bundles),  # noqa: PTH100
         device=arguments.device,
         precision=arguments.precision,
-        query=Query(overlap=arguments.overlap, final_clip=arguments.final_clip, channel=arguments.channel),
-        hop=arguments.hop,
+        query=Query(**read_cut(arguments)),
         keep_embeddings=arguments.embeddings,
     )
     with contextlib.ExitStack() as stack:
@@ -99,9 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
         if scores:
             check_choice(scores, choice)
         store = stack.enter_context(adding(out))
+        engine = stack.enter_context(connected(job)) if arguments.engine == "ray" else None
         try:
             with end_on_sigterm(), reporting(arguments.progress) as report:
-                progress = run_passes(store, passes, recordings, report, objects=objects, part=part)
+                progress = run_passes(store, passes, recordings, report, objects=objects, part=part, engine=engine)
         except KeyboardInterrupt:
             print("avex-serve: interrupted; start the same command again to go on", file=sys.stderr)
             return INTERRUPTED

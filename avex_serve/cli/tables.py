@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from avex_serve.cli.output import add_shown, read_labels
 from avex_serve.errors import InputError, NotFoundError
 
 if TYPE_CHECKING:
@@ -43,19 +44,11 @@ def add_selection(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
         help="lowest score to show (default: 0.5), or a CSV file of label,threshold",
     )
     group.add_argument("--top-k", type=int, help="show at most this number of labels for each window")
-    group.add_argument(
-        "--label", action="append", metavar="LABEL|@FILE", help="show this label, or those of a file; several times"
-    )
-    group.add_argument(
-        "--merge", type=float, metavar="GAP", help="join windows of a label that are at most GAP seconds apart"
-    )
+    add_shown(group)
     group.add_argument(
         "--timezone",
         metavar="ZONE",
         help="of times without an offset, such as Australia/Brisbane or +10:00 (default: they stay without one)",
-    )
-    group.add_argument(
-        "--merge-score", choices=("max", "mean"), default="max", help="of joined windows (default: max)"
     )
     return group
 
@@ -108,19 +101,11 @@ def read_choice(arguments: argparse.Namespace) -> "Choice":
         threshold=threshold,
         thresholds=thresholds,
         top_k=arguments.top_k,
-        labels=_read_labels(arguments.label),
+        labels=read_labels(arguments.label),
         merge_gap=arguments.merge,
         zone=zone,
         merge_mean=arguments.merge_score == "mean",
     )
-
-
-def _read_labels(given: list[str] | None) -> list[str] | None:
-    if given is None:
-        return None
-    from avex_serve.bundles.labels import read_label_file
-
-    return [label for one in given for label in (read_label_file(Path(one[1:])) if one.startswith("@") else [one])]
 
 
 def _read_thresholds(given: str | None) -> tuple[float | None, dict[str, float] | None]:

@@ -17,7 +17,7 @@ from avex_serve.bundles.reading import Bundle
 from avex_serve.errors import NotFoundError, TensorError, UnsupportedError
 from avex_serve.inference import pipeline
 from avex_serve.inference.pipeline import Query
-from avex_serve.inference.results import Classification, Prediction
+from avex_serve.inference.results import Classification, MergeScore, Prediction
 from avex_serve.inference.scores import activate
 from avex_serve.scheduling.cores import FairSemaphore, usable_cores
 from avex_serve.scheduling.request import INFER, QUEUE, Model, Request, current
@@ -142,7 +142,11 @@ class Engine:
         *,
         threshold: float | None = None,
         top_k: int | None = None,
+        label: Sequence[str] | None = None,
+        merge: float | None = None,
+        merge_score: MergeScore = "max",
         overlap: float = 0.0,
+        hop: float | None = None,
         final_clip: FinalClip = "remainder",
         probe: str | None = None,
     ) -> Prediction:
@@ -153,16 +157,30 @@ class Engine:
             sample_rate: of the wave, in Hz; resampled to the model's.
             threshold: lowest score to report.
             top_k: most labels to report for a window; see `scores.Selection` for the defaults.
+            label: the labels to report; None: all.
+            merge: join windows of a label that are at most this many seconds apart; None: they stay apart.
+            merge_score: of joined windows.
             overlap: of neighbouring windows, in seconds.
+            hop: seconds from the start of a window to the start of the next, in place of the overlap.
             final_clip: what happens to an end shorter than a window; see `avex_serve.audio.windows`.
             probe: name of the head to run; the bundle's first one by default.
 
         Raises:
-            InputError: audio, threshold, top_k or overlap that can't be used, or a result that is not finite.
-            NotFoundError: no such probe.
+            InputError: audio or options that can't be used, or a result that is not finite.
+            NotFoundError: no such probe or label.
             UnsupportedError: the bundle takes embeddings, not audio, or has no head.
         """
-        query = Query(threshold=threshold, top_k=top_k, overlap=overlap, final_clip=final_clip, probe=probe)
+        query = Query(
+            threshold=threshold,
+            top_k=top_k,
+            label=None if label is None else tuple(label),
+            merge=merge,
+            merge_score=merge_score,
+            overlap=overlap,
+            hop=hop,
+            final_clip=final_clip,
+            probe=probe,
+        )
         return pipeline.predict(self, partial(open_wave, wave, sample_rate), query)
 
     def predict_all(
@@ -172,11 +190,24 @@ class Engine:
         *,
         threshold: float | None = None,
         top_k: int | None = None,
+        label: Sequence[str] | None = None,
+        merge: float | None = None,
+        merge_score: MergeScore = "max",
         overlap: float = 0.0,
+        hop: float | None = None,
         final_clip: FinalClip = "remainder",
     ) -> list[Prediction]:
         """Run all heads in one pass of the backbone; arguments and errors as in `predict`."""
-        query = Query(threshold=threshold, top_k=top_k, overlap=overlap, final_clip=final_clip)
+        query = Query(
+            threshold=threshold,
+            top_k=top_k,
+            label=None if label is None else tuple(label),
+            merge=merge,
+            merge_score=merge_score,
+            overlap=overlap,
+            hop=hop,
+            final_clip=final_clip,
+        )
         return pipeline.predict_all(self, partial(open_wave, wave, sample_rate), query).predictions
 
     def score(
@@ -185,11 +216,12 @@ class Engine:
         sample_rate: int,
         *,
         overlap: float = 0.0,
+        hop: float | None = None,
         final_clip: FinalClip = "remainder",
         probe: str | None = None,
     ) -> WindowScores:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
-        head, query = self.probe(probe), Query(overlap=overlap, final_clip=final_clip)
+        head, query = self.probe(probe), Query(overlap=overlap, hop=hop, final_clip=final_clip)
         windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [head.logits])
         return WindowScores(windows.spans, activate(windows.outputs[head.logits], head.activation))
 
@@ -199,6 +231,7 @@ class Engine:
         sample_rate: int,
         *,
         overlap: float = 0.0,
+        hop: float | None = None,
         final_clip: FinalClip = "remainder",
         output: str | None = None,
     ) -> WindowEmbeddings:
@@ -206,15 +239,22 @@ class Engine:
 
         `output` names the output that is the embedding; the bundle's first one by default.
         """
-        name, query = self.embedding(output).output, Query(overlap=overlap, final_clip=final_clip)
+        name, query = self.embedding(output).output, Query(overlap=overlap, hop=hop, final_clip=final_clip)
         windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [name])
         return WindowEmbeddings(windows.spans, windows.outputs[name])
 
     def infer_recording(
-        self, wave: np.ndarray, sample_rate: int, *, overlap: float = 0.0, final_clip: FinalClip = "remainder"
+        self,
+        wave: np.ndarray,
+        sample_rate: int,
+        *,
+        overlap: float = 0.0,
+        hop: float | None = None,
+        final_clip: FinalClip = "remainder",
     ) -> Outputs:
         """The graph's raw outputs for a recording, each (N, …) with one row for each window; see `predict`."""
-        names, query = [spec.name for spec in self.manifest.outputs], Query(overlap=overlap, final_clip=final_clip)
+        names = [spec.name for spec in self.manifest.outputs]
+        query = Query(overlap=overlap, hop=hop, final_clip=final_clip)
         return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, names).outputs
 
     # -- tensors --------------------------------------------------------------------------------------------------

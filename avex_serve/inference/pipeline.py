@@ -11,26 +11,29 @@ recording is opened last, after model, head and options have been checked.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
 from avex_serve.audio.reader import AudioStream, Channel, Wave, resample_blocks, resampled_size
 from avex_serve.audio.windows import FinalClip, batch_windows, cut_windows, hop_samples, plan_windows
-from avex_serve.bundles.manifest import Manifest, ProbeInfo
-from avex_serve.errors import AudioError, UnsupportedError
+from avex_serve.bundles.manifest import AudioSpec, Manifest, ProbeInfo
+from avex_serve.errors import AudioError, InputError, UnsupportedError
 from avex_serve.inference.results import (
     NUMBER_BYTES,
     Classification,
+    Detection,
     Embedding,
+    Merger,
+    MergeScore,
     Prediction,
     Predictions,
-    detect,
+    detect_windows,
     rank,
 )
-from avex_serve.inference.scores import Selection, activate, score_scale
+from avex_serve.inference.scores import Selection, activate, check_labels, score_scale
 from avex_serve.scheduling.request import current
 
 if TYPE_CHECKING:
@@ -53,10 +56,14 @@ class Query:
     model: str | None = None  # name of the bundle; None: the only one that fits
     version: str | None = None  # of the bundle; None: the newest one
     overlap: float = 0.0  # of neighbouring windows, in seconds
+    hop: float | None = None  # from the start of a window to the start of the next, in place of the overlap
     final_clip: FinalClip = "remainder"  # how the end of a recording is answered; see `avex_serve.audio.windows`
     channel: Channel = "mix"  # of the recording, from 1; mix: the mean of all
     threshold: float | None = None  # lowest score to report; see `avex_serve.inference.scores.Selection`
     top_k: int | None = None  # most labels to report for a window
+    label: tuple[str, ...] | None = None  # those to report; None: all
+    merge: float | None = None  # seconds between windows of a label that become one detection; None: they stay apart
+    merge_score: MergeScore = "max"  # of such a detection
     probe: str | None = None  # name of the head; None: the first one of the bundle
     output: str | None = None  # name of the embedding; None: the first one of the bundle
 
@@ -78,6 +85,7 @@ class WindowOutputs(NamedTuple):
 
     duration: float  # of the recording, in seconds
     window_seconds: float
+    overlap: float  # of neighbouring windows, in seconds
     spans: np.ndarray  # (N, 2) float64, start and end of each window in seconds
     outputs: dict[str, np.ndarray]  # by name, each (N, …) float32 with one row for each window
     warnings: tuple[str, ...]  # about the recording, a sentence each
@@ -87,17 +95,9 @@ class WindowOutputs(NamedTuple):
 
 
 def predict(models: Models, audio: Audio, query: Query) -> Prediction:
-    """Name the sounds in a recording, with a bundle of either kind.
-
-    Raises:
-        AvexServeError: as of `Repository.lease` and `Engine.predict`.
-        UnsupportedError: the bundle takes embeddings that no audio bundle here makes.
-    """
-    with models.lease(query.model, query.version) as engine:
-        head = engine.probe(query.probe)
-        selection = Selection.of(head.activation, query.threshold, query.top_k)
-        windows = _run_either(models, engine, audio, query, [head.logits])
-        return _prediction(engine, head, windows, windows.outputs[head.logits], selection, query)
+    """Name the sounds in a recording, with a bundle of either kind; errors as of `open_answer`."""
+    with open_answer(models, audio, query) as answer:
+        return answer.collect()[0]
 
 
 def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
@@ -118,21 +118,33 @@ def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
         newest: dict[str, Engine] = {}
         for reader in readers:
             newest.setdefault(reader.manifest.name, reader)
-        # Each head with its engine, and the output of the audio bundle that holds its logits or its input.
-        heads = [(source, head, head.logits) for head in source.manifest.probes]
+        runs = [HeadRun(source, head, head.logits, query) for head in source.manifest.probes]
         for reader in newest.values():
-            heads += [(reader, head, output) for head, output in links(source.manifest, reader.manifest)]
-        if not heads:
+            runs += [
+                HeadRun(reader, head, output, query) for head, output in links(source.manifest, reader.manifest)
+            ]
+        if not runs:
             source.probe(None)  # raises, with the reason
-        selections = [Selection.of(head.activation, query.threshold, query.top_k) for _, head, _ in heads]
-        windows = run_recording(source, audio, query, list(dict.fromkeys(output for _, _, output in heads)))
-        predictions = []
-        for (engine, head, output), selection in zip(heads, selections, strict=True):
-            logits = windows.outputs[output]
-            if engine is not source:
-                logits = engine.infer(logits)[head.logits]
-            predictions.append(_prediction(engine, head, windows, logits, selection, query))
-        return Predictions(predictions=predictions)
+        check_labels(query.label, {label for run in runs for label in run.labels})
+        with _read(source, runs, audio, query) as answer:
+            return Predictions(predictions=answer.collect())
+
+
+@contextmanager
+def open_answer(models: Models, audio: Audio, query: Query) -> "Iterator[Answer]":
+    """The answer of a head to a recording, while it is made.
+
+    Raises:
+        AvexServeError: as of `Repository.lease` and `stream_windows`.
+        NotFoundError: no such probe or label.
+        UnsupportedError: the bundle takes embeddings that no audio bundle here makes.
+    """
+    with models.lease(query.model, query.version) as engine:
+        head = engine.probe(query.probe)
+        run = HeadRun(engine, head, head.logits, query)
+        check_labels(query.label, engine.labels(head.name))
+        with _source_of(models, engine, head) as (source, run.output), _read(source, [run], audio, query) as answer:
+            yield answer
 
 
 def embed(models: Models, audio: Audio, query: Query) -> Embedding:
@@ -146,7 +158,7 @@ def embed(models: Models, audio: Audio, query: Query) -> Embedding:
             output=name,
             duration=windows.duration,
             window=windows.window_seconds,
-            overlap=float(query.overlap),
+            overlap=windows.overlap,
             warnings=windows.warnings,
             spans=[(start, end) for start, end in windows.spans.tolist()],
             embeddings=windows.outputs[name].tolist(),
@@ -182,29 +194,188 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
 
 def infer_recording(models: Models, engine: "Engine", audio: Audio, query: Query) -> WindowOutputs:
     """All outputs of a bundle of either kind for a recording."""
-    return _run_either(models, engine, audio, query, [spec.name for spec in engine.manifest.outputs])
+    with open_rows(models, engine, audio, query) as rows:
+        return rows.collect()
 
 
-def _prediction(
-    engine: "Engine", head: ProbeInfo, windows: WindowOutputs, logits: np.ndarray, selection: Selection, query: Query
-) -> Prediction:
-    """The answer of a head from its logits (N, C) for the windows, which another engine may have run."""
-    scores = activate(logits, head.activation)
-    return Prediction(
-        bundle=engine.manifest.name,
-        version=engine.manifest.version,
-        probe=head.name,
-        trained=head.trained,
-        duration=windows.duration,
-        window=windows.window_seconds,
-        overlap=float(query.overlap),
-        score_scale=score_scale(head.activation),
-        warnings=(*selection.warnings, *windows.warnings),
-        detections=detect(windows.spans, scores, engine.labels(head.name), selection),
-    )
+@contextmanager
+def open_rows(models: Models, engine: "Engine", audio: Audio, query: Query) -> "Iterator[Rows]":
+    """All outputs of a bundle of either kind for a recording, while they are made."""
+    reader = engine.manifest
+    if reader.kind == "audio":
+        with _open_rows(engine, audio, query, [spec.name for spec in reader.outputs]) as rows:
+            yield rows
+        return
+    with (
+        _source_of(models, engine, engine.probe(query.probe)) as (source, output),
+        _open_rows(source, audio, query, [output], engine) as rows,
+    ):
+        yield rows
+
+
+# -- heads ----------------------------------------------------------------------------------------------------------
+
+
+class HeadRun:
+    """A head that answers a recording window by window."""
+
+    def __init__(self, engine: "Engine", head: ProbeInfo, output: str, query: Query) -> None:
+        """It reads this output of the audio bundle: its logits, or an embedding that `engine` makes logits of.
+
+        Raises:
+            InputError: options that can't be.
+        """
+        self.engine = engine
+        self.head = head
+        self.output = output
+        self.labels = engine.labels(head.name)
+        selection = Selection.of(head.activation, query.threshold, query.top_k)
+        self.selection = selection.showing(query.label, self.labels)
+        gap = query.merge
+        self._merger = None if gap is None else Merger.of_detections(gap, query.merge_score)
+
+    def detect(self, spans: np.ndarray, outputs: dict[str, np.ndarray], *, early: bool) -> Iterator[list[Detection]]:
+        """For each window of a batch, the detections that no later window changes; if not early, `rest` has them."""
+        logits = outputs[self.output]
+        if self.engine.manifest.kind == "embedding":
+            logits = self.engine.infer(logits)[self.head.logits]
+        yield from self.detect_scores(spans, activate(logits, self.head.activation), early=early)
+
+    def detect_scores(self, spans: np.ndarray, scores: np.ndarray, *, early: bool) -> Iterator[list[Detection]]:
+        """The same from scores (B, C)."""
+        windows = detect_windows(spans, scores, self.labels, self.selection)
+        if self._merger is None:
+            yield from windows
+            return
+        for start, found in zip(spans[:, 0].tolist(), windows, strict=True):
+            over = self._merger.take(start) if early else []
+            for one in found:
+                self._merger.add(one)
+            yield over
+
+    def rest(self) -> list[Detection]:
+        """The detections that are left, in order of their start."""
+        return [] if self._merger is None else self._merger.take()
+
+
+class Found(NamedTuple):
+    """A window, and what is known once it has been run."""
+
+    start: float  # seconds, as `end`
+    end: float
+    detections: list[list[Detection]]  # for each head, those that no later window changes
+
+
+class Answer:
+    """The answer of heads to a recording. Iterate it once."""
+
+    def __init__(self, source: "Engine", heads: Sequence[HeadRun], stream: AudioStream, query: Query) -> None:
+        """It is read from an open stream by the audio bundle `source`."""
+        self.source = source
+        self.stream = stream
+        self.heads = heads
+        self._query = query
+
+    def __iter__(self) -> Iterator[Found]:
+        """Window by window; errors as of `stream_windows`."""
+        return self._windows(early=True)
+
+    def _windows(self, *, early: bool) -> Iterator[Found]:
+        merges = self._query.merge is not None
+        held: Found | None = None  # the last one, which the rest may have to join
+        names = list(dict.fromkeys(head.output for head in self.heads))
+        for spans, outputs in stream_windows(self.source, self.stream, self._query, names):
+            columns = [head.detect(spans, outputs, early=early) for head in self.heads]
+            for (start, end), *found in zip(spans.tolist(), *columns, strict=True):
+                if held is not None:
+                    yield held
+                held = Found(start, end, found)
+                if not merges:
+                    yield held
+                    held = None
+        if held is not None:
+            for kept, head in zip(held.detections, self.heads, strict=True):
+                kept += head.rest()
+            yield held
+
+    def collect(self) -> list[Prediction]:
+        """All of it: a document for each head, with its detections in order of their start."""
+        found: list[list[Detection]] = [[] for _ in self.heads]
+        for window in self._windows(early=False):
+            for kept, new in zip(found, window.detections, strict=True):
+                kept += new
+        return [self.document(index, detections) for index, detections in enumerate(found)]
+
+    def document(self, index: int, detections: list[Detection]) -> Prediction:
+        """The answer of a head with these detections, as it is once all windows have been run."""
+        spec, head = self.source.audio_spec, self.heads[index]
+        return Prediction(
+            bundle=head.engine.manifest.name,
+            version=head.engine.manifest.version,
+            probe=head.head.name,
+            trained=head.head.trained,
+            duration=_duration(self.stream, spec),
+            window=spec.window_samples / spec.sample_rate,
+            overlap=float(self._query.overlap),
+            score_scale=score_scale(head.head.activation),
+            warnings=(*head.selection.warnings, *self.source.warnings, *self.stream.warnings),
+            detections=detections,
+        )
+
+
+@contextmanager
+def _read(source: "Engine", heads: Sequence[HeadRun], audio: Audio, query: Query) -> Iterator[Answer]:
+    """The answer of heads that read outputs of an audio bundle."""
+    query = with_overlap(query, source.audio_spec)
+    with audio(query.channel) as stream:
+        yield Answer(source, heads, stream, query)
 
 
 # -- the stream -----------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """Outputs for the windows of a recording. Iterate it once; `warnings` are complete at the end."""
+
+    def __init__(
+        self, source: "Engine", stream: AudioStream, query: Query, names: Sequence[str], reader: "Engine | None"
+    ) -> None:
+        """Outputs of these names of an audio bundle, or those that `reader` makes of the only one."""
+        self._source = source
+        self._stream = stream
+        self._query = query
+        self._names = names
+        self._reader = reader
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Batch by batch, as `stream_windows`."""
+        for spans, outputs in stream_windows(self._source, self._stream, self._query, self._names):
+            yield spans, outputs if self._reader is None else self._reader.infer(outputs[self._names[0]])
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """About the recording, a sentence each."""
+        return (*self._source.warnings, *self._stream.warnings)
+
+    def collect(self, value_bytes: int = OUTPUT_BYTES) -> WindowOutputs:
+        """All of them. Each value will take `value_bytes` of memory until the answer is sent."""
+        spans: list[np.ndarray] = []
+
+        def rows() -> Iterator[dict[str, np.ndarray]]:
+            for span, outputs in self:
+                spans.append(span)
+                yield outputs
+
+        outputs = collect(rows(), value_bytes)
+        spec = self._source.audio_spec
+        return WindowOutputs(
+            duration=_duration(self._stream, spec),
+            window_seconds=spec.window_samples / spec.sample_rate,
+            overlap=float(self._query.overlap),
+            spans=np.concatenate(spans),
+            outputs=outputs,
+            warnings=self.warnings,
+        )
 
 
 def run_recording(
@@ -214,25 +385,39 @@ def run_recording(
 
     Each value will take `value_bytes` of memory until the answer is sent.
     """
-    spec = engine.audio_spec
-    hop_samples(spec.window_samples, spec.sample_rate, query.overlap)  # raises before the recording is opened
-    spans: list[np.ndarray] = []
+    with _open_rows(engine, audio, query, names) as rows:
+        return rows.collect(value_bytes)
 
-    def rows(stream: AudioStream) -> Iterator[dict[str, np.ndarray]]:
-        for span, outputs in stream_windows(engine, stream, query, names):
-            spans.append(span)
-            yield outputs
 
+@contextmanager
+def _open_rows(
+    source: "Engine", audio: Audio, query: Query, names: Sequence[str], reader: "Engine | None" = None
+) -> Iterator[Rows]:
+    query = with_overlap(query, source.audio_spec)  # raises before the recording is opened
     with audio(query.channel) as stream:
-        outputs = collect(rows(stream), value_bytes)
-    samples = resampled_size(stream.samples, stream.sample_rate, spec.sample_rate)
-    return WindowOutputs(
-        duration=samples / spec.sample_rate,
-        window_seconds=spec.window_samples / spec.sample_rate,
-        spans=np.concatenate(spans),
-        outputs=outputs,
-        warnings=(*engine.warnings, *stream.warnings),
-    )
+        yield Rows(source, stream, query, names, reader)
+
+
+def _duration(stream: AudioStream, spec: AudioSpec) -> float:
+    """Seconds of a recording that has been read."""
+    return resampled_size(stream.samples, stream.sample_rate, spec.sample_rate) / spec.sample_rate
+
+
+def with_overlap(query: Query, spec: AudioSpec) -> Query:
+    """The query with an overlap in place of its hop.
+
+    Raises:
+        InputError: both are given, or windows of this bundle can't have them.
+    """
+    window = spec.window_samples / spec.sample_rate
+    if query.hop is not None:
+        if query.overlap:
+            raise InputError(f"overlap is {query.overlap} s and hop is {query.hop} s; send one of them")
+        if not 0 < query.hop <= window:
+            raise InputError(f"hop is {query.hop} s; expected more than 0 and at most the window of {window:g} s")
+        query = replace(query, overlap=window - query.hop, hop=None)
+    hop_samples(spec.window_samples, spec.sample_rate, query.overlap)
+    return query
 
 
 def stream_windows(
@@ -252,6 +437,7 @@ def stream_windows(
     """
     spec = engine.audio_spec
     length, rate = spec.window_samples, spec.sample_rate
+    query = with_overlap(query, spec)
     hop = hop_samples(length, rate, query.overlap)
     limits = current().limits
     bounds: deque[np.ndarray] = deque()  # of the windows of each batch whose outputs are still to come
@@ -314,19 +500,19 @@ def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYT
 # -- heads that read embeddings of another bundle -------------------------------------------------------------------
 
 
-def _run_either(models: Models, engine: "Engine", audio: Audio, query: Query, names: Sequence[str]) -> WindowOutputs:
-    """The outputs of a bundle of either kind; one that takes embeddings gets them from an audio bundle."""
+@contextmanager
+def _source_of(models: Models, engine: "Engine", head: ProbeInfo) -> "Iterator[tuple[Engine, str]]":
+    """The audio bundle that a head is of, or that makes the embeddings which it reads, and which output it reads."""
     reader = engine.manifest
     if reader.kind == "audio":
-        return run_recording(engine, audio, query, names)
-    head = engine.probe(query.probe)
+        yield engine, head.logits
+        return
     with models.lease_those(lambda source: _link(source, reader, head) is not None) as sources:
         if not sources:
             raise UnsupportedError(_why_none(models, reader, head))
         output = _link(sources[0].manifest, reader, head)
         assert output is not None
-        windows = run_recording(sources[0], audio, query, [output])
-    return windows._replace(outputs=engine.infer(windows.outputs[output]))
+        yield sources[0], output
 
 
 def links(source: Manifest, reader: Manifest) -> list[tuple[ProbeInfo, str]]:

@@ -1,11 +1,13 @@
 """The answers, as documents that turn into JSON."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Final
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from typing import Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
+from avex_serve.errors import InputError
 from avex_serve.inference.scores import ScoreScale, Selection
 
 NUMBER_BYTES: Final = 80  # memory for each number of JSON, until the answer's text is made; measured, rounded up
@@ -102,7 +104,14 @@ class Embedding(_Origin):
 
 
 def detect(spans: np.ndarray, scores: np.ndarray, labels: Sequence[str], selection: Selection) -> list[Detection]:
-    """The scores that pass, window by window, the highest of each window first.
+    """The scores that pass, window by window; arguments and errors as of `detect_windows`."""
+    return list(chain.from_iterable(detect_windows(spans, scores, labels, selection)))
+
+
+def detect_windows(
+    spans: np.ndarray, scores: np.ndarray, labels: Sequence[str], selection: Selection
+) -> Iterator[list[Detection]]:
+    """The scores of each window that pass, the highest first.
 
     Args:
         spans: (N, 2) start and end of each window in seconds.
@@ -110,13 +119,115 @@ def detect(spans: np.ndarray, scores: np.ndarray, labels: Sequence[str], selecti
         labels: C of them.
         selection: which scores pass; it raises the errors.
     """
-    return [
-        Detection(start=start, end=end, label=labels[i], score=score)
-        for (start, end), best in zip(spans.tolist(), selection.passing(scores), strict=True)
-        for i, score in best
-    ]
+    for (start, end), best in zip(spans.tolist(), selection.passing(scores), strict=True):
+        yield [Detection(start=start, end=end, label=labels[i], score=score) for i, score in best]
 
 
 def rank(scores: np.ndarray, labels: Sequence[str], selection: Selection) -> list[list[LabelScore]]:
-    """The scores (N, C) that pass, the highest of each row first; arguments and errors as of `detect`."""
+    """The scores (N, C) that pass, the highest of each row first; arguments and errors as of `detect_windows`."""
     return [[LabelScore(label=labels[i], score=score) for i, score in best] for best in selection.passing(scores)]
+
+
+# -- consecutive windows --------------------------------------------------------------------------------------------
+
+SAME_TIME: Final = 1e-6  # seconds, far less than a sample: two windows touch despite rounding
+MergeScore = Literal["max", "mean"]
+
+
+class Scored(Protocol):
+    """A detection, or a row of a table."""
+
+    @property
+    def start(self) -> float:
+        """Seconds."""
+        ...
+
+    @property
+    def end(self) -> float:
+        """Seconds."""
+        ...
+
+    @property
+    def score(self) -> float:
+        """The higher the surer."""
+        ...
+
+
+One = TypeVar("One", bound=Scored)
+
+
+@dataclass(slots=True)
+class _Joined(Generic[One]):
+    """Those of one label that follow one another."""
+
+    first: One
+    end: float
+    highest: float
+    total: float
+    count: int = 1
+
+
+class Merger(Generic[One]):
+    """Joins those of one label that are at most a gap apart. They are added in order of their start."""
+
+    def __init__(
+        self,
+        gap: float,
+        score: MergeScore,
+        key: Callable[[One], Hashable],
+        joined: Callable[[One, float, float], One],
+    ) -> None:
+        """Join by these rules.
+
+        Args:
+            gap: seconds between the end of one and the start of the next.
+            score: of those that are joined: the highest or the mean.
+            key: what those that may be joined have in common.
+            joined: from the first one, the end and the score to the result.
+
+        Raises:
+            InputError: a gap that can't be.
+        """
+        check_gap(gap)
+        self._gap = gap
+        self._mean = score == "mean"
+        self._key = key
+        self._result = joined
+        self._open: dict[Hashable, _Joined[One]] = {}
+        self._all: list[_Joined[One]] = []
+
+    @classmethod
+    def of_detections(cls, gap: float, score: MergeScore) -> "Merger[Detection]":
+        """One for detections; arguments and errors as of `Merger`."""
+        return Merger(gap, score, lambda one: one.label, lambda one, end, best: replace(one, end=end, score=best))
+
+    def add(self, one: One) -> None:
+        """Add one that starts no earlier than those before."""
+        key = self._key(one)
+        into = self._open.get(key)
+        if into is None or self._is_over(into, one.start):
+            self._open[key] = new = _Joined(one, one.end, one.score, one.score)
+            self._all.append(new)
+            return
+        into.end = max(into.end, one.end)
+        into.highest = max(into.highest, one.score)
+        into.total += one.score
+        into.count += 1
+
+    def take(self, start: float | None = None) -> list[One]:
+        """Remove those that nothing from this start on can join, or all, and return them in order of their start."""
+        over = [each for each in self._all if start is None or self._is_over(each, start)]
+        self._all = [] if start is None else [each for each in self._all if not self._is_over(each, start)]
+        return [
+            self._result(each.first, each.end, each.total / each.count if self._mean else each.highest)
+            for each in over
+        ]
+
+    def _is_over(self, joined: _Joined[One], start: float) -> bool:
+        return start > joined.end + self._gap + SAME_TIME
+
+
+def check_gap(gap: float) -> None:
+    """Raise InputError for a gap that can't be."""
+    if not gap >= 0:
+        raise InputError(f"the gap to merge is {gap} s; expected at least 0")

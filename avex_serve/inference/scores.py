@@ -2,14 +2,15 @@
 
 import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Final, Literal
 
 import numpy as np
 
 from avex_serve.bundles.manifest import Activation
-from avex_serve.errors import InputError
+from avex_serve.errors import InputError, NotFoundError
 from avex_serve.scheduling.request import current
 
 STEP: Final = 1000  # labels that are reported in a few milliseconds
@@ -44,12 +45,13 @@ class Selection:
     """Which scores are reported: those of at least `threshold`, the best `top_k` of each window, or both.
 
     Threshold and top-k are independent of each other. If neither is given, the threshold is 0.5 (for raw logits 0,
-    which is the same point).
+    which is the same point). Labels that aren't shown take no place among the best.
     """
 
     threshold: float
     top_k: int | None
     warnings: tuple[str, ...] = ()  # reasons to doubt that this is what the client wants
+    shown: tuple[int, ...] | None = None  # indices of the labels that are reported; None: all
 
     @classmethod
     def of(cls, activation: Activation, threshold: float | None, top_k: int | None) -> "Selection":
@@ -74,6 +76,12 @@ class Selection:
         # numpy knows no larger numbers
         return cls(threshold, None if top_k is None else min(top_k, sys.maxsize), warnings)
 
+    def showing(self, wanted: Collection[str] | None, labels: Sequence[str]) -> "Selection":
+        """The same for some of a head's labels; None: all."""
+        if wanted is None:
+            return self
+        return replace(self, shown=tuple(index for index, label in enumerate(labels) if label in wanted))
+
     def best(self, scores: np.ndarray) -> list[int]:
         """Indices into scores (C,) that pass, the highest first and equals in the order of the labels."""
         order = np.argsort(-scores, kind="stable")[: self.top_k]
@@ -82,6 +90,7 @@ class Selection:
 
     def count(self, scores: np.ndarray) -> int:
         """How many of the scores (N, C) pass."""
+        scores = self._shown(scores)
         passing = np.count_nonzero(scores >= np.float64(self.threshold), axis=-1)
         return int((passing if self.top_k is None else np.minimum(passing, self.top_k)).sum())
 
@@ -98,10 +107,26 @@ class Selection:
             "raise threshold or lower top_k to report fewer labels, or send the recording in pieces",
         )
         made = 0
-        for row in scores:
+        for row in self._shown(scores):
             if made >= STEP:  # a short answer needs no checkpoint
                 request.checkpoint()
                 made = 0
-            best = [(index, float(row[index])) for index in self.best(row)]
+            best = [
+                (index if self.shown is None else self.shown[index], float(row[index])) for index in self.best(row)
+            ]
             made += len(best)
             yield best
+
+    def _shown(self, scores: np.ndarray) -> np.ndarray:
+        return scores if self.shown is None else scores[:, self.shown]
+
+
+def check_labels(wanted: Collection[str] | None, labels: Collection[str]) -> None:
+    """Raise NotFoundError for a label that no head has."""
+    for label in wanted or ():
+        if label not in labels:
+            nearest = get_close_matches(label, labels, 1)
+            hint = (
+                f"did you mean {nearest[0]!r}?" if nearest else f"one of the {len(labels)} labels is {min(labels)!r}"
+            )
+            raise NotFoundError(f"no probe has the label {label[:80]!r}; {hint}")

@@ -107,6 +107,11 @@ class Pool:
                 f"no label {label!r}; one of the {len(self.labels)} labels is {min(self.labels, default='')!r}"
             ) from None
 
+    def all_scores(self, label: int) -> np.ndarray | None:
+        """The scores (N,) of a label in all windows; None if it has scores in some only."""
+        windows, scores = self._candidates[label]
+        return scores if windows is None else None
+
     def scores_of(self, label: int, windows: np.ndarray) -> np.ndarray:
         """The scores (M,) of a label in windows (M,); NaN where it has none."""
         own, scores = self._candidates[label]

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 
 from avex_serve.annotations.reviews import DECISIONS, Decision, Review, Subject, agreed
+from avex_serve.calibration.density import LEAST, call_density
 from avex_serve.calibration.fit import calibrate
 from avex_serve.calibration.scales import LabelCalibration, Scale, sigmoid
 from avex_serve.review.pool import Pool
@@ -125,6 +126,7 @@ def describe_label(
     """
     windows, targets, labels = _targets(pool, agreed(reviews))
     result: dict[str, Any] = {"label": label, "bins": [], "curve": [], "threshold": None, "reason": None}
+    result["density"] = None
     if label not in labels:
         return result | {"reason": "no decisions yet"}
     scores = np.stack([pool.scores_of(pool.label_index(each), windows) for each in labels], axis=1)
@@ -133,6 +135,7 @@ def describe_label(
     known = targets[:, place] >= 0
     if not known.any():
         return result | {"reason": "no decisions about windows with a score yet"}
+    result["density"] = _density(pool, label, windows[known], targets[known, place])
     result["bins"] = [each._asdict() for each in reliability(scores[known, place], targets[known, place] == 1)]
     found = calibrate(
         _logits(np.nan_to_num(scores, nan=0.5), scale),
@@ -143,6 +146,17 @@ def describe_label(
         target_precision=target_precision,
     ).labels[place]
     return result | _shown(found, scale, scores[known, place])
+
+
+def _density(pool: Pool, label: str, windows: np.ndarray, present: np.ndarray) -> dict[str, float] | None:
+    """The share of all windows with the sound, if windows (M,) with a decision (M,) were drawn by chance."""
+    scores = pool.all_scores(pool.label_index(label))
+    if scores is None or windows.size < LEAST:
+        return None
+    decisions = np.full(scores.size, -1, np.int8)
+    decisions[windows] = present
+    found = call_density(scores, decisions).all
+    return {"value": found.value, "low": found.low, "high": found.high}
 
 
 def _targets(pool: Pool, decisions: Mapping[Subject, Decision]) -> tuple[np.ndarray, np.ndarray, list[str]]:

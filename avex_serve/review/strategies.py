@@ -36,12 +36,12 @@ class Candidates:
     @property
     def date(self) -> np.ndarray:
         """(N,) days since 1970; -1: unknown."""
-        return _whole(self.time / SECONDS_OF_DAY)
+        return np.where(np.isfinite(self.time), _whole(self.time) // SECONDS_OF_DAY, -1)
 
     @property
     def hour(self) -> np.ndarray:
         """(N,) hour of the day; -1: unknown."""
-        return _whole(self.time % SECONDS_OF_DAY / 3600)
+        return np.where(np.isfinite(self.time), _whole(self.time) // 3600 % 24, -1)
 
 
 Order = Callable[[Candidates, np.random.Generator], np.ndarray]  # (N,) indices, the first to review first
@@ -72,7 +72,8 @@ def keep_first(groups: np.ndarray, order: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _whole(values: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(values), values, -1).astype(np.int64)
+    """Values (N,) rounded down, as integers; -1 for NaN."""
+    return np.floor(np.where(np.isfinite(values), values, -1)).astype(np.int64)
 
 
 def _highest(candidates: Candidates, _: np.random.Generator) -> np.ndarray:

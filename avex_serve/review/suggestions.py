@@ -37,7 +37,8 @@ def write_suggestions(
         target: the file.
     """
     if form == "raven":
-        raven.write(_as_table(suggestions, pool, results), target, blank=("Decision", "Comment"))
+        with new_file(target) as file:
+            raven.write(_as_table(suggestions, pool, results), file, blank=("Decision", "Comment"))
         return
     with new_file(target) as file:
         writer = csv.writer(file, lineterminator="\n")

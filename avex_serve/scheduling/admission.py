@@ -13,13 +13,15 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
+from functools import partial
 from typing import Final, TypeVar
 
 from avex_serve.errors import OverloadError
+from avex_serve.scheduling.outlet import Outlet, Pieces
 from avex_serve.scheduling.request import QUEUE, Request, current, stage
 
 Answer = TypeVar("Answer")
@@ -81,6 +83,28 @@ class Admission:
             request.abandon()  # however the wait ended: the thread's result is not read after it
             del answer  # this frame is in the traceback of the error that it holds: no cycle
 
+    async def stream(self, make: Callable[[], Pieces]) -> AsyncGenerator[list[bytes], None]:
+        """The pieces of an answer to the current request, a few at a time while they are made as by `run`.
+
+        While the client doesn't read, the work waits without its slot. Close the generator to end the work at its
+        next step. Errors as of `run`.
+        """
+        outlet = Outlet(current())
+        running = asyncio.create_task(self.run(partial(outlet.fill, make)))
+        running.add_done_callback(partial(_end_stream, outlet))
+        try:
+            while True:
+                ended = running.done()  # before the last pieces are taken
+                if pieces := outlet.take():
+                    yield pieces
+                elif ended:
+                    break
+                else:
+                    await outlet.wait()
+            await running
+        finally:
+            running.cancel()
+
     def _starter(
         self, work: Callable[[], Answer], request: Request, answer: "Future[Answer]", end_wait: Callable[[], None]
     ) -> Callable[[], None]:
@@ -93,7 +117,7 @@ class Admission:
         def run() -> Answer:
             end_wait()
             slot = _Slot(self._places, request, self._turn_seconds)
-            request.yield_slot = slot.yield_
+            request.yield_slot, request.pause = slot.yield_, slot.pause
             try:
                 request.check_wanted()
                 return work()
@@ -121,6 +145,12 @@ class Admission:
                     )
 
         return start
+
+
+def _end_stream(outlet: Outlet, running: "asyncio.Task[None]") -> None:
+    outlet.wake()
+    if not running.cancelled():
+        running.exception()  # or asyncio logs one that nobody waits for any more
 
 
 def _fulfil(answer: "Future[Answer]", work: Callable[[], Answer]) -> None:
@@ -165,11 +195,7 @@ class _Places:
         with self._lock:
             self.check_room()
             self._inside += 1
-            if self._working < self._slots:
-                self._working += 1
-                return True
-            self._waiting.append(wake)
-            return False
+            return self.join(wake)
 
     def give_up(self, wake: Callable[[], object]) -> bool:
         """Leave while waiting for the first slot; False if the slot was granted meanwhile."""
@@ -185,6 +211,20 @@ class _Places:
             if slot:
                 self._free_slot()
             self._inside -= 1
+
+    def leave_slot(self) -> None:
+        """Free the slot, and stay inside."""
+        with self._lock:
+            self._free_slot()
+
+    def join(self, wake: Callable[[], object]) -> bool:
+        """Take a slot again (True) or a place in the queue (False)."""
+        with self._lock:
+            if self._working < self._slots:
+                self._working += 1
+                return True
+            self._waiting.append(wake)
+            return False
 
     def stop_waiting(self, wake: Callable[[], object]) -> bool:
         """Wait no longer; False if the slot was granted meanwhile."""
@@ -231,12 +271,29 @@ class _Slot:
         ready = threading.Event()
         if self._places.swap_slot(ready.set):
             self._held = False
-            with stage(QUEUE):
-                self._request.wait(ready)
-            if self._places.stop_waiting(ready.set):
-                self._request.check_wanted()
-            self._held = True
+            self._wait_for(ready)
         self._began = time.monotonic()
+
+    def pause(self, event: threading.Event) -> None:
+        """Wait for the event, and let others work meanwhile; return with a slot again. Errors as of `yield_`."""
+        self._places.leave_slot()
+        self._held = False
+        self._request.wait(event)
+        ready = threading.Event()
+        if self._places.join(ready.set):
+            self._held = True
+            self._request.check_wanted()
+        else:
+            self._wait_for(ready)
+        self._began = time.monotonic()
+
+    def _wait_for(self, ready: threading.Event) -> None:
+        """Wait in the queue for a slot."""
+        with stage(QUEUE):
+            self._request.wait(ready)
+        if self._places.stop_waiting(ready.set):
+            self._request.check_wanted()
+        self._held = True
 
     def free(self) -> None:
         """Leave, and free the slot."""

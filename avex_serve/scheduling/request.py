@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from avex_serve.errors import ClientGoneError, DeadlineError, OverloadError, TooLargeError
 
+GONE: Final = "the client closed the connection before its answer was ready"
 DECODE: Final = "decode"
 RESAMPLE: Final = "resample"
 QUEUE: Final = "queue"  # the request waits for a slot, or one of its batches for a thread
@@ -171,7 +172,7 @@ class Memory:
 
 
 class Request:
-    """One request. `Admission` sets `yield_slot` while the request has a slot."""
+    """One request. `Admission` sets `yield_slot` and `pause` while the request has a slot."""
 
     def __init__(
         self,
@@ -195,6 +196,7 @@ class Request:
         self.timings = Timings()
         self.key = ""  # name of the API key that the client sent
         self.yield_slot: Callable[[], None] = lambda: None
+        self.pause: Callable[[threading.Event], None] | None = None  # waits without the slot
         self._due = time.monotonic() + seconds
         self._abandoned = False
         self._wake: Callable[[], object] | None = None
@@ -202,6 +204,8 @@ class Request:
         self._answers = answers or Memory()
         self._body_bytes = 0
         self._answer_bytes = 0
+        self._released = False
+        self._lock = threading.Lock()  # of the memory: a thread may work on when the answer has been given up
 
     # -- until when -----------------------------------------------------------------------------------------------
 
@@ -230,7 +234,7 @@ class Request:
     def check_wanted(self) -> None:
         """Raise ClientGoneError or DeadlineError unless the answer is still wanted."""
         if self._abandoned:
-            raise ClientGoneError("the client closed the connection before its answer was ready")
+            raise ClientGoneError(GONE)
         if self.remaining <= 0:
             raise DeadlineError("the answer was not ready in time; send a shorter recording, or allow more time")
 
@@ -247,31 +251,47 @@ class Request:
         self._bodies.check_room(size)
 
     def extend_body(self, size: int) -> None:
-        """Reserve memory for this many more bytes of the body; raises as `check_body`."""
-        self._bodies.reserve(size)
-        self._body_bytes += size
+        """Reserve memory for this many more bytes of the body; raises as `check_body`, and ClientGoneError."""
+        with self._lock:
+            if self._released:
+                raise ClientGoneError(GONE)
+            self._bodies.reserve(size)
+            self._body_bytes += size
 
     def extend_answer(self, size: int, remedy: str) -> None:
         """Before a part of the answer is made: reserve the memory that it takes.
 
         Raises:
+            ClientGoneError: the answer has been given up.
             TooLargeError: the answer becomes too large; the message ends with the remedy.
             OverloadError: all requests together hold too many bytes.
         """
-        total = self._answer_bytes + size
-        if total > self.limits.answer_bytes:
-            raise TooLargeError(
-                f"the answer takes {total} bytes of memory; expected at most {self.limits.answer_bytes} "
-                f"(AVEX_MAX_ANSWER_BYTES): {remedy}"
-            )
-        self._answers.reserve(size)
-        self._answer_bytes = total
+        with self._lock:
+            if self._released:
+                raise ClientGoneError(GONE)
+            total = self._answer_bytes + size
+            if total > self.limits.answer_bytes:
+                raise TooLargeError(
+                    f"the answer takes {total} bytes of memory; expected at most {self.limits.answer_bytes} "
+                    f"(AVEX_MAX_ANSWER_BYTES): {remedy}"
+                )
+            self._answers.reserve(size)
+            self._answer_bytes = total
+
+    def shrink_answer(self, size: int) -> None:
+        """Once a part of the answer is sent: hold at most this many bytes of it."""
+        with self._lock:
+            if (sent := self._answer_bytes - size) > 0:
+                self._answers.release(sent)
+                self._answer_bytes = size
 
     def release_memory(self) -> None:
-        """Give back what body and answer take, once the answer is sent."""
-        self._bodies.release(self._body_bytes)
-        self._answers.release(self._answer_bytes)
-        self._body_bytes = self._answer_bytes = 0
+        """Give back what body and answer take, once the answer is sent or given up. Nothing is reserved after it."""
+        with self._lock:
+            self._bodies.release(self._body_bytes)
+            self._answers.release(self._answer_bytes)
+            self._body_bytes = self._answer_bytes = 0
+            self._released = True
 
     # -- timings --------------------------------------------------------------------------------------------------
 

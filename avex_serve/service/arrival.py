@@ -100,10 +100,16 @@ class Messages:
         self._free = slow
 
     async def next(self, read: Callable[[], Awaitable[Any]]) -> bytes:
-        """The message that is read.
+        """The only message of a call; InputError if it ends without one, and errors as of `read`."""
+        data = await self.read(read)
+        if data is None:
+            raise InputError("the call ended without a message; send one")
+        return data
+
+    async def read(self, read: Callable[[], Awaitable[Any]]) -> bytes | None:
+        """The message that is read; None: the client sends no more.
 
         Raises:
-            InputError: the call ends without a message.
             OverloadError: it is slow, and too many others are slow already.
             SlowRequestError: it doesn't arrive in time.
         """
@@ -130,6 +136,6 @@ class Messages:
             moment.cancel()
             self._free += has_place
         if data is grpc.aio.EOF:
-            raise InputError("the call ended without a message; send one")
+            return None
         message: bytes = data
         return message

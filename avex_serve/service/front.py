@@ -20,8 +20,8 @@ import asyncio
 import logging
 import math
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain
@@ -49,7 +49,8 @@ from avex_serve.errors import (
 )
 from avex_serve.inference.repository import Repository
 from avex_serve.scheduling.admission import Admission
-from avex_serve.scheduling.request import Limits, Memory, Request
+from avex_serve.scheduling.outlet import Pieces
+from avex_serve.scheduling.request import Limits, Memory, Request, current
 from avex_serve.service import bento
 from avex_serve.service.arrival import Body, Messages
 from avex_serve.service.credentials import Keys
@@ -73,6 +74,7 @@ QUIET: Final = HEALTH | {METRICS}
 OTHER: Final = "other"  # the route of requests that no route fits: they must not make series of metrics
 CONTROL: Final = "/v2/repository/"  # the start of paths whose POST needs no engine
 INFER: Final = f"/{SERVICE}/ModelInfer"
+STREAM: Final = f"/{SERVICE}/ModelStreamInfer"
 CONTROL_BYTES: Final = 2**16  # of a request without tensors, which is parsed on the event loop
 
 TIME_LIMIT: Final = "Request-Timeout"  # header: how many seconds the client waits
@@ -82,6 +84,7 @@ MAX_METADATA_BYTES: Final = 2**14  # their names and values
 # The details of a gRPC status are a header, percent-encoded, and clients accept 8 KiB of headers: they would report
 # longer ones as another error.
 MAX_DETAILS: Final = 1000  # characters
+LAST_SECONDS: Final = 1.0  # for the last word of an answer in pieces that has become too late
 MAX_DETAILS_BYTES: Final = 4000  # as sent
 
 
@@ -157,6 +160,10 @@ class Front:
     async def infer(self, work: Callable[[], Answer]) -> Answer:
         """Do the work of a request that needs an engine in a thread, as soon as there is a slot for it."""
         return await self.admission.run(work)
+
+    def stream(self, make: Callable[[], Pieces]) -> AsyncGenerator[list[bytes], None]:
+        """The same for an answer in pieces, each sent as soon as it is made; see `Admission.stream`."""
+        return self.admission.stream(make)
 
     async def load(self, name: str) -> None:
         """See `Repository.load`; ForbiddenError unless the setting allows it."""
@@ -377,7 +384,8 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         pairs = [(key, text) for key, text in metadata if isinstance(text, str)]
         # gRPC applies its limit on metadata only to clients that have confirmed it.
         fits = len(metadata) <= MAX_METADATA and sum(map(len, chain(*metadata))) <= MAX_METADATA_BYTES
-        call = self._behind(handler, details.method, dict(reversed(pairs)) if fits else None)
+        headers = dict(reversed(pairs)) if fits else None
+        call = (self._streaming if details.method == STREAM else self._behind)(handler, details.method, headers)
         if handler is None:
             return grpc.stream_unary_rpc_method_handler(call)
         if handler.response_streaming:
@@ -420,12 +428,7 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         messages: Any,
         context: grpc.aio.ServicerContext,
     ) -> Any:
-        if headers is None:
-            raise TooLargeError(
-                f"the metadata is too large; expected at most {MAX_METADATA} entries and {MAX_METADATA_BYTES} bytes"
-            )
-        request.limit_seconds(context.time_remaining())
-        self._front.admit(request, method, headers, infers=method == INFER)
+        self._admit(request, method, headers, context, infers=method == INFER)
         if handler is None:
             raise UnsupportedError(
                 f"there is no such method here; expected one that reflection lists, e.g. of {SERVICE}"
@@ -439,6 +442,88 @@ class GrpcFront(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         request.extend_body(len(data))
         answer = handler.unary_stream if handler.response_streaming else handler.unary_unary
         return await _in_time(answer(data, context), None if method in HEALTH else request.remaining)
+
+    def _admit(
+        self,
+        request: Request,
+        method: str,
+        headers: Mapping[str, str] | None,
+        context: grpc.aio.ServicerContext,
+        *,
+        infers: bool,
+    ) -> None:
+        """Refuse what can be refused before its message is read."""
+        if headers is None:
+            raise TooLargeError(
+                f"the metadata is too large; expected at most {MAX_METADATA} entries and {MAX_METADATA_BYTES} bytes"
+            )
+        request.limit_seconds(context.time_remaining())
+        self._front.admit(request, method, headers, infers=infers)
+
+    def _streaming(self, handler: Any, method: str, headers: Mapping[str, str] | None) -> Call:
+        """The call of a stream. Each of its messages is a request of its own, and they are answered in turn."""
+        route = method.removeprefix("/")
+
+        async def call(_: Any, context: grpc.aio.ServicerContext) -> None:
+            identity = {**(headers or {}), REQUEST_ID: request_id(headers or {})}
+            await context.send_initial_metadata(((REQUEST_ID, identity[REQUEST_ID]),))
+            data: bytes | None = None
+            while True:
+                refusal = None
+                exchange = Exchange("grpc", route, "", method, quiet=False)
+                with self._front.record(exchange, identity) as request:
+                    try:
+                        with self._front.running(quiet=False):
+                            # Once a message has arrived, the handler answers that there is no room for it.
+                            self._admit(request, method, headers, context, infers=data is None)
+                            if data is None:  # the first one arrives with the call
+                                data = await self._work.read(context.read)
+                            if data is not None:
+                                request.extend_body(len(data))
+                                answer = handler.stream_stream(data, context)
+                                exchange.status = await _in_time(answer, request.remaining)
+                        exchange.status = exchange.status or grpc.StatusCode.OK.name
+                    except (asyncio.CancelledError, grpc.aio.BaseError):
+                        exchange.status = grpc.StatusCode.CANCELLED.name
+                        raise
+                    except Exception as error:  # noqa: BLE001 - logged if it is unexpected
+                        refusal = grpc_refusal(error, route)
+                        exchange.status = refusal[0].name
+                if refusal is None and data is not None:
+                    data = None  # frees it while the next one is awaited
+                    try:
+                        data = await self._work.read(context.read)
+                    except AvexServeError as error:
+                        refusal = grpc_refusal(error, route)
+                if refusal is not None:
+                    await context.abort(*refusal)
+                if data is None:
+                    return
+
+        return call
+
+
+async def deliver(
+    pieces: AsyncGenerator[list[bytes], None], send: Callable[[list[bytes]], Awaitable[None]], route: str
+) -> AvexServeError | None:
+    """Send the pieces of an answer while they are made; returns the error if only a part of them could be.
+
+    Errors of the work, and a deadline that passes, are returned. That the client has gone, or that the service ends,
+    is raised.
+    """
+    async with aclosing(pieces):
+        try:
+            async for some in pieces:
+                await send(some)
+        except asyncio.CancelledError:
+            if current().remaining > 0:
+                raise
+            return _late()
+        except grpc.aio.BaseError:
+            raise
+        except Exception as error:  # noqa: BLE001 - `known` logs what is unexpected
+            return known(error, route)
+    return None
 
 
 async def _in_time(answer: Awaitable[Any], seconds: float | None) -> Any:

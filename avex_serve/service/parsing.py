@@ -24,6 +24,7 @@ _NOT_FINITE: Final = re.compile(rb"[\[,:\s]-?(NaN|Infinity)\b")
 
 MAX_MEMBERS: Final = 2**12  # names in a JSON document: each makes values that take many times its bytes
 MAX_PARAMETER: Final = 256  # bytes of a parameter, unless it is a text
+SEVERAL: Final = frozenset({"label"})  # options that may be sent more than once
 QUOTED: Final = 80  # characters of a client's value that an error message repeats
 
 # -- JSON and options -----------------------------------------------------------------------------------------------
@@ -115,29 +116,44 @@ def query(given: Mapping[str, object], names: Collection[str]) -> Query:
     for name in given:
         if name not in names:
             raise InputError(f"unknown option {name[:QUOTED]!r}; known: {', '.join(names)}")
-    return Query(**{name: value(name, text, _query_types()[name]) for name, text in given.items()})
+    listed = {name: _listed(text) for name, text in given.items() if name in SEVERAL and isinstance(text, str)}
+    return Query(**{name: value(name, each, _query_types()[name]) for name, each in {**given, **listed}.items()})
 
 
 def query_from_text(pairs: Iterable[tuple[str, str]], names: Collection[str]) -> Query:
     """The query that query parameters and form fields describe.
 
-    BentoML's client writes form fields as JSON (``null``, ``0.5``, ``"name"``), people write plain text. An empty
-    value and ``null`` stand for the default.
+    BentoML's client writes form fields as JSON (``null``, ``0.5``, ``"name"``, ``["a", "b"]``), people write plain
+    text. An empty value and ``null`` stand for the default.
 
     Raises:
         InputError: as of `query`, or an option that is given more than once.
     """
-    texts: dict[str, str] = {}
+    texts: dict[str, list[str]] = {}
     for name, text in pairs:
-        if name in texts:
+        if name in texts and name not in SEVERAL:
             raise InputError(f"{name[:QUOTED]} is given more than once; send it once")
-        texts[name] = text
-    return query({name: _unquoted(text) for name, text in texts.items() if text not in ("", "null")}, names)
+        texts.setdefault(name, []).append(text)
+    given: dict[str, object] = {}
+    for name, sent in texts.items():
+        if sent := [text for text in sent if text not in ("", "null")]:
+            given[name] = (
+                [each for text in sent for each in _listed(text)] if name in SEVERAL else _unquoted(sent[0])
+            )
+    return query(given, names)
 
 
 @cache
 def _query_types() -> dict[str, Any]:
     return get_type_hints(Query)
+
+
+def _listed(text: str) -> list[str]:
+    """The texts in a list of JSON, or the text itself."""
+    if text.startswith("["):
+        with suppress(msgspec.DecodeError):
+            return msgspec.json.decode(text, type=list[str])
+    return [_unquoted(text)]
 
 
 def _unquoted(text: str) -> str:

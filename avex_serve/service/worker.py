@@ -35,7 +35,7 @@ from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
-from avex_serve.inference.results import Classification, Embedding, Prediction, Predictions
+from avex_serve.inference.results import Classification, Embedding, MergeScore, Prediction, Predictions
 from avex_serve.scheduling.admission import Admission
 from avex_serve.scheduling.cores import threads_of_worker
 from avex_serve.scheduling.request import Limits, Memory
@@ -134,7 +134,11 @@ class AvexService:
         audio: Path,
         threshold: float | None = None,
         top_k: int | None = None,
+        label: list[str] | None = None,
+        merge: float | None = None,
+        merge_score: MergeScore = "max",
         overlap: float = 0.0,
+        hop: float | None = None,
         final_clip: FinalClip = "remainder",
         channel: Channel = "mix",
         probe: str | None = None,
@@ -147,7 +151,11 @@ class AvexService:
             version=version,
             threshold=threshold,
             top_k=top_k,
+            label=None if label is None else tuple(label),
+            merge=merge,
+            merge_score=merge_score,
             overlap=overlap,
+            hop=hop,
             final_clip=final_clip,
             channel=channel,
             probe=probe,
@@ -160,7 +168,11 @@ class AvexService:
         audio: Path,
         threshold: float | None = None,
         top_k: int | None = None,
+        label: list[str] | None = None,
+        merge: float | None = None,
+        merge_score: MergeScore = "max",
         overlap: float = 0.0,
+        hop: float | None = None,
         final_clip: FinalClip = "remainder",
         channel: Channel = "mix",
         model: str | None = None,
@@ -172,7 +184,11 @@ class AvexService:
             version=version,
             threshold=threshold,
             top_k=top_k,
+            label=None if label is None else tuple(label),
+            merge=merge,
+            merge_score=merge_score,
             overlap=overlap,
+            hop=hop,
             final_clip=final_clip,
             channel=channel,
         )
@@ -183,6 +199,7 @@ class AvexService:
         self,
         audio: Path,
         overlap: float = 0.0,
+        hop: float | None = None,
         final_clip: FinalClip = "remainder",
         channel: Channel = "mix",
         output: str | None = None,
@@ -191,7 +208,13 @@ class AvexService:
     ) -> Embedding:
         """The embeddings of a recording, one a window."""
         query = Query(
-            model=model, version=version, overlap=overlap, final_clip=final_clip, channel=channel, output=output
+            model=model,
+            version=version,
+            overlap=overlap,
+            hop=hop,
+            final_clip=final_clip,
+            channel=channel,
+            output=output,
         )
         return pipeline.embed(self.front.repository, partial(open_audio, audio), query)
 

@@ -94,7 +94,8 @@ def check_policy(page):
         "form-action": "'none'",
     }
     tags = {tag for tag, _, _ in page.elements}
-    assert not tags & {"script", "link", "iframe", "object", "form", "a", "svg"}
+    assert not tags & {"script", "link", "iframe", "object", "form", "svg"}
+    assert all(attributes["href"].startswith("http://127.0.0.1:8766/?file=") for attributes, _ in page.all("a"))
     for _, attributes, _ in page.elements:
         assert not {name for name in attributes if name.startswith("on") or name == "style"}
         assert attributes.get("src", "data:").startswith("data:")
@@ -230,7 +231,7 @@ def test_hostile_names_are_text(command, report, tmp_path):
     ("arguments", "message"),
     [
         (("--examples", "-1"), "--examples is -1"),
-        (("--label", "robbin"), "no probe has the labels 'robbin'"),
+        (("--label", "robbin"), "no probe has the label 'robbin'"),
         (("--output", "."), "is a folder"),
     ],
 )

@@ -123,7 +123,7 @@ def test_thresholds_and_labels_by_file(archive, bundles, command, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("label,threshold\nrobbin,0.5\n", "no probe has the labels 'robbin'"),
+        ("label,threshold\nrobbin,0.5\n", "no probe has the label 'robbin'"),
         ("robin;0.5\n", "row 1: robin;0.5; expected label,threshold"),
         ("robin,high\n", "expected label,threshold"),
         ("robin,nan\n", "expected a finite number"),
@@ -310,9 +310,9 @@ def test_a_probe_added_later_is_answered_from_stored_embeddings(
         (("{backbone}", "{archive}"), "has no probe, and no other bundle here reads its embeddings"),
         (("{plain}", "{head}", "{archive}"), "no other bundle here makes those that it reads"),
         (("{plain}", "{archive}", "--overlap", "0.1"), "overlap is 0.1 s"),
-        (("{plain}", "{archive}", "--hop", "0"), "overlap is 0.1 s"),
+        (("{plain}", "{archive}", "--hop", "0"), "hop is 0.0 s"),
         (("{plain}", "{archive}", "--threshold", "high"), "neither a number nor a file"),
-        (("{plain}", "{archive}", "--label", "owl"), "no probe has the labels 'owl'"),
+        (("{plain}", "{archive}", "--label", "owl"), "no probe has the label 'owl'"),
         (("{plain}", "{archive}", "--merge", "-1"), "the gap to merge is -1.0 s"),
         (("{plain}", "{archive}", "--top-k", "0"), "top_k is 0"),
     ],
@@ -492,14 +492,15 @@ def test_an_interruption_ends_cleanly(tmp_path, bundles, status, sent):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path, bundles, audio_bundle):
-    archive = make_archive(tmp_path / "archive", 200)
+@pytest.mark.parametrize(("kills", "recordings"), [(3, 40), pytest.param(20, 200, marks=pytest.mark.nightly)])
+def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path, bundles, kills, recordings):
+    archive = make_archive(tmp_path / "archive", recordings)
     options = ("--embeddings", "--format", "csv", "--format", "raven", "--format", "parquet")
     began = time.monotonic()
     assert finish(start(bundles["probes"], archive, tmp_path / "undisturbed", *options)) == 0
     lasted = time.monotonic() - began
     moments = random.Random(0)
-    for _ in range(20):
+    for _ in range(kills):
         process = start(bundles["probes"], archive, tmp_path / "killed", *options)
         time.sleep(moments.uniform(0, lasted))
         process.kill()

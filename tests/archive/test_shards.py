@@ -15,7 +15,7 @@ import yaml
 
 import avex_serve.cli
 from avex_serve.archive.shards import Shard
-from tests.archive.test_run import content, main_fails
+from tests.archive.test_run import content, main_fails, make_archive
 
 ROOT = Path(__file__).parents[2]
 FORMATS = ("csv", "ndjson", "parquet", "raven", "audacity", "birdnet", "kaleidoscope", "aoef", "camtrap-dp")
@@ -39,11 +39,12 @@ def run_shards(command, count, *arguments):
     return [command("run", *arguments, "--shard", f"{index}/{count}")[0] for index in range(1, count + 1)]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [1, 3, 8])
 def test_one_run_is_n_shards_merged(archive, bundles, command, tmp_path, count):
     arguments = (bundles["probes"], archive, "--embeddings", "--overlap", "0.03")
     assert command("run", *arguments, "--out", tmp_path / "whole", *EVERY_FORMAT)[0] == 1
-    codes = run_shards(command, count, *arguments, "--out", tmp_path / "parts", *EVERY_FORMAT)
+    formats = EVERY_FORMAT if count == 8 else ()  # more than there are recordings: some shards are empty
+    codes = run_shards(command, count, *arguments, "--out", tmp_path / "parts", *formats)
     assert sorted(codes) == [*[0] * (count - 1), 1], "one recording is broken, in one shard"
     code, lines = command("merge", tmp_path / "parts", "--out", tmp_path / "merged", *EVERY_FORMAT)
     assert (code, lines[-1]) == (1, f"{count} shards: 5 recordings done, 1 failed")
@@ -53,13 +54,9 @@ def test_one_run_is_n_shards_merged(archive, bundles, command, tmp_path, count):
 @pytest.mark.nightly
 @pytest.mark.parametrize("count", range(1, 9))
 def test_two_hundred_recordings_in_shards(bundles, command, tmp_path, count):
-    random = np.random.default_rng(1)
-    (tmp_path / "archive").mkdir()
-    for index in range(200):
-        samples = random.uniform(-1, 1, int(16000 * random.uniform(0.05, 0.6)))
-        soundfile.write(tmp_path / "archive" / f"{index:03}.wav", samples, 16000)
-    arguments = (bundles["probes"], tmp_path / "archive", *EVERY_FORMAT)
-    command("run", *arguments, "--out", tmp_path / "whole")
+    make_archive(tmp_path / "archive", 200)
+    arguments = (bundles["probes"], tmp_path / "archive")
+    command("run", *arguments, "--out", tmp_path / "whole", *EVERY_FORMAT)
     assert run_shards(command, count, *arguments, "--out", tmp_path / "parts") == [0] * count
     command("merge", tmp_path / "parts", "--out", tmp_path / "merged", *EVERY_FORMAT)
     assert content(tmp_path / "merged") == content(tmp_path / "whole")

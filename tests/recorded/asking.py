@@ -83,7 +83,7 @@ class Grpc:
         metadata: of the call.
         timeout: what the client tells of its patience, in seconds.
         kind: "call", "stream" for a call of several messages both ways, "watch" for the first answer of a stream,
-            "silent" for a call whose message never comes.
+            "parts" for all answers of one, "silent" for a call whose message never comes.
         keep: "code" if nothing else is kept, otherwise "text".
         situation, lossy: see `Http`.
     """
@@ -142,6 +142,11 @@ class Asked:
         messages = never if call.kind == "silent" else iter(() if call.data is None else (call.data,))
         arguments = {"timeout": call.timeout, "metadata": call.metadata}
         try:
+            if call.kind == "parts":
+                running = self._channel.stream_stream(f"/{method}")(messages, **arguments)
+                parts = [_message(method, each) for each in running]
+                words = [self._normalised(_cut(part, "error_message")) for part in parts if "error_message" in part]
+                return {"code": "OK", "metadata": _metadata(running), "answers": parts}, words or None
             if call.kind in ("watch", "stream"):
                 running = self._channel.stream_stream(f"/{method}")(messages, **arguments)
                 answer = next(running)
@@ -173,6 +178,12 @@ class Asked:
         text = self._normalised(body.decode())
         if text and response.getheader("content-type", "").startswith("application/json"):
             return _without_words(text)
+        if response.getheader("content-type", "").startswith("application/x-ndjson"):
+            lines = [json.loads(line) for line in text.splitlines()]
+            words = [line["error"] for line in lines if "error" in line]
+            for each in words:
+                text = _replaced(text, each)
+            return {"json": f"[{','.join(text.splitlines())}]"}, words or None
         if response.status >= 400 or "<html" in text:
             return {"body": text and WORDS}, text or None
         return {"body": text}, None
@@ -337,6 +348,8 @@ def _message(method, data):
         message = message_class("ModelMetadataResponse").FromString(data)
     assert not unknown, "the answer has fields that Triton's client doesn't know"
     document = MessageToDict(message, preserving_proto_field_name=True)
+    if name == "ModelStreamInfer":
+        document |= document.pop("infer_response", {})
     if name == "ServerMetadata":
         document["version"] = "VERSION"
     for parameters in (document, *document.get("outputs", [])):

@@ -42,7 +42,8 @@ def _parsed(record):
     record = _plain(record)
     if "json" in record:
         record["json"] = json.loads(record["json"])
-    for holder, name in ((record, "tensors"), (record.get("answer", {}), "raw_output_contents")):
+    answers = [record.get("answer", {}), *record.get("answers", [])]
+    for holder, name in ((record, "tensors"), *((answer, "raw_output_contents") for answer in answers)):
         if name in holder:
             holder[name] = [[kind, _tensor(kind, base64.b64decode(data))] for kind, data in holder[name]]
     return record

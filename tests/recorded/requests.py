@@ -135,6 +135,36 @@ METHODS = [
     ),
     *(post(path, WAV) for path in ("/predict?", "/predict;top_k=1", "/predict/submit", "/embed%0a", "/api/predict")),
 ]
+FORMS = [
+    *posts("/predict", WAV, *({"hop": each} for each in ("0.05", "0.1", "0", "-1", "0.2", "x", ""))),
+    *posts("/predict", WAV, {"hop": "0.05", "overlap": "0.05"}, {"hop": "0.05", "overlap": "0"}),
+    *posts(
+        "/predict", WAV, *({"label": each} for each in ("robin", '["robin", "chiffchaff"]', "wren", "[", "", "null"))
+    ),
+    *posts("/predict", WAV, [("label", "robin"), ("label", "chiffchaff"), ("top_k", "1")]),
+    *posts("/predict", WAV, *({"merge": each} for each in ("0", "1", "-1", "nan", "x", ""))),
+    *posts("/predict", WAV, *({"merge": "0", "merge_score": each} for each in ("max", "mean", "median", ""))),
+    *posts("/predict_all", WAV, {"hop": "0.05", "merge": "0", "label": "robin"}),
+    *posts("/embed", WAV, {"hop": "0.05"}, {"merge": "0"}),
+    *posts(
+        "/predict",
+        WAV,
+        *({"format": each} for each in ("json", "stream", "audacity", "raven", "", "xlsx", "camtrap-dp")),
+    ),
+    *posts(
+        "/predict", WAV, *({"format": "birdnet", "top_k": "1", **each} for each in ({}, {"file": "/season/a,b.wav"}))
+    ),
+    *posts("/predict", WAV, {"format": "kaleidoscope", "file": "a.wav", "top_k": "1"}),
+    *posts("/predict", WAV, {"format": "raven", "timezone": "Mars"}, [("format", "raven"), ("format", "csv")]),
+    *posts(
+        "/predict", WAV, {"format": "stream", "merge": "0", "hop": "0.05"}, {"format": "stream", "threshold": "2"}
+    ),
+    post("/predict?format=stream", b"nothing", note="no audio"),
+    post("/predict?top_k=1", WAV, headers=(("Accept", "application/x-ndjson"),), note="Accept"),
+    post("/predict?top_k=1", WAV, headers=(("Accept", "text/tab-separated-values"),), note="Accept a table"),
+    post("/predict?top_k=1", WAV, headers=(("Accept", "text/html"),), note="Accept a page"),
+    post("/predict_all?format=stream", WAV),
+]
 OPTIONS = [
     *({"threshold": each} for each in ("0.5", "0", "-1", "1", "1e-1", " 0.5 ", "+.5", '"0.5"', "", "null")),
     *({"threshold": each} for each in ("abc", "nan", "inf", "-inf", "[1]", "true", "0,5", '"', '""', "1e400")),
@@ -157,6 +187,7 @@ OPTIONS = [
 PREDICT = [
     post("/predict", WAV),
     *posts("/predict", WAV, *OPTIONS),
+    *FORMS,
     post("/predict?top_k=1&top%5Fk=2", WAV),
     post("/predict?top_k", WAV),
     post("/predict?probe=%FF", WAV),
@@ -518,8 +549,29 @@ METHODS_OF_GRPC = [
     *(Grpc(name, None, "without a message") for name in ("ServerLive", "ModelInfer", f"{HEALTH}/Check", "Nothing")),
     *(rpc(name) for name in REFUSED),
     Grpc("ModelStatistics", b"\xff", "no message"),
-    Grpc("ModelStreamInfer", note="as a stream", kind="stream"),
-    Grpc("ModelStreamInfer", note="as a call"),
+    Grpc("ModelStreamInfer", None, "without a message", kind="parts"),
+    Grpc("ModelStreamInfer", note="no model", kind="parts"),
+    Grpc("ModelStreamInfer", b"\xff\xff\xff", "no message", kind="parts"),
+    *(
+        Grpc("ModelStreamInfer", dumped(infer_message(*inputs, id="7", **fields)), note, kind="parts")
+        for note, inputs, fields in (
+            ("FP32", [message_tensor(TWO)], {}),
+            ("recordings", [message_recordings(WAV, encoded(0.1))], {"outputs": ["scores"]}),
+            ("hop", [message_recordings(WAV)], {"outputs": ["scores"], "parameters": {"hop": 0.05}}),
+            ("detections", [message_recordings(WAV)], {"outputs": ["detections"], "parameters": {"top_k": 1}}),
+            ("merged", [message_recordings(WAV)], {"outputs": ["detections"], "parameters": {"merge": 0.0}}),
+            ("no audio", [message_recordings(b"nothing")], {}),
+            ("another model", [message_recordings(WAV)], {"model": "other"}),
+        )
+    ),
+    model_infer(
+        message_recordings(WAV, WAV),
+        note="detections",
+        outputs=["detections"],
+        parameters={"top_k": 1, "label": '["robin", "chiffchaff"]', "merge": 0},
+    ),
+    model_infer(message_recordings(WAV), note="unknown label", outputs=["detections"], parameters={"label": "wren"}),
+    model_infer(message_tensor(ONE), note="detections of windows", outputs=["detections"]),
     *(rpc(name) for name in ("Nothing", "modelinfer", "inference.Nothing/ModelInfer", "/ModelInfer", "x/y/z")),
     rpc("RepositoryIndex", "ready", message("RepositoryIndex", ready=True)),
     rpc("RepositoryIndex", "of a repository", message("RepositoryIndex", repository_name="x")),
@@ -938,6 +990,7 @@ SLEEPY = silence(3)
 LIMITS = [
     get("/"),
     post("/predict?model=tiny&top_k=1", WAV),
+    post("/predict?model=slow&top_k=1", WAV),  # so that its series are there, whatever becomes of the others
     post("/predict?model=tiny&top_k=1", WAV + bytes(MAX_BODY - len(WAV)), note="of the limit"),
     *(too_long("POST", path) for path in ("/predict", "/embed", "/classify", INFER, "/nothing", "/predict/")),
     *(too_long(*each) for each in (("PUT", "/predict"), ("GET", "/livez"), ("GET", "/metrics"), ("GET", "/v2"))),

@@ -6,6 +6,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score
 
 from avex_serve.annotations.reviews import Review
+from avex_serve.calibration.density import call_density
 from avex_serve.calibration.fit import calibrate
 from avex_serve.review.pool import Pool, Sound
 from avex_serve.review.progress import agreement, count_labels, describe_label, reliability
@@ -105,3 +106,18 @@ def test_too_few_decisions_say_how_many_are_missing(season):
     assert describe_label(pool, "sigmoid", "robin", [review(0, "present")], 0.9)["reason"] == "no decisions yet"
     nothing = describe_label(pool, "sigmoid", "wren", [review(0, "unsure")], 0.9)
     assert (nothing["bins"], nothing["reason"]) == ([], "no decisions about windows with a score yet")
+
+
+def test_the_density_is_that_of_the_command(season):
+    pool, scores, present = season
+    drawn = np.random.default_rng(3).permutation(400)[:60]
+    found = describe_label(
+        pool, "sigmoid", "wren", [review(i, "present" if present[i] else "absent") for i in drawn], 0.9
+    )
+    decisions = np.full(400, -1)
+    decisions[drawn] = present[drawn]
+    expected = call_density(scores, decisions).all
+    assert list(found["density"].values()) == list(expected[:3])
+    assert found["density"]["low"] <= present.mean() <= found["density"]["high"]
+    few = describe_label(pool, "sigmoid", "wren", [review(0, "present")], 0.9)
+    assert few["density"] is None

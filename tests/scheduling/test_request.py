@@ -146,9 +146,9 @@ def test_windows_are_counted_where_the_header_does_not_say(audio_bundle):
 @pytest.mark.parametrize(
     ("ask", "size"),
     [
-        (lambda engine, wave: engine.predict(wave, SAMPLE_RATE, threshold=0.0), 30 * (3 * 16 + 3 * 512)),
-        (lambda engine, wave: engine.predict(wave, SAMPLE_RATE, top_k=2), 30 * (3 * 16 + 2 * 512)),
-        (lambda engine, wave: engine.predict_all(wave, SAMPLE_RATE, threshold=1.0), 30 * 3 * 16),
+        (lambda engine, wave: engine.predict(wave, SAMPLE_RATE, threshold=0.0), 30 * 3 * 512),
+        (lambda engine, wave: engine.predict(wave, SAMPLE_RATE, top_k=2), 30 * 2 * 512),
+        (lambda engine, wave: engine.predict_all(wave, SAMPLE_RATE, threshold=0.0), 30 * 3 * 512),
         (lambda engine, wave: engine.embed(wave, SAMPLE_RATE), 30 * DIM * 16),
         (lambda engine, wave: pipeline.embed(engine, lambda channel: in_memory(wave), Query()), 30 * DIM * 96),
         (lambda engine, wave: engine.infer(wave.reshape(30, WINDOW)), 30 * (DIM + 3) * 16),

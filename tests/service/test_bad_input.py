@@ -66,7 +66,7 @@ BAD_OPTIONS = [
     (
         {"topk": "1"},
         400,
-        "unknown option 'topk'; known: threshold, top_k, model, version, overlap, final_clip, channel, probe",
+        "unknown option 'topk'; known: threshold, top_k, label,",
     ),
 ]
 

@@ -3,7 +3,8 @@
  *
  * In: {place, channel} opens a recording; then {id, start, end, columns, size} asks for columns. A new question ends
  * the work on the one before. Out: {id, first, levels} with the next columns, as bytes: 0 is FLOOR, 255 is 0 dB
- * relative to a sine at full scale; at the end {id, done}, or {id, error}.
+ * relative to a sine at full scale. After the last column {id, done}, where `done` says whether the picture is
+ * complete: a long stretch is computed roughly first, and then once more. Or {id, error}.
  */
 
 import { openBytes } from "./bytes.js";
@@ -14,6 +15,7 @@ import { openWav } from "./wav.js";
 const PIECE = 32; // columns that are computed between two answers
 const MOST_FRAMES = 32; // of a column; of longer columns, stretches at equal distances are computed
 const RUNS = 4; // such stretches
+const ROUGH = 2 ** 22; // samples that are transformed for a rough picture
 const MOST_SAMPLES = 2 ** 21; // that are read at once
 
 /** @type {Promise<import("./wav.js").Sound | null>} */
@@ -42,15 +44,20 @@ async function answer({ id, start, end, columns, size }) {
     spectrum = new Spectrum(size);
   }
   const hop = ((end - start) * opened.sampleRate) / columns; // samples
-  for (let first = 0; first < columns; first += PIECE) {
-    const count = Math.min(PIECE, columns - first);
-    const levels = await compute(opened, spectrum, start * opened.sampleRate + first * hop, hop, count);
-    if (id !== newest) {
-      return;
+  const whole = Math.min(MOST_FRAMES, Math.max(1, Math.round(hop / size)));
+  const rough = Math.min(whole, Math.max(1, Math.floor(ROUGH / columns / size)));
+  for (const frames of new Set([rough, whole])) {
+    for (let first = 0; first < columns; first += PIECE) {
+      const count = Math.min(PIECE, columns - first);
+      const left = start * opened.sampleRate + first * hop;
+      const levels = await compute(opened, spectrum, left, hop, count, frames);
+      if (id !== newest) {
+        return;
+      }
+      self.postMessage({ id, first, levels }, { transfer: [levels.buffer] });
     }
-    self.postMessage({ id, first, levels }, { transfer: [levels.buffer] });
+    self.postMessage({ id, done: frames === whole });
   }
-  self.postMessage({ id, done: true });
 }
 
 /**
@@ -59,9 +66,10 @@ async function answer({ id, start, end, columns, size }) {
  * @param {number} from sample at the left edge of the first column
  * @param {number} hop samples from column to column
  * @param {number} count columns
+ * @param {number} frames of a column
  * @returns {Promise<Uint8Array>} column by column, from 0 Hz up
  */
-async function compute(opened, transform, from, hop, count) {
+async function compute(opened, transform, from, hop, count, frames) {
   const { size, bins } = transform;
   const levels = new Uint8Array(count * bins);
   const powers = new Float32Array(bins);
@@ -71,7 +79,6 @@ async function compute(opened, transform, from, hop, count) {
   for (let column = 0; column < count; column += 1) {
     powers.fill(0);
     const middle = from + (column + 0.5) * hop;
-    const frames = Math.min(MOST_FRAMES, Math.max(1, Math.round(hop / size)));
     const left = middle - Math.max(hop, size) / 2;
     if (all !== null) {
       const step = frames > 1 ? (hop - size) / (frames - 1) : 0;
@@ -79,8 +86,9 @@ async function compute(opened, transform, from, hop, count) {
         transform.keepLargest(all, Math.round(left + frame * step) - begin, powers);
       }
     } else {
-      const run = MOST_FRAMES / RUNS;
-      const starts = Array.from({ length: RUNS }, (_, i) => Math.round(left + (i * hop) / RUNS));
+      const runs = Math.min(RUNS, frames);
+      const run = Math.ceil(frames / runs);
+      const starts = Array.from({ length: runs }, (_, i) => Math.round(left + (i * hop) / runs));
       for (const wave of await Promise.all(starts.map((each) => opened.read(each, run * size)))) {
         for (let frame = 0; frame < run; frame += 1) {
           transform.keepLargest(wave, frame * size, powers);

@@ -22,7 +22,7 @@ import { clock, say } from "./strings.js";
  */
 
 /** @typedef {{start: number, end: number, low: number, high: number}} View seconds and Hz */
-/** @typedef {{start: number, end: number, columns: number, bins: number, levels: Uint8Array}} Columns */
+/** @typedef {{start: number, end: number, columns: number, bins: number, levels: Uint8Array, complete: boolean}} Columns */
 
 const LEFT = 46; // CSS pixels of the axis of frequencies
 const BOTTOM = 20; // and of that of time
@@ -262,13 +262,19 @@ export class Spectrogram extends EventTarget {
     const useful = Math.ceil(((end - start) * this.sampleRate * FINEST) / size);
     const columns = Math.max(1, Math.min(pixels, useful));
     const bins = size / 2 + 1;
-    for (const each of [this.drawn, this.coming]) {
-      if (each !== null && each.start === start && each.end === end && each.columns === columns && each.bins === bins) {
-        return;
-      }
+    const fits = (/** @type {Columns | null} */ each) =>
+      each !== null && each.start === start && each.end === end && each.columns === columns && each.bins === bins;
+    if (fits(this.coming)) {
+      return;
     }
     this.question += 1;
-    this.coming = { id: this.question, start, end, columns, bins, levels: new Uint8Array(columns * bins) };
+    if (this.drawn?.complete && fits(this.drawn)) {
+      this.coming = null;
+      this.container.setAttribute("aria-busy", "false");
+      return;
+    }
+    const levels = new Uint8Array(columns * bins);
+    this.coming = { id: this.question, start, end, columns, bins, levels, complete: false };
     this.container.setAttribute("aria-busy", "true");
     this.worker.postMessage({ id: this.question, start, end, columns, size });
   }
@@ -282,14 +288,17 @@ export class Spectrogram extends EventTarget {
       this.coming.levels.set(data.levels, data.first * this.coming.bins);
       return;
     }
-    this.container.setAttribute("aria-busy", "false");
+    this.container.setAttribute("aria-busy", String(data.done === false));
     if ("error" in data) {
       this.coming = null;
       this.dispatchEvent(new CustomEvent("failed", { detail: say("spectrogram.failed", { reason: data.error }) }));
       return;
     }
     this.drawn = this.coming;
-    this.coming = null;
+    this.drawn.complete = data.done;
+    if (data.done) {
+      this.coming = null;
+    }
     this.draw();
     this.dispatchEvent(new Event("drawn"));
   }

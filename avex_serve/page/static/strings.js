@@ -186,6 +186,8 @@ const STRINGS = {
   "review.chart": "Share of windows with the sound by score: {bins} bins of reviewed windows with their intervals, and the fitted curve",
   "review.chart.score": "score; share that is right",
   "review.threshold": "Precision {precision} from a score of {score} on (95 %: {low} to {high}).",
+  "review.density":
+    "In {share} % of all windows (95 %: {low} to {high} %), if the reviewed windows were drawn at random (“any”).",
   "review.agreement": "Agreement",
   "review.kappa": "{one} and {other}: κ {kappa}, {agreeing} of {windows} alike",
   "review.alone": "No window has decisions of two annotators yet.",

@@ -1,6 +1,7 @@
 """The Open Inference Protocol over gRPC, and the server, on the event loop of a BentoML worker."""
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,10 +17,11 @@ from grpc._cython import cygrpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 
 from avex_serve.errors import InputError, TensorError, TooLargeError, UnsupportedError
+from avex_serve.scheduling.outlet import Pieces
 from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
 from avex_serve.service.credentials import server_credentials
-from avex_serve.service.front import OTHER, Call, Front, GrpcFront
+from avex_serve.service.front import LAST_SECONDS, MAX_DETAILS, OTHER, STREAM, Call, Front, GrpcFront, deliver
 from avex_serve.service.grpc.health import Health
 from avex_serve.service.grpc.messages import MAX_PARTS, SERVICE, message, message_class, split
 from avex_serve.service.grpc.reflection import REFLECTION, Reflection
@@ -179,7 +181,7 @@ class _Methods:
             for name, method in methods.items()
         }
         handlers["ModelInfer"] = _handler("ModelInfer", self._infer)
-        handlers["ModelStreamInfer"] = grpc.stream_unary_rpc_method_handler(_refused(protocol.NO_STREAM))
+        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream_infer)
         for name, reason in protocol.REFUSED_METHODS.items():
             handlers[name] = grpc.unary_unary_rpc_method_handler(_refused(reason))
         return handlers
@@ -228,21 +230,59 @@ class _Methods:
         return response
 
     def _infer_now(self, data: bytes) -> Any:
-        rest, raw = split(data)
-        request: Any = message(message_class("ModelInferRequest"), rest)
+        request, raw = _request(data)
         with self._model(request.model_name, request.model_version) as model:
             answer = model.infer(_parse(request, raw))
-        response: Any = message_class("ModelInferResponse")(
-            model_name=model.name, model_version=model.version, id=request.id
-        )
-        _set_parameters(response, answer.parameters)
-        for name, tensor in answer.outputs.items():
-            response.outputs.add(name=name, datatype=tensor.datatype, shape=tensor.array.shape)
-            response.raw_output_contents.append(protocol.to_raw(tensor))
+        response = message_class("ModelInferResponse")()
+        _fill(response, model, request.id, answer)
         return response
+
+    async def _stream_infer(self, data: bytes, context: grpc.aio.ServicerContext) -> str:
+        """Answer one request of a stream, with an error too; returns the status."""
+        begun = False
+
+        async def send(responses: list[bytes]) -> None:
+            nonlocal begun
+            for response in responses:
+                await context.write(response)
+                begun = True
+
+        if (error := await deliver(self._front.stream(partial(self._parts, data)), send, STREAM)) is None:
+            return str(grpc.StatusCode.OK.name)
+        text = f"{error}; the responses so far are a part of the answer" if begun else str(error)
+        failure: Any = message_class("ModelStreamInferResponse")(error_message=text[:MAX_DETAILS])
+        with contextlib.suppress(InputError):  # of a message that is none
+            failure.infer_response.id = _request(data)[0].id
+        _set_parameters(failure.infer_response, {protocol.FINAL: True})
+        async with asyncio.timeout(LAST_SECONDS):  # a client that doesn't read must not keep the request
+            await context.write(failure.SerializeToString())
+        return error.grpc_status
+
+    def _parts(self, data: bytes) -> Pieces:
+        request, raw = _request(data)
+        with self._model(request.model_name, request.model_version) as model:
+            for answer in model.stream(_parse(request, raw)):
+                response: Any = message_class("ModelStreamInferResponse")()
+                _fill(response.infer_response, model, request.id, answer)
+                yield response.SerializeToString()
 
     def _model(self, name: str, version: str) -> AbstractContextManager[protocol.Model]:
         return protocol.leased_model(self._repository, name, version)
+
+
+def _request(data: bytes) -> tuple[Any, list[memoryview]]:
+    """A ModelInferRequest, and its raw contents."""
+    rest, raw = split(data)
+    return message(message_class("ModelInferRequest"), rest), raw
+
+
+def _fill(response: Any, model: protocol.Model, identity: str, answer: protocol.InferAnswer) -> None:
+    """Make the answer to the request of that id a ModelInferResponse."""
+    response.model_name, response.model_version, response.id = model.name, model.version, identity
+    _set_parameters(response, answer.parameters)
+    for name, tensor in answer.outputs.items():
+        response.outputs.add(name=name, datatype=tensor.datatype, shape=tensor.array.shape)
+        response.raw_output_contents.append(protocol.to_raw(tensor))
 
 
 def _parse(request: Any, raw: Sequence[memoryview]) -> protocol.InferRequest:

@@ -36,7 +36,7 @@ from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.service import parsing
 from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Found, Front
-from avex_serve.service.http import openapi, page, pages
+from avex_serve.service.http import forms, openapi, page, pages
 from avex_serve.service.oip import json, protocol
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Routes:
         """What answers the request."""
         name, route, child, match = self._match(scope)
         if match is Match.FULL and route is not None:
-            public = page.is_public(self._front(), route.path, scope)
+            public = scope["method"] != "POST" and page.is_public(self._front(), route.path, scope)
             scope.update(child)
             return Found(name, route.handle, public)
         if route is not None:
@@ -161,15 +161,19 @@ MAX_FIELDS: Final = 16  # of a form, besides the file; there are fewer options
 MAX_FIELD_BYTES: Final = 2**16
 
 
-async def _read_recording(request: Request, options: Collection[str]) -> tuple[bytes, Query]:
-    """The encoded recording, and the query that the URL's query and form fields describe.
+class _Sent(NamedTuple):
+    """What a request about a recording carries."""
 
-    Args:
-        request: the request.
-        options: the options that it may have.
+    audio: bytes  # encoded
+    options: list[tuple[str, str]]  # of the URL's query and of the form
+    file: str | None = None  # the recording's name in a form
+
+
+async def _read_recording(request: Request) -> _Sent:
+    """The recording and the options of a request.
 
     Raises:
-        InputError: a malformed form, or options that are unknown or of another type.
+        InputError: a malformed form.
         StorageError: a large file has no room on disk.
     """
     pairs = request.query_params.multi_items()
@@ -177,7 +181,8 @@ async def _read_recording(request: Request, options: Collection[str]) -> tuple[b
         body = await _read_body(request)
         if _content_type(request) == "application/x-www-form-urlencoded":
             _check_urlencoded(body)
-        return body, parsing.query_from_text(pairs, options)
+        return _Sent(body, pairs)
+    file: str | None = None
     audio: bytes | None = None
     _refuse_encoding(request)
     try:
@@ -188,7 +193,7 @@ async def _read_recording(request: Request, options: Collection[str]) -> tuple[b
                 elif isinstance(field, str):
                     raise InputError(f"the form's {AUDIO_FIELD!r} has no file name, so it is no file; {SEND_FILE}")
                 elif name == AUDIO_FIELD and isinstance(field, UploadFile) and audio is None:
-                    audio = await field.read()
+                    audio, file = await field.read(), field.filename
                 else:
                     raise InputError(
                         f"form field {name[: parsing.QUOTED]!r}: expected one file {AUDIO_FIELD!r} and options as "
@@ -201,7 +206,7 @@ async def _read_recording(request: Request, options: Collection[str]) -> tuple[b
         raise StorageError("the service has no room on disk for a form; send the recording as the body") from None
     if audio is None:
         raise InputError(f"the multipart body holds no whole file {AUDIO_FIELD!r}; {SEND_FILE}")
-    return audio, parsing.query_from_text(pairs, options)
+    return _Sent(audio, pairs, file)
 
 
 def _content_type(request: Request) -> str:
@@ -266,11 +271,29 @@ Question = Callable[[Repository, pipeline.Audio, Query], object]
 
 
 async def _ask(question: Question, options: Collection[str], front: Front, request: Request) -> Response:
-    audio, query = await _read_recording(request, options)
+    sent = await _read_recording(request)
+    query = parsing.query_from_text(sent.options, options)
+    return await _send_document(question, front, _opening(sent), query)
 
+
+async def _predict(front: Front, request: Request) -> Response:
+    sent = await _read_recording(request)
+    form, options = forms.choose(sent.options, request.headers.get("accept", ""), sent.file)
+    query = parsing.query_from_text(options, openapi.PREDICT)
+    if form.format == forms.DOCUMENT:
+        return await _send_document(pipeline.predict, front, _opening(sent), query)
+    if form.format == forms.LINES:
+        return await forms.send_lines(front, pages.PREDICT, _opening(sent), query)
+    return await forms.send_table(front, form, sent.audio, _opening(sent), query)
+
+
+def _opening(sent: _Sent) -> pipeline.Audio:
+    return partial(parsing.open_recording, data=sent.audio, remedy=SEND_BODY)
+
+
+async def _send_document(question: Question, front: Front, recording: pipeline.Audio, query: Query) -> Response:
     def answer() -> bytes:
         # Encoded in the thread as well: the embeddings of a long recording take seconds.
-        recording = partial(parsing.open_recording, data=audio, remedy=SEND_BODY)
         return msgspec.json.encode(question(front.repository, recording, query))
 
     return Response(await front.infer(answer), media_type="application/json")
@@ -288,8 +311,9 @@ async def _classify(front: Front, request: Request) -> Response:
 
 
 async def _wav(_: Front, request: Request) -> Response:
-    audio, query = await _read_recording(request, openapi.WAV)
-    pieces = iterate_in_threadpool(page.decode(audio, query.channel, SEND_BODY))
+    sent = await _read_recording(request)
+    query = parsing.query_from_text(sent.options, openapi.WAV)
+    pieces = iterate_in_threadpool(page.decode(sent.audio, query.channel, SEND_BODY))
     first = await anext(pieces)  # by then, what can be wrong with the recording's header is known
 
     async def all_pieces() -> AsyncIterator[bytes]:
@@ -420,7 +444,7 @@ def _models(path: str, *names: str) -> list[Endpoint]:
 REPOSITORY: Final = "/v2/repository/models/{name}"
 ENDPOINTS: Final = (
     _get("/", pages.home, openapi.home()),
-    _recordings(pages.PREDICT, pipeline.predict, openapi.PREDICT, "Name the sounds in a recording", "Prediction"),
+    _post(pages.PREDICT, _predict, openapi.predict()),
     _recordings(
         "/predict_all",
         pipeline.predict_all,

@@ -13,7 +13,16 @@ from avex_serve import __version__
 from avex_serve.annotations.formats import FORMATS
 from avex_serve.audio.windows import FinalClip
 from avex_serve.inference.pipeline import Query
-from avex_serve.inference.results import Classification, Detection, Embedding, LabelScore, Prediction, Predictions
+from avex_serve.inference.results import (
+    Classification,
+    Detection,
+    Embedding,
+    LabelScore,
+    MergeScore,
+    Prediction,
+    Predictions,
+)
+from avex_serve.service.http import forms
 
 Schema = dict[str, Any]
 Options = Mapping[str, tuple[str, Schema]]  # name: description and schema
@@ -35,6 +44,8 @@ _BINARY: Final[Schema] = {"type": "string", "contentMediaType": "application/oct
 _NUMBER: Final[Schema] = {"anyOf": [{"type": "number"}, {"enum": ["", "null"]}]}
 _COUNT: Final[Schema] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["", "null"]}]}
 _FINAL_CLIP: Final[Schema] = {"enum": [*get_args(FinalClip), "", "null"]}
+_LABELS: Final[Schema] = {"type": "array", "items": _STRING}
+_MERGE_SCORE: Final[Schema] = {"enum": [*get_args(MergeScore), "", "null"]}
 _CHANNEL: Final[Schema] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["mix", "", "null"]}]}
 
 # Options of the routes that take a recording.
@@ -42,17 +53,27 @@ _RECORDING: Final[Options] = {
     "model": ("which model to ask; needed if several are served", _STRING),
     "version": ("of the model; by default its newest one", _STRING),
     "overlap": ("seconds that neighbouring windows share; less than a window", _NUMBER),
+    "hop": ("seconds from the start of a window to the start of the next, in place of overlap", _NUMBER),
     "final_clip": ("what happens to the end of the recording that is shorter than a window", _FINAL_CLIP),
     "channel": ("which channel to process, from 1; by default mix, the mean of all", _CHANNEL),
 }
 PREDICT_ALL: Final[Options] = {
     "threshold": ("lowest score to report; 0.5 unless top_k is given", _NUMBER),
     "top_k": ("report at most this many labels a window", _COUNT),
+    "label": ("report this label; send it several times for several", _LABELS),
+    "merge": ("join windows of a label that are at most this many seconds apart", _NUMBER),
+    "merge_score": ("of joined windows; by default max", _MERGE_SCORE),
     **_RECORDING,
 }
 PREDICT: Final[Options] = {
     **PREDICT_ALL,
     "probe": ("which head of the bundle to ask; by default its first one", _STRING),
+    "format": (
+        "of the answer: json, lines of JSON while it is made (stream), or a table; by default as Accept says",
+        {"enum": [*forms.NAMES, "", "null"]},
+    ),
+    "file": ("name or path of the recording, for tables; by default the file's name in the form", _STRING),
+    "timezone": ("for tables: of a time without one, such as Australia/Brisbane or +10:00", _STRING),
 }
 EMBED: Final[Options] = {
     **_RECORDING,
@@ -120,7 +141,10 @@ def _documents() -> dict[str, Schema]:
         kw_only=True,
         namespace={"__doc__": Embedding.__doc__},
     )
-    kinds = (Prediction, Detection, Predictions, embedding, Classification, LabelScore, ClassifyRequest)
+    kinds = (
+        *(Prediction, Detection, Predictions, embedding, Classification, LabelScore, ClassifyRequest),
+        *forms.EVENTS,
+    )
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for kind in kinds:
         schema = schemas[kind.__name__]
@@ -168,8 +192,32 @@ def recording(summary: str, options: Options, answer: str) -> Schema:
     return {
         **_operation(summary, _json(_component(answer)), parameters, {"required": True, "content": content}),
         "description": "The recording (WAV, FLAC, OGG, MP3) is the body, whatever its type, or a file of a form. "
-        "Options may be in the query or in the form; send each once.",
+        "Options may be in the query or in the form; send each once, but for label.",
     }
+
+
+def predict() -> Schema:
+    """The question about a recording whose answer has several forms."""
+    operation = recording("Name the sounds in a recording", PREDICT, "Prediction")
+    line = {"oneOf": [_component(each.__name__) for each in forms.EVENTS]}
+    tables: Schema = {str(each.media_type): {"schema": _STRING} for each in forms.TABLES.values()}
+    # That of aoef is JSON, and that of ndjson lines of another kind.
+    operation["responses"]["200"]["content"] |= {
+        **tables,
+        **_json(_component("Prediction")),
+        forms.LINES_TYPE: {"schema": line},
+    }
+    operation["responses"]["200"]["headers"] = {
+        forms.WARNINGS: {
+            "description": "of a table: reasons to doubt it, as a JSON list of sentences",
+            "schema": _STRING,
+        }
+    }
+    operation["description"] += (
+        " The option format, or else Accept, says whether the answer is a document, a line of JSON for each window "
+        "while it is made (the last line says whether that is all), or a table."
+    )
+    return operation
 
 
 def classify() -> Schema:
@@ -302,7 +350,8 @@ def _object(required: Schema, optional: Schema | None = None) -> Schema:
 
 
 _TEXT: Final[Schema] = {"text/plain": {"schema": _STRING}}
-_NUMBERS: Final[Schema] = _list({"type": "number"})
+_FINITE: Final[Schema] = {"type": "number"}
+_NUMBERS: Final[Schema] = _list(_FINITE)
 _STRINGS: Final[Schema] = _list(_STRING)
 _SHAPE: Final[Schema] = _list({"type": "integer"})
 _TENSORS: Final[Schema] = _list(_object({"name": _STRING, "datatype": _STRING, "shape": _SHAPE}))
@@ -317,7 +366,10 @@ _INPUT: Final[Schema] = _object(
     },
 )
 _OUTPUT: Final[Schema] = _object(
-    {"name": _STRING},
+    {"name": {
+        **_STRING,
+        "description": "of the metadata, or detections: of recordings, a JSON object for each sound found",
+    }},
     {"parameters": _object({}, {
         "classification": {
             "type": "integer", "minimum": 0,
@@ -328,16 +380,18 @@ _OUTPUT: Final[Schema] = _object(
 )  # fmt: skip
 _REQUEST_PARAMETERS: Final[Schema] = {
     **_object({}, {
-        "overlap": {"type": "number", "description": _RECORDING["overlap"][0]},
-        "final_clip": {"enum": list(get_args(FinalClip)), "description": _RECORDING["final_clip"][0]},
-        "channel": {
-            "anyOf": [{"type": "integer", "minimum": 1}, {"const": "mix"}],
-            "description": _RECORDING["channel"][0],
-        },
-        "probe": {**_STRING, "description": "a head of the bundle; the answer has all of them"},
+        **{name: {**schema, "description": PREDICT[name][0]} for name, schema in {
+            "overlap": _FINITE, "hop": _FINITE, "final_clip": {"enum": list(get_args(FinalClip))},
+            "channel": {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "mix"}]},
+            "threshold": _FINITE, "top_k": {"type": "integer", "minimum": 1}, "merge": _FINITE,
+            "merge_score": {"enum": list(get_args(MergeScore))},
+        }.items()},
+        "label": {**_STRING, "description": "report this label in detections, or those of a list in JSON"},
+        "probe": {**_STRING, "description": "a head of the bundle: that of detections; other outputs are of all"},
         "binary_data_output": _BOOLEAN,
     }),
-    "description": "for recordings (BYTES); unknown ones are ignored, with a warning in the answer",
+    "description": "overlap, hop, final_clip and channel are for recordings (BYTES), and threshold, top_k, label, "
+    "merge and merge_score for the output detections; unknown ones are ignored, with a warning in the answer",
 }  # fmt: skip
 _SECONDS: Final[Schema] = {"type": "number", "description": "seconds"}
 _OPTIONAL_AUDIO: Final[Schema] = {
@@ -375,8 +429,8 @@ _PROTOCOL: Final[dict[str, Schema]] = {
         {"parameters": {
             **_ANY,
             "description": "trained; request_parameters (a JSON list: what a request may have); for audio "
-            "recordings (how to send them), sample_rate (Hz), channels, window_seconds and window_samples; for "
-            "each probe labels (a JSON list in the order of its scores) and score_scale, or NAME.labels and "
+            "recordings and detections (how to send and ask for them), sample_rate (Hz), channels, window_seconds "
+            "and window_samples; for each probe labels (a JSON list in the order of its scores) and score_scale, or NAME.labels and "
             "NAME.score_scale if there are several",
         }},
     ),

@@ -19,9 +19,18 @@ follow one another, and these response parameters tell them apart:
                ``"[[0.0, 5.0], [5.0, 10.0], [10.0, 11.2], [0.0, 3.0]]"``
 
 The response parameter ``warnings`` is present, a JSON list of sentences, if there are reasons to doubt the answer;
-``trained`` is present, and false, if a head has random weights. Request parameters are ``overlap`` in seconds,
-``final_clip`` and ``channel`` (all for BYTES), and ``probe``. Others are ignored, since clients add their own; the
-answer has a warning that names them, unless Triton's clients are known to add them.
+``trained`` is present, and false, if a head has random weights. Request parameters are ``overlap`` and ``hop`` in
+seconds, ``final_clip`` and ``channel`` (all for BYTES), and ``probe``. Others are ignored, since clients add their
+own; the answer has a warning that names them, unless Triton's clients are known to add them.
+
+For BYTES there is one more output, which is answered only if it is named: ``detections``, BYTES (detections,), each
+a JSON object with ``start``, ``end``, ``label`` and ``score`` as of ``/predict``. The parameters ``threshold``,
+``top_k``, ``label`` (a label, or a JSON list), ``merge`` and ``merge_score`` choose them. The response parameter
+``detections`` is a JSON list of their number in each recording.
+
+A request of a stream is answered in parts, each with some rows of one recording: the parameters ``recording``, from
+1, and ``spans`` say which. In the last part the parameter ``triton_final_response`` is true, and there are the
+warnings.
 
 The metadata and the configuration of a model have as parameters what a client must know of it: see
 `Model.metadata`.
@@ -37,6 +46,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Final
 
+import msgspec
 import numpy as np
 from msgspec import Meta
 
@@ -46,7 +56,7 @@ from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
-from avex_serve.inference.scores import activate, score_scale
+from avex_serve.inference.scores import activate, check_labels, score_scale
 from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
 from avex_serve.service.parsing import BOOL, BYTES, FP32, LENGTH_BYTES
@@ -66,14 +76,18 @@ _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 STEP: Final = 1000  # texts of a classification that are made in about a millisecond
 TEXT_BYTES: Final = 256  # of memory for each of these texts in an answer: measured, rounded up
 SPAN_BYTES: Final = 512  # of memory for the start and end of a window as text; measured, rounded up
-RECORDING_PARAMETERS: Final = ("overlap", "final_clip", "channel")  # request parameters with a meaning for BYTES
-PARAMETERS: Final = (*RECORDING_PARAMETERS, "probe")  # all with a meaning here
+# Request parameters with a meaning here: for recordings, for their detections, and all.
+RECORDING_PARAMETERS: Final = ("overlap", "hop", "final_clip", "channel")
+DETECTION_PARAMETERS: Final = ("threshold", "top_k", "label", "merge", "merge_score")
+PARAMETERS: Final = (*RECORDING_PARAMETERS, "probe", *DETECTION_PARAMETERS)
 # Those that Triton's clients add by themselves, or that JSON's messages use.
 EXPECTED: Final = frozenset(
     ("binary_data_output", "headers", "priority", "sequence_end", "sequence_id", "sequence_start", "timeout",
      "triton_enable_empty_final_response")
 )  # fmt: skip
 NAMED: Final = 4  # of them that a warning names, the unknown ones
+DETECTIONS: Final = "detections"
+FINAL: Final = "triton_final_response"
 Parameters = dict[str, str | bool | int | float]  # of a model or a response; lists are JSON, since gRPC has none
 
 
@@ -189,13 +203,16 @@ class Model:
     def _audio_needs(self) -> "Parameters":
         """For a model that takes audio: ``sample_rate`` in Hz, ``channels``, and windows in seconds and samples.
 
-        ``recordings`` says in words how to send whole files, since `ModelMetadata.inputs` has one type for each.
+        ``recordings`` and ``detections`` say in words what `ModelMetadata` can't in inputs and outputs: how to send
+        whole files, and how to ask for what is found in them.
         """
         if (audio := self._engine.manifest.audio) is None:
             return {}
         needs: Parameters = {
             "recordings": f"send whole files (WAV, FLAC, OGG, MP3), of any rate and length, as {BYTES} of shape "
             f"[files] in {self._engine.manifest.inputs[0].name}",
+            DETECTIONS: f"name the output {DETECTIONS!r} for a JSON object (start, end, label, score) of each sound "
+            "found in recordings",
             "sample_rate": audio.sample_rate,
             "channels": 1,
             "window_seconds": audio.window_samples / audio.sample_rate,
@@ -243,22 +260,119 @@ class Model:
             NotFoundError: no such probe.
             UnsupportedError: recordings, and no audio bundle that is served makes the embeddings that it takes.
         """
-        if request.query.probe is not None:
-            self._engine.probe(request.query.probe)
+        wanted, tensor, mask = self._checked(request)
+        if not isinstance(tensor.data, list):
+            return self._infer_tensor(wanted, tensor, mask, _unused(request, tensor))
+        answers, found, counts = [], [], []
+        for number, recording in enumerate(tensor.data, 1):
+            audio = self._opening(recording, number, len(tensor.data))
+            answer = pipeline.infer_recording(self._repository, self._engine, audio, request.query)
+            answers.append(answer)
+            if (detecting := self._detecting(wanted, request.query)) is not None:
+                found += [*detecting.detect(answer.spans, answer.outputs, early=False), *detecting.rest()]
+            counts.append(len(found))
+        outputs = {name: np.concatenate([answer.outputs[name] for answer in answers]) for name in answers[0].outputs}
+        spans = np.concatenate([answer.spans for answer in answers])
+        current().extend_answer(SPAN_BYTES * len(spans), "send fewer recordings at once, or with less overlap")
+        parameters: Parameters = {
+            "windows": json.dumps([len(answer.spans) for answer in answers]),
+            "spans": json.dumps(spans.tolist()),
+        }
+        warnings = _numbered([answer.warnings for answer in answers]) + _unused(request, tensor)
+        if self._detecting(wanted, request.query) is not None:
+            parameters[DETECTIONS] = json.dumps(np.diff(counts, prepend=0).tolist())
+        return self._answer(wanted, outputs, parameters, warnings, found)
+
+    def stream(self, request: InferRequest) -> Iterator[InferAnswer]:
+        """Run the model, and answer in parts while it runs; errors as of `infer`."""
+        wanted, tensor, mask = self._checked(request)
+        if not isinstance(tensor.data, list):
+            answer = self._infer_tensor(wanted, tensor, mask, _unused(request, tensor))
+            answer.parameters[FINAL] = True
+            yield answer
+            return
+        warnings: list[Sequence[str]] = []
+        held: _Part | None = None  # until it is known whether it is the last one
+        for number, recording in enumerate(tensor.data, 1):
+            detecting = self._detecting(wanted, request.query)
+            audio = self._opening(recording, number, len(tensor.data))
+            with pipeline.open_rows(self._repository, self._engine, audio, request.query) as rows:
+                for spans, outputs in rows:
+                    if held is not None:
+                        yield self._part(wanted, held)
+                    found = [] if detecting is None else detecting.detect(spans, outputs, early=True)
+                    held = _Part(number, spans, outputs, found)
+            if held is not None and detecting is not None:
+                held.detections.extend(detecting.rest())
+            warnings.append(rows.warnings)
+        assert held is not None
+        yield self._part(wanted, held, _numbered(warnings) + _unused(request, tensor), final=True)
+
+    def _part(
+        self, wanted: list[RequestedOutput], part: "_Part", warnings: Sequence[str] = (), *, final: bool = False
+    ) -> InferAnswer:
+        parameters: Parameters = {
+            "recording": part.recording,
+            "spans": json.dumps(part.spans.tolist()),
+            FINAL: final,
+        }
+        return self._answer(wanted, part.outputs, parameters, warnings, part.detections)
+
+    def _checked(self, request: InferRequest) -> tuple[list[RequestedOutput], InputTensor, np.ndarray | None]:
+        """The outputs that are wanted, the input, and the padding mask if there is one; errors as of `infer`."""
+        query = request.query
+        if query.probe is not None:
+            self._engine.probe(query.probe)
         wanted = self._wanted(request.outputs)
         tensor, mask = self._inputs(request.inputs)
-        parameters: Parameters = {}
-        if isinstance(tensor.data, list):
-            outputs, parameters, warnings = self._infer_recordings(tensor.data, request.query)
-        else:
-            batch = _shaped(tensor)
-            self._check_windows(batch)
-            outputs, warnings = self._engine.infer(batch, mask), [*self._engine.warnings]
-            if self._engine.manifest.kind == "audio":
-                warnings += pipeline.level_warnings(pipeline.find_peak(batch))
-        warnings += _unused(request, recordings=isinstance(tensor.data, list))
+        of_recordings = isinstance(tensor.data, list)
+        if of_recordings and not tensor.data:
+            raise TensorError("no recordings; send at least one element")
+        for output in wanted:
+            if output.name == DETECTIONS and (output.classification or not of_recordings):
+                raise InputError(f"{DETECTIONS} are of recordings, sent as BYTES, and have no classification")
+        self._detecting(wanted, query)  # raises for options that can't be
+        return wanted, tensor, mask
+
+    def _wanted(self, outputs: list[RequestedOutput]) -> list[RequestedOutput]:
+        known = [spec.name for spec in self.metadata().outputs]
+        for output in outputs:
+            if output.name not in known and not (output.name == DETECTIONS and self._engine.manifest.probes):
+                raise InputError(f"no output {output.name!r}; model {self.name!r} has {', '.join(known)}")
+        return outputs or [RequestedOutput(name) for name in known]
+
+    def _detecting(self, wanted: Sequence[RequestedOutput], query: Query) -> "_Detecting | None":
+        """What makes the detections of a recording, if they are wanted."""
+        if all(output.name != DETECTIONS for output in wanted):
+            return None
+        return _Detecting(self._engine, query)
+
+    def _opening(self, recording: bytes, number: int, count: int) -> pipeline.Audio:
+        return partial(parsing.open_recording, data=recording, item=f"recording {number}" if count > 1 else "")
+
+    def _infer_tensor(
+        self, wanted: list[RequestedOutput], tensor: InputTensor, mask: np.ndarray | None, unused: list[str]
+    ) -> InferAnswer:
+        """The answer to windows or embeddings."""
+        batch = _shaped(tensor)
+        self._check_windows(batch)
+        outputs, warnings = self._engine.infer(batch, mask), [*self._engine.warnings]
+        if self._engine.manifest.kind == "audio":
+            warnings += pipeline.level_warnings(pipeline.find_peak(batch))
+        return self._answer(wanted, outputs, {}, [*warnings, *unused])
+
+    def _answer(
+        self,
+        wanted: list[RequestedOutput],
+        outputs: dict[str, np.ndarray],
+        parameters: "Parameters",
+        warnings: Sequence[str],
+        detections: Sequence[bytes] = (),
+    ) -> InferAnswer:
+        """The outputs that are wanted, from those of the graph."""
         if warnings:
             parameters["warnings"] = json.dumps(warnings, ensure_ascii=False)
+        outputs = {**outputs, DETECTIONS: np.array(detections, dtype=object)}
         labels: dict[str, tuple[str, ...]] = {}
         for probe in self._engine.manifest.probes:
             outputs[probe.scores] = activate(outputs[probe.logits], probe.activation)
@@ -268,17 +382,10 @@ class Model:
         answers = {
             output.name: _classified(outputs[output.name], output.classification, labels.get(output.name))
             if output.classification
-            else OutputTensor(FP32, outputs[output.name])
+            else OutputTensor(BYTES if output.name == DETECTIONS else FP32, outputs[output.name])
             for output in wanted
         }
         return InferAnswer(answers, parameters)
-
-    def _wanted(self, outputs: list[RequestedOutput]) -> list[RequestedOutput]:
-        known = [spec.name for spec in self.metadata().outputs]
-        for output in outputs:
-            if output.name not in known:
-                raise InputError(f"no output {output.name!r}; model {self.name!r} has {', '.join(known)}")
-        return outputs or [RequestedOutput(name) for name in known]
 
     def _inputs(self, tensors: list[InputTensor]) -> tuple[InputTensor, np.ndarray | None]:
         """The input, and the padding mask if there is one."""
@@ -316,32 +423,44 @@ class Model:
             f"as {BYTES}"
         )
 
-    def _infer_recordings(
-        self, recordings: list[bytes], query: Query
-    ) -> tuple[dict[str, np.ndarray], "Parameters", list[str]]:
-        """The outputs, the parameters that say which windows they are of, and the warnings."""
-        if not recordings:
-            raise TensorError("no recordings; send at least one element")
-        answers = []
-        for number, recording in enumerate(recordings, 1):
-            item = f"recording {number}" if len(recordings) > 1 else ""
-            audio = partial(parsing.open_recording, data=recording, item=item)
-            answers.append(pipeline.infer_recording(self._repository, self._engine, audio, query))
-        outputs = {name: np.concatenate([answer.outputs[name] for answer in answers]) for name in answers[0].outputs}
-        of_all = [each for each in answers[0].warnings if all(each in answer.warnings for answer in answers)]
-        warnings = of_all + [
-            f"recording {number}: {warning}"
-            for number, answer in enumerate(answers, 1)
-            for warning in answer.warnings
-            if warning not in of_all
-        ]
-        spans = np.concatenate([answer.spans for answer in answers])
-        current().extend_answer(SPAN_BYTES * len(spans), "send fewer recordings at once, or with less overlap")
-        parameters: Parameters = {
-            "windows": json.dumps([len(answer.spans) for answer in answers]),
-            "spans": json.dumps(spans.tolist()),
-        }
-        return outputs, parameters, warnings
+
+@dataclass
+class _Part:
+    """Some rows of a recording."""
+
+    recording: int  # its number, from 1
+    spans: np.ndarray  # (B, 2) float64, start and end of each in seconds
+    outputs: dict[str, np.ndarray]  # of the graph, each (B, …)
+    detections: list[bytes]
+
+
+class _Detecting:
+    """Makes the detections of a recording by one head, each as JSON."""
+
+    def __init__(self, engine: Engine, query: Query) -> None:
+        """The query's probe, or else the first one; errors as of `HeadRun`."""
+        head = engine.probe(query.probe)
+        check_labels(query.label, engine.labels(head.name))
+        self._head = pipeline.HeadRun(engine, head, head.logits, query)
+
+    def detect(self, spans: np.ndarray, outputs: dict[str, np.ndarray], *, early: bool) -> list[bytes]:
+        """Those that no later window changes; if not early, `rest` has them."""
+        head = self._head.head
+        scores = activate(outputs[head.logits], head.activation)
+        windows = self._head.detect_scores(spans, scores, early=early)
+        return [msgspec.json.encode(one) for window in windows for one in window]
+
+    def rest(self) -> list[bytes]:
+        """Those that are left."""
+        return [msgspec.json.encode(one) for one in self._head.rest()]
+
+
+def _numbered(warnings: Sequence[Sequence[str]]) -> list[str]:
+    """The warnings about each recording, as one list: those of all once, and others with the recording's number."""
+    of_all = [each for each in warnings[0] if all(each in others for others in warnings)]
+    return of_all + [
+        f"recording {number}: {each}" for number, own in enumerate(warnings, 1) for each in own if each not in of_all
+    ]
 
 
 def server_metadata() -> dict[str, Any]:
@@ -373,13 +492,20 @@ def parse_parameters(parameters: Mapping[str, Any]) -> Query:
     return parsing.query({name: parameters[name] for name in PARAMETERS if name in parameters}, PARAMETERS)
 
 
-def _unused(request: InferRequest, *, recordings: bool) -> list[str]:
-    """Warnings of parameters and options that the request has and that changed nothing."""
+def _unused(request: InferRequest, tensor: InputTensor) -> list[str]:
+    """Warnings of parameters and options that the request has and that change nothing."""
+
+    def given(names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in request.given]
+
     unknown = [name for name in request.given if name not in PARAMETERS and name not in EXPECTED]
-    misplaced = [] if recordings else [name for name in RECORDING_PARAMETERS if name in request.given]
+    of_recordings = [] if isinstance(tensor.data, list) else given(RECORDING_PARAMETERS)
+    detects = any(output.name == DETECTIONS for output in request.outputs)
+    of_detections = [] if detects else given(DETECTION_PARAMETERS)
     faults = (
         ("unknown parameters", unknown, f"known: {', '.join(PARAMETERS)}"),
-        (f"parameters for recordings ({BYTES})", misplaced, "the request has windows"),
+        ("parameters for recordings", of_recordings, f"the input is {tensor.datatype}, not {BYTES}"),
+        ("parameters for detections", of_detections, f"ask for the output {DETECTIONS!r}"),
         ("options in the URL", request.options, "send parameters in the request"),
     )
     return [f"{what} were ignored: {_named(names)}; {hint}" for what, names, hint in faults if names]
@@ -424,7 +550,6 @@ READY: Final = "READY"
 UNAVAILABLE: Final = "UNAVAILABLE"
 
 # Triton's extensions that are not offered: paths under /v2, with {name} and {version} of a model, and gRPC methods.
-NO_STREAM: Final = "streams are not offered; send each request by ModelInfer"
 NO_STATISTICS: Final = "statistics are not offered here; GET /metrics has them"
 NO_SETTINGS: Final = "trace and log settings are not offered; set them when you start the service"
 REFUSED_PATHS: Final = {

@@ -15,6 +15,7 @@ const TOP = 8;
  * @property {[score: number, probability: number][]} curve
  * @property {{score: number, low: number, high: number, precision: number} | null} threshold
  * @property {string | null} reason
+ * @property {{value: number, low: number, high: number} | null} density
  */
 
 /** @param {Found} found */
@@ -56,22 +57,24 @@ export function drawChart({ bins, curve, threshold }) {
 }
 
 /**
- * The figures of the chart in words.
+ * The figures in words.
  *
  * @param {Found} found
  * @param {number} target precision
  */
-export function describeChart({ threshold, reason }, target) {
-  const words =
-    threshold === null
-      ? (reason ?? "")
-      : say("review.threshold", {
-          precision: target,
-          score: threshold.score.toFixed(3),
-          low: threshold.low.toFixed(3),
-          high: threshold.high.toFixed(3),
-        });
-  return make("p", { class: "facts" }, words);
+export function describeFound({ threshold, reason, density }, target) {
+  const lines = [];
+  if (threshold !== null) {
+    const [score, low, high] = [threshold.score, threshold.low, threshold.high].map((each) => each.toFixed(3));
+    lines.push(say("review.threshold", { precision: target, score, low, high }));
+  } else if (reason !== null) {
+    lines.push(reason);
+  }
+  if (density !== null) {
+    const [share, low, high] = [density.value, density.low, density.high].map((each) => (100 * each).toFixed(1));
+    lines.push(say("review.density", { share, low, high }));
+  }
+  return make("div", { class: "facts" }, ...lines.map((line) => make("p", {}, line)));
 }
 
 /**

@@ -183,6 +183,7 @@ class Page {
     } else {
       this.question.textContent = say("review.question", { label: item.label });
       this.facts.textContent = this.describe(item);
+      this.facts.title = item.file;
       this.comment.value = item.decisions.find((each) => each.label === item.label)?.comment ?? "";
     }
     const quick = this.quick.filter((label) => label !== item?.label).slice(0, QUICK);
@@ -206,10 +207,12 @@ class Page {
 
   /** @param {Item} item */
   describe(item) {
+    const name = item.file.slice(item.file.lastIndexOf("/") + 1);
+    const file = item.site === "." ? name : `${item.site}/${name}`;
     const facts = [
       say("review.left", { count: this.queue.left }),
       item.score === null ? "" : say("review.score", { score: item.score.toFixed(3) }),
-      say("review.place", { file: item.file, from: clock(item.start), to: clock(item.end) }),
+      say("review.place", { file, from: clock(item.start), to: clock(item.end) }),
       item.time ?? "",
       ...item.decisions.map((each) => say("review.decided", { label: each.label, decision: say(`review.${each.decision}`) })),
     ];

@@ -4,7 +4,7 @@ import { make } from "../dom.js";
 import { say } from "../strings.js";
 import { Table } from "../table.js";
 import { ask } from "./api.js";
-import { describeChart, drawChart } from "./chart.js";
+import { describeFound, drawChart } from "./chart.js";
 
 /** @typedef {{label: string, present: number, absent: number, unsure: number}} Row */
 
@@ -75,7 +75,7 @@ export class Progress extends EventTarget {
     }
     const own = this.rows.find((row) => row.label === label) ?? { label, present: 0, absent: 0, unsure: 0 };
     this.counts.textContent = say("review.counts", own);
-    this.chart.replaceChildren(drawChart(found), describeChart(found, this.target));
+    this.chart.replaceChildren(drawChart(found), describeFound(found, this.target));
   }
 
   async loadCounts() {

@@ -40,7 +40,7 @@ class Page {
     this.downloads = new Downloads(this);
     this.player = new Player();
     this.message = make("p", { class: "status", role: "status" });
-    this.hover = make("p", { class: "status" });
+    this.hover = make("p", { class: "hover" });
     const picture = make("div");
     this.spectrogram = new Spectrogram(picture);
     const detections = make("section", { class: "panel" });
