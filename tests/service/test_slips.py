@@ -265,7 +265,7 @@ def warnings(answer):
     return json.loads(answer.json().get("parameters", {}).get("warnings", "[]"))
 
 
-KNOWN = "known: overlap, final_clip, channel, probe"
+KNOWN = "known: overlap, hop, final_clip, channel, probe, threshold, top_k, label, merge, merge_score"
 
 
 def test_parameters_that_change_nothing_are_named(audio_server):
@@ -280,9 +280,10 @@ def test_parameters_that_change_nothing_are_named(audio_server):
     assert in_url == "options in the URL were ignored: 'overlap'; send parameters in the request"
     tensor = {"name": "waveform", "datatype": "FP32", "shape": [1, WINDOW], "data": [0] * WINDOW}
     (of_windows,) = ask({"inputs": [tensor], "parameters": {"overlap": 0.05, "probe": "linear"}})
-    assert of_windows.startswith(
-        "parameters for recordings (BYTES) were ignored: 'overlap'; the request has windows"
-    )
+    assert of_windows == "parameters for recordings were ignored: 'overlap'; the input is FP32, not BYTES"
+    (of_scores,) = ask(infer_json(BASE64, threshold=0.3))
+    assert of_scores == "parameters for detections were ignored: 'threshold'; ask for the output 'detections'"
+    assert ask({**infer_json(BASE64, threshold=0.3), "outputs": [{"name": "detections"}]}) == []
 
 
 def test_a_warning_of_all_recordings_is_given_once(audio_server):

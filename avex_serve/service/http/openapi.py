@@ -430,8 +430,8 @@ _PROTOCOL: Final[dict[str, Schema]] = {
             **_ANY,
             "description": "trained; request_parameters (a JSON list: what a request may have); for audio "
             "recordings and detections (how to send and ask for them), sample_rate (Hz), channels, window_seconds "
-            "and window_samples; for each probe labels (a JSON list in the order of its scores) and score_scale, or NAME.labels and "
-            "NAME.score_scale if there are several",
+            "and window_samples; for each probe labels (a JSON list in the order of its scores) and score_scale, or "
+            "NAME.labels and NAME.score_scale if there are several",
         }},
     ),
     "Model": _object({
