@@ -211,13 +211,16 @@ class Model:
         needs: Parameters = {
             "recordings": f"send whole files (WAV, FLAC, OGG, MP3), of any rate and length, as {BYTES} of shape "
             f"[files] in {self._engine.manifest.inputs[0].name}",
-            DETECTIONS: f"name the output {DETECTIONS!r} for a JSON object (start, end, label, score) of each sound "
-            "found in recordings",
             "sample_rate": audio.sample_rate,
             "channels": 1,
             "window_seconds": audio.window_samples / audio.sample_rate,
             "window_samples": audio.window_samples,
         }
+        if self._engine.manifest.probes:
+            needs[DETECTIONS] = (
+                f"name the output {DETECTIONS!r} for a JSON object (start, end, label, score) of each sound found in "
+                "recordings"
+            )
         return needs if audio.shortest_samples is None else {**needs, "shortest_samples": audio.shortest_samples}
 
     def _probe_parameters(self) -> "Parameters":
