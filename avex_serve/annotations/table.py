@@ -64,12 +64,13 @@ class Table:
 
     @property
     def root(self) -> str:
-        """The deepest folder that holds all recordings."""
+        """The deepest folder that holds all recordings; empty if a client names one without a folder."""
         folders = [recording.path.split("/")[:-1] for recording in self.recordings]  # of paths or URLs
         if not folders:
             return os.sep
         both = zip(min(folders), max(folders), strict=False)
-        return "/".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], both)) or os.sep
+        root = "/".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], both))
+        return root or (os.sep if min(folders) else "")
 
     def folder_of(self, recording: Recording) -> str:
         """The folder of a recording, relative to `root`. A client may name recordings without a folder."""

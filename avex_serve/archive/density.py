@@ -12,6 +12,7 @@ import numpy as np
 
 from avex_serve.annotations.reading import read_annotations
 from avex_serve.annotations.reviews import Decision, Review, Subject, agreed
+from avex_serve.archive.files import sites_of
 from avex_serve.archive.plan import ResultSet
 from avex_serve.archive.store import Entry, Store, connect, quoted
 from avex_serve.calibration.density import BANDS, Densities, Density, call_density
@@ -47,7 +48,7 @@ def store_densities(
         store: open for reading.
         reviews: of its windows.
         probe: whose scores make the bands; None: the only one with the label.
-        sites: by path of a recording; None: the folder of each recording is its site.
+        sites: by path of a recording; None: those of `sites_of`.
         bands: most bands of scores.
         seed: of the draws.
 
@@ -61,6 +62,8 @@ def store_densities(
     entries = [entry for _, entry in sorted(store.journal().items()) if entry.computed]
     by_digest = {str(entry.recording): entry for entry in reversed(entries)}  # copies count once
     decisions = agreed(reviews)
+    paths = [entry.path for entry in entries]
+    site_of = dict(zip(paths, sites_of(paths) if sites is None else _named(paths, sites), strict=True))
     found = []
     for label in sorted({subject.label for subject in decisions}):
         results, name = _find_head(sets, label, probe)
@@ -68,7 +71,7 @@ def store_densities(
         digests = [digest for digest in by_digest if digest in store.done(results)]
         digest, start, score = _read_scores(store, results, digests, name, label)
         values, notes = _place(own, [by_digest[each] for each in digests], digest, start)
-        member = np.array([_site(by_digest[each], sites) for each in digests])
+        member = np.array([site_of[by_digest[each].path] for each in digests])
         try:
             densities = call_density(score, values, member[digest], bands=bands, seed=seed)
             found.append(LabelDensity(label, densities, None, (*notes, *_band_notes(densities))))
@@ -195,14 +198,12 @@ def _place(
     return values, tuple(notes)
 
 
-def _site(entry: Entry, sites: Mapping[str, str] | None) -> str:
-    if sites is None:
-        return os.path.basename(os.path.dirname(entry.path))  # noqa: PTH119, PTH120
-    name = os.path.basename(entry.path)  # noqa: PTH119
-    site = sites.get(entry.path, sites.get(name))
-    if site is None:
-        raise InputError(f"{entry.path} has no site; give it in a row of the table of sites")
-    return site
+def _named(paths: Sequence[str], sites: Mapping[str, str]) -> list[str]:
+    """The site of each recording by its path or name; InputError if one has none."""
+    found = [sites.get(path, sites.get(os.path.basename(path), "")) for path in paths]  # noqa: PTH119
+    if "" in found:
+        raise InputError(f"{paths[found.index('')]} has no site; give it in a row of the table of sites")
+    return found
 
 
 def _band_notes(found: Densities) -> list[str]:

@@ -3,7 +3,7 @@
 import glob
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -160,3 +160,10 @@ def _walk(folder: str, found: Found) -> list[str]:
                 path = os.path.join(root, name)  # noqa: PTH118
                 (found.hidden if name.startswith(".") else recordings).append(path)
     return recordings
+
+
+def sites_of(paths: Sequence[str]) -> list[str]:
+    """The folder of each recording, below the deepest folder that holds all of them: where it was made."""
+    folders = [os.path.dirname(path) for path in paths]  # noqa: PTH120 - 100,000 of them
+    root = os.path.commonpath(folders) if folders else os.sep
+    return [os.path.relpath(folder, root) for folder in folders]

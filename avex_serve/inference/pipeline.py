@@ -143,7 +143,7 @@ def open_answer(models: Models, audio: Audio, query: Query) -> "Iterator[Answer]
         head = engine.probe(query.probe)
         run = HeadRun(engine, head, head.logits, query)
         check_labels(query.label, engine.labels(head.name))
-        with _source_of(models, engine, head) as (source, run.output), _read(source, [run], audio, query) as answer:
+        with source_of(models, engine, head) as (source, run.output), _read(source, [run], audio, query) as answer:
             yield answer
 
 
@@ -207,7 +207,7 @@ def open_rows(models: Models, engine: "Engine", audio: Audio, query: Query) -> "
             yield rows
         return
     with (
-        _source_of(models, engine, engine.probe(query.probe)) as (source, output),
+        source_of(models, engine, engine.probe(query.probe)) as (source, output),
         _open_rows(source, audio, query, [output], engine) as rows,
     ):
         yield rows
@@ -501,7 +501,7 @@ def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYT
 
 
 @contextmanager
-def _source_of(models: Models, engine: "Engine", head: ProbeInfo) -> "Iterator[tuple[Engine, str]]":
+def source_of(models: Models, engine: "Engine", head: ProbeInfo) -> "Iterator[tuple[Engine, str]]":
     """The audio bundle that a head is of, or that makes the embeddings which it reads, and which output it reads."""
     reader = engine.manifest
     if reader.kind == "audio":

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from avex_serve.annotations.reading import Annotation, read_annotations, recording_of
+from avex_serve.archive.files import sites_of
 from avex_serve.archive.plan import ResultSet
 from avex_serve.archive.store import Entry, Store, connect, quoted
 from avex_serve.archive.tables import chunks
@@ -46,7 +47,7 @@ def read_pool(store: Store, probe: str | None = None) -> tuple[Pool, ResultSet]:
         raise NotFoundError(f"{store.folder} has no scores of a probe {probe!r}; expected one of {known}")
     results, head = found
     entries = _entries(store, results)
-    sites = _sites([entry.path for entry in entries])
+    sites = sites_of([entry.path for entry in entries])
     sounds = [
         Sound(entry.path, _moment(entry.start), entry.duration, site, entry)
         for entry, site in zip(entries, sites, strict=True)
@@ -144,13 +145,6 @@ def _directions(rows: np.ndarray) -> np.ndarray:
     return np.asarray(np.divide(flat, lengths, out=np.zeros_like(flat), where=lengths > 0))
 
 
-def _sites(paths: Sequence[str]) -> list[str]:
-    """The folder of each recording, below the deepest folder that holds all of them."""
-    folders = [os.path.dirname(path) for path in paths]  # noqa: PTH120 - 100,000 of them
-    root = os.path.commonpath(folders) if folders else os.sep
-    return [os.path.relpath(folder, root) for folder in folders]
-
-
 # -- from tables ----------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +167,7 @@ def read_tables(tables: Sequence[Path]) -> tuple[Pool, int]:
             path = _recording_path(table, row)
             if row.label and path is not None:
                 rows.setdefault(path, []).append(row)
-    sites = _sites(sorted(rows))
+    sites = sites_of(sorted(rows))
     sounds = [_described(path, site) for path, site in zip(sorted(rows), sites, strict=True)]
     for sound in sounds:
         rows[sound.path] = [row for row in rows[sound.path] if not sound.duration or row.start < sound.duration]

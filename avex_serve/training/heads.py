@@ -42,7 +42,8 @@ MOST_WEIGHT: Final = 10.0  # of windows with a rare sound, relative to those wit
 _BLOCK: Final = 4096  # windows in memory as float64
 _KEPT_BYTES: Final = 2**27  # of standardised features; larger data is read again in each pass
 _WIDEST: Final = 2048  # features, for which the eigenvectors of their covariance are computed in seconds
-_GRADIENT: Final = 1e-8  # where the solver stops
+_GRADIENT: Final = 1e-7  # where the solver stops
+_GRADIENT_TO_CHOOSE: Final = 1e-6  # the same in folds: the last digits take most of the passes, and choose nothing
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _solve(task: Task, windows: np.ndarray, parts: _Parts, seed: int) -> _Found:
         design, left = _Design(task, part[0]), part[1]
         found, start = [], None
         for strength in STRENGTHS:
-            start = design.solve(1 / (strength * len(part[0])), start)
+            start = design.solve(1 / (strength * len(part[0])), start, _GRADIENT_TO_CHOOSE)
             found.append(_linear_logits(task, left, *start))
         return found
 
@@ -209,6 +210,8 @@ class _Design:
                 covariance += block.T @ block
             values, vectors = torch.linalg.eigh(covariance / self.windows.size)
             self.spread, self.vectors = values.clamp(min=0), vectors
+            if self.kept is not None:  # in the eigenvectors once, instead of the weights in each pass
+                self.kept = [block @ vectors for block in self.kept]
         else:
             self.spread, self.vectors = torch.ones(width).double(), None
 
@@ -218,7 +221,9 @@ class _Design:
     def _standardised(self) -> Iterator[Tensor] | list[Tensor]:
         return self._read() if self.kept is None else self.kept
 
-    def solve(self, penalty: float, start: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def solve(
+        self, penalty: float, start: tuple[Tensor, Tensor] | None = None, gradient_left: float = _GRADIENT
+    ) -> tuple[Tensor, Tensor]:
         """Weights (C, D) and bias (C,) float64 for features as they are; `start` is such a result to start from."""
         curvature = self.share * (1 - self.share)  # (C,)
         scale = (self.spread[:, None] * curvature + penalty).rsqrt() * self.solvable  # (D, C)
@@ -234,16 +239,19 @@ class _Design:
             [unknown],
             max_iter=500,
             max_eval=1000,
-            tolerance_grad=_GRADIENT,
+            tolerance_grad=gradient_left,
             tolerance_change=0,
             history_size=20,
             line_search_fn="strong_wolfe",
         )
 
+        # Between the unknowns and the features of `_standardised`; None: these are in the eigenvectors already.
+        rotation = self.vectors if self.kept is None else None
+
         def weights() -> tuple[Tensor, Tensor]:
             found = unknown.detach()
             turned = found[:-1] * scale
-            return (turned if self.vectors is None else self.vectors @ turned), found[-1] / curvature.sqrt()
+            return (turned if rotation is None else rotation @ turned), found[-1] / curvature.sqrt()
 
         def evaluate() -> Tensor:
             weight, bias = weights()
@@ -259,7 +267,7 @@ class _Design:
                 residual = (z.sigmoid() - self.targets[part]) * self.scaled[part]
                 gradient += block.T @ residual
                 slope += residual.sum(dim=0)
-            turned = gradient if self.vectors is None else self.vectors.T @ gradient
+            turned = gradient if rotation is None else rotation.T @ gradient
             unknown.grad = torch.cat([turned * scale, (slope / curvature.sqrt() * self.solvable)[None]])
             return total
 
@@ -267,9 +275,11 @@ class _Design:
             solver.step(evaluate)  # type: ignore[no-untyped-call]
             evaluate()
         assert unknown.grad is not None
-        if (left := float(unknown.grad.abs().max())) > 1e3 * _GRADIENT:
+        if (left := float(unknown.grad.abs().max())) > 1e3 * gradient_left:
             logger.warning("the linear head has not converged for penalty %g: its gradient is %.1g", penalty, left)
         weight, bias = weights()
+        if self.vectors is not None and rotation is None:
+            weight = self.vectors @ weight
         weight = weight / self.deviation[:, None]
         return weight.T.contiguous(), bias - self.mean @ weight
 

@@ -16,17 +16,17 @@ docs/decisions/serving-own-routes.md.
 import io
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import msgspec
-from starlette.concurrency import iterate_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -310,18 +310,11 @@ async def _classify(front: Front, request: Request) -> Response:
     return Response(await front.infer(classify), media_type="application/json")
 
 
-async def _wav(_: Front, request: Request) -> Response:
+async def _wav(front: Front, request: Request) -> Response:
     sent = await _read_recording(request)
     query = parsing.query_from_text(sent.options, openapi.WAV)
-    pieces = iterate_in_threadpool(page.decode(sent.audio, query.channel, SEND_BODY))
-    first = await anext(pieces)  # by then, what can be wrong with the recording's header is known
-
-    async def all_pieces() -> AsyncIterator[bytes]:
-        yield first
-        async for piece in pieces:
-            yield piece
-
-    return StreamingResponse(all_pieces(), media_type=page.WAV_TYPE)
+    make = partial(page.decode, _opening(sent), query.channel)
+    return await forms.send_pieces(front, page.WAV, make, page.WAV_TYPE)
 
 
 async def _tables(front: Front, request: Request) -> Response:
@@ -331,7 +324,7 @@ async def _tables(front: Front, request: Request) -> Response:
         return page.write_table(front.repository, parsing.document(page.TableRequest, body))
 
     content, name = await front.infer(write)
-    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
     return Response(content, media_type="application/octet-stream", headers=headers)
 
 

@@ -240,13 +240,17 @@ def tables() -> Schema:
     described = _object(
         {"name": {**_STRING, "description": "of the file, without a folder"},
          "digest": {**_STRING, "description": "SHA-256 of the file"}, "duration": _SECONDS,
-         "probe": _STRING, "labels": _STRINGS, **columns},
+         "labels": _STRINGS, **columns},
         {"head": {**_STRING, "contentEncoding": "base64", "description": "the start of the file, for its metadata"}},
     )  # fmt: skip
     asked = _object(
         {"format": {"enum": list(FORMATS)}, "model": _STRING, "recordings": {**_list(described), "minItems": 1}},
         {
             "version": _STRING,
+            "probe": _STRING,
+            "overlap": {"type": "number", "minimum": 0},
+            "final_clip": {"enum": list(get_args(FinalClip))},
+            "channel": {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "mix"}]},
             "folder": {**_STRING, "description": "of the recordings, for the table; it is never read"},
             "threshold": {"type": "number"},
             "thresholds": {"type": "object", "additionalProperties": {"type": "number"}},

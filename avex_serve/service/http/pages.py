@@ -41,7 +41,7 @@ async def home(front: Front, request: Request) -> Response:
         "version": __version__,
         "warnings": [DEMO_WARNING] if settings.serves_demo else [],
         "models": models,
-        "formats": [{"name": form.name, "file": page.file_name(form)} for form in FORMATS.values()],
+        "formats": list(FORMATS),
         "limits": {"body_bytes": settings.max_body_bytes, "seconds": settings.max_seconds},
         "grpc_port": settings.grpc_port,
     }
