@@ -218,8 +218,8 @@ class Model:
         }
         if self._engine.manifest.probes:
             needs[DETECTIONS] = (
-                f"name the output {DETECTIONS!r} for a JSON object (start, end, label, score) of each sound found in "
-                "recordings"
+                f"name the output {DETECTIONS!r} for a JSON object (start, end, label, score) of each sound found "
+                "in recordings"
             )
         return needs if audio.shortest_samples is None else {**needs, "shortest_samples": audio.shortest_samples}
 
