@@ -10,8 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from avex_serve.bundles.manifest import MANIFEST, ONNX, Manifest
-from avex_serve.bundles.reading import sha256_of
-from avex_serve.bundles.sealing import atomic_directory, seal_bundle
+from avex_serve.bundles.reading import read_bundle, sha256_of
+from avex_serve.bundles.sealing import atomic_directory, recalibrate, seal_bundle
+from avex_serve.calibration.scales import Calibration, LabelCalibration, Scale, Threshold
 
 SAMPLE_RATE = 16000
 WINDOW = 1600  # samples
@@ -256,3 +257,32 @@ def change_manifest(bundle: Path, **changes) -> Path:
     path = bundle / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
     return bundle
+
+
+# Slope, offset and lowest logit of a detection for each of LABELS; the last one has no calibration.
+SCALES = ((0.5, -0.25, 0.3), (2.0, 0.5, None), None)
+
+
+def calibration(labels: tuple[str, ...] = LABELS, scales: tuple = SCALES) -> Calibration:
+    """A calibration with these numbers."""
+    made = []
+    for label, given in zip(labels, scales, strict=True):
+        if given is None:
+            made.append(LabelCalibration(label=label, with_sound=1, without_sound=1, recordings=1, reason="too few"))
+            continue
+        slope, offset, lowest = given
+        scale = Scale(slope=slope, offset=offset, slope_interval=(0.1, 3), offset_interval=(-1, 1))
+        counts = {"with_sound": 50, "without_sound": 100, "recordings": 20}
+        threshold = None
+        if lowest is not None:
+            threshold = Threshold(
+                logit=lowest, logit_interval=(lowest, lowest), precision=0.9, precision_interval=(0.8, 1)
+            )
+        made.append(LabelCalibration(label=label, scale=scale, threshold=threshold, **counts))
+    return Calibration(target_precision=0.9, source="a test", labels=tuple(made))
+
+
+def calibrated_copy(source: Path, target: Path, version: str = "2", **calibrations: Calibration) -> Path:
+    """A new version of a bundle with these calibrations by probe, by default that of `calibration`."""
+    recalibrate(read_bundle(source), target, version, calibrations or {"linear": calibration()})
+    return target

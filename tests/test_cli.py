@@ -49,6 +49,13 @@ def ask(audio_bundle):
         yield lambda path, **options: engine.predict(*decode(path), **options)
 
 
+def test_onnxruntime_reports_nothing(audio_bundle, files, tmp_path):
+    """Where it does, it keeps an id of the machine in HOME, and complains where it can't."""
+    result = run("predict", audio_bundle, files[0], HOME=str(tmp_path), XDG_CACHE_HOME="")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert list(tmp_path.rglob("*")) == []
+
+
 def test_a_table_for_each_file(audio_bundle, files, ask):
     result = run("predict", audio_bundle, *files)
     assert (result.returncode, result.stderr) == (0, "")
