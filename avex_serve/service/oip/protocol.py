@@ -184,8 +184,8 @@ class Model:
         Its parameters are ``request_parameters``, a JSON list of the parameters that a request may have, if it takes
         audio those of `_audio_needs`, and for each probe ``labels``, a JSON list in the order of its scores, and
         ``score_scale``: sigmoid, softmax or logits; for a calibrated probe also ``thresholds``, a JSON object of the
-        lowest score that is a detection by label, and ``target_precision`` of these detections. They are named as the
-        outputs: NAME.labels if there are several. ``trained`` is false if a head has random weights.
+        lowest score that is a detection by label, and ``target_precision`` of these detections. They are named as
+        the outputs: NAME.labels if there are several. ``trained`` is false if a head has random weights.
         """
         manifest = self._engine.manifest
         outputs = [TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.outputs]
