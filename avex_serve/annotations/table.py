@@ -48,6 +48,7 @@ class Annotation(NamedTuple):
     bundle: str
     version: str
     probe: str
+    probability: float | None = None  # that the label is right; None: it is not calibrated
 
     def high_frequency(self, recording: Recording) -> float:
         """Hz: the highest frequency that the recording has and the model receives."""
@@ -61,6 +62,7 @@ class Table:
     recordings: Sequence[Recording]  # in order of their paths, those without detections too
     rows: Iterable[tuple[Recording, Sequence[Annotation]]]  # for each of them, once
     about: Mapping[str, Any]  # what the detections were made from, and how they were selected
+    calibrated: bool = False  # whether detections may have probabilities
 
     @property
     def root(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from avex_serve import __version__
 from avex_serve.cli import (
+    calibrate,
     classify,
     compare,
     demo,
@@ -47,6 +48,7 @@ COMMANDS = (
     fit,
     evaluate,
     compare,
+    calibrate,
     verify,
     settings,
     demo,

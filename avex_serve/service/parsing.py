@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any, Final, TypeVar, get_args, get_type_hints
+from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -87,7 +87,10 @@ def value(name: str, given: object, kind: Any) -> Any:
         InputError: it isn't one.
     """
     number = given
-    if isinstance(given, str | bool):
+    if isinstance(given, str) and given.startswith("{") and Mapping in {get_origin(part) for part in get_args(kind)}:
+        with suppress(msgspec.DecodeError):
+            number = msgspec.json.decode(given)
+    elif isinstance(given, str | bool):
         for convert in {int, float} & {kind, *get_args(kind)}:
             with suppress(ValueError):
                 number = convert(given)

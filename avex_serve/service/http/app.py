@@ -34,6 +34,7 @@ from avex_serve.errors import InputError, NotFoundError, StorageError, TooLargeE
 from avex_serve.inference import pipeline
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
+from avex_serve.inference.results import known
 from avex_serve.service import parsing
 from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Found, Front
 from avex_serve.service.http import forms, openapi, page, pages
@@ -281,7 +282,7 @@ def _opening(sent: _Sent) -> pipeline.Audio:
 async def _send_document(question: Question, front: Front, recording: pipeline.Audio, query: Query) -> Response:
     def answer() -> bytes:
         # Encoded in the thread as well: the embeddings of a long recording take seconds.
-        return msgspec.json.encode(question(front.repository, recording, query))
+        return msgspec.json.encode(known(question(front.repository, recording, query)))
 
     return Response(await front.infer(answer), media_type="application/json")
 
@@ -292,7 +293,7 @@ async def _classify(front: Front, request: Request) -> Response:
     def classify() -> bytes:
         asked = parsing.document(openapi.ClassifyRequest, body)
         embeddings = parsing.from_numbers("embeddings", asked.embeddings)
-        return msgspec.json.encode(pipeline.classify(front.repository, embeddings, asked.query()))
+        return msgspec.json.encode(known(pipeline.classify(front.repository, embeddings, asked.query())))
 
     return Response(await front.infer(classify), media_type="application/json")
 

@@ -31,7 +31,7 @@ from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Answer, Audio, Query
 from avex_serve.inference.repository import Repository
-from avex_serve.inference.results import Detection, Prediction
+from avex_serve.inference.results import Detection, Prediction, known
 from avex_serve.inference.scores import ScoreScale
 from avex_serve.scheduling.outlet import Pieces
 from avex_serve.scheduling.request import current
@@ -177,7 +177,7 @@ class _Lines:
         with pipeline.open_answer(repository, audio, query) as answer:
             for window in answer:
                 (found,) = window.detections
-                line = _line(Window(start=window.start, end=window.end, detections=found))
+                line = _line(Window(start=window.start, end=window.end, detections=known(found)))
                 if windows == 0:  # what is wrong with the request or the recording's begin is answered by a status
                     line = _line(_start(answer)) + line
                 yield line
@@ -305,8 +305,8 @@ def _table(
         recording, doubts = _recording(form, data, answer.stream)
         rows = [(recording, _annotations(answer, prediction))]
         (head,) = answer.heads
-        results = result_set(answer.source, head.engine, head.head, query)
-        table = Table([recording], rows, describe([results], _choice(form, query)))
+        about = describe([result_set(answer.source, head.engine, head.head, query)], _choice(form, query))
+        table = Table([recording], rows, about, head.calibrator is not None)
     return TABLES[form.format].content(table), tuple(dict.fromkeys((*prediction.warnings, *doubts)))
 
 
@@ -337,7 +337,8 @@ def _annotations(answer: Answer, prediction: Prediction) -> list[Annotation]:
     bandwidth = answer.source.audio_spec.sample_rate / 2
     origin = (prediction.bundle, prediction.version, prediction.probe)
     return [
-        Annotation(one.start, one.end, one.label, one.score, bandwidth, *origin) for one in prediction.detections
+        Annotation(one.start, one.end, one.label, one.score, bandwidth, *origin, one.probability)
+        for one in prediction.detections
     ]
 
 

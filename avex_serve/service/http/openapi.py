@@ -42,6 +42,14 @@ _ANY: Final[Schema] = {"type": "object"}
 _BINARY: Final[Schema] = {"type": "string", "contentMediaType": "application/octet-stream"}
 # Empty text and "null" stand for the default.
 _NUMBER: Final[Schema] = {"anyOf": [{"type": "number"}, {"enum": ["", "null"]}]}
+_BY_LABEL: Final[Schema] = {"type": "object", "additionalProperties": {"type": "number"}}
+_THRESHOLD: Final[Schema] = {
+    "anyOf": [
+        {"type": "number"},
+        {"type": "string", "pattern": r"^\{", "contentMediaType": "application/json", "contentSchema": _BY_LABEL},
+        {"enum": ["", "null"]},
+    ]
+}
 _COUNT: Final[Schema] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["", "null"]}]}
 _FINAL_CLIP: Final[Schema] = {"enum": [*get_args(FinalClip), "", "null"]}
 _LABELS: Final[Schema] = {"type": "array", "items": _STRING}
@@ -58,7 +66,11 @@ _RECORDING: Final[Options] = {
     "channel": ("which channel to process, from 1; by default mix, the mean of all", _CHANNEL),
 }
 PREDICT_ALL: Final[Options] = {
-    "threshold": ("lowest score to report; 0.5 unless top_k is given", _NUMBER),
+    "threshold": (
+        "lowest score to report, a number, or JSON of numbers by label; unless top_k is given, by default that of "
+        "the model's calibration, else 0.5",
+        _THRESHOLD,
+    ),
     "top_k": ("report at most this many labels a window", _COUNT),
     "label": ("report this label; send it several times for several", _LABELS),
     "merge": ("join windows of a label that are at most this many seconds apart", _NUMBER),
@@ -88,7 +100,7 @@ class ClassifyRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model: str | None = None
     version: str | None = None
     embeddings: Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "array", "items": {}})]
-    threshold: float | None = None
+    threshold: float | dict[str, float] | None = None
     top_k: int | None = None
     probe: str | None = None
 
@@ -394,6 +406,9 @@ _PROTOCOL: Final[dict[str, Schema]] = {
             "score_scale": {"enum": ["sigmoid", "softmax", "logits"]},
             "threshold": {"type": "number", "description": "lowest score that is reported by default"},
             "trained": _BOOLEAN,
+        }, {
+            "thresholds": {**_BY_LABEL, "description": "by label, where the model's calibration has another one"},
+            "target_precision": {"type": "number", "description": "of the detections from these thresholds on"},
         })),
         "embeddings": _list(_object({"output": _STRING, "shape": _SHAPE, "layers": _STRINGS})),
         "trained": _BOOLEAN, "licence": _STRING, "format": _STRING, "device": _STRING,

@@ -166,7 +166,8 @@ def write_table(repository: Repository, asked: TableRequest) -> tuple[bytes, str
         table = Table(
             [recording for recording, _ in described],
             [(recording, _annotations(each, results, head.name, bandwidth)) for recording, each in described],
-            describe([results], Choice(threshold=asked.threshold, thresholds=asked.thresholds or None)),
+            describe([results], Choice(threshold=asked.thresholds or asked.threshold)),
+            head.calibration is not None,
         )
     if one:
         name = f"{described[0][1].name}.txt" if "." not in form.target else form.target
@@ -215,10 +216,17 @@ def _annotations(each: Described, results: ResultSet, probe: str, bandwidth: flo
         raise InputError(f"{each.name[:80]}: label, start, end and score have different lengths")
     if each.label and not 0 <= min(each.label) <= max(each.label) < len(each.labels):
         raise InputError(f"{each.name[:80]}: label {max(each.label)} is not one of {len(each.labels)} labels")
-    columns = zip(each.start, each.end, each.label, each.score, strict=True)
+    names = [each.labels[label] for label in each.label]
+    (head,) = results.probes
+    probabilities: Sequence[float | None] = [None] * len(names)
+    if (calibrator := head.calibrator) is not None:
+        if strange := next((name for name in names if name not in calibrator.places), None):
+            raise InputError(f"{each.name[:80]}: the probe has no label {strange[:80]!r}")
+        probabilities = calibrator.of_labels(names, each.score)
+    columns = zip(each.start, each.end, names, each.score, probabilities, strict=True)
     return [
-        Annotation(start, end, each.labels[label], score, bandwidth, results.bundle, results.version, probe)
-        for start, end, label, score in columns
+        Annotation(start, end, name, score, bandwidth, results.bundle, results.version, probe, probability)
+        for start, end, name, score, probability in columns
     ]
 
 

@@ -11,8 +11,9 @@ If the manifest has a second input, ``padding_mask``, it may be sent with FP32: 
 clip is padded. Without it, nothing is padded.
 
 The answer has the outputs of the manifest and, for each probe, ``scores``: the logits after the activation, one row
-a window. If there are several probes, they are NAME.scores and NAME.logits. For BYTES the rows of all recordings
-follow one another, and these response parameters tell them apart:
+a window. For each calibrated probe it has ``probabilities``, NaN for labels that are not calibrated. If there are
+several probes, they are NAME.scores and so on. For BYTES the rows of all recordings follow one another, and these
+response parameters tell them apart:
 
     windows    a JSON list of the number of rows of each recording, e.g. ``"[3, 1]"``
     spans      a JSON list of the start and end of each row, in seconds of its recording, e.g.
@@ -24,8 +25,9 @@ seconds, ``final_clip`` and ``channel`` (all for BYTES), and ``probe``; others a
 own.
 
 For BYTES there is one more output, which is answered only if it is named: ``detections``, BYTES (detections,), each
-a JSON object with ``start``, ``end``, ``label`` and ``score`` as of ``/predict``. The parameters ``threshold``,
-``top_k``, ``label`` (a label, or a JSON list), ``merge`` and ``merge_score`` choose them. The response parameter
+a JSON object with ``start``, ``end``, ``label``, ``score`` and, of a calibrated label, ``probability`` as of
+``/predict``. The parameters ``threshold`` (a number, or JSON of numbers by label as text), ``top_k``, ``label`` (a
+label, or a JSON list), ``merge`` and ``merge_score`` choose them. The response parameter
 ``detections`` is a JSON list of their number in each recording.
 
 A request of a stream is answered in parts, each with some rows of one recording: the parameters ``recording``, from
@@ -55,6 +57,7 @@ from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
+from avex_serve.inference.results import known
 from avex_serve.inference.scores import activate, check_labels, score_scale
 from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
@@ -171,12 +174,18 @@ class Model:
         """What the model takes and answers.
 
         Its parameters are, if it takes audio, those of `_audio_needs`, and for each probe ``labels``, a JSON list in
-        the order of its scores, and ``score_scale``: sigmoid, softmax or logits. They are named as the outputs:
-        NAME.labels if there are several. ``trained`` is false if a head has random weights.
+        the order of its scores, and ``score_scale``: sigmoid, softmax or logits; for a calibrated probe also
+        ``thresholds``, a JSON object of the lowest score that is a detection by label, and ``target_precision`` of
+        these detections. They are named as the outputs: NAME.labels if there are several. ``trained`` is false if a
+        head has random weights.
         """
         manifest = self._engine.manifest
         outputs = [TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.outputs]
-        scores = [TensorMetadata(p.scores, FP32, manifest.output(p.logits).shape) for p in manifest.probes]
+        scores = [
+            TensorMetadata(name, FP32, manifest.output(p.logits).shape)
+            for p in manifest.probes
+            for name in ([p.scores] if p.calibration is None else [p.scores, p.probabilities])
+        ]
         return ModelMetadata(
             name=self.name,
             versions=tuple(self._repository.versions(self.name)),
@@ -204,6 +213,9 @@ class Model:
             prefix = probe.logits.removesuffix("logits")
             parameters[f"{prefix}labels"] = json.dumps(self._engine.labels(probe.name), ensure_ascii=False)
             parameters[f"{prefix}score_scale"] = score_scale(probe.activation)
+            if (calibrator := self._engine.calibrator(probe.name)) is not None and probe.calibration is not None:
+                parameters[f"{prefix}thresholds"] = json.dumps(calibrator.thresholds(), ensure_ascii=False)
+                parameters[f"{prefix}target_precision"] = probe.calibration.target_precision
         return parameters
 
     def config(self) -> dict[str, Any]:
@@ -353,7 +365,11 @@ class Model:
         labels: dict[str, tuple[str, ...]] = {}
         for probe in self._engine.manifest.probes:
             outputs[probe.scores] = activate(outputs[probe.logits], probe.activation)
-            labels[probe.logits] = labels[probe.scores] = self._engine.labels(probe.name)
+            names = [probe.logits, probe.scores]
+            if (calibrator := self._engine.calibrator(probe.name)) is not None:
+                outputs[probe.probabilities] = calibrator.probabilities(outputs[probe.scores])
+                names.append(probe.probabilities)
+            labels |= dict.fromkeys(names, self._engine.labels(probe.name))
         if not self._engine.manifest.trained:
             parameters["trained"] = False
         answers = {
@@ -406,7 +422,7 @@ class _Detecting:
     def __init__(self, engine: Engine, query: Query) -> None:
         """The query's probe, or else the first one; errors as of `HeadRun`."""
         head = engine.probe(query.probe)
-        check_labels(query.label, engine.labels(head.name))
+        check_labels(pipeline.named(query), engine.labels(head.name))
         self._head = pipeline.HeadRun(engine, head, head.logits, query)
 
     def detect(self, spans: np.ndarray, outputs: dict[str, np.ndarray], *, early: bool) -> list[bytes]:
@@ -414,11 +430,11 @@ class _Detecting:
         head = self._head.head
         scores = activate(outputs[head.logits], head.activation)
         windows = self._head.detect_scores(spans, scores, early=early)
-        return [msgspec.json.encode(one) for window in windows for one in window]
+        return [msgspec.json.encode(one) for window in windows for one in known(window)]
 
     def rest(self) -> list[bytes]:
         """Those that are left."""
-        return [msgspec.json.encode(one) for one in self._head.rest()]
+        return [msgspec.json.encode(one) for one in known(self._head.rest())]
 
 
 def _numbered(warnings: Sequence[str], number: int, count: int) -> list[str]:
