@@ -195,6 +195,40 @@ def make_measuring_bundle(target: Path, name: str = "measuring", shortest: int |
     )
 
 
+def make_loudness_bundle(target: Path, rate: int = SAMPLE_RATE, samples: int = WINDOW) -> Path:
+    """Waveforms (-1, samples) to logits that say whether they are loud, as the first label alone does."""
+    inputs = [{"name": "waveform", "shape": (-1, samples)}]
+    outputs = [{"name": "logits", "shape": (-1, len(LABELS))}, {"name": "embedding", "shape": (-1, 1)}]
+    constants = {
+        "axis": np.array([1]),
+        "to_logits": np.array([[100, 0, 0]], np.float32),
+        "silence": np.full(len(LABELS), 4, np.float32),
+    }
+    nodes = [
+        helper.make_node("Mul", ["waveform", "waveform"], ["square"]),
+        helper.make_node("ReduceMean", ["square", "axis"], ["embedding"]),
+        helper.make_node("MatMul", ["embedding", "to_logits"], ["raised"]),
+        helper.make_node("Sub", ["raised", "silence"], ["logits"]),
+    ]
+    return _write(
+        target,
+        {"linear": LABELS},
+        helper.make_graph(
+            nodes,
+            "loudness",
+            *([_value_info(**spec) for spec in specs] for specs in (inputs, outputs)),
+            [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        ),
+        name="loudness",
+        kind="audio",
+        audio={"sample_rate": rate, "window_samples": samples},
+        probes=[{**PROBE, **HEAD}],
+        embeddings=[EMBEDDING],
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
 def _make(target: Path, steps: list[Step], labels: dict | None = None, **fields) -> Path:
     random = np.random.default_rng(0)
     weights = [

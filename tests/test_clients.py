@@ -153,8 +153,12 @@ def test_bentoml(server, workplace, engine, capsys):
 
 
 @pytest.mark.parametrize("code", [PYTHON[2], PYTHON[5], PYTHON[6]], ids=["grpc", "stream", "http"])
-def test_triton(server, workplace, engine, code):
-    np.testing.assert_array_equal(python(code, server)["scores"], engine.score(*decode("recording.wav")).scores)
+def test_triton(server, workplace, engine, code, capsys):
+    names = python(code, server)
+    np.testing.assert_array_equal(names["scores"], engine.score(*decode("recording.wav")).scores)
+    if code == PYTHON[2]:
+        assert names["labels"] == list(LABELS)
+        assert len(capsys.readouterr().out.splitlines()) == len(names["scores"]) == len(names["spans"])
 
 
 def test_triton_with_windows(server, engine):

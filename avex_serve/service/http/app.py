@@ -122,15 +122,18 @@ def _route(endpoint: Endpoint, front: Callable[[], Front], bentoml: ASGIApp) -> 
 
 async def _refuse_path(scope: Scope, _: Receive, __: Send) -> None:
     path = scope["path"][: parsing.QUOTED]
-    nearest = get_close_matches(path, [endpoint.path for endpoint in ENDPOINTS], 1)
-    raise NotFoundError(
-        f"no {path} here{f'; did you mean {nearest[0]}' if nearest else ''}; /docs.json has all paths"
-    )
+    nearest = get_close_matches(path, [each.path for each in ENDPOINTS if each.operation is not None], 1)
+    hint = f"; did you mean {nearest[0]}" if nearest else ""
+    raise NotFoundError(f"no {path} here{hint}; /docs.json has all paths, and / the models")
 
 
 async def _refuse_method(route: Route, scope: Scope, _: Receive, __: Send) -> None:
     methods = ", ".join(sorted(route.methods or ()))
-    hint = "; curl sends it with --data-binary @FILE, and PUT with -T" if scope["method"] == "PUT" else ""
+    hint = ""
+    if scope["method"] == "PUT" and methods == "POST":
+        hint = "; curl sends it with --data-binary @FILE, and PUT with -T"
+    elif scope["method"] == "OPTIONS":
+        hint = "; for pages of other origins, the service must be started with CORS (docs/securing.md)"
     raise HTTPException(405, f"{route.path} takes {methods}, not {scope['method'][:20]}{hint}", {"Allow": methods})
 
 
@@ -193,7 +196,10 @@ async def _read_recording(request: Request) -> _Sent:
                 elif name == AUDIO_FIELD and isinstance(field, UploadFile) and audio is None:
                     audio, file = await field.read(), field.filename
                 else:
-                    raise InputError(f"form field {name!r}: expected one file {AUDIO_FIELD!r} and options as text")
+                    raise InputError(
+                        f"form field {name[: parsing.QUOTED]!r}: expected one file {AUDIO_FIELD!r} and options as "
+                        f"text; rename the field: -F {AUDIO_FIELD}=@FILE"
+                    )
     except (HTTPException, ValueError) as error:
         raise InputError(_form_fault(str(getattr(error, "detail", error)))) from None
     except OSError as error:  # of the temporary file that holds a large part
@@ -217,7 +223,14 @@ def _form_fault(fault: str) -> str:
             f"malformed multipart body: a part without a file name is text of at most {MAX_FIELD_BYTES} bytes; if "
             f"it is the recording, {SEND_FILE}"
         )
-    return f"malformed multipart body: {fault}"
+    if "Too many files" in fault:
+        return f"the form has several files; expected one, {AUDIO_FIELD!r}: send each recording in its own request"
+    if "Too many fields" in fault:
+        return f"the form has more than {MAX_FIELDS} fields; expected one file {AUDIO_FIELD!r} and options as text"
+    return (
+        f"malformed multipart body: {fault.rstrip('.')}; expected parts between the boundary that the Content-Type "
+        "names: let the HTTP client write that header and the body"
+    )
 
 
 def _check_urlencoded(body: bytes) -> None:
@@ -358,7 +371,8 @@ async def _infer(front: Front, request: Request) -> Response:
 
     def infer() -> json.Body:
         with _model(front, request) as model:
-            asked = json.parse_request(body, request.headers.get(json.JSON_LENGTH))
+            length = request.headers.get(json.JSON_LENGTH)
+            asked = json.parse_request(body, length, request.query_params.keys())
             return json.dump_answer(model, asked, model.infer(asked.infer))
 
     answer = await front.infer(infer)

@@ -121,7 +121,11 @@ def document(paths: dict[str, Any], open_paths: Collection[str]) -> Schema:
         "info": {
             "title": "avex-serve",
             "version": __version__,
-            "description": 'Names the sounds in recordings. Every error of these routes is `{"error": "…"}`.',
+            "description": 'Names the sounds in recordings. Every error of these routes is `{"error": "…"}`. '
+            "An answer 503 with `Retry-After` says after how many seconds to send the request again. The header "
+            "`X-Request-ID` gives a request a name, in its answer and in the log, and `Request-Timeout` says how "
+            "many seconds you wait. `GET /` has the names of the models, and the port of gRPC: that offers the Open "
+            "Inference Protocol too, and describes itself (server reflection).",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "/"}],
@@ -183,7 +187,7 @@ def text(summary: str, *, unready: bool = False) -> Schema:
 
 def home() -> Schema:
     """The start page."""
-    content = {"text/html": {"schema": _STRING}, "application/json": {"schema": _ANY}}
+    content = {"text/html": {"schema": _STRING}, **_json(_component("Home"))}
     return _operation("What is served, for people (HTML) and programs (JSON)", content)
 
 
@@ -362,14 +366,49 @@ def _object(required: Schema, optional: Schema | None = None) -> Schema:
 
 
 _TEXT: Final[Schema] = {"text/plain": {"schema": _STRING}}
-_NUMBERS: Final[Schema] = _list({"type": "number"})
+_FINITE: Final[Schema] = {"type": "number"}
+_NUMBERS: Final[Schema] = _list(_FINITE)
 _STRINGS: Final[Schema] = _list(_STRING)
 _SHAPE: Final[Schema] = _list({"type": "integer"})
 _TENSORS: Final[Schema] = _list(_object({"name": _STRING, "datatype": _STRING, "shape": _SHAPE}))
 _INPUT: Final[Schema] = _object(
     {"name": _STRING, "shape": _SHAPE, "datatype": {"enum": ["FP32", "BYTES", "BOOL"]}},
-    {"parameters": _ANY, "data": {"description": "numbers, nested as the shape or flat; for BYTES base64"}},
+    {
+        "parameters": _object({}, {"binary_data_size": {"type": "integer", "minimum": 0}}),
+        "data": {
+            "description": "numbers, nested as the shape or flat; for BYTES of shape [files] a list of texts, each "
+            "the bytes of an encoded recording as base64"
+        },
+    },
 )
+_OUTPUT: Final[Schema] = _object(
+    {"name": {
+        **_STRING,
+        "description": "of the metadata, or detections: of recordings, a JSON object for each sound found",
+    }},
+    {"parameters": _object({}, {
+        "classification": {
+            "type": "integer", "minimum": 0,
+            "description": "answer the largest values of each row, up to this many, as texts value:index:label",
+        },
+        "binary_data": _BOOLEAN,
+    })},
+)  # fmt: skip
+_REQUEST_PARAMETERS: Final[Schema] = {
+    **_object({}, {
+        **{name: {**schema, "description": PREDICT[name][0]} for name, schema in {
+            "overlap": _FINITE, "hop": _FINITE, "final_clip": {"enum": list(get_args(FinalClip))},
+            "channel": {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "mix"}]},
+            "threshold": {"anyOf": [_FINITE, _STRING]}, "top_k": {"type": "integer", "minimum": 1}, "merge": _FINITE,
+            "merge_score": {"enum": list(get_args(MergeScore))},
+        }.items()},
+        "label": {**_STRING, "description": "report this label in detections, or those of a list in JSON"},
+        "probe": {**_STRING, "description": "a head of the bundle: that of detections; other outputs are of all"},
+        "binary_data_output": _BOOLEAN,
+    }),
+    "description": "overlap, hop, final_clip and channel are for recordings (BYTES), and threshold, top_k, label, "
+    "merge and merge_score for the output detections; unknown ones are ignored, with a warning in the answer",
+}  # fmt: skip
 _SECONDS: Final[Schema] = {"type": "number", "description": "seconds"}
 _OPTIONAL_AUDIO: Final[Schema] = {
     "description": "what recordings become; null: the model takes embeddings",
@@ -386,14 +425,29 @@ _OPTIONAL_AUDIO: Final[Schema] = {
 # The messages of the protocol, our description of a model, and errors.
 _PROTOCOL: Final[dict[str, Schema]] = {
     "Error": _object({"error": _STRING}),
+    "Home": _object({
+        "name": _STRING, "version": _STRING, "warnings": _STRINGS,
+        "models": _list(_object({
+            "name": _STRING, "version": _STRING,
+            "kind": {"enum": ["audio", "embedding"]},
+            "labels": {
+                "type": "object", "additionalProperties": {"type": "integer"}, "description": "how many, by probe",
+            },
+            "trained": _BOOLEAN, "licence": _STRING, "format": _STRING, "device": _STRING,
+        })),
+        "formats": _list(_object({"name": _STRING, "file": _STRING})),
+        "limits": _object({"body_bytes": {"type": "integer"}, "seconds": {"type": "number"}}),
+        "grpc_port": {"type": "integer"},
+    }),
     "ServerMetadata": _object({"name": _STRING, "version": _STRING, "extensions": _STRINGS}),
     "ModelMetadata": _object(
         {"name": _STRING, "versions": _STRINGS, "platform": _STRING, "inputs": _TENSORS, "outputs": _TENSORS},
         {"parameters": {
             **_ANY,
-            "description": "trained; for audio sample_rate (Hz), channels, window_seconds and window_samples; for "
-            "each probe labels (a JSON list in the order of its scores) and score_scale, or NAME.labels and "
-            "NAME.score_scale if there are several",
+            "description": "trained; request_parameters (a JSON list: what a request may have); for audio "
+            "recordings and detections (how to send and ask for them), sample_rate (Hz), channels, window_seconds "
+            "and window_samples; for each probe labels (a JSON list in the order of its scores) and score_scale, "
+            "and of a calibrated one thresholds and target_precision, or NAME.labels and so on if there are several",
         }},
     ),
     "Model": _object({
@@ -418,13 +472,16 @@ _PROTOCOL: Final[dict[str, Schema]] = {
         {"inputs": _list(_INPUT)},
         {
             "id": _STRING,
-            "parameters": _ANY,
-            "outputs": _list(_object({"name": _STRING}, {"parameters": _ANY})),
+            "parameters": _REQUEST_PARAMETERS,
+            "outputs": {**_list(_OUTPUT), "description": "without them, all"},
         },
     ),
     "InferResponse": _object(
         {"model_name": _STRING, "model_version": _STRING, "outputs": _list(_object(
-            {"name": _STRING, "datatype": _STRING, "shape": _SHAPE}, {"parameters": _ANY, "data": _NUMBERS}
+            {"name": _STRING, "datatype": _STRING, "shape": _SHAPE}, {"parameters": _ANY, "data": {
+                **_list({"anyOf": [{"type": "number"}, _STRING]}),
+                "description": "numbers, row by row; of BYTES texts, such as 0.983124:4:buzz",
+            }}
         ))},
         {"id": _STRING, "parameters": {
             **_ANY,
