@@ -390,6 +390,8 @@ def figures_of(joined: Predictions, targets: np.ndarray, weights: np.ndarray) ->
     found = np.full((len(FIGURES), targets.shape[1], len(weights)), np.nan)
     for i in range(targets.shape[1]):
         known = targets[:, i] >= 0
+        if not known.any():  # such as reviews of other labels
+            continue
         has, logits, weight = targets[known, i], joined.logits[known, i], weights[:, known]
         found[0, i] = metrics.average_precision(has, logits, weight)
         found[1, i] = metrics.auroc(has, logits, weight)
