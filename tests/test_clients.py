@@ -117,6 +117,13 @@ def test_curl_of_a_description(server):
     assert [probe["labels"] for probe in described["probes"]] == [list(LABELS)]
 
 
+def test_curl_with_thresholds(server, workplace, engine):
+    answers = [json.loads(each) for each in re.findall(r"\{.*?\}(?=\{\"bundle\"|$)", shell(SHELL[7], server))]
+    recording = decode("recording.wav")
+    expected = [engine.predict(*recording, threshold=each) for each in (0.3, {"robin": 0.7})]
+    assert answers == [as_json(each) for each in expected]
+
+
 def test_grpc_by_reflection(server):
     assert python(PYTHON[7], server)["labels"] == list(LABELS)
 
@@ -146,8 +153,12 @@ def test_bentoml(server, workplace, engine, capsys):
 
 
 @pytest.mark.parametrize("code", [PYTHON[2], PYTHON[5], PYTHON[6]], ids=["grpc", "stream", "http"])
-def test_triton(server, workplace, engine, code):
-    np.testing.assert_array_equal(python(code, server)["scores"], engine.score(*decode("recording.wav")).scores)
+def test_triton(server, workplace, engine, code, capsys):
+    names = python(code, server)
+    np.testing.assert_array_equal(names["scores"], engine.score(*decode("recording.wav")).scores)
+    if code == PYTHON[2]:
+        assert names["labels"] == list(LABELS)
+        assert len(capsys.readouterr().out.splitlines()) == len(names["scores"]) == len(names["spans"])
 
 
 def test_triton_with_windows(server, engine):
@@ -161,4 +172,4 @@ def test_triton_with_detections(server, workplace, engine):
 
 
 def test_no_example_is_left_out():
-    assert (len(SHELL), len(PYTHON)) == (7, 8)
+    assert (len(SHELL), len(PYTHON)) == (8, 8)

@@ -1,7 +1,7 @@
 """Camtrap DP 1.0 for sound: deployments, media and observations, with a description of the columns.
 
 A folder of recordings is a deployment. What isn't known, such as the place or the time zone, is left empty: fill it
-in before you publish the package. A score is a tag and no `classificationProbability`, since it isn't calibrated.
+in before you publish the package. A score is a tag. `classificationProbability` is that of a calibrated label.
 """
 
 import csv
@@ -23,6 +23,7 @@ MEDIA_TYPES: Final = {".flac": "audio/flac", ".mp3": "audio/mpeg", ".ogg": "audi
 KEY: Final = {"type": "string", "constraints": {"required": True, "unique": True}}
 REFERENCE: Final = {"type": "string", "constraints": {"required": True}}
 TEXT: Final = {"type": "string"}
+PROBABILITY: Final = "classificationProbability"  # a column of the packages of calibrated bundles
 TIME: Final = {"type": "datetime", "format": "any"}
 HERTZ: Final = {"type": "number", "constraints": {"minimum": 0}}
 TABLES: Final[dict[str, dict[str, dict[str, Any]]]] = {
@@ -59,6 +60,7 @@ TABLES: Final[dict[str, dict[str, dict[str, Any]]]] = {
         "frequencyHigh": HERTZ,
         "classificationMethod": {"type": "string", "constraints": {"enum": ["human", "machine"]}},
         "classifiedBy": TEXT,
+        PROBABILITY: {"type": "number", "constraints": {"minimum": 0, "maximum": 1}},
         "observationTags": TEXT,
         "observationComments": TEXT,
     },
@@ -73,14 +75,15 @@ def write(table: Table, target: Path) -> None:
         by_folder[_deployment(recording, root)].append(recording)
     with new_folder(target, PACKAGE) as folder:
         with (folder / "deployments.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = _writer(file, "deployments")
+            writer = _writer(file, table, "deployments")
             for name, recordings in by_folder.items():
                 writer.writerow(_deployment_row(name, recordings))
         with (
             (folder / "media.csv").open("w", encoding="utf-8", newline="") as media_file,
             (folder / "observations.csv").open("w", encoding="utf-8", newline="") as observations_file,
         ):
-            media, observations = _writer(media_file, "media"), _writer(observations_file, "observations")
+            media = _writer(media_file, table, "media")
+            observations = _writer(observations_file, table, "observations")
             count = 0
             for recording, annotations in table.rows:
                 path = os.path.relpath(recording.path, root)
@@ -88,13 +91,18 @@ def write(table: Table, target: Path) -> None:
                 media.writerow(_media_row(recording, path, deployment))
                 for one in annotations:
                     count += 1
-                    observations.writerow((count, deployment, path, *_observation(recording, one)))
+                    observations.writerow((count, deployment, path, *_observation(table, recording, one)))
         (folder / PACKAGE).write_text(json.dumps(_package(table), indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _writer(file: Any, name: str) -> Any:
+def _columns(table: Table, name: str) -> dict[str, dict[str, Any]]:
+    """The columns of a resource; without probabilities if there are none."""
+    return {column: kind for column, kind in TABLES[name].items() if table.calibrated or column != PROBABILITY}
+
+
+def _writer(file: Any, table: Table, name: str) -> Any:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(TABLES[name])
+    writer.writerow(_columns(table, name))
     return writer
 
 
@@ -127,9 +135,10 @@ def _media_row(recording: Recording, path: str, deployment: str) -> tuple[Any, .
     return path, deployment, _zoned(recording, 0.0), path, "false", recording.name, kind, comment
 
 
-def _observation(recording: Recording, one: Annotation) -> tuple[Any, ...]:
+def _observation(table: Table, recording: Recording, one: Annotation) -> tuple[Any, ...]:
     scientific = names(one.label)[0]
     known = SPECIES.fullmatch(scientific) is not None
+    probability = "" if one.probability is None else f"{one.probability:.4f}"
     return (
         "",
         _zoned(recording, one.start),
@@ -141,6 +150,7 @@ def _observation(recording: Recording, one: Annotation) -> tuple[Any, ...]:
         f"{one.high_frequency(recording):g}",
         "machine",
         f"{one.bundle} {one.version}, {one.probe}",
+        *([probability] if table.calibrated else []),
         f"score:{one.score:.4f}|offset:{one.start:.3f}|duration:{one.end - one.start:.3f}",
         one.label,
     )
@@ -166,7 +176,7 @@ def _package(table: Table) -> dict[str, Any]:
                 ],
             },
         }
-        for name, columns in TABLES.items()
+        for name, columns in ((name, _columns(table, name)) for name in TABLES)
     ]
     return {
         "resources": resources,

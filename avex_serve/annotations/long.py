@@ -21,20 +21,21 @@ COLUMNS: Final = {
     "probe": "VARCHAR",
     "recording": "VARCHAR",  # SHA-256 of the file
 }
+PROBABILITY: Final = "probability"  # a further column, if a bundle is calibrated
 
 
 def write_csv(table: Table, file: TextIO) -> None:
-    """Write CSV; an empty cell is an unknown time."""
+    """Write CSV; an empty cell is an unknown time or probability."""
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(_columns(table))
     for row in _rows(table):
         writer.writerow(row)
 
 
 def write_ndjson(table: Table, file: TextIO) -> None:
-    """Write a line of JSON for each detection; null is an unknown time."""
+    """Write a line of JSON for each detection; null is an unknown time or probability."""
     for row in _rows(table):
-        file.write(json.dumps(dict(zip(COLUMNS, row, strict=True)), ensure_ascii=False) + "\n")
+        file.write(json.dumps(dict(zip(_columns(table), row, strict=True)), ensure_ascii=False) + "\n")
 
 
 def write_parquet(table: Table, target: Path) -> None:
@@ -46,7 +47,7 @@ def write_parquet(table: Table, target: Path) -> None:
     try:
         with new_file(rows) as file:
             write_ndjson(table, file)
-        columns = ", ".join(f"'{name}': '{kind}'" for name, kind in COLUMNS.items())
+        columns = ", ".join(f"'{name}': '{kind}'" for name, kind in _columns(table).items())
         about = _quoted(json.dumps(table.about, ensure_ascii=False, sort_keys=True))
         with duckdb.connect(config={"threads": 1, "memory_limit": "1GB"}) as database:
             database.execute(
@@ -59,10 +60,16 @@ def write_parquet(table: Table, target: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
+def _columns(table: Table) -> dict[str, str]:
+    return {**COLUMNS, PROBABILITY: "DOUBLE"} if table.calibrated else COLUMNS
+
+
 def _rows(table: Table) -> Iterator[tuple[Any, ...]]:
     for recording, annotations in table.rows:
         for one in annotations:
-            yield _row(recording, one)
+            row = _row(recording, one)
+            known = None if one.probability is None else float(f"{one.probability:.9g}")
+            yield (*row, known) if table.calibrated else row
 
 
 def _row(recording: Recording, one: Annotation) -> tuple[Any, ...]:

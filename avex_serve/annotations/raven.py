@@ -26,15 +26,17 @@ def write(table: Table, file: TextIO, blank: Sequence[str] = ()) -> None:
     """
     before = 0.0  # seconds of the files before this one
     selection = 0
-    file.write("\t".join([HEADER, *blank]) + "\n")
+    columns = [HEADER, *(["Probability"] if table.calibrated else []), *blank]
+    file.write("\t".join(columns) + "\n")
     for recording, annotations in table.rows:
         name, path = _cell(recording.name), _cell(recording.path)
         for one in annotations:
             selection += 1
+            known = "" if one.probability is None else f"{one.probability:.4f}"
             file.write(
                 f"{selection}\tSpectrogram 1\t1\t{before + one.start:.6f}\t{before + one.end:.6f}\t0.0\t"
                 f"{one.high_frequency(recording):.1f}\t{name}\t{path}\t{one.start:.6f}\t{_cell(one.label)}\t"
-                f"{one.score:.4f}" + "\t" * len(blank) + "\n"
+                f"{one.score:.4f}" + (f"\t{known}" if table.calibrated else "") + "\t" * len(blank) + "\n"
             )
         before += recording.duration
 

@@ -48,6 +48,7 @@ class Annotation(NamedTuple):
     bundle: str
     version: str
     probe: str
+    probability: float | None = None  # that the label is right; None: it is not calibrated
 
     def high_frequency(self, recording: Recording) -> float:
         """Hz: the highest frequency that the recording has and the model receives."""
@@ -61,15 +62,17 @@ class Table:
     recordings: Sequence[Recording]  # in order of their paths, those without detections too
     rows: Iterable[tuple[Recording, Sequence[Annotation]]]  # for each of them, once
     about: Mapping[str, Any]  # what the detections were made from, and how they were selected
+    calibrated: bool = False  # whether detections may have probabilities
 
     @property
     def root(self) -> str:
-        """The deepest folder that holds all recordings."""
+        """The deepest folder that holds all recordings; empty if a client names one without a folder."""
         folders = [recording.path.split("/")[:-1] for recording in self.recordings]  # of paths or URLs
         if not folders:
             return os.sep
         both = zip(min(folders), max(folders), strict=False)
-        return "/".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], both)) or os.sep
+        root = "/".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], both))
+        return root or (os.sep if min(folders) else "")
 
     def folder_of(self, recording: Recording) -> str:
         """The folder of a recording, relative to `root`. A client may name recordings without a folder."""

@@ -1,6 +1,6 @@
 """Which scores a table shows, and what a table says about its origin."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone, tzinfo
 from typing import Any
@@ -8,14 +8,14 @@ from typing import Any
 import msgspec
 
 from avex_serve.archive.plan import Probe, ResultSet
+from avex_serve.inference.scores import Threshold
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """Which scores a table shows. None of it changes scores, so that another choice costs no inference."""
 
-    threshold: float | None = None  # lowest score; see `avex_serve.inference.scores.Selection`
-    thresholds: Mapping[str, float] | None = None  # by label; `threshold` is for the labels that aren't in it
+    threshold: Threshold = None  # lowest score; see `avex_serve.inference.scores.Selection`
     top_k: int | None = None  # most labels of a window and a probe
     labels: Sequence[str] | None = None  # the labels to show; None: all
     merge_gap: float | None = None  # seconds between windows that become one row; None: windows stay apart

@@ -17,8 +17,8 @@ from avex_serve.inference import pipeline
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
-from avex_serve.inference.results import detect
-from avex_serve.inference.scores import Selection, activate
+from avex_serve.inference.results import calibrated, detect
+from avex_serve.inference.scores import Threshold, activate
 
 if TYPE_CHECKING:
     import pandas
@@ -33,7 +33,7 @@ def predict(
     final_clip: FinalClip = "remainder",
     channel: Channel = "mix",
     probe: str | None = None,
-    threshold: float | None = None,
+    threshold: Threshold = None,
     top_k: int | None = None,
 ) -> "pandas.DataFrame":
     """Score recordings.
@@ -45,18 +45,18 @@ def predict(
         bundle: an open bundle, or the path of one.
         form: ``windows``, OpenSoundscape's shape: a row for each window, indexed by file, start_time and end_time in
             seconds, and a column of scores for each label. ``detections``: a row for each label that passes, with
-            the columns file, start_time, end_time, label and score.
+            the columns file, start_time, end_time, label and score, and probability if the head is calibrated.
         overlap: of neighbouring windows, in seconds.
         final_clip: what happens to an end shorter than a window; see `avex_serve.audio.windows`.
         channel: which channel to process, from 1; "mix": the mean of all.
         probe: name of the head to run; the bundle's first one by default.
-        threshold: lowest score of a detection.
+        threshold: lowest score of a detection, or a mapping from labels to it.
         top_k: most detections of a window; see `avex_serve.inference.scores.Selection` for the defaults.
 
     Raises:
         DependencyError: pandas is not installed.
         InputError: another form, threshold, top_k or overlap that can't be used.
-        NotFoundError: no such probe.
+        NotFoundError: no such probe, or a threshold for a label that it doesn't have.
     """
     try:
         import pandas
@@ -68,7 +68,9 @@ def predict(
     with nullcontext(bundle) if isinstance(bundle, Engine) else open_bundle(bundle) as engine:
         head = engine.probe(probe)
         labels = engine.labels(head.name)
-        selection = Selection.of(head.activation, threshold, top_k)
+        selection = pipeline.select(engine, head, threshold, top_k)
+        calibrator = engine.calibrator(head.name)
+        shown = ["label", "score"] if calibrator is None else ["label", "score", "probability"]
         spec = engine.audio_spec
         hop_samples(spec.window_samples, spec.sample_rate, overlap)  # raises for an overlap that can't be
         query = Query(overlap=overlap, final_clip=final_clip, channel=channel)
@@ -83,13 +85,13 @@ def predict(
                 continue
             scores = activate(found.outputs[head.logits], head.activation)
             if form == "detections":
-                each = detect(found.spans, scores, labels, selection)
-                parts += [(file, one.start, one.end, one.label, one.score) for one in each]
+                each = calibrated(detect(found.spans, scores, labels, selection), calibrator)
+                parts += [(file, one.start, one.end, *(getattr(one, name) for name in shown)) for one in each]
             else:
                 parts.append((file, found.spans, scores))
     names = ["file", "start_time", "end_time"]
     if form == "detections":
-        frame = pandas.DataFrame(parts, columns=[*names, "label", "score"])
+        frame = pandas.DataFrame(parts, columns=[*names, *shown])
     else:
         index = [(file, start, end) for file, spans, _ in parts for start, end in spans.tolist()]
         rows = [scores for _, _, scores in parts] or [np.empty((0, len(labels)), np.float32)]

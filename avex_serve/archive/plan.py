@@ -9,7 +9,8 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from avex_serve.bundles.manifest import EmbeddingInfo, ProbeInfo
+from avex_serve.bundles.manifest import Activation, EmbeddingInfo, ProbeInfo
+from avex_serve.calibration.scales import Calibration, Calibrator
 from avex_serve.errors import InputError, UnsupportedError
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
@@ -17,13 +18,24 @@ from avex_serve.inference.pipeline import Query, links, with_overlap
 from avex_serve.inference.scores import activate, score_scale
 
 
-class Probe(msgspec.Struct, frozen=True):
+class Probe(msgspec.Struct, frozen=True, omit_defaults=True):
     """A head as the store describes it."""
 
     name: str
     labels: tuple[str, ...]  # in the order of its logits
     scale: Literal["sigmoid", "softmax", "logits"]  # of its scores
     trained: bool
+    calibration: Calibration | None = None  # of the bundle that ran last; probabilities are derived, not stored
+
+    @property
+    def activation(self) -> Activation:
+        """What turned its logits into scores."""
+        return "none" if self.scale == "logits" else self.scale
+
+    @property
+    def calibrator(self) -> Calibrator | None:
+        """Its calibration, None if it has none."""
+        return None if self.calibration is None else Calibrator.of(self.calibration, self.activation)
 
 
 class Cut(msgspec.Struct, frozen=True):
@@ -138,6 +150,13 @@ def plan_passes(engines: Sequence[Engine], query: Query, *, keep_embeddings: boo
                 f"bundle {each.source.manifest.name} has no probe, and no other bundle here reads its embeddings; "
                 "add one that does, or --embeddings to store them"
             )
+    names = [target.results.name for each in passes for target in each.targets]
+    for target in (target for each in passes for target in each.targets):
+        if names.count(target.results.name) > 1:
+            raise InputError(
+                f"several bundles make the scores of {target.results.bundle}: they are copies, or differ in their "
+                "calibration only; name one of them"
+            )
     return passes
 
 
@@ -172,7 +191,7 @@ def _plan_pass(engine: Engine, query: Query) -> Pass:
     planned = Pass(engine, with_overlap(query, engine.audio_spec))
     planned.embeddings = {info.output: _embedding_set(planned, info) for info in engine.manifest.embeddings}
     if heads := engine.manifest.probes:
-        identity = {"bundle": engine.bundle.digest, **_running(planned)}
+        identity = {"bundle": engine.bundle.scores_digest, **_running(planned)}
         results = _score_set(engine, identity, _cut(planned), heads)
         planned.targets.append(Target(results, engine, {head.name: head.logits for head in heads}))
     return planned
@@ -194,7 +213,7 @@ def _add_reader(reader: Engine, passes: Sequence[Pass]) -> None:
 def _reading(reader: Engine, heads: Sequence[tuple[ProbeInfo, str, ResultSet]]) -> Target:
     """Heads on embeddings, each with its source and the set of embeddings that it is or would be stored in."""
     identity = {
-        "bundle": reader.bundle.digest,
+        "bundle": reader.bundle.scores_digest,
         "runs": reader.backend.format,
         "embeddings": {head.name: embeddings.name for head, _, embeddings in heads},
     }
@@ -204,7 +223,8 @@ def _reading(reader: Engine, heads: Sequence[tuple[ProbeInfo, str, ResultSet]]) 
 
 def _score_set(engine: Engine, identity: dict[str, Any], cut: Cut, heads: Sequence[ProbeInfo]) -> ResultSet:
     probes = tuple(
-        Probe(head.name, engine.labels(head.name), score_scale(head.activation), head.trained) for head in heads
+        Probe(head.name, engine.labels(head.name), score_scale(head.activation), head.trained, head.calibration)
+        for head in heads
     )
     manifest = engine.manifest
     return ResultSet(
@@ -215,7 +235,7 @@ def _score_set(engine: Engine, identity: dict[str, Any], cut: Cut, heads: Sequen
 def _embedding_set(planned: Pass, info: EmbeddingInfo) -> ResultSet:
     # Bundles with one fingerprint make the same embeddings. Without a fingerprint, only the bundle itself does.
     source = planned.source
-    fingerprint = info.fingerprint or f"{source.bundle.digest}:{info.output}"
+    fingerprint = info.fingerprint or f"{source.bundle.scores_digest}:{info.output}"
     return ResultSet(
         kind="embeddings",
         identity={"embedding": fingerprint, **_running(planned)},

@@ -304,8 +304,7 @@ class Run:
                     recording = recording or _digest(file)
                     with self._alone(recording):
                         sound = self._fill(msgspec.structs.replace(now, recording=recording), file)
-                    own = msgspec.structs.replace(sound, path=now.path, size=now.size, modified=now.modified)
-                    now = _with_origin(own, file)
+                    now = _with_origin(sound, now, file)
         except StorageError:
             raise
         except AvexServeError as error:
@@ -451,20 +450,36 @@ def _is_gone(path: str) -> bool:
     return False
 
 
-def _with_origin(entry: Entry, file: str) -> Entry:
-    """The entry with what name and header say of time and place; its content is in `file`."""
+def _with_origin(sound: Entry, now: Entry, file: str) -> Entry:
+    """The entry of a recording with what name and header say of time and place.
+
+    Args:
+        sound: of a recording with the same content, under this or another name.
+        now: path, size and time.
+        file: the content.
+    """
     header = describe(file)
-    origin = find_origin(os.path.basename(entry.path), header.metadata, entry.duration)  # noqa: PTH119
+    found = {path: find_origin(_name(path), header.metadata, sound.duration) for path in (sound.path, now.path)}
+    others = found[sound.path].warnings if sound.path != now.path else ()
+    origin = found[now.path]
+    warnings = [warning for warning in sound.warnings if warning not in others]
     return msgspec.structs.replace(
-        entry,
+        sound,
+        path=now.path,
+        size=now.size,
+        modified=now.modified,
         channels=header.channels,
         start=None if origin.start is None else origin.start.isoformat(),
         offset=format_offset(origin.offset),
         latitude=origin.latitude,
         longitude=origin.longitude,
         recorder=origin.recorder,
-        warnings=tuple(dict.fromkeys((*entry.warnings, *origin.warnings))),
+        warnings=tuple(dict.fromkeys((*warnings, *origin.warnings))),
     )
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _digest(path: str) -> str:

@@ -176,11 +176,11 @@ class Store:
         return [sets[name] for name in self.description.current if name in sets]
 
     def add_set(self, results: ResultSet) -> None:
-        """Make the folder of a set, if it is new."""
-        folder = self._folder(results)
-        if not (folder / SET).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write(str((folder / SET).relative_to(self.folder)), _document(results))
+        """Make the folder of a set; one that is there gets the version and the calibration of this."""
+        path, document = self._folder(results) / SET, _document(results)
+        if not path.exists() or path.read_bytes() != document:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(str(path.relative_to(self.folder)), document)
 
     def use_sets(self, sets: Sequence[ResultSet], part: Part | None = None) -> None:
         """Make these the current sets, of all recordings or of a part of them."""

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime, tzinfo
 from typing import Any, Final, Protocol, TypeVar
 
@@ -12,8 +12,9 @@ import numpy as np
 from avex_serve.annotations.table import Annotation, Recording, Table
 from avex_serve.archive.choice import Choice as Choice
 from avex_serve.archive.choice import describe, in_zone
-from avex_serve.archive.plan import ResultSet
+from avex_serve.archive.plan import Probe, ResultSet
 from avex_serve.archive.store import Entry, Store, connect, quoted
+from avex_serve.calibration.scales import Calibrator
 from avex_serve.errors import NotFoundError
 from avex_serve.inference.results import Merger, check_gap
 from avex_serve.inference.scores import Selection, check_labels
@@ -59,7 +60,9 @@ def make_table(store: Store, choice: Choice, paths: Collection[str] | None = Non
         and entry.computed
         and any(entry.recording in names for names in done)
     ]
-    return Table(recordings, _rows(store, sets, done, recordings, classes, choice), describe(sets, choice))
+    calibrated = any(probe.calibration is not None for results in sets for probe in results.probes)
+    rows = _rows(store, sets, done, recordings, classes, choice)
+    return Table(recordings, rows, describe(sets, choice), calibrated)
 
 
 def _recording(entry: Entry, zone: tzinfo | None) -> Recording:
@@ -86,22 +89,28 @@ def check_choice(sets: Sequence[ResultSet], choice: Choice) -> dict[str, np.ndar
     if choice.merge_gap is not None:
         check_gap(choice.merge_gap)
     known = {label for results in sets for probe in results.probes for label in probe.labels}
-    check_labels([*(choice.labels or ()), *(choice.thresholds or {})], known)
+    check_labels(
+        [*(choice.labels or ()), *(choice.threshold if isinstance(choice.threshold, Mapping) else ())], known
+    )
     shown = known if choice.labels is None else set(choice.labels)
     rows: list[tuple[int, str, str, int, float]] = []
     for index, results in enumerate(sets):
         for probe in results.probes:
-            activation = "none" if probe.scale == "logits" else probe.scale
-            lowest = Selection.of(activation, choice.threshold, choice.top_k).threshold
-            for label in probe.labels:
+            lowest = np.broadcast_to(_selection(probe, choice).threshold, len(probe.labels)).tolist()
+            for label, limit in zip(probe.labels, lowest, strict=True):
                 if label in shown:
-                    limit = (choice.thresholds or {}).get(label, lowest)
-                    Selection.of(activation, None if limit == lowest else limit, choice.top_k)  # checks it
                     rows.append((index, probe.name, label, len(rows), limit))
     columns = list(zip(*rows, strict=True))
     kinds = (np.int32, object, object, np.int32, np.float64)
     names = ("source", "probe", "label", "class", "lowest")
     return {name: np.array(column, kind) for name, column, kind in zip(names, columns, kinds, strict=True)}
+
+
+def _selection(probe: Probe, choice: Choice) -> Selection:
+    threshold = choice.threshold
+    if isinstance(threshold, Mapping):
+        threshold = {label: value for label, value in threshold.items() if label in probe.labels}
+    return Selection.of(probe.activation, threshold, choice.top_k, probe.labels, probe.calibrator)
 
 
 def _rows(
@@ -112,6 +121,12 @@ def _rows(
     classes: dict[str, np.ndarray],
     choice: Choice,
 ) -> Iterator[tuple[Recording, list[Annotation]]]:
+    calibrators = {
+        (results.bundle, results.version, probe.name): probe.calibrator
+        for results in sets
+        for probe in results.probes
+        if probe.calibration is not None
+    }
     with connect(threads=usable_cores()) as database:
         database.register("classes", classes)
         for chunk in chunks(recordings, len(sets)):
@@ -125,7 +140,20 @@ def _rows(
                     group = next(groups, None)
                 if choice.merge_gap is not None:
                     annotations = merge(annotations, choice.merge_gap, mean=choice.merge_mean)
-                yield recording, annotations
+                yield recording, _calibrated(annotations, calibrators)
+
+
+def _calibrated(
+    annotations: list[Annotation], calibrators: Mapping[tuple[str, str, str], Calibrator | None]
+) -> list[Annotation]:
+    """The annotations with the probability that each score stands for; joined windows have one score."""
+    for origin, calibrator in calibrators.items():
+        own = [i for i, one in enumerate(annotations) if (one.bundle, one.version, one.probe) == origin]
+        if own and calibrator is not None:
+            labels, scores = [annotations[i].label for i in own], [annotations[i].score for i in own]
+            for i, probability in zip(own, calibrator.of_labels(labels, scores), strict=True):
+                annotations[i] = annotations[i]._replace(probability=probability)
+    return annotations
 
 
 def chunks(recordings: Sequence[Timed], sets: int) -> Iterator[list[Timed]]:

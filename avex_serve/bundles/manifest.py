@@ -19,9 +19,12 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct, field
 
+from avex_serve.calibration.scales import Activation as Activation
+from avex_serve.calibration.scales import Calibration, Interval
 from avex_serve.errors import BundleError
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3  # since 3: calibrations and evaluations of heads
+READABLE: Final = (2, 3)  # schema versions
 MANIFEST = "manifest.json"
 LABELS = "labels.json"
 ONNX = "model.onnx"
@@ -40,7 +43,6 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 # Files are directly in the bundle's folder: a manifest can't point outside it. Some are named after a probe.
 FILE_NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z"
 FileName = Annotated[str, Meta(pattern=FILE_NAME_PATTERN)]
-Activation = Literal["sigmoid", "softmax", "none"]
 Positive = Annotated[int, Meta(gt=0)]
 
 
@@ -76,6 +78,16 @@ class AudioSpec(_Strict, frozen=True, kw_only=True):
     resampler: Literal["soxr_hq"] = "soxr_hq"  # the embeddings depend on it
 
 
+class EvaluationInfo(_Strict, frozen=True, kw_only=True):
+    """The headline of a head's evaluation on recordings that did not train it."""
+
+    average_precision: float  # mean over labels
+    interval: Interval | None = None  # of 95 % over recordings
+    windows: Positive
+    recordings: Positive
+    split: str  # "split column", "hold-out" or "cross-validation"
+
+
 class ProbeInfo(_Strict, frozen=True, kw_only=True):
     """One trained head of the bundle."""
 
@@ -89,11 +101,18 @@ class ProbeInfo(_Strict, frozen=True, kw_only=True):
     embedding: str | None = None  # for kind audio: name of the output with its input, pooled over time
     # Digest of everything that determines the head's input: backbone, layers, aggregation …; None: unknown.
     input_fingerprint: Sha256 | None = field(default=None, name="reads")
+    calibration: Calibration | None = None  # of its labels, in their order
+    evaluation: EvaluationInfo | None = None
 
     @property
     def scores(self) -> str:
         """Name of the output with its scores."""
         return self.logits.removesuffix("logits") + "scores"
+
+    @property
+    def probabilities(self) -> str:
+        """Name of the output with the probabilities of its labels, if it is calibrated."""
+        return self.logits.removesuffix("logits") + "probabilities"
 
 
 class EmbeddingInfo(_Strict, frozen=True, kw_only=True):
@@ -129,7 +148,7 @@ class Quantisation(_Strict, frozen=True, kw_only=True):
 class Manifest(_Strict, frozen=True, kw_only=True):
     """What a bundle is; the content of ``manifest.json``."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[2, 3] = SCHEMA_VERSION
     name: Name
     version: Name = "1"
     kind: Literal["audio", "embedding"]  # of the input: waveforms or embeddings
@@ -143,6 +162,7 @@ class Manifest(_Strict, frozen=True, kw_only=True):
     outputs: Annotated[tuple[TensorSpec, ...], Meta(min_length=1)]
     half: bool = False  # whether the TorchScript graph is in float16, except for its front end
     quantisation: Quantisation | None = None  # None: no graph in integers
+    calibrates: Sha256 | None = None  # digest of the bundle that makes the same scores, calibrated otherwise
     licence: str  # of the weights
     tools: dict[str, str]  # versions of the packages that made it
     files: dict[FileName, Sha256]  # every file except the manifest; filled in when the bundle is sealed
@@ -163,6 +183,11 @@ class Manifest(_Strict, frozen=True, kw_only=True):
                 raise _Misfit(f"probe {probe.name}: {probe.classes} labels for logits of width {width}")
             if (probe.embedding is None) != (self.kind == "embedding"):
                 raise _Misfit(f"kind {self.kind!r} and embedding {probe.embedding!r} don't fit together")
+            if probe.calibration is not None and len(probe.calibration.labels) != probe.classes:
+                raise _Misfit(
+                    f"probe {probe.name}: a calibration of {len(probe.calibration.labels)} labels, not of the "
+                    f"{probe.classes} that it has"
+                )
         embeddings = {info.output for info in self.embeddings}
         if lost := {probe.embedding for probe in self.probes} - embeddings - {None}:
             raise _Misfit(f"the outputs {sorted(map(str, lost))} are not among the embeddings")

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from avex_serve.bundles.manifest import MANIFEST, SCHEMA_VERSION, Manifest, ProbeInfo
+from avex_serve.bundles.manifest import MANIFEST, READABLE, Manifest, ProbeInfo
 from avex_serve.errors import BundleError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,11 @@ class Bundle(NamedTuple):
     manifest: Manifest
     labels: Mapping[str, tuple[str, ...]]  # of each probe by name, in the order of its logits
     digest: str  # sha256 of the manifest, which holds the digests of all files
+
+    @property
+    def scores_digest(self) -> str:
+        """The same for bundles that make the same scores and differ in their calibration."""
+        return self.manifest.calibrates or self.digest
 
     def path(self, name: str) -> Path | None:
         """Path of a file of the bundle, or None if the bundle has no such file."""
@@ -105,9 +110,10 @@ def _read(root: Path) -> Bundle:
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise BundleError(f"{root / MANIFEST} is not JSON: {error}") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in READABLE:
         raise BundleError(
-            f"{root / MANIFEST} has schema version {version!r}, this avex-serve reads {SCHEMA_VERSION}; "
+            f"{root / MANIFEST} has schema version {version!r}, this avex-serve reads "
+            f"{' and '.join(map(str, READABLE))}; "
             "export again, or install the avex-serve that made it"
         )
     try:
@@ -129,6 +135,8 @@ def _probe_labels(root: Path, manifest: Manifest, probe: ProbeInfo) -> tuple[str
     labels = parse_labels(path.read_bytes(), source=str(path))
     if len(labels) != probe.classes:
         raise BundleError(f"{path} has {len(labels)} labels, the model answers {probe.classes}")
+    if probe.calibration is not None and tuple(each.label for each in probe.calibration.labels) != labels:
+        raise BundleError(f"{root / MANIFEST}: the calibration of {probe.name} is of other labels; export again")
     return labels
 
 

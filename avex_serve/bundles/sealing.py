@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Final
 
 import msgspec
 
-from avex_serve.bundles.manifest import FILE_NAME_PATTERN, MANIFEST, Manifest
+from avex_serve.bundles.manifest import CARD, FILE_NAME_PATTERN, MANIFEST, SCHEMA_VERSION, Manifest
 from avex_serve.bundles.reading import Bundle, read_manifest, repeated, sha256_of
+from avex_serve.calibration.scales import Calibration
 from avex_serve.errors import BundleError
 
 _FILE_MODES: Final = 0o666  # of which the user's umask takes some
@@ -77,6 +79,41 @@ def seal_bundle(folder: Path, labels: Mapping[str, tuple[str, ...]], manifest: M
     sealed = msgspec.structs.replace(manifest, files=files)
     (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(sealed), indent=1) + b"\n")
     return read_manifest(folder)  # a bundle that can't be read is not sealed
+
+
+def recalibrate(bundle: Bundle, target: Path, version: str, calibrations: Mapping[str, Calibration]) -> Bundle:
+    """Write a bundle again with other calibrations: a new version with the same graphs, and so the same scores.
+
+    Args:
+        bundle: complete; it stays as it is.
+        target: the new folder; a bundle that is there is replaced.
+        version: the new one.
+        calibrations: by name of the probe.
+
+    Raises:
+        BundleError: a version or a calibration that doesn't fit.
+        FileExistsError: the target is something else.
+    """
+    manifest = bundle.manifest
+    changed = msgspec.structs.replace(
+        manifest,
+        schema_version=SCHEMA_VERSION,
+        version=version,
+        calibrates=bundle.scores_digest,
+        probes=tuple(
+            msgspec.structs.replace(probe, calibration=calibrations.get(probe.name, probe.calibration))
+            for probe in manifest.probes
+        ),
+    )
+    with atomic_directory(target, marker=MANIFEST) as folder:
+        for name in manifest.files:
+            shutil.copyfile(bundle.directory / name, folder / name)
+        if (card := folder / CARD).is_file():
+            described = [f"`{name}`: {calibration.describe()}" for name, calibration in calibrations.items()]
+            text = f"\n## Calibration of version {version}\n\n" + "\n".join(described) + "\n"
+            card.write_text(card.read_text("utf-8") + text, "utf-8")
+        sealed = seal_bundle(folder, bundle.labels, changed)
+    return sealed._replace(directory=target)
 
 
 def dump_labels(labels: tuple[str, ...]) -> str:

@@ -1,1 +1,1 @@
-"""From logits to probabilities and thresholds, by label; numpy alone, since serving applies it."""
+"""From scores to probabilities and thresholds, by label; numpy alone, since serving applies it."""

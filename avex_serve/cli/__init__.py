@@ -9,12 +9,14 @@ from collections.abc import Sequence
 
 from avex_serve import __version__
 from avex_serve.cli import (
+    calibrate,
     classify,
     compare,
     demo,
     density,
     evaluate,
     fit,
+    info,
     inventory,
     merge,
     plot,
@@ -47,6 +49,8 @@ COMMANDS = (
     fit,
     evaluate,
     compare,
+    calibrate,
+    info,
     verify,
     settings,
     demo,

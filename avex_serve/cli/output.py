@@ -1,13 +1,15 @@
 """What commands print, and where; options that several of them have."""
 
 import argparse
+import csv
 import io
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Literal
 
-from avex_serve.errors import AvexServeError
+from avex_serve.errors import AvexServeError, InputError, NotFoundError
 
 
 def escape_unprintable() -> None:
@@ -59,3 +61,41 @@ def read_labels(given: list[str] | None) -> tuple[str, ...] | None:
 def note(text: str) -> None:
     """Print a line that is no result."""
     print(f"avex-serve: {text}", file=sys.stderr)
+
+
+def read_threshold(given: str | None) -> float | dict[str, float] | None:
+    """The value of ``--threshold``: a number, or the rows of a CSV file of label,threshold.
+
+    Raises:
+        InputError: a file that can't be used.
+        NotFoundError: neither a number nor a file.
+    """
+    if given is None:
+        return None
+    try:
+        return float(given)
+    except ValueError:
+        path = Path(given)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except FileNotFoundError:
+        raise NotFoundError(f"--threshold {given!r} is neither a number nor a file") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} can't be read: {error}") from None
+    if rows and rows[0] == ["label", "threshold"]:
+        del rows[0]
+    thresholds: dict[str, float] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            label, text = row
+            thresholds[label] = float(text)
+        except ValueError:
+            raise InputError(f"{path}, row {number}: {','.join(row)}; expected label,threshold") from None
+        if not math.isfinite(thresholds[label]):
+            raise InputError(f"{path}, row {number}: a threshold of {text}; expected a finite number")
+    if len(thresholds) < len(rows) or not rows:
+        raise InputError(
+            f"{path} has {'a label twice' if rows else 'no thresholds'}; expected one row for each label"
+        )
+    return thresholds

@@ -31,7 +31,9 @@ def add_parser(commands: Any) -> None:
         metavar="DIR|TABLE",
         help="made by avex-serve run, or a table (Raven, Audacity, CSV)",
     )
-    parser.add_argument("--threshold", type=float, help="lowest score to draw (default: 0.5, of tables: all)")
+    parser.add_argument(
+        "--threshold", type=float, help="lowest score to draw (default: the bundle's, else 0.5; of tables: all)"
+    )
     parser.add_argument("--label", action="append", metavar="LABEL", help="draw this label only; several times")
     parser.add_argument("--overlap", type=float, default=0.0, help="of neighbouring windows of --bundle, in seconds")
     parser.add_argument("--probe", help="which head of --bundle to run")

@@ -5,13 +5,12 @@ import json
 import sys
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from avex_serve.cli.output import add_shown, fail, note, parse_channel, read_labels
+from avex_serve.cli.output import add_shown, fail, note, parse_channel, read_labels, read_threshold
 from avex_serve.errors import AudioError, AvexServeError, NotFoundError, naming, quoted
 
 if TYPE_CHECKING:
@@ -34,7 +33,11 @@ def add_parser(commands: Any) -> None:
         metavar="RECORDING",
         help="files (WAV, FLAC, OGG or MP3), folders, patterns ('**/*.wav'), @list.txt, or - for standard input",
     )
-    parser.add_argument("--threshold", type=float, help="lowest score to report (default: 0.5)")
+    parser.add_argument(
+        "--threshold",
+        metavar="SCORE|FILE",
+        help="lowest score to report, or a CSV file of label,threshold (default: those of the bundle, else 0.5)",
+    )
     parser.add_argument("--top-k", type=int, help="report at most this number of labels for each window")
     add_shown(parser)
     add_reading(parser)
@@ -81,11 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print an answer for each recording; continue after one that can't be read."""
     from avex_serve.archive.files import find_recordings
     from avex_serve.inference.backend import open_bundle
-    from avex_serve.inference.pipeline import Query
-    from avex_serve.inference.scores import Selection
+    from avex_serve.inference.pipeline import Query, select
 
     query = Query(
-        threshold=arguments.threshold,
+        threshold=read_threshold(arguments.threshold),
         top_k=arguments.top_k,
         label=read_labels(arguments.label),
         merge=arguments.merge,
@@ -106,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
             note("the head has random weights: its answers mean nothing")
         if (left_out := found.note()) is not None:
             note(left_out)
-        about_all = {*engine.warnings, *Selection.of(head.activation, query.threshold, query.top_k).warnings}
+        about_all = {*engine.warnings, *select(engine, head, query.threshold, query.top_k).warnings}
         for warning in sorted(about_all):
             note(warning)
         for path, fault in found.recordings.items():
@@ -164,11 +166,19 @@ def _predict(engine: "Engine", path: str, query: "Query") -> "Prediction":
 
 
 def _json(path: str, prediction: "Prediction") -> str:
-    return json.dumps({"file": path, **asdict(prediction)})
+    import msgspec
+
+    from avex_serve.inference.results import known
+
+    return json.dumps({"file": path, **msgspec.to_builtins(known(prediction))})
 
 
 def _table(path: str, prediction: "Prediction", hidden: int) -> str:
     others = f", and {hidden} of hidden labels" if hidden else ""
     lines = [f"{quoted(path)}: {prediction.duration:.1f} s, {len(prediction.detections)} detections{others}"]
-    lines += [f"  {d.start:8.2f} {d.end:8.2f}  {d.score:6.3f}  {d.label}" for d in prediction.detections]
+    calibrated = any(each.probability is not None for each in prediction.detections)
+    for each in prediction.detections:
+        known = "     –" if each.probability is None else f"{each.probability:5.0%} "
+        probability = f"{known} " if calibrated else ""
+        lines.append(f"  {each.start:8.2f} {each.end:8.2f}  {each.score:6.3f}  {probability}{each.label}")
     return "\n".join(lines)

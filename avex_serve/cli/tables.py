@@ -1,14 +1,12 @@
 """``avex-serve tables``: the results of a run as a table of another program."""
 
 import argparse
-import csv
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avex_serve.cli.output import add_shown, read_labels
-from avex_serve.errors import InputError, NotFoundError
+from avex_serve.cli.output import add_shown, read_labels, read_threshold
+from avex_serve.errors import InputError
 
 if TYPE_CHECKING:
     from avex_serve.archive.store import Store
@@ -41,7 +39,7 @@ def add_selection(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     group.add_argument(
         "--threshold",
         metavar="SCORE|FILE",
-        help="lowest score to show (default: 0.5), or a CSV file of label,threshold",
+        help="lowest score to show, or a CSV file of label,threshold (default: those of the bundle, else 0.5)",
     )
     group.add_argument("--top-k", type=int, help="show at most this number of labels for each window")
     add_shown(group)
@@ -96,45 +94,11 @@ def read_choice(arguments: argparse.Namespace) -> "Choice":
         zone = parse_zone(arguments.timezone) if arguments.timezone is not None else None
     except ValueError as error:
         raise InputError(f"--timezone: {error}") from None
-    threshold, thresholds = _read_thresholds(arguments.threshold)
     return Choice(
-        threshold=threshold,
-        thresholds=thresholds,
+        threshold=read_threshold(arguments.threshold),
         top_k=arguments.top_k,
         labels=read_labels(arguments.label),
         merge_gap=arguments.merge,
         zone=zone,
         merge_mean=arguments.merge_score == "mean",
     )
-
-
-def _read_thresholds(given: str | None) -> tuple[float | None, dict[str, float] | None]:
-    if given is None:
-        return None, None
-    try:
-        return float(given), None
-    except ValueError:
-        path = Path(given)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except FileNotFoundError:
-        raise NotFoundError(f"threshold {given!r} is neither a number nor a file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} can't be read: {error}") from None
-    if rows and rows[0] == ["label", "threshold"]:
-        del rows[0]
-    thresholds: dict[str, float] = {}
-    for number, row in enumerate(rows, 1):
-        try:
-            label, text = row
-            thresholds[label] = float(text)
-        except ValueError:
-            raise InputError(f"{path}, row {number}: {','.join(row)}; expected label,threshold") from None
-        if not math.isfinite(thresholds[label]):
-            raise InputError(f"{path}, row {number}: a threshold of {text}; expected a finite number")
-    if len(thresholds) < len(rows) or not rows:
-        raise InputError(
-            f"{path} has {'a label twice' if rows else 'no thresholds'}; expected one row for each label"
-        )
-    return None, thresholds

@@ -257,7 +257,7 @@ def _within(error: float | None, limit: float) -> bool:
 def _threshold(activation: Activation, end_to_end: bool) -> float | None:
     """The threshold of scores or, for clips, of logits; None: only the best label counts."""
     if end_to_end:
-        return Selection.of(activation, None, None).threshold
+        return float(Selection.of(activation, None, None).threshold)
     return None if activation == "softmax" else 0.0
 
 

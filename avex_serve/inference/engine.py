@@ -14,11 +14,12 @@ from avex_serve.audio.reader import open_wave
 from avex_serve.audio.windows import FinalClip
 from avex_serve.bundles.manifest import AudioSpec, EmbeddingInfo, Manifest, ProbeInfo
 from avex_serve.bundles.reading import Bundle
+from avex_serve.calibration.scales import Calibrator
 from avex_serve.errors import NotFoundError, TensorError, UnsupportedError
 from avex_serve.inference import pipeline
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, MergeScore, Prediction
-from avex_serve.inference.scores import activate
+from avex_serve.inference.scores import Threshold, activate
 from avex_serve.scheduling.cores import FairSemaphore, usable_cores
 from avex_serve.scheduling.request import INFER, QUEUE, Model, Request, current
 
@@ -58,6 +59,10 @@ class Engine:
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="avex-infer")
         self._places = FairSemaphore(self.threads)
         self._closed = False
+        self._calibrators = {
+            head.name: None if head.calibration is None else Calibrator.of(head.calibration, head.activation)
+            for head in bundle.manifest.probes
+        }
 
     def __enter__(self) -> Self:
         return self
@@ -119,6 +124,10 @@ class Engine:
             f"no probe {name!r} in bundle {self.manifest.name}; it has {', '.join(h.name for h in heads)}"
         )
 
+    def calibrator(self, probe: str | None = None) -> Calibrator | None:
+        """The calibration of a head, None if it has none; see `probe`."""
+        return self._calibrators[self.probe(probe).name]
+
     def embedding(self, name: str | None) -> EmbeddingInfo:
         """The output with that name that is an embedding, the first one for None.
 
@@ -140,7 +149,7 @@ class Engine:
         wave: np.ndarray,
         sample_rate: int,
         *,
-        threshold: float | None = None,
+        threshold: Threshold = None,
         top_k: int | None = None,
         label: Sequence[str] | None = None,
         merge: float | None = None,
@@ -155,7 +164,7 @@ class Engine:
         Args:
             wave: (S,) floating point, mono, in [-1, 1]; if it goes a little beyond, the answer has a warning.
             sample_rate: of the wave, in Hz; resampled to the model's.
-            threshold: lowest score to report.
+            threshold: lowest score to report, or a mapping from labels to it.
             top_k: most labels to report for a window; see `scores.Selection` for the defaults.
             label: the labels to report; None: all.
             merge: join windows of a label that are at most this many seconds apart; None: they stay apart.
@@ -188,7 +197,7 @@ class Engine:
         wave: np.ndarray,
         sample_rate: int,
         *,
-        threshold: float | None = None,
+        threshold: Threshold = None,
         top_k: int | None = None,
         label: Sequence[str] | None = None,
         merge: float | None = None,
@@ -263,7 +272,7 @@ class Engine:
         self,
         embeddings: np.ndarray,
         *,
-        threshold: float | None = None,
+        threshold: Threshold = None,
         top_k: int | None = None,
         probe: str | None = None,
     ) -> Classification:

@@ -2,9 +2,15 @@
 
 import contextlib
 import ctypes
+import os
 from pathlib import Path
 
 import numpy as np
+
+# onnxruntime's wheels report their use to Microsoft, and write an id of the machine below HOME, unless this is set
+# before the import.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 import onnxruntime
 
 from avex_serve.errors import BundleError

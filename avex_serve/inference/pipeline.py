@@ -10,7 +10,7 @@ recording is opened last, after model, head and options have been checked.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
@@ -30,10 +30,11 @@ from avex_serve.inference.results import (
     MergeScore,
     Prediction,
     Predictions,
+    calibrated,
     detect_windows,
     rank,
 )
-from avex_serve.inference.scores import Selection, activate, check_labels, score_scale
+from avex_serve.inference.scores import Selection, Threshold, activate, check_labels, score_scale
 from avex_serve.scheduling.request import current
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Query:
     hop: float | None = None  # from the start of a window to the start of the next, in place of the overlap
     final_clip: FinalClip = "remainder"  # how the end of a recording is answered; see `avex_serve.audio.windows`
     channel: Channel = "mix"  # of the recording, from 1; mix: the mean of all
-    threshold: float | None = None  # lowest score to report; see `avex_serve.inference.scores.Selection`
+    # Lowest score to report, of every label or by label; see `avex_serve.inference.scores.Selection`.
+    threshold: Threshold = None
     top_k: int | None = None  # most labels to report for a window
     label: tuple[str, ...] | None = None  # those to report; None: all
     merge: float | None = None  # seconds between windows of a label that become one detection; None: they stay apart
@@ -125,7 +127,7 @@ def predict_all(models: Models, audio: Audio, query: Query) -> Predictions:
             ]
         if not runs:
             source.probe(None)  # raises, with the reason
-        check_labels(query.label, {label for run in runs for label in run.labels})
+        check_labels(named(query), {label for run in runs for label in run.labels})
         with _read(source, runs, audio, query) as answer:
             return Predictions(predictions=answer.collect())
 
@@ -142,8 +144,8 @@ def open_answer(models: Models, audio: Audio, query: Query) -> "Iterator[Answer]
     with models.lease(query.model, query.version) as engine:
         head = engine.probe(query.probe)
         run = HeadRun(engine, head, head.logits, query)
-        check_labels(query.label, engine.labels(head.name))
-        with _source_of(models, engine, head) as (source, run.output), _read(source, [run], audio, query) as answer:
+        check_labels(named(query), engine.labels(head.name))
+        with source_of(models, engine, head) as (source, run.output), _read(source, [run], audio, query) as answer:
             yield answer
 
 
@@ -179,7 +181,7 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
                 f"bundle {engine.manifest.name} takes audio, not embeddings; use predict, or export with --offline"
             )
         head = engine.probe(query.probe)
-        selection = Selection.of(head.activation, query.threshold, query.top_k)
+        selection = select(engine, head, query.threshold, query.top_k)
         scores = activate(engine.infer(embeddings)[head.logits], head.activation)
         return Classification(
             bundle=engine.manifest.name,
@@ -188,7 +190,10 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
             trained=head.trained,
             score_scale=score_scale(head.activation),
             warnings=selection.warnings,
-            results=rank(scores, engine.labels(head.name), selection),
+            results=[
+                calibrated(row, engine.calibrator(head.name))
+                for row in rank(scores, engine.labels(head.name), selection)
+            ],
         )
 
 
@@ -207,7 +212,7 @@ def open_rows(models: Models, engine: "Engine", audio: Audio, query: Query) -> "
             yield rows
         return
     with (
-        _source_of(models, engine, engine.probe(query.probe)) as (source, output),
+        source_of(models, engine, engine.probe(query.probe)) as (source, output),
         _open_rows(source, audio, query, [output], engine) as rows,
     ):
         yield rows
@@ -229,7 +234,11 @@ class HeadRun:
         self.head = head
         self.output = output
         self.labels = engine.labels(head.name)
-        selection = Selection.of(head.activation, query.threshold, query.top_k)
+        self.calibrator = engine.calibrator(head.name)
+        threshold = query.threshold
+        if isinstance(threshold, Mapping):  # of several heads, each has those of its labels
+            threshold = {label: value for label, value in threshold.items() if label in self.labels}
+        selection = select(engine, head, threshold, query.top_k)
         self.selection = selection.showing(query.label, self.labels)
         gap = query.merge
         self._merger = None if gap is None else Merger.of_detections(gap, query.merge_score)
@@ -245,17 +254,28 @@ class HeadRun:
         """The same from scores (B, C)."""
         windows = detect_windows(spans, scores, self.labels, self.selection)
         if self._merger is None:
-            yield from windows
+            yield from (calibrated(found, self.calibrator) for found in windows)
             return
         for start, found in zip(spans[:, 0].tolist(), windows, strict=True):
             over = self._merger.take(start) if early else []
             for one in found:
                 self._merger.add(one)
-            yield over
+            yield calibrated(over, self.calibrator)
 
     def rest(self) -> list[Detection]:
         """The detections that are left, in order of their start."""
-        return [] if self._merger is None else self._merger.take()
+        return [] if self._merger is None else calibrated(self._merger.take(), self.calibrator)
+
+
+def select(engine: "Engine", head: ProbeInfo, threshold: Threshold = None, top_k: int | None = None) -> Selection:
+    """Which scores of a head are reported; errors as of `Selection.of`."""
+    labels, calibrator = engine.labels(head.name), engine.calibrator(head.name)
+    return Selection.of(head.activation, threshold, top_k, labels, calibrator)
+
+
+def named(query: Query) -> list[str]:
+    """The labels that a query names."""
+    return [*(query.label or ()), *(query.threshold if isinstance(query.threshold, Mapping) else ())]
 
 
 class Found(NamedTuple):
@@ -501,7 +521,7 @@ def collect(rows: Iterable[dict[str, np.ndarray]], value_bytes: int = OUTPUT_BYT
 
 
 @contextmanager
-def _source_of(models: Models, engine: "Engine", head: ProbeInfo) -> "Iterator[tuple[Engine, str]]":
+def source_of(models: Models, engine: "Engine", head: ProbeInfo) -> "Iterator[tuple[Engine, str]]":
     """The audio bundle that a head is of, or that makes the embeddings which it reads, and which output it reads."""
     reader = engine.manifest
     if reader.kind == "audio":

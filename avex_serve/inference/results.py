@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, ClassVar, Final, Generic, Literal, Protocol, TypeVar
 
+import msgspec
 import numpy as np
 
+from avex_serve.calibration.scales import Calibrator
 from avex_serve.errors import InputError
 from avex_serve.inference.scores import ScoreScale, Selection
 
@@ -23,6 +25,12 @@ def _warnings() -> Any:
     return field(default=(), metadata=_described("reasons to doubt the answer, a sentence each; usually none"))
 
 
+def _probability() -> Any:
+    """The field of a score with its probability."""
+    described = "that the label is right, of a calibrated label; others have none, and JSON leaves it out"
+    return field(default=None, metadata=_described(described))
+
+
 @dataclass(kw_only=True, slots=True)
 class _Document:
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # for the OpenAPI document: there are no other fields
@@ -34,6 +42,7 @@ class LabelScore(_Document):
 
     label: str
     score: float
+    probability: float | None = _probability()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,6 +53,7 @@ class Detection(_Document):
     end: float = field(metadata=_described("seconds; never after the recording's end"))
     label: str
     score: float
+    probability: float | None = _probability()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,6 +136,41 @@ def detect_windows(
 def rank(scores: np.ndarray, labels: Sequence[str], selection: Selection) -> list[list[LabelScore]]:
     """The scores (N, C) that pass, the highest of each row first; arguments and errors as of `detect_windows`."""
     return [[LabelScore(label=labels[i], score=score) for i, score in best] for best in selection.passing(scores)]
+
+
+# -- probabilities --------------------------------------------------------------------------------------------------
+
+Known = TypeVar("Known", Detection, LabelScore)
+
+
+def calibrated(found: list[Known], calibrator: Calibrator | None) -> list[Known]:
+    """The same with the probability of each; None: the head is not calibrated."""
+    if calibrator is not None and found:
+        known = calibrator.of_labels([one.label for one in found], [one.score for one in found])
+        for one, probability in zip(found, known, strict=True):
+            one.probability = probability
+    return found
+
+
+def known(found: Any) -> Any:
+    """An answer, or detections, for JSON, which leaves out the probabilities of labels that are not calibrated."""
+    for each in _scored(found):
+        if each.probability is None:
+            each.probability = msgspec.UNSET  # which msgspec doesn't write
+    return found
+
+
+def _scored(found: Any) -> Iterator[Any]:
+    if isinstance(found, Detection | LabelScore):
+        yield found
+    elif isinstance(found, list):
+        yield from chain.from_iterable(map(_scored, found))
+    elif isinstance(found, Prediction):
+        yield from found.detections
+    elif isinstance(found, Predictions):
+        yield from _scored(found.predictions)
+    elif isinstance(found, Classification):
+        yield from _scored(found.results)
 
 
 # -- consecutive windows --------------------------------------------------------------------------------------------

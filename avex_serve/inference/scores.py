@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Final, Literal
@@ -10,6 +10,7 @@ from typing import Final, Literal
 import numpy as np
 
 from avex_serve.bundles.manifest import Activation
+from avex_serve.calibration.scales import Calibrator
 from avex_serve.errors import InputError, NotFoundError
 from avex_serve.scheduling.request import current
 
@@ -17,6 +18,7 @@ STEP: Final = 1000  # labels that are reported in a few milliseconds
 SCORE_BYTES: Final = 512  # memory for a score with its label until the answer's text is made; measured, rounded up
 
 ScoreScale = Literal["sigmoid", "softmax", "logits"]
+Threshold = float | Mapping[str, float] | None  # lowest score to report: of every label, or by label
 
 
 def score_scale(activation: Activation) -> ScoreScale:
@@ -44,54 +46,75 @@ def activate(logits: np.ndarray, activation: Activation) -> np.ndarray:
 class Selection:
     """Which scores are reported: those of at least `threshold`, the best `top_k` of each window, or both.
 
-    Threshold and top-k are independent of each other. If neither is given, the threshold is 0.5 (for raw logits 0,
-    which is the same point). Labels that aren't shown take no place among the best.
+    Threshold and top-k are independent of each other. If neither is given, each label has the threshold of the
+    head's calibration, and where it has none 0.5 (for raw logits 0, which is the same point). Labels that aren't
+    shown take no place among the best.
     """
 
-    threshold: float
+    threshold: float | np.ndarray  # of every label, or (C,) float64 of those that are shown
     top_k: int | None
     warnings: tuple[str, ...] = ()  # reasons to doubt that this is what the client wants
     shown: tuple[int, ...] | None = None  # indices of the labels that are reported; None: all
 
     @classmethod
-    def of(cls, activation: Activation, threshold: float | None, top_k: int | None) -> "Selection":
-        """The selection that a client asks for; InputError for values that can't be, or that no score can reach."""
-        warnings: tuple[str, ...] = ()
-        if threshold is not None and not math.isfinite(threshold):
-            raise InputError(f"threshold is {threshold}; expected a finite number")
-        if threshold is not None and activation != "none":
-            if threshold > 1:
-                raise InputError(
-                    f"threshold is {threshold:g}, and no {activation} score is above 1; expected 0 to 1, such as 0.5"
-                )
-            if threshold < 0:
-                warnings = (
-                    f"threshold is {threshold:g}, and no {activation} score is below 0: every label is reported",
-                )
+    def of(
+        cls,
+        activation: Activation,
+        threshold: Threshold,
+        top_k: int | None,
+        labels: Sequence[str] = (),
+        calibrator: Calibrator | None = None,
+    ) -> "Selection":
+        """The selection that a client asks for.
+
+        Args:
+            activation: of the head.
+            threshold: the lowest score to report; by label, the others have the default.
+            top_k: most labels to report for a window.
+            labels: C labels of the head, if thresholds are given by label.
+            calibrator: of the head; None: it is not calibrated.
+
+        Raises:
+            InputError: values that can't be, or that no score can reach.
+            NotFoundError: a threshold for a label that the head doesn't have.
+        """
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k is {top_k}; expected at least 1")
-        if threshold is None:
-            default = 0.0 if activation == "none" else 0.5
-            threshold = default if top_k is None else -math.inf
-        # numpy knows no larger numbers
-        return cls(threshold, None if top_k is None else min(top_k, sys.maxsize), warnings)
+        most = None if top_k is None else min(top_k, sys.maxsize)  # numpy knows no larger numbers
+        if threshold is not None and not isinstance(threshold, Mapping):
+            return cls(threshold, most, _check_threshold(threshold, activation))
+        default = -math.inf if top_k is not None else 0.0 if activation == "none" else 0.5
+        lowest: float | np.ndarray = default
+        if calibrator is not None and top_k is None:
+            lowest = np.where(np.isnan(calibrator.lowest), default, calibrator.lowest)
+        warnings: tuple[str, ...] = ()
+        if threshold is not None:
+            check_labels(threshold, labels)
+            lowest = np.full(len(labels), lowest)
+            for label, value in threshold.items():
+                warnings += _check_threshold(value, activation, f" of {label!r}")
+                lowest[labels.index(label)] = value
+        return cls(lowest, most, warnings)
 
     def showing(self, wanted: Collection[str] | None, labels: Sequence[str]) -> "Selection":
         """The same for some of a head's labels; None: all."""
         if wanted is None:
             return self
-        return replace(self, shown=tuple(index for index, label in enumerate(labels) if label in wanted))
+        shown = tuple(index for index, label in enumerate(labels) if label in wanted)
+        threshold = self.threshold[list(shown)] if isinstance(self.threshold, np.ndarray) else self.threshold
+        return replace(self, threshold=threshold, shown=shown)
 
     def best(self, scores: np.ndarray) -> list[int]:
         """Indices into scores (C,) that pass, the highest first and equals in the order of the labels."""
         order = np.argsort(-scores, kind="stable")[: self.top_k]
         # In float64, so that float32's rounding doesn't report a score below the threshold.
-        return [int(index) for index in order if float(scores[index]) >= self.threshold]
+        passing = scores.astype(np.float64) >= self.threshold
+        return list(map(int, order[passing[order]]))
 
     def count(self, scores: np.ndarray) -> int:
         """How many of the scores (N, C) pass."""
         scores = self._shown(scores)
-        passing = np.count_nonzero(scores >= np.float64(self.threshold), axis=-1)
+        passing = np.count_nonzero(scores.astype(np.float64) >= self.threshold, axis=-1)
         return int((passing if self.top_k is None else np.minimum(passing, self.top_k)).sum())
 
     def passing(self, scores: np.ndarray) -> Iterator[list[tuple[int, float]]]:
@@ -130,3 +153,19 @@ def check_labels(wanted: Collection[str] | None, labels: Collection[str]) -> Non
                 f"did you mean {nearest[0]!r}?" if nearest else f"one of the {len(labels)} labels is {min(labels)!r}"
             )
             raise NotFoundError(f"no probe has the label {label[:80]!r}; {hint}")
+
+
+def _check_threshold(threshold: float, activation: Activation, whose: str = "") -> tuple[str, ...]:
+    """The warnings about a threshold; InputError if it can't be, or no score can reach it."""
+    if not math.isfinite(threshold):
+        raise InputError(f"threshold{whose} is {threshold}; expected a finite number")
+    if activation == "none":
+        return ()
+    if threshold > 1:
+        raise InputError(
+            f"threshold{whose} is {threshold:g}, and no {activation} score is above 1; expected 0 to 1, such as 0.5"
+        )
+    if threshold < 0:
+        reported = "every label is" if not whose else "it is always"
+        return (f"threshold{whose} is {threshold:g}, and no {activation} score is below 0: {reported} reported",)
+    return ()

@@ -53,7 +53,7 @@ def read_pool(store: Store, probe: str | None = None) -> tuple[Pool, ResultSet]:
         for entry, site in zip(entries, sites, strict=True)
     ]
     recording, spans, scores = _read_scores(store, results, head.name, len(head.labels), sounds)
-    middle = Selection.of("none" if head.scale == "logits" else head.scale, None, None).threshold
+    middle = float(Selection.of(head.activation, None, None).threshold)
     candidates = [(None, scores[:, i]) for i in range(len(head.labels))]
     return Pool(sounds, head.labels, recording, spans, candidates, middle), results
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from functools import cached_property
@@ -334,9 +335,19 @@ class _Supervisor(circus.Arbiter):
             logger.critical("no worker is left; the service ends")
             raise SystemExit(1) from None
 
-    def _note_end(self, watcher: Any, exit_code: int, **_: Any) -> None:
-        if exit_code == STARTUP_FAILED and all(each.age() < SERVES_AFTER for each in watcher.processes.values()):
-            watcher.respawn = False
+    def _note_end(self, watcher: Any, process_pid: int, exit_code: int, **_: Any) -> None:
+        if exit_code == STARTUP_FAILED:  # the worker has logged why
+            if all(each.age() < SERVES_AFTER for each in watcher.processes.values()):
+                watcher.respawn = False
+        elif watcher.is_active():
+            logger.error("the worker with process id %d %s; its requests are lost", process_pid, _how(exit_code))
+
+
+def _how(exit_code: int) -> str:
+    """How a process ended, by its exit code, which is negative for a signal."""
+    if exit_code == -signal.SIGKILL:
+        return "was ended by SIGKILL, as Linux does where memory runs out"
+    return f"was ended by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with code {exit_code}"
 
 
 def close_control_port() -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import Any, Final, TypeVar, get_args, get_type_hints
+from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
@@ -19,6 +19,8 @@ from avex_serve.inference.pipeline import Query
 from avex_serve.scheduling.request import current
 
 Value = TypeVar("Value")
+
+_NOT_FINITE: Final = re.compile(rb"[\[,:\s]-?(NaN|Infinity)\b")
 
 MAX_MEMBERS: Final = 2**12  # names in a JSON document: each makes values that take many times its bytes
 MAX_PARAMETER: Final = 256  # bytes of a parameter, unless it is a text
@@ -53,7 +55,8 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         found = kind_of(data)
         hint = "" if found in (None, JSON) else f"; it is {found}"
-        hint += ". Send recordings to /predict" if found == RECORDING else ""
+        hint += ". Send recordings to /predict" if found in (RECORDING, FORM) else ""
+        hint += "; JSON has no NaN or Infinity" if found == JSON and _NOT_FINITE.search(data) else ""
         raise InputError(f"the body is not valid JSON: {error}{hint}") from None
     except RecursionError:
         raise InputError("the JSON has too many lists or objects in one another") from None
@@ -87,7 +90,10 @@ def value(name: str, given: object, kind: Any) -> Any:
         InputError: it isn't one.
     """
     number = given
-    if isinstance(given, str | bool):
+    if isinstance(given, str) and given.startswith("{") and Mapping in {get_origin(part) for part in get_args(kind)}:
+        with suppress(msgspec.DecodeError):
+            number = msgspec.json.decode(given)
+    elif isinstance(given, str | bool):
         for convert in {int, float} & {kind, *get_args(kind)}:
             with suppress(ValueError):
                 number = convert(given)
@@ -188,16 +194,18 @@ def _shortened(given: object) -> str:
 
 # -- recordings, and what is sent instead of them -------------------------------------------------------------------
 
+EMPTY: Final = "empty"
 RECORDING: Final = "a recording"
+FORM: Final = "a form"
 JSON: Final = "JSON"
 _KINDS: Final = (  # what bytes begin with
     (re.compile(rb"RIFF|RIFX|RF64|fLaC|OggS|ID3|FORM"), RECORDING),
     (re.compile(rb"\x1f\x8b|PK\x03\x04|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd"), "a compressed file"),
     (re.compile(rb"\s*data:[\w.+-]*/[\w.+-]*[;,]"), "a data URL"),
     (re.compile(rb"\s*<(!|\?|html|svg)", re.IGNORECASE), "a web page"),
-    (re.compile(rb"--[^\r\n]{1,70}\r?\nContent-Disposition:", re.IGNORECASE), "a form without its Content-Type"),
+    (re.compile(rb"--[^\r\n]{1,70}\r?\nContent-Disposition:", re.IGNORECASE), FORM),
     (re.compile(rb"\s*[\[{]\s*([\[{\"\-\d\]}]|null|true|false)"), JSON),
-    (re.compile(rb"[^\s=&]+="), "a form as text"),
+    (re.compile(rb"[\w.%+-]+="), "a form as text"),
     # Of RIFF, fLaC, OggS and ID3.
     (re.compile(rb"\s*\"?(UklGR|ZkxhQ|T2dnU|SUQz)"), "base64"),
 )
@@ -206,7 +214,7 @@ _KINDS: Final = (  # what bytes begin with
 def kind_of(data: bytes) -> str | None:
     """What bytes look like that aren't what was expected; None: nothing that clients usually send by mistake."""
     head = data[:200]
-    return "empty" if not data else next((kind for pattern, kind in _KINDS if pattern.match(head)), None)
+    return EMPTY if not data else next((kind for pattern, kind in _KINDS if pattern.match(head)), None)
 
 
 @contextmanager
@@ -228,7 +236,8 @@ def open_recording(
         except AudioError as error:
             if (kind := kind_of(data)) in (None, RECORDING):
                 raise
-            raise AudioError(f"{error}; this is {kind}, so {remedy}") from None
+            found = f"{kind} without its Content-Type" if kind == FORM else kind
+            raise AudioError(f"{error}; {remedy if kind == EMPTY else f'this is {found}, so {remedy}'}") from None
 
 
 # -- tensors --------------------------------------------------------------------------------------------------------
@@ -331,6 +340,13 @@ def elements(name: str, shape: Sequence[int]) -> int:
     return math.prod(shape)
 
 
+def wrong_count(name: str, shape: Sequence[int], count: int) -> TensorError:
+    """The error for data that has another number of elements than its shape says."""
+    return TensorError(
+        f"input {name!r} of shape {list(shape)} has {count} elements; expected {elements(name, shape)}"
+    )
+
+
 def _array(name: str, data: msgspec.Raw, characters: bytes, values: str, dtype: type) -> np.ndarray:
     """An array from JSON, without a Python object for each number.
 
@@ -404,7 +420,10 @@ def _split(name: str, count: int, raw: bytes | memoryview) -> list[bytes]:
         start = position + LENGTH_BYTES
         position = start + int.from_bytes(raw[position:start], "little")
         if position > len(raw):
-            raise TensorError(f"input {name!r}: an element of BYTES is longer than the data that was sent")
+            raise TensorError(
+                f"input {name!r}: an element of BYTES is longer than the data that was sent; expected before "
+                f"each the number of its bytes, in {LENGTH_BYTES} bytes, little-endian"
+            )
         if position == start:
             raise TensorError(f"input {name!r}: an element of BYTES is empty; expected an encoded recording")
         found.append(bytes(raw[start:position]))

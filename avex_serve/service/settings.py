@@ -308,6 +308,6 @@ def _redacted(value: Any) -> Any:
 def _text(value: Any) -> str:
     if isinstance(value, list):  # as in the variable
         return os.pathsep.join(map(_text, value))
-    if isinstance(value, float):
-        return f"{value:.15g}"
+    if isinstance(value, bool | float):
+        return f"{value:.15g}"  # True is 1
     return "none" if value is None else "the demo bundle" if value == str(DEMO_BUNDLE) else str(value)

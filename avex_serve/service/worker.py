@@ -132,7 +132,7 @@ class AvexService:
     def predict(
         self,
         audio: Path,
-        threshold: float | None = None,
+        threshold: float | dict[str, float] | None = None,
         top_k: int | None = None,
         label: list[str] | None = None,
         merge: float | None = None,
@@ -166,7 +166,7 @@ class AvexService:
     def predict_all(
         self,
         audio: Path,
-        threshold: float | None = None,
+        threshold: float | dict[str, float] | None = None,
         top_k: int | None = None,
         label: list[str] | None = None,
         merge: float | None = None,
@@ -222,7 +222,7 @@ class AvexService:
     def classify(
         self,
         embeddings: list[Any],
-        threshold: float | None = None,
+        threshold: float | dict[str, float] | None = None,
         top_k: int | None = None,
         probe: str | None = None,
         model: str | None = None,

@@ -304,13 +304,7 @@ def _grouped(recording: Recording, column: str | None) -> Recording:
 
 def _joined(recordings: Sequence[Recording], problems: list[str]) -> list[Recording]:
     """Recordings with groups joined where they share a file of the same content."""
-    leader: dict[str, str] = {}  # of a group
-
-    def find(group: str) -> str:
-        while leader.get(group, group) != group:
-            group = leader[group]
-        return group
-
+    pairs = []
     first: dict[str, Recording] = {}  # by digest
     for recording in recordings:
         twin = first.setdefault(recording.digest, recording)
@@ -319,8 +313,22 @@ def _joined(recordings: Sequence[Recording], problems: list[str]) -> list[Record
         problems.append(f"{recording.name} has the same content as {twin.name}; they stay together")
         if {recording.split, twin.split} == {"train", "test"}:
             problems[-1] = f"{recording.name} has the same content as {twin.name}, in the other split; remove one"
-        leader[find(recording.group)] = find(twin.group)
-    return [replace(recording, group=find(recording.group)) for recording in recordings]
+        pairs.append((recording.group, twin.group))
+    return list(together(recordings, pairs))
+
+
+def together(recordings: Sequence[Recording], pairs: Iterable[tuple[str, str]]) -> tuple[Recording, ...]:
+    """The recordings with the groups of each pair made one."""
+    leader: dict[str, str] = {}  # of a group
+
+    def find(group: str) -> str:
+        while leader.get(group, group) != group:
+            group = leader[group]
+        return group
+
+    for one, other in pairs:
+        leader[find(one)] = find(other)
+    return tuple(replace(recording, group=find(recording.group)) for recording in recordings)
 
 
 # -- labels -------------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def _array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 def _key(engine: Engine, outputs: Sequence[str], overlap: float) -> str:
     """Digest of what determines the outputs of a recording, besides the recording."""
     fingerprints = {info.output: info.fingerprint for info in engine.manifest.embeddings}
-    made_by = [fingerprints.get(output) or [engine.bundle.digest, output] for output in outputs]
+    made_by = [fingerprints.get(output) or [engine.bundle.scores_digest, output] for output in outputs]
     audio = engine.audio_spec
     parts = [_FORMAT, made_by, audio.sample_rate, audio.window_samples, audio.resampler, overlap]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -9,6 +9,7 @@ import numpy as np
 
 from avex_serve.archive.store import report_full_disk
 from avex_serve.bundles.manifest import Activation
+from avex_serve.calibration.scales import log_odds
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.scores import activate
 from avex_serve.training.dataset import MIN_OVERLAP, read_dataset
@@ -78,10 +79,9 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
             min_overlap=request.min_overlap,
             say=say,
         )
-        logits = _log_odds(windows.outputs[0], head.activation)
-        noise = noise_logits(engine, [head.logits], lambda outputs: _log_odds(outputs[0], head.activation), store)
-        nothing = np.full(logits.shape, np.nan)
-        predictions = [Predictions(np.arange(len(logits)), logits, nothing, nothing)]
+        logits = _logits(windows.outputs[0], head.activation)
+        noise = noise_logits(engine, [head.logits], lambda outputs: _logits(outputs[0], head.activation), store)
+        predictions = [Predictions.of(np.arange(len(logits)), logits, head.calibration, head.activation)]
         evaluation = report(
             windows,
             labels,
@@ -90,7 +90,7 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
             probe=head.name,
             chosen={},
             evaluated="all",
-            calibration=None,
+            calibration=head.calibration,
             noise=noise,
             problems=[*dataset.problems, *lost],
             seed=request.seed,
@@ -105,9 +105,6 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
         return evaluation
 
 
-def _log_odds(logits: np.ndarray, activation: Activation) -> np.ndarray:
+def _logits(logits: np.ndarray, activation: Activation) -> np.ndarray:
     """Logits whose sigmoid is the score (N, C) that the bundle reports; raw logits as they are."""
-    if activation != "softmax":
-        return np.array(logits)
-    scores = np.clip(activate(logits, "softmax").astype(np.float64), 1e-12, 1 - 1e-12)
-    return np.log(scores) - np.log1p(-scores)
+    return log_odds(activate(logits, "softmax"), "softmax") if activation == "softmax" else np.array(logits)

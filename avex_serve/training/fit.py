@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import yaml
@@ -27,7 +28,7 @@ from avex_serve.models.probes.storage import PROBE, load_head
 from avex_serve.models.utils.load import find_entry, load_model
 from avex_serve.training import report
 from avex_serve.training.copies import MOST, find_copies
-from avex_serve.training.dataset import MIN_OVERLAP, Dataset, read_dataset
+from avex_serve.training.dataset import MIN_OVERLAP, Dataset, read_dataset, together
 from avex_serve.training.embed import Windows, run_windows
 from avex_serve.training.files import can_make_page, write_report
 from avex_serve.training.heads import Task, Trained, train
@@ -36,6 +37,7 @@ from avex_serve.training.report import Evaluation, Predictions
 from avex_serve.training.split import Split, near_duplicates, split
 
 Say = Callable[[str], None]
+_PATIENCE: Final = 30.0  # seconds for the exporter to end
 
 
 @dataclass(frozen=True)
@@ -193,9 +195,9 @@ def fit_windows(
         target_precision: of the thresholds.
         say: is called with the progress.
     """
+    windows, copies = _keep_copies_together(windows)
     parts = _split(windows, seed)
     task = Task(config, tuple(labels), windows.outputs, windows.targets, windows.groups)
-    copies = _copies(windows, parts)
     say(f"train on {len(windows.targets)} windows of {len(windows.recordings)} recordings: {parts.how}")
     predictions, heads, known = [], [], windows.targets.copy()
     for rows, held in parts.parts:
@@ -271,13 +273,26 @@ def embeddings_bundle(config: ProbeConfig, model: str, base: ModelBase, folder: 
 
 
 def run_exporter(arguments: Sequence[str]) -> str:
-    """Run ``avex-export`` as a process of its own; its output. AvexServeError if it fails."""
+    """Run ``avex-export`` as a process of its own, which ends with this call; its output.
+
+    Raises:
+        AvexServeError: it fails.
+    """
     _recipes()
     command = [sys.executable, "-m", "avex_export", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise AvexServeError(f"the export failed: {(done.stderr.strip() or done.stdout.strip())[-2000:]}")
-    return done.stdout
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as exporter:
+        try:
+            output, errors = exporter.communicate()
+        except BaseException:  # Ctrl-C or SIGTERM: it removes what it has not finished
+            exporter.terminate()
+            try:
+                exporter.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                exporter.kill()
+            raise
+    if exporter.returncode:
+        raise AvexServeError(f"the export failed: {(errors.strip() or output.strip())[-2000:]}")
+    return output
 
 
 def _recipes() -> Path:
@@ -378,17 +393,20 @@ def _sound_copies(windows: Windows, parts: Split) -> list[str]:
     ]
 
 
-def _copies(windows: Windows, parts: Split) -> list[str]:
-    """A sentence for each pair of recordings with near-duplicates across the split."""
-    sentences: dict[frozenset[str], str] = {}
-    for rows, held in parts.parts:
-        for test, other, cosine in near_duplicates(windows.outputs[0], rows, held):
-            names = [windows.recordings[windows.recording[i]].name for i in (test, other)]
-            starts = [windows.spans[i, 0] for i in (test, other)]
-            sentences.setdefault(
-                frozenset(names),
-                f"near-duplicates across the split: {names[0]} at {starts[0]:.1f} s and {names[1]} at "
-                f"{starts[1]:.1f} s (cosine {cosine:.4f}); if these are copies, remove one or put both into one "
-                "group",
-            )
-    return list(sentences.values())
+def _keep_copies_together(windows: Windows) -> tuple[Windows, list[str]]:
+    """The windows with near-duplicate recordings in one group, and a sentence for each pair."""
+    found = near_duplicates(windows.outputs[0], windows.recording)
+    recordings = windows.recordings
+    sentences, pairs = [], []
+    for copies in found:
+        one, other = (recordings[i] for i in copies.recordings)
+        starts = windows.spans[list(copies.windows), 0]
+        then = "in the other split, so the figures are too good; remove one"
+        if one.split == other.split:
+            then = "they stay together"
+            pairs.append((one.group, other.group))
+        sentences.append(
+            f"{one.name} is a near-duplicate of {other.name} (cosine {copies.cosine:.4f} at {starts[0]:.1f} and "
+            f"{starts[1]:.1f} s); {then}"
+        )
+    return replace(windows, recordings=together(recordings, pairs)), sentences

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from avex_serve.calibration.fit import TARGET, calibrate
-from avex_serve.calibration.scales import Calibration
+from avex_serve.calibration.scales import Calibration, log_odds
 from avex_serve.configs import ProbeConfig
+from avex_serve.inference.scores import activate
 from avex_serve.models.probes import build_probe_from_config
 from avex_serve.models.probes.base import Probe
 from avex_serve.scheduling.cores import usable_cores
@@ -89,8 +90,8 @@ class Trained:
 def train(task: Task, rows: np.ndarray, seed: int, target_precision: float = TARGET) -> Trained:
     """Train a head on some windows: nothing else has an influence on it, nor on its calibration.
 
-    Folds of groups choose the penalty, or the rate and the epochs, by the loss on the groups left out. Their logits
-    for these groups are what the calibration is fitted to.
+    The calibration is fitted to logits of folds of groups, each from a head that these groups neither trained nor
+    chose: not its penalty, and neither its rate nor when it stopped.
 
     Args:
         task: the data.
@@ -107,7 +108,7 @@ def train(task: Task, rows: np.ndarray, seed: int, target_precision: float = TAR
         state, chosen, logits = (_solve if task.convex else _descend)(task, windows, parts, seed)
     order = windows if not parts else np.concatenate([part for _, part in parts])
     calibration = calibrate(
-        logits,
+        log_odds(activate(logits, "sigmoid"), "sigmoid"),  # of the scores that are served
         task.targets[order],
         task.groups[order],
         task.labels,
@@ -149,10 +150,17 @@ def _solve(task: Task, windows: np.ndarray, parts: _Parts, seed: int) -> _Found:
     if parts:
         with ThreadPoolExecutor(min(usable_cores(), len(parts)), initializer=_use_one_thread) as pool:
             paths = list(pool.map(path, parts))
-        left = task.targets[np.concatenate([part for _, part in parts])]
-        found = [np.concatenate([path[i] for path in paths]) for i in range(len(STRENGTHS))]
-        best = int(np.argmin([loss(each, left) for each in found]))
-        strength, logits = STRENGTHS[best], found[best]
+        targets = [task.targets[left] for _, left in parts]
+
+        def choose(but: int | None) -> int:
+            """The best penalty for all folds but one."""
+            used = [k for k in range(len(parts)) if k != but]
+            known = np.concatenate([targets[k] for k in used])
+            losses = [loss(np.concatenate([paths[k][i] for k in used]), known) for i in range(len(STRENGTHS))]
+            return int(np.argmin(losses))
+
+        strength = STRENGTHS[choose(None)]
+        logits = np.concatenate([paths[k][choose(k)] for k in range(len(parts))])
     weight, bias = _Design(task, windows).solve(1 / (strength * windows.size))
     return {"classifier.weight": weight.float(), "classifier.bias": bias.float()}, {"C": strength}, logits
 
@@ -290,21 +298,31 @@ class _Design:
 class _Run(NamedTuple):
     head: Probe  # after its best epoch
     epochs: int  # the best one, from 1
+    loss: float  # of the windows held out, the lowest
+    rate: float
 
 
 def _descend(task: Task, windows: np.ndarray, parts: _Parts, seed: int) -> _Found:
     rate, epochs, logits = RATES[0], EPOCHS_BLIND, np.zeros(task.targets[windows].shape, np.float32)
     if parts:
-        left = task.targets[np.concatenate([part for _, part in parts])]
-        lowest = np.inf
-        for candidate in RATES:
-            runs = [_run(task, train, held, candidate, EPOCHS, seed) for train, held in parts]
-            found = np.concatenate([_logits(run.head, task, part[1]) for run, part in zip(runs, parts, strict=True)])
-            if (reached := loss(found, left)) < lowest:
-                lowest, rate, logits = reached, candidate, found
-                epochs = round(float(np.mean([run.epochs for run in runs])))
+        choices = [_choose(task, train, seed) for train, _ in parts]
+        logits = np.concatenate([_logits(c.head, task, left) for c, (_, left) in zip(choices, parts, strict=True)])
+        chosen = [(c.rate, c.epochs) for c in choices]
+        rate = max(sorted({r for r, _ in chosen}), key=[r for r, _ in chosen].count)
+        epochs = round(float(np.mean([e for r, e in chosen if r == rate])))
     head = _run(task, windows, None, rate, epochs, seed).head
     return head.state_dict(), {"rate": rate, "epochs": epochs}, logits
+
+
+def _choose(task: Task, windows: np.ndarray, seed: int) -> _Run:
+    """A head whose rate and epochs some groups of the windows chose, and which the others trained."""
+    targets, groups = task.targets[windows], task.groups[windows]
+    count = min(FOLDS, np.unique(groups).size)
+    if count < 2:
+        return _run(task, windows, None, RATES[0], EPOCHS_BLIND, seed)
+    held = folds(targets, groups, count, seed) == 0
+    runs = [_run(task, windows[~held], windows[held], rate, EPOCHS, seed) for rate in RATES]
+    return min(runs, key=lambda run: run.loss)
 
 
 def _run(task: Task, windows: np.ndarray, held: np.ndarray | None, rate: float, epochs: int, seed: int) -> _Run:
@@ -340,7 +358,7 @@ def _run(task: Task, windows: np.ndarray, held: np.ndarray | None, rate: float, 
                 break
         if held is not None:
             head.load_state_dict(state)
-    return _Run(head, best)
+    return _Run(head, best, float(lowest), rate)
 
 
 def _batches(order: np.ndarray) -> Iterator[np.ndarray]:

@@ -14,7 +14,8 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
-from avex_serve.calibration.scales import Calibration, sigmoid
+from avex_serve.calibration.scales import Activation, Calibration, Calibrator, sigmoid
+from avex_serve.inference.scores import activate
 from avex_serve.training import metrics
 from avex_serve.training.dataset import Recording
 from avex_serve.training.embed import Windows
@@ -122,11 +123,21 @@ class Predictions(NamedTuple):
     probabilities: np.ndarray  # (n, C); NaN where the label is not calibrated
 
     @classmethod
-    def of(cls, rows: np.ndarray, logits: np.ndarray, calibration: Calibration) -> "Predictions":
-        """Predictions with a calibration."""
-        thresholds = calibration.thresholds(np.nan)
-        detected = np.where(np.isnan(thresholds), np.nan, logits >= thresholds)
-        return cls(rows, logits, detected, calibration.probabilities(logits).astype(np.float64))
+    def of(
+        cls,
+        rows: np.ndarray,
+        logits: np.ndarray,
+        calibration: Calibration | None,
+        activation: Activation = "sigmoid",
+    ) -> "Predictions":
+        """Detections and probabilities as they are served, from logits whose sigmoid is the score."""
+        if calibration is None:
+            nothing = np.full(logits.shape, np.nan)
+            return cls(rows, logits, nothing, nothing)
+        scores = logits if activation == "none" else activate(logits, "sigmoid")
+        calibrator = Calibrator.of(calibration, activation)
+        detected = np.where(np.isnan(calibrator.lowest), np.nan, scores.astype(np.float64) >= calibrator.lowest)
+        return cls(rows, logits, detected, calibrator.probabilities(scores).astype(np.float64))
 
 
 def report(
@@ -379,6 +390,8 @@ def figures_of(joined: Predictions, targets: np.ndarray, weights: np.ndarray) ->
     found = np.full((len(FIGURES), targets.shape[1], len(weights)), np.nan)
     for i in range(targets.shape[1]):
         known = targets[:, i] >= 0
+        if not known.any():  # such as reviews of other labels
+            continue
         has, logits, weight = targets[known, i], joined.logits[known, i], weights[:, known]
         found[0, i] = metrics.average_precision(has, logits, weight)
         found[1, i] = metrics.auroc(has, logits, weight)

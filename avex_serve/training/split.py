@@ -1,7 +1,8 @@
 """Which windows train and which evaluate: groups of recordings, never single windows. Needs no torch."""
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,7 @@ ENOUGH: Final = 10  # groups with a label, so that a fifth of them says somethin
 ALIKE: Final = 0.999  # cosine of embeddings, less their mean, from which on two windows are near-duplicates
 _BLOCK: Final = 2048  # windows that are compared at once
 _SKETCH: Final = 64  # numbers of a sketch
+_NEAR: Final = 0.995  # cosine of the sketches of windows that are compared
 
 
 @dataclass(frozen=True)
@@ -108,49 +110,71 @@ def folds(targets: np.ndarray, groups: np.ndarray, count: int, seed: int) -> np.
     return fold[member]
 
 
-def near_duplicates(
-    embeddings: np.ndarray, train: np.ndarray, test: np.ndarray, limit: int = 20
-) -> list[tuple[int, int, float]]:
-    """Pairs of windows across a split that are nearly the same, such as copies in another format.
+class Copies(NamedTuple):
+    """Two recordings whose windows are nearly the same, and the two windows that are closest."""
+
+    recordings: tuple[int, int]
+    windows: tuple[int, int]
+    cosine: float
+
+
+def near_duplicates(embeddings: np.ndarray, recording: np.ndarray) -> list[Copies]:
+    """Pairs of recordings that are nearly the same, such as copies in another format, by index.
+
+    A pair is one if at least half of the windows of one of them are nearly the same as some of the other: a stretch
+    of silence that two recordings share makes none.
 
     Args:
         embeddings: (N, D) or (N, ..., D) float32; of the latter, means are compared.
-        train: (N,) bool.
-        test: (N,) bool.
-        limit: most pairs to return, one for each window of the test at most.
-
-    Returns:
-        Index of the window of the test and of that of the training, and their cosine, the closest first.
+        recording: (N,) int.
     """
-    ours, theirs = np.flatnonzero(test), np.flatnonzero(train)
-    if not theirs.size or not ours.size:
-        return []
     embeddings = _means(embeddings)
-    mean = embeddings[theirs[:: max(1, theirs.size // _BLOCK)]].mean(axis=0)
-    # The nearest window is found among sketches, which keep angles up to a tenth, and then compared as it is.
+    rows = np.arange(len(recording))
+    mean = embeddings[:: max(1, rows.size // _BLOCK)].mean(axis=0)
+    # Near windows are found among sketches, which keep angles up to a tenth, and then compared as they are.
     width = embeddings.shape[1]
     sketch = (
         np.random.default_rng(0).standard_normal((width, _SKETCH), np.float32) if width > _SKETCH else np.eye(width)
     )
-    left, right = (
-        np.concatenate([_unit(_directions(embeddings, block, mean) @ sketch) for block in _blocks(rows)]).astype(
-            np.float32
-        )
-        for rows in (ours, theirs)
+    sketches = np.concatenate(
+        [_unit(_directions(embeddings, block, mean) @ sketch).astype(np.float32) for block in _blocks(rows)]
     )
-    pairs = []
-    for first in _blocks(np.arange(ours.size)):
-        best, where = np.full(first.size, -1.0), np.zeros(first.size, int)
-        for second in _blocks(np.arange(theirs.size)):
-            cosines = left[first] @ right[second].T
-            nearest = cosines.argmax(axis=1)
-            found = cosines[np.arange(first.size), nearest]
-            where = np.where(found > best, second[nearest], where)
-            best = np.maximum(found, best)
-        test_rows, train_rows = ours[first], theirs[where]
-        exact = (_directions(embeddings, test_rows, mean) * _directions(embeddings, train_rows, mean)).sum(axis=1)
-        pairs += [(int(test_rows[i]), int(train_rows[i]), float(exact[i])) for i in np.flatnonzero(exact >= ALIKE)]
-    return sorted(pairs, key=lambda pair: -pair[2])[:limit]
+    matches: list[np.ndarray] = []  # window, and a recording that has one like it
+    closest: dict[tuple[int, int], Copies] = {}
+    for first in _blocks(rows):
+        for second in _blocks(rows[first[0] :]):
+            alike = sketches[first] @ sketches[second].T >= _NEAR
+            i, j = np.nonzero(alike & (recording[first][:, None] != recording[second]))
+            if not i.size:
+                continue
+            cosine = _cosines(_directions(embeddings, first, mean), _directions(embeddings, second, mean), i, j)
+            near = cosine >= ALIKE
+            one, other, cosine = first[i[near]], second[j[near]], cosine[near]
+            swapped = recording[one] > recording[other]  # the recording with the lower number is the first of a pair
+            one, other = np.where(swapped, other, one), np.where(swapped, one, other)
+            matches += [np.stack(each, 1) for each in ((one, recording[other]), (other, recording[one]))]
+            best = np.argsort(-cosine, kind="stable")
+            pairs, found = np.unique(
+                np.stack([recording[one], recording[other]])[:, best], axis=1, return_index=True
+            )
+            for (a, b), n in zip(pairs.T.tolist(), best[found].tolist(), strict=True):
+                if (a, b) not in closest or cosine[n] > closest[a, b].cosine:
+                    closest[a, b] = Copies((a, b), (int(one[n]), int(other[n])), float(cosine[n]))
+    if not closest:
+        return []
+    windows, others = np.unique(np.concatenate(matches), axis=0).T
+    counts = Counter(zip(recording[windows].tolist(), others.tolist(), strict=True))
+    sizes = np.bincount(recording)
+    return [
+        found
+        for (a, b), found in sorted(closest.items())
+        if counts[a, b] >= sizes[a] / 2 or counts[b, a] >= sizes[b] / 2
+    ]
+
+
+def _cosines(first: np.ndarray, second: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """The cosine of each pair of unit vectors, row `i` of the first and row `j` of the second."""
+    return np.concatenate([(first[i[block]] * second[j[block]]).sum(axis=1) for block in _blocks(np.arange(i.size))])
 
 
 def _blocks(rows: np.ndarray) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, StrictUndefined
+from msgspec.structs import replace
 
 from avex_export.int8 import agreement_text
 from avex_serve.bundles.manifest import Manifest, ProbeInfo
@@ -82,9 +83,25 @@ def _head(bundle: Bundle, probe: ProbeInfo) -> dict[str, Any]:
         "kind": _KINDS[config.probe_type],
         "layers": [str(layer) for layer in layers],
         "labels": bundle.labels[probe.name],
+        "worth": _worth(probe),
         "scale": "logits" if probe.activation == "none" else f"{probe.activation} scores",
         "activation_layer": None if probe.activation == "none" else json.dumps(probe.activation),
     }
+
+
+def _worth(probe: ProbeInfo) -> list[str]:
+    """Sentences about evaluation and calibration, if there are any."""
+    sentences = []
+    if (found := probe.evaluation) is not None:
+        interval = f" ({found.interval[0]:.2f} to {found.interval[1]:.2f})" if found.interval is not None else ""
+        sentences.append(
+            f"On {found.windows} windows of {found.recordings} recordings that did not train it "
+            f"({_text(found.split)}), its mean average precision over labels is "
+            f"{found.average_precision:.2f}{interval}."
+        )
+    if (calibration := probe.calibration) is not None:
+        sentences.append(replace(calibration, source=_text(calibration.source)).describe())
+    return sentences
 
 
 def _front_matter(manifest: Manifest, formats: set[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from avex_export.cases import example_inputs
 from avex_export.formats import Pt2Backend, write_onnx, write_pt2, write_torchscript
 from avex_export.graph import MASK, Assembly, Head, Output, export_graph
 from avex_export.int8 import add_int8, agreement_text, find_clips, refuse_unfit
+from avex_export.measured import Measured, measured
 from avex_export.request import ExportRequest, bundle_name, read_probes
 from avex_export.verify import compare, gains_table, profile, verify
 from avex_serve.audio.reader import decode, resample
@@ -74,6 +75,9 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
         progress(f"assemble {', '.join(source.name for source in sources)}")
         assembly = assemble(request, sources)
         progress(_summary(assembly))
+        worth = [
+            measured(source, assembly, head, progress) for source, head in zip(sources, assembly.heads, strict=True)
+        ]
         clips = None
         if request.quantize is not None:
             refuse_unfit(assembly, request.format)
@@ -85,7 +89,7 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
         backends = _write_formats(request, assembly, folder, metadata, progress)
         progress("verify against the eager module")
         labels = {} if assembly.headless else {head.name: head.labels for head in assembly.heads}
-        draft = Bundle(folder, _manifest(request, name, assembly), labels, digest="0" * 64)
+        draft = Bundle(folder, _manifest(request, name, assembly, worth), labels, digest="0" * 64)
         record, cases = verify(assembly, draft, list(backends.values()), recordings)
         say(table(record.checks, record.skipped))
         if not record.passed:
@@ -187,7 +191,7 @@ def _made(head: Head) -> str:
 # -- the manifest -------------------------------------------------------------------------------------------------
 
 
-def _manifest(request: ExportRequest, name: str, assembly: Assembly) -> Manifest:
+def _manifest(request: ExportRequest, name: str, assembly: Assembly, worth: Sequence[Measured]) -> Manifest:
     heads = range(0 if assembly.headless else len(assembly.heads))
     return Manifest(
         name=name,
@@ -195,7 +199,7 @@ def _manifest(request: ExportRequest, name: str, assembly: Assembly) -> Manifest
         kind="embedding" if assembly.audio is None else "audio",
         model=assembly.model,
         checkpoint=assembly.checkpoint,
-        probes=tuple(_probe(assembly, index) for index in heads),
+        probes=tuple(_probe(assembly, index, worth[index]) for index in heads),
         embeddings=tuple(_embedding(assembly, output) for output in assembly.outputs if output.what != "logits"),
         audio=assembly.audio,
         inputs=tuple(
@@ -210,7 +214,7 @@ def _manifest(request: ExportRequest, name: str, assembly: Assembly) -> Manifest
     )
 
 
-def _probe(assembly: Assembly, index: int) -> ProbeInfo:
+def _probe(assembly: Assembly, index: int, worth: Measured) -> ProbeInfo:
     head = assembly.heads[index]
     config = head.probe.config
     assert config is not None
@@ -224,6 +228,8 @@ def _probe(assembly: Assembly, index: int) -> ProbeInfo:
         logits=next(o.name for o in assembly.outputs if o.head == index and o.what == "logits"),
         embedding=None if assembly.audio is None else assembly.embedding_of(index).name,
         input_fingerprint=head.input_fingerprint,
+        calibration=worth.calibration,
+        evaluation=worth.evaluation,
     )
 
 

@@ -171,6 +171,17 @@ def test_windows_are_merged(archive, bundles, command, tmp_path):
     assert sum(row["file"] == str(archive / "silent.wav") for row in highest) <= len(LABELS)
 
 
+def test_a_copy_has_no_warnings_of_another_name(archive, bundles, command, tmp_path):
+    (archive / "dawn.wav").rename(archive / "19700101_000000.wav")
+    command("run", bundles["plain"], archive, "--out", tmp_path / "at once")
+    command("run", bundles["plain"], archive / "19700101_000000.wav", "--out", tmp_path / "later")
+    command("run", bundles["plain"], archive, "--out", tmp_path / "later")
+    assert content(tmp_path / "later") == content(tmp_path / "at once")
+    journal = (tmp_path / "later" / "journal.ndjson").read_text().splitlines()
+    warnings = {Path(entry["path"]).name: entry.get("warnings", []) for entry in map(json.loads, journal)}
+    assert set(warnings["19700101_000000.wav"]).isdisjoint(warnings["copy.wav"])
+
+
 def test_only_what_is_missing_is_computed(archive, bundles, command, tmp_path, count_inference):
     out = tmp_path / "out"
     command("run", bundles["plain"], archive, "--out", out)

@@ -5,14 +5,12 @@ import json
 
 import duckdb
 import numpy as np
-import onnx
 import pytest
 import soundfile
-from onnx import TensorProto, helper, numpy_helper
 
 from avex_serve.cli import main
 from avex_serve.cli.tables import FORMATS
-from tests.bundles import DIM, LABELS, ONNX, SAMPLE_RATE, WINDOW, make_audio_bundle, replace_file
+from tests.bundles import LABELS, SAMPLE_RATE, WINDOW, make_loudness_bundle
 
 HOP = 0.025  # seconds, a quarter of a window
 EXACT = 0.001  # seconds by which a written time may differ
@@ -33,38 +31,7 @@ SEASON = (
 
 
 @pytest.fixture(scope="module")
-def loudness(tmp_path_factory):
-    """A bundle whose labels all score the power of a window."""
-    one = numpy_helper.from_array
-    nodes = [
-        helper.make_node("Mul", ["waveform", "waveform"], ["square"]),
-        helper.make_node("ReduceMean", ["square", "axis"], ["power"]),
-        helper.make_node("MatMul", ["power", "to_embedding"], ["embedding"]),
-        helper.make_node("MatMul", ["power", "to_logits"], ["raised"]),
-        helper.make_node("Sub", ["raised", "silence"], ["logits"]),
-    ]
-    constants = [
-        one(np.array([1]), "axis"),
-        one(np.ones((1, DIM), np.float32), "to_embedding"),
-        one(np.full((1, len(LABELS)), 100, np.float32), "to_logits"),
-        one(np.full(len(LABELS), 4, np.float32), "silence"),
-    ]
-    values = (
-        [helper.make_tensor_value_info("waveform", TensorProto.FLOAT, ["batch", WINDOW])],
-        [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", len(LABELS)]),
-            helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", DIM]),
-        ],
-    )
-    graph = helper.make_graph(nodes, "loudness", *values, constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    onnx.checker.check_model(model)
-    bundle = make_audio_bundle(tmp_path_factory.mktemp("loudness") / "bundle")
-    return replace_file(bundle, ONNX, model.SerializeToString())
-
-
-@pytest.fixture(scope="module")
-def season(tmp_path_factory, loudness):
+def season(tmp_path_factory):
     """A store of the season, the files by name, and their true lengths."""
     folder = tmp_path_factory.mktemp("season")
     lengths = {}
@@ -77,6 +44,7 @@ def season(tmp_path_factory, loudness):
         soundfile.write(folder / name, wave, rate)
         lengths[name] = wave.size / rate
     store = folder / "out"
+    loudness = make_loudness_bundle(tmp_path_factory.mktemp("loudness") / "bundle")
     assert main(["run", str(loudness), str(folder), "--out", str(store), "--hop", str(HOP)]) == 0
     return store, lengths
 

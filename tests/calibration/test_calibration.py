@@ -7,7 +7,7 @@ from scipy import optimize
 from sklearn.linear_model import LogisticRegression
 
 from avex_serve.calibration import fit
-from avex_serve.calibration.scales import Calibration, read_calibration, sigmoid
+from avex_serve.calibration.scales import Calibration, Calibrator, log_odds, read_calibration, sigmoid
 from avex_serve.errors import BundleError, InputError
 from avex_serve.training import metrics
 
@@ -27,6 +27,11 @@ def season(seed, recordings=60, windows=30, labels=6):
     targets = (rng.random(truth.shape) < sigmoid(truth)).astype(np.int8)
     slope, offset = rng.uniform(0.5, 2.0, labels), rng.normal(0, 1, labels)
     return truth * slope + offset, targets, groups, sigmoid(truth)
+
+
+def probabilities_of(calibration, logits):
+    """By the scores of these logits, as they are served."""
+    return Calibrator.of(calibration, "sigmoid").probabilities(sigmoid(logits).astype(np.float32))
 
 
 def calibrated(seed, **options):
@@ -66,7 +71,7 @@ def test_held_out_recordings_are_calibrated():
         train = groups < 60
         names = [str(i) for i in range(6)]
         result = fit.calibrate(logits[train], targets[train], groups[train], names, source="", seed=seed)
-        probabilities = result.probabilities(logits[~train]).astype(np.float64)
+        probabilities = probabilities_of(result, logits[~train]).astype(np.float64)
         for i in range(6):
             ones = np.ones(len(probabilities))
             errors.append(float(metrics.calibration_error(targets[~train][:, i], probabilities[:, i], ones)))
@@ -116,7 +121,7 @@ def test_too_few_labels_are_refused_with_the_number_missing():
     assert "3 windows with the sound" in first.reason
     assert second.missing.recordings == 1
     assert all(label.missing is None and label.scale is not None for label in others)
-    probabilities = result.probabilities(logits)
+    probabilities = probabilities_of(result, logits)
     assert np.isnan(probabilities[:, :2]).all()
     assert np.isfinite(probabilities[:, 2:]).all()
 
@@ -145,7 +150,7 @@ def test_sure_detections_do_not_make_up_for_likely_mistakes():
     threshold = result.labels[0].threshold
     assert -6 < threshold.logit < 6
     assert threshold.logit_interval[0] <= threshold.logit <= threshold.logit_interval[1]
-    assert result.probabilities(np.array([[threshold.logit]]))[0, 0] >= 0.5
+    assert probabilities_of(result, np.array([[threshold.logit]]))[0, 0] >= 0.5
 
 
 def test_a_target_that_is_no_share_is_refused():
@@ -167,3 +172,20 @@ def test_written_and_read(tmp_path):
 
 def test_the_sigmoid_neither_overflows_nor_rounds_to_nan():
     assert sigmoid(np.array([-1e5, 0.0, 1e5])).tolist() == [0.0, 0.5, 1.0]
+
+
+def test_probabilities_of_scores_are_those_of_the_logits():
+    """Scores are float32; where they are all but 1, the logistic is flat."""
+    logits = np.linspace(-25, 25, 101)
+    scores = sigmoid(logits).astype(np.float32)
+    result = calibrated(3, labels=1)
+    scale = result.labels[0].scale
+    expected = sigmoid(scale.slope * np.clip(logits, -17.3, 17.3) + scale.offset)
+    found = Calibrator.of(result, "sigmoid").probabilities(scores[:, None])[:, 0]
+    assert found == pytest.approx(expected, abs=2e-3)
+    near = np.abs(logits) < 8
+    assert found[near] == pytest.approx(expected[near], abs=1e-5)
+    assert np.isfinite(log_odds(np.array([0.0, 1.0], np.float32), "sigmoid")).all()
+    raw = Calibrator.of(result, "none")
+    assert raw.probabilities(logits[:, None])[:, 0] == pytest.approx(sigmoid(scale.slope * logits + scale.offset))
+    assert raw.lowest == pytest.approx(result.thresholds(np.nan))

@@ -40,7 +40,6 @@ def table(random):
         "name": "a.wav",
         "digest": "0" * 64,
         "duration": 1.5,
-        "probe": "linear",
         "labels": ["x"],
         "head": head,
     }

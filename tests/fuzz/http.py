@@ -18,7 +18,10 @@ PATHS = (
     "/schema.json", "/healthz", "/x", "/wav", "/tables",
     "/page/page.css", "/page/service/main.js", "/page/../x", f"/predict?model={MODEL}", f"/embed?model={MODEL}",
 )  # fmt: skip
-OPTIONS = ("threshold", "top_k", "overlap", "probe", "model", "version", "output", "audio", "x", "")
+OPTIONS = (
+    "threshold", "top_k", "overlap", "probe", "model", "version", "output", "audio", "x", "",
+    "hop", "label", "merge", "merge_score", "format", "file", "timezone",
+)  # fmt: skip
 AUDIO = mutations.RECORDINGS[0]
 NUMBERS = (
     b"0", b"1", b"00", b"0" * 4400 + b"4", b"-1", b"+4", b"4 ", b"4,4", b"4, 5", b"0x4", b"4_0", b"", b"\xb2",

@@ -32,7 +32,7 @@ SHAPES = (
 
 def connection(random):
     """A connection with one call."""
-    service, method, data = SERVICE, "ModelInfer", message(random)
+    service, method, data = SERVICE, random.choice(("ModelInfer", "ModelInfer", "ModelStreamInfer")), message(random)
     while len(data) > WINDOW_BYTES:
         data = message(random)
     if random.random() < 0.15:
@@ -78,9 +78,9 @@ def _infer(random):
             case 4:
                 tensor.contents.int64_contents.extend([2**62] * random.choice((1, WINDOW)))
     for _ in range(random.choice((0, 0, 1, 2))):
-        request.outputs.add(name=random.choice(("logits", "scores", "embedding", "", "x")))
+        request.outputs.add(name=random.choice(("logits", "scores", "embedding", "detections", "", "x")))
         request.outputs[-1].parameters["classification"].int64_param = random.choice((0, 1, -1, 2**62))
-    names = ("overlap", "probe", "binary_data_output", "", "timeout")
+    names = ("overlap", "probe", "binary_data_output", "", "timeout", "hop", "label", "merge", "threshold", "top_k")
     for name in random.sample(names, random.choice((0, 0, 1, 2))):
         parameter = request.parameters[name]
         match random.randrange(5):

@@ -58,7 +58,7 @@ def test_the_best_windows_of_each_label_in_turn(store, command, tmp_path):
     assert {row["decision"] for row in rows} == {""}
 
 
-def test_filled_in_tables_are_read_by_fit_and_left_out_next_time(store, command):
+def test_filled_in_tables_are_read_and_left_out_next_time(store, bundles, command):
     reviews = store / "reviews"
     assert command("suggest", store, "-n", "6")[1] == [str(reviews / "suggested.csv")]
     decide(reviews / "suggested.csv", ["present", "absent", "unsure", "present"])
@@ -66,6 +66,9 @@ def test_filled_in_tables_are_read_by_fit_and_left_out_next_time(store, command)
     dataset = read_dataset(reviews)
     assert dataset.labels == (LABELS[0],), "the others are not known to be present anywhere"
     assert [read.decision for read in read_reviews(reviews)] == ["present", "absent", "unsure", "present"]
+    code, lines = command("evaluate", bundles["plain"], reviews, "--cache", store.parent / "cache")
+    assert code == 0, "a label without any decision is left out of the figures"
+    assert any(line.startswith(LABELS[0]) for line in lines)
     assert command("suggest", store, "-n", "1000", "--strategy", "random")[1] == [str(reviews / "suggested-2.csv")]
     again = {key(row) for row in read_table(reviews / "suggested-2.csv")}
     assert not again & {key(row) for row in decided}

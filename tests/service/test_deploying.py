@@ -2,13 +2,16 @@
 
 import contextlib
 import http.server
+import importlib.metadata
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
 import time
+import tomllib
 import venv
 from pathlib import Path
 
@@ -18,6 +21,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from avex_serve.service.settings import Settings
 from tests.bundles import make_audio_bundle
@@ -64,10 +69,12 @@ def test_dockerfile(any_bento):
     assert {rest for name, rest in steps if name == "EXPOSE"} == {"3000", "3001"}
     assert Settings.model_fields["grpc_port"].default == 3001
     assert ("ENV", "BENTOML_DO_NOT_TRACK=True") in steps
-    purged = [
-        index for index, (_, rest) in enumerate(steps) if "apt-get purge" in rest and "build-essential" in rest
-    ]
-    assert purged[0] > max(index for index, (_, rest) in enumerate(steps) if "install.sh" in rest)
+    assert ("ENV", "ORT_DISABLE_TELEMETRY=1") in steps
+    # No layer of the image has a compiler, and uv doesn't look for one.
+    assert not any("apt-get" in rest or "build-essential" in rest for _, rest in steps)
+    assert steps.index(("ENV", "UV_NO_BUILD=1")) < min(
+        index for index, (_, rest) in enumerate(steps) if "install.sh" in rest
+    )
     (entrypoint,) = [json.loads(rest) for name, rest in steps if name == "ENTRYPOINT"]
     script = (bento / "env" / "docker" / Path(entrypoint[0]).name).read_text()
     assert "exec bentoml" in script  # so that SIGTERM reaches it
@@ -119,12 +126,46 @@ def httpserver_of():
         yield start
 
 
+def pins(path):
+    return [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+
+
 def test_bento_of_cuda_differs_by_torch():
     plain, cuda = (yaml.safe_load((ROOT / file).read_text()) for file in ("bentofile.yaml", "bentofile.cuda.yaml"))
-    (torch,) = set(cuda["python"]["packages"]) - set(plain["python"]["packages"])
-    assert torch.startswith("torch>=")
-    cuda["python"]["packages"].remove(torch)
+    served, with_torch = (pins(ROOT / each["python"].pop("requirements_txt")) for each in (plain, cuda))
     assert cuda == plain
+    assert set(served) < set(with_torch)
+    assert any(pin.startswith("torch==") for pin in set(with_torch) - set(served))
+
+
+def test_requirements_of_the_image_are_locked(any_bento):
+    """All of them at the versions that the tests run with, among them what the dependencies depend on."""
+    bento, file = any_bento
+    locked = dict(pin.split("==") for pin in pins(bento / "env" / "python" / "requirements.txt"))
+    tested = set(pins(ROOT / "constraints.txt"))
+    assert {f"{name}=={version}" for name, version in locked.items()} <= tested
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    required = [*project["dependencies"], *extras["tracing"], *(extras["cuda"] if "cuda" in file else ())]
+    names = {canonicalize_name(name) for name in locked}
+    assert ("torch" in names) == ("cuda" in file)
+    missing = [each for each in map(Requirement, required) if canonicalize_name(each.name) not in names]
+    for name in locked:
+        missing += [
+            each
+            for each in map(Requirement, importlib.metadata.requires(name) or ())
+            if (each.marker is None or each.marker.evaluate({"extra": ""}))
+            and canonicalize_name(each.name) not in names
+        ]
+    # torch's own wheels pin what they bring of CUDA, of which the wheels for CPUs know nothing.
+    assert [str(each) for each in missing if not each.name.startswith(("nvidia-", "cuda-", "triton"))] == []
+
+
+def test_lock_is_as_its_script_writes_it():
+    """If this fails, run `make lock`."""
+    lock = runpy.run_path(str(ROOT / "scripts" / "lock.py"))["lock"]
+    for path, text in lock().items():
+        assert path.read_text() == text, f"run `make lock`: {path.name}"
 
 
 def documents(path):
@@ -193,7 +234,14 @@ def test_kserve_manifest():
     assert predictor.pop("minReplicas") <= predictor.pop("maxReplicas")
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "avex-serve"}, "spec": predictor}
     kubernetes_validate.validate(pod, KUBERNETES[-1], strict=True)
-    assert predictor["containers"][0]["name"] == "kserve-container"
+    (container,) = predictor["containers"]
+    assert container["name"] == "kserve-container"
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    Settings.from_environment({each["name"]: each["value"] for each in container["env"]})
+    mounts = {each["mountPath"] for each in container["volumeMounts"]}
+    written = [each["value"] for each in container["env"] if each["name"] in ("TMPDIR", "BENTOML_HOME")]
+    assert len(written) == 2
+    assert all(any(Path(path).is_relative_to(mount) for mount in mounts) for path in written)
 
 
 def is_ready(client):
@@ -215,10 +263,7 @@ def test_bento_on_a_bare_environment(tmp_path, predict, wav):
     venv.create(environment, with_pip=True)
     python = environment / "bin" / "python"
     requirements = bento / "env" / "python" / "requirements.txt"
-    subprocess.run(
-        [python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", "-r", requirements],
-        check=True,
-    )
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
     torch = subprocess.run([python, "-c", "import torch"], capture_output=True, text=True)
     assert "No module named 'torch'" in torch.stderr
     http_port, grpc_port = free_ports(2)

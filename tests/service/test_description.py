@@ -7,6 +7,7 @@ import grpc
 import jsonschema
 import numpy as np
 import pytest
+import tritonclient.grpc
 from google.protobuf import descriptor_pool, message_factory
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -18,7 +19,21 @@ from tests.bundles import LABELS, NOISES, make_probes_bundle
 from tests.service.conftest import running_server
 
 SERVICE = "inference.GRPCInferenceService"
-AUDIO = {"sample_rate": 16000, "channels": 1, "window_seconds": 0.1, "window_samples": 1600}
+RECORDINGS = "send whole files (WAV, FLAC, OGG, MP3), of any rate and length, as BYTES of shape [files] in waveform"
+DETECTIONS = (
+    "name the output 'detections' for a JSON object (start, end, label, score) of each sound found in recordings"
+)
+REQUEST = json.dumps(
+    ["overlap", "hop", "final_clip", "channel", "probe", "threshold", "top_k", "label", "merge", "merge_score"]
+)
+AUDIO = {
+    "detections": DETECTIONS,
+    "recordings": RECORDINGS,
+    "sample_rate": 16000,
+    "channels": 1,
+    "window_seconds": 0.1,
+    "window_samples": 1600,
+}
 KEY = "a-key-of-the-tests"
 
 
@@ -49,6 +64,7 @@ def grpc_parameters(answer):
 def test_metadata_over_both_transports(audio_server, channel):
     expected = {
         "trained": True,
+        "request_parameters": REQUEST,
         **AUDIO,
         "labels": json.dumps(LABELS, ensure_ascii=False),
         "score_scale": "sigmoid",
@@ -61,10 +77,22 @@ def test_metadata_over_both_transports(audio_server, channel):
     assert grpc_parameters(answer) == expected
 
 
+def test_the_configuration_has_the_same(audio_server):
+    """Triton's gRPC client drops the parameters of the metadata, and keeps those of the configuration."""
+    expected = audio_server.get("/v2/models/tiny").json()["parameters"]
+    expected = {name: value if isinstance(value, str) else json.dumps(value) for name, value in expected.items()}
+    with tritonclient.grpc.InferenceServerClient(audio_server.grpc) as client:
+        parameters = client.get_model_config("tiny").config.parameters
+    assert {name: value.string_value for name, value in parameters.items()} == expected
+    over_http = audio_server.get("/v2/models/tiny/config").json()["parameters"]
+    assert {name: value["string_value"] for name, value in over_http.items()} == expected
+
+
 def test_a_model_that_takes_embeddings(embedding_server):
     parameters = embedding_server.get("/v2/models/tiny-offline").json()["parameters"]
     assert parameters == {
         "trained": True,
+        "request_parameters": REQUEST,
         "labels": json.dumps(LABELS, ensure_ascii=False),
         "score_scale": "softmax",
     }
@@ -176,9 +204,11 @@ def test_the_described_methods_are_those_that_are_served(audio_server, channel):
     theirs = {method.name for method in service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods}
     assert methods <= theirs
     for method in theirs:
-        with pytest.raises(grpc.RpcError) as caught:
+        offered = True
+        try:
             channel.unary_unary(f"/{SERVICE}/{method}")(b"\xff", timeout=30)
-        offered = caught.value.code() is not grpc.StatusCode.UNIMPLEMENTED
+        except grpc.RpcError as error:
+            offered = error.code() is not grpc.StatusCode.UNIMPLEMENTED
         assert offered == (method in methods), method
 
 

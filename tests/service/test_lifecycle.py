@@ -8,13 +8,11 @@ import shutil
 import signal
 import socket
 import subprocess
-import tomllib
 from pathlib import Path
 
 import grpc
 import pytest
 import tritonclient.grpc
-import yaml
 
 from avex_serve.bundles.manifest import ONNX
 from tests.bundles import make_audio_bundle, replace_file
@@ -233,10 +231,3 @@ def test_a_bundle_that_only_the_worker_can_refuse(tmp_path, audio_bundle, listed
     )
     assert reason in lines[0]
     assert "Traceback" not in output
-
-
-def test_bentofile_lists_the_dependencies():
-    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    bentofile = yaml.safe_load((CHECKOUT / "bentofile.yaml").read_text())
-    tracing = project["optional-dependencies"]["tracing"]
-    assert sorted(bentofile["python"]["packages"]) == sorted([*project["dependencies"], *tracing])

@@ -1,10 +1,12 @@
 """The OpenAPI document passes what other programs read it with."""
 
+import base64
 import json
 import shutil
 import subprocess
 from collections import Counter
 
+import jsonschema
 import pytest
 
 from avex_serve.service.front import HEALTH
@@ -32,6 +34,22 @@ def test_keys_are_described(document):
     assert {path for path, each in operations(document) if each.get("security") == []} == HEALTH & set(
         document["paths"]
     )
+
+
+def test_answers_are_as_described(audio_server, document, wav):
+    """Those whose form depends on the request, and where the names of the models are."""
+
+    def check(answer, name):
+        jsonschema.validate(answer.json(), {"$ref": f"#/components/schemas/{name}", **document})
+        return answer.json()
+
+    (model,) = check(audio_server.get("/"), "Home")["models"]
+    tensor = {"name": "waveform", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(wav).decode()]}
+    output = {"name": "scores", "parameters": {"classification": 1}}
+    asked = {"inputs": [tensor], "outputs": [output], "parameters": {"overlap": 0, "channel": "mix"}}
+    jsonschema.validate(asked, {"$ref": "#/components/schemas/InferRequest", **document})
+    for body in (asked, {"inputs": [tensor]}):
+        check(audio_server.post(f"/v2/models/{model['name']}/infer", json=body), "InferResponse")
 
 
 def test_it_is_valid(document):

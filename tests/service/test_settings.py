@@ -171,6 +171,7 @@ def test_command_prints_every_setting(asked, tmp_path):
     words = " ".join(table.split())
     assert all(name in table and setting["description"] in words for name, setting in listed.items())
     assert "\nAVEX_THREADS=3\n" in table
+    assert "\nAVEX_START_EMPTY=0\n" in table
     assert f"\nAVEX_BUNDLE={tmp_path}\n" in f"\n{table}"
     assert words.count("(default: ") == 2
     assert max(len(line) for line in table.splitlines()) <= 100

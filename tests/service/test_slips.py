@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import shutil
 import subprocess
 
@@ -39,7 +40,13 @@ BODIES = {
     "the same, no text": (form(b'name="audio"', b"\xff\xfe\xfa" * 20), FORM + "; charset=utf-8", "-F audio=@FILE"),
     "a file name by RFC 5987 alone": (form(b"name=\"audio\"; filename*=utf-8''a.wav"), FORM, "-F audio=@FILE"),
     "the path of a file": (form(b'name="audio"', b"recording.wav"), FORM, "-F audio=@FILE"),
-    "a file of another name": (form(b'name="file"; filename="a.wav"'), FORM, "expected one file 'audio'"),
+    "a file of another name": (form(b'name="file"; filename="a.wav"'), FORM, "rename the field: -F audio=@FILE"),
+    "two files": (
+        2 * form(b'name="audio"; filename="a.wav"').replace(b"--b--\r\n", b""),
+        FORM,
+        "in its own request",
+    ),
+    "a boundary that isn't there": (form(b'name="audio"'), FORM + "c", "between the boundary that the Content-Type"),
     "no boundary": (form(b'name="audio"; filename="a.wav"'), "multipart/form-data", "has no boundary"),
     "a form without its type": (form(b'name="audio"; filename="a.wav"'), "audio/wav", "without its Content-Type"),
     "JSON": (b'{"audio": "UklGRg=="}', "application/json", "this is JSON, so send the file itself: as the body"),
@@ -90,6 +97,7 @@ def test_as_curl_sends_it(audio_server, tmp_path, options, expected):
     ("body", "expected"),
     [
         (WAV, "it is a recording. Send recordings to /predict"),
+        (form(b'name="audio"; filename="a.wav"'), "it is a form. Send recordings to /predict"),
         (b"", "it is empty"),
         (b"\x1f\x8b", "compressed file"),
     ],
@@ -99,15 +107,25 @@ def test_what_is_no_json_is_named(audio_server, body, expected):
     assert expected in error(audio_server.post("/classify", content=body))
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity"])
+def test_numbers_that_json_lacks(audio_server, number):
+    head = '{"inputs": [{"name": "waveform", "datatype": "FP32", "shape": [1, 2], "data": '
+    for path, start, end in ((INFER, head, "}]}"), ("/classify", '{"embeddings": ', "}")):
+        answer = audio_server.post(path, content=f"{start}[0.5, {number}]{end}")
+        assert "JSON has no NaN or Infinity" in error(answer)
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "expected"),
     [
         ("PUT", "/predict", 405, "/predict takes POST, not PUT; curl sends it with --data-binary @FILE"),
         ("GET", "/predict", 405, "/predict takes POST, not GET"),
+        ("OPTIONS", "/predict", 405, "must be started with CORS (docs/securing.md)"),
         ("POST", "/livez", 405, "/livez takes GET, HEAD, not POST"),
         ("POST", "/v2/models/tiny", 405, "/v2/models/{name} takes GET, HEAD, not POST"),
         ("POST", "/predicts", 404, "no /predicts here; did you mean /predict; /docs.json has all paths"),
-        ("GET", "/nothing/of/this/kind", 404, "no /nothing/of/this/kind here; /docs.json has all paths"),
+        ("GET", "/nothing/of/this/kind", 404, "no /nothing/of/this/kind here; /docs.json has all paths, and / the"),
+        ("GET", "/v2/models", 404, "did you mean /v2/models/{name};"),
         ("POST", "/predict/a.wav", 404, "no /predict/a.wav here"),
     ],
 )
@@ -115,7 +133,11 @@ def test_another_method_or_path(audio_server, method, path, status, expected):
     answer = audio_server.client.request(method, path)
     assert expected in error(answer, status)
     if status == 405:
-        assert answer.headers["Allow"] in expected
+        assert f"takes {answer.headers['Allow']}, not {method}" in answer.json()["error"]
+
+
+def test_a_put_to_what_is_only_read(audio_server):
+    assert error(audio_server.client.put("/"), 405) == "/ takes GET, HEAD, not PUT"
 
 
 @pytest.mark.parametrize("path", ["/predict/", "/v2/models/tiny/infer/", "/readyz/", "/docs.json/", "/predict//"])
@@ -148,8 +170,9 @@ def infer_json(*texts, shape=None, **parameters):
         BASE64.replace("A", "A\r\n"),
         f"data:audio/wav;base64,{BASE64}",
         f"data:audio/x-wav;codecs=1;BASE64,\n{base64.encodebytes(WAV).decode()}",
+        base64.urlsafe_b64encode(WAV).decode(),
     ],
-    ids=["lines", "Windows' lines", "data URL", "both"],
+    ids=["lines", "Windows' lines", "data URL", "both", "for URLs"],
 )
 def test_base64_as_programs_write_it(audio_server, text):
     expected = audio_server.post(INFER, json=infer_json(BASE64)).json()
@@ -161,6 +184,7 @@ def test_base64_as_programs_write_it(audio_server, text):
     [
         ([BASE64, "http://127.0.0.1/a.wav"], "recording 2 is no base64"),
         ([BASE64[:-1]], "recording 1 is no base64"),
+        (["recordings/a.wav"], "neither its path nor its URL"),
         (["data:audio/wav,RIFF"], "recording 1 is a data URL without base64"),
         ([[BASE64]], "one list of strings, each a recording as base64, and the shape [recordings]"),
     ],
@@ -210,7 +234,67 @@ def test_an_option_is_about_no_recording(audio_server):
 
 def test_windows_of_the_wrong_length(audio_server):
     tensor = {"name": "waveform", "datatype": "FP32", "shape": [1, 3], "data": [0, 0, 0]}
-    assert f"expected [-1, {WINDOW}]" in error(audio_server.post(INFER, json={"inputs": [tensor]}))
+    said = error(audio_server.post(INFER, json={"inputs": [tensor]}))
+    assert f"expected [-1, {WINDOW}]: a row for each window of {WINDOW} samples at 16000 Hz" in said
+    assert "send their files as BYTES" in said
+    tensor |= {"shape": [1, WINDOW]}
+    assert error(audio_server.post(INFER, json={"inputs": [tensor]})).endswith(f"has 3 elements; expected {WINDOW}")
+
+
+def test_hexadecimal_digits_are_no_form(audio_server):
+    said = error(audio_server.post(INFER, json=infer_json(WAV.hex())))
+    assert "can't be decoded" in said
+    assert "form" not in said.replace("format", "").replace("another form that", "")
+
+
+def test_raw_bytes_without_their_length(audio_server):
+    request = service_pb2.ModelInferRequest(model_name="tiny", raw_input_contents=[WAV])
+    request.inputs.add(name="waveform", datatype="BYTES", shape=[1])
+    with grpc.insecure_channel(audio_server.grpc) as channel:
+        call = channel.unary_unary(
+            "/inference.GRPCInferenceService/ModelInfer",
+            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+        )
+        with pytest.raises(grpc.RpcError) as caught:
+            call(request, timeout=30)
+    assert "expected before each the number of its bytes, in 4 bytes, little-endian" in caught.value.details()
+
+
+def warnings(answer):
+    assert answer.status_code == 200
+    return json.loads(answer.json().get("parameters", {}).get("warnings", "[]"))
+
+
+KNOWN = "known: overlap, hop, final_clip, channel, probe, threshold, top_k, label, merge, merge_score"
+
+
+def test_parameters_that_change_nothing_are_named(audio_server):
+    def ask(body, **options):
+        return warnings(audio_server.post(INFER, json=body, **options))
+
+    assert ask(infer_json(BASE64, overlap=0.05, binary_data_output=False, timeout=3)) == []
+    assert ask(infer_json(BASE64, overlp=0.05)) == [f"unknown parameters were ignored: 'overlp'; {KNOWN}"]
+    (many,) = ask(infer_json(BASE64, **{f"p{number}": 1 for number in range(9)}))
+    assert many == f"unknown parameters were ignored: 'p0', 'p1', 'p2', 'p3' and 5 more; {KNOWN}"
+    (in_url,) = ask(infer_json(BASE64), params={"overlap": 0.05})
+    assert in_url == "options in the URL were ignored: 'overlap'; send parameters in the request"
+    tensor = {"name": "waveform", "datatype": "FP32", "shape": [1, WINDOW], "data": [0] * WINDOW}
+    (of_windows,) = ask({"inputs": [tensor], "parameters": {"overlap": 0.05, "probe": "linear"}})
+    assert of_windows == "parameters for recordings were ignored: 'overlap'; the input is FP32, not BYTES"
+    (of_scores,) = ask(infer_json(BASE64, threshold=0.3))
+    assert of_scores == "parameters for detections were ignored: 'threshold'; ask for the output 'detections'"
+    assert ask({**infer_json(BASE64, threshold=0.3), "outputs": [{"name": "detections"}]}) == []
+
+
+def test_a_warning_of_all_recordings_is_given_once(audio_server):
+    opposite, plain = io.BytesIO(), io.BytesIO()
+    noise = np.random.default_rng(4).uniform(-0.5, 0.5, 4000)
+    soundfile.write(opposite, np.stack([noise, -noise], 1), 16000, format="WAV", subtype="FLOAT")
+    soundfile.write(plain, noise, 16000, format="WAV")
+    one, other = (base64.b64encode(each.getvalue()).decode() for each in (opposite, plain))
+    (warning,) = warnings(audio_server.post(INFER, json=infer_json(one)))
+    assert warnings(audio_server.post(INFER, json=infer_json(one, one))) == [warning]
+    assert warnings(audio_server.post(INFER, json=infer_json(other, one))) == [f"recording 2: {warning}"]
 
 
 # -- channels, and messages about them ------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def test_worker_killed(tmp_path, audio_bundle, question):
             until(lambda: result.outcomes[RIGHT] > before + 10)
         assert set(result.outcomes) <= {RIGHT, LOST}
         question.check(server)
+        assert f"process id {dead.pid} was ended by SIGKILL" in server.log
         until(lambda: 'avex_requests_in_progress{transport="http"} 1.0' in server.get("/metrics").text)  # the scrape
 
 

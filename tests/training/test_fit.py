@@ -2,17 +2,24 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
+import msgspec
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
 
 from avex_export.recipes import variants
+from avex_serve.bundles.reading import read_bundle
 from avex_serve.calibration.scales import read_calibration
 from avex_serve.cli import main
-from avex_serve.errors import InputError, NotFoundError
+from avex_serve.errors import AvexServeError, InputError, NotFoundError
 from avex_serve.inference.backend import open_bundle
 from avex_serve.models.probes import load_probe
 from avex_serve.synthetic import make_clip
@@ -22,30 +29,7 @@ from avex_serve.training.embed import run_windows
 from avex_serve.training.fit import FitRequest, check_data, embeddings_bundle, fit_probe, probe_config
 from avex_serve.training.heads import Task, train
 from avex_serve.training.split import split
-
-LABELS = ("buzz", "trill")
-RATE = 16000
-RECORDINGS = 11  # of each label: enough to hold out a fifth
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """Embeddings and their bundle, which all tests share."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """A folder of classes, with background."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for label in (*LABELS, "noise"):
-        (folder / label).mkdir()
-        for i in range(RECORDINGS):
-            sounds = [] if label == "noise" else [label]
-            wave = np.concatenate([make_clip(rng, sounds, snr_db=rng.uniform(-5, 15)) for _ in range(2)])
-            soundfile.write(folder / label / f"{i:02}.wav", wave, RATE)
-    return folder
+from tests.training.conftest import LABELS, RATE, RECORDINGS
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +37,7 @@ def fitted(data, cache, tmp_path_factory):
     """A probe that was fitted by the command."""
     folder = tmp_path_factory.mktemp("fitted") / "my_probe"
     command = ["fit", data, "--model", "avex_demo", "--probe", "linear_last", "--output", folder, "--cache", cache]
-    assert main(list(map(str, command))) == 0
+    assert main([*map(str, command), "--export", str(folder.with_name("bundle"))]) == 0
     return folder
 
 
@@ -110,9 +94,68 @@ def test_the_same_seed_gives_the_same_bytes_from_stored_embeddings(fitted, data,
         assert (tmp_path / "again" / name).read_bytes() == (fitted / name).read_bytes()
 
 
-def test_the_served_score_is_the_score_of_the_training(fitted, data, tmp_path, capsys):
-    bundle = tmp_path / "bundle"
-    module.run_exporter(["--probe", str(fitted), "--format", "onnx", "--output", str(bundle)])
+def test_the_bundle_carries_calibration_and_headline(fitted):
+    bundle = read_bundle(fitted.with_name("bundle"))
+    (probe,) = bundle.manifest.probes
+    assert probe.calibration == read_calibration(fitted)
+    report = json.loads((fitted / "evaluation.json").read_text())
+    precision = report["macro"]["average_precision"]
+    assert msgspec.to_builtins(probe.evaluation) == {
+        "average_precision": precision["value"],
+        "interval": (precision["low"], precision["high"]),
+        "windows": report["windows"],
+        "recordings": report["recordings"],
+        "split": "hold-out",
+    }
+    card = " ".join((bundle.directory / "README.md").read_text().split())
+    assert f"of {report['recordings']} recordings that did not train it (hold-out)" in card
+    assert "Of 2 labels, 2 have a probability, and 2 a threshold from which on 90% of the detections" in card
+
+
+def test_a_calibration_of_something_else_is_left_out_or_refused(fitted, tmp_path, capsys):
+    other = shutil.copytree(fitted, tmp_path / "other")
+    export = ["--format", "onnx", "--output", str(tmp_path / "bundle"), "--probe", str(other)]
+    said = module.run_exporter([*export, "--activation", "none"])
+    assert "calibration and evaluation of other are left out: its scores are others than in its training" in said
+    (probe,) = read_bundle(tmp_path / "bundle").manifest.probes
+    assert (probe.calibration, probe.evaluation) == (None, None)
+    text = (other / "calibration.json").read_text()
+    (other / "calibration.json").write_text(text.replace('"buzz"', '"hum"'))
+    with pytest.raises(AvexServeError, match="is of other labels than the probe's"):
+        module.run_exporter(export)
+
+
+def test_the_exporter_ends_with_the_command(data, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "avex_serve",
+        "fit",
+        data,
+        "--output",
+        tmp_path / "x",
+        "--cache",
+        tmp_path / "cache",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children = []
+    deadline = time.monotonic() + 120
+    while not children and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+    time.sleep(0.5)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the same command goes on from there" in errors
+    assert children
+    assert not any(child.is_running() for child in children)
+    assert not (tmp_path / "x").exists()
+    assert list((tmp_path / "cache").rglob("*.onnx*")) == []
+
+
+def test_the_served_score_is_the_score_of_the_training(fitted, data, capsys):
+    bundle = fitted.with_name("bundle")
     path = data / "trill" / "00.wav"
     capsys.readouterr()
     assert main(["predict", str(bundle), str(path), "--threshold", "0", "--json"]) == 0

@@ -87,13 +87,33 @@ def test_a_split_that_can_not_be_is_refused(given, reason):
 
 
 @pytest.mark.parametrize("shape", [(16,), (300,), (4, 80)])
-def test_near_duplicates_across_the_split_are_found(shape):
+def test_recordings_that_are_nearly_the_same_are_found(shape):
     rng = np.random.default_rng(0)
+    recording = np.repeat(np.arange(500), 10)
     embeddings = 3 + rng.normal(size=(5000, *shape)).astype(np.float32)
-    train = np.arange(5000) < 3000
-    embeddings[4000] = embeddings[17] + 1e-3
-    embeddings[4100] = embeddings[4200]  # both in the test
-    ((test, other, cosine),) = near_duplicates(embeddings, train, ~train)
-    assert (test, other) == (4000, 17)
-    assert cosine > 0.999
-    assert near_duplicates(embeddings, np.zeros(5000, bool), train) == []
+    embeddings[4000:4010] = embeddings[20:30] + 1e-3  # 400 is a copy of 2
+    embeddings[4010:4015] = embeddings[13:18]  # 401 is half of 1, from elsewhere in it
+    embeddings[4020:4024] = embeddings[30:34]  # 402 shares four of its windows with 3
+    found = near_duplicates(embeddings, recording)
+    assert [copies.recordings for copies in found] == [(1, 401), (2, 400)]
+    for copies in found:
+        assert copies.cosine > 0.999
+        assert tuple(recording[list(copies.windows)]) == copies.recordings
+    assert near_duplicates(embeddings[:4000], recording[:4000]) == []
+
+
+def test_every_pair_is_compared(monkeypatch):
+    """The result is that of comparing all pairs of windows."""
+    monkeypatch.setattr("avex_serve.training.split._BLOCK", 256)
+    rng = np.random.default_rng(1)
+    centres = rng.normal(size=(40, 8))
+    embeddings = (centres[rng.integers(0, 40, 1500)] + 0.01 * rng.normal(size=(1500, 8))).astype(np.float32)
+    recording = np.sort(np.append(np.arange(250), rng.integers(0, 250, 1250)))
+    centred = embeddings - embeddings[:: 1500 // 256].mean(axis=0)
+    units = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    alike = units @ units.T >= 0.999
+    holds = np.stack([alike[:, recording == r].any(axis=1) for r in range(250)], axis=1)
+    shares = np.stack([holds[recording == r].mean(axis=0) for r in range(250)])
+    expected = {(a, b) for a, b in np.argwhere(np.maximum(shares, shares.T) >= 0.5) if a < b}
+    assert {copies.recordings for copies in near_duplicates(embeddings, recording)} == expected
+    assert len(expected) > 100

@@ -97,6 +97,15 @@ export class Spectrogram extends EventTarget {
     this.show({ start: 0, end: sound.duration, low: 0, high: sound.sampleRate / 2 });
   }
 
+  /**
+   * Make a recording ready that is likely to be opened next.
+   *
+   * @param {string} url
+   */
+  prepare(url) {
+    this.worker.postMessage({ prepare: url });
+  }
+
   /** Show nothing. */
   close() {
     this.duration = 0;

@@ -46,7 +46,8 @@ const STRINGS = {
   // The page of the service.
   "service.sending": "sending",
   "service.computing": "computing",
-  "service.pieces": "piece {piece} of {pieces}",
+  "service.pieces": "{message}, piece {piece} of {pieces}",
+  "service.reached": "computed up to {time}",
   "service.waiting": "waiting",
   "service.found": "{count} scores, {length} long. {warnings}",
   "service.refused": "The service refused the request with status {status}.",

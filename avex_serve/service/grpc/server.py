@@ -297,10 +297,12 @@ def _parse(request: Any, raw: Sequence[memoryview]) -> protocol.InferRequest:
         current().checkpoint()
         data = _raw_contents(tensor, raw[index]) if raw else _typed_contents(tensor)
         inputs.append(protocol.InputTensor(tensor.name, tensor.datatype, tuple(tensor.shape), data))
+    parameters = _parameters(request)
     return protocol.InferRequest(
         inputs=inputs,
         outputs=[protocol.parse_output(output.name, _parameters(output)) for output in request.outputs],
-        query=protocol.parse_parameters(_parameters(request)),
+        query=protocol.parse_parameters(parameters),
+        given=tuple(parameters),
     )
 
 
@@ -331,7 +333,7 @@ def _typed_contents(tensor: Any) -> np.ndarray | list[bytes]:
 def _check_count(tensor: Any, count: int) -> None:
     """Refuse elements that don't fit the shape, before they are copied."""
     if count != parsing.elements(tensor.name, tensor.shape):
-        raise TensorError(f"input {tensor.name!r} of shape {list(tensor.shape)} has {count} elements")
+        raise parsing.wrong_count(tensor.name, tensor.shape, count)
 
 
 def _set_parameters(message: Any, parameters: protocol.Parameters) -> None:

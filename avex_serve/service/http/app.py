@@ -16,17 +16,17 @@ docs/decisions/serving-own-routes.md.
 import io
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
+from urllib.parse import quote
 
 import msgspec
-from starlette.concurrency import iterate_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,6 +34,7 @@ from avex_serve.errors import InputError, NotFoundError, StorageError, TooLargeE
 from avex_serve.inference import pipeline
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
+from avex_serve.inference.results import known
 from avex_serve.service import parsing
 from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Found, Front
 from avex_serve.service.http import forms, openapi, page, pages
@@ -121,15 +122,18 @@ def _route(endpoint: Endpoint, front: Callable[[], Front], bentoml: ASGIApp) -> 
 
 async def _refuse_path(scope: Scope, _: Receive, __: Send) -> None:
     path = scope["path"][: parsing.QUOTED]
-    nearest = get_close_matches(path, [endpoint.path for endpoint in ENDPOINTS], 1)
-    raise NotFoundError(
-        f"no {path} here{f'; did you mean {nearest[0]}' if nearest else ''}; /docs.json has all paths"
-    )
+    nearest = get_close_matches(path, [each.path for each in ENDPOINTS if each.operation is not None], 1)
+    hint = f"; did you mean {nearest[0]}" if nearest else ""
+    raise NotFoundError(f"no {path} here{hint}; /docs.json has all paths, and / the models")
 
 
 async def _refuse_method(route: Route, scope: Scope, _: Receive, __: Send) -> None:
     methods = ", ".join(sorted(route.methods or ()))
-    hint = "; curl sends it with --data-binary @FILE, and PUT with -T" if scope["method"] == "PUT" else ""
+    hint = ""
+    if scope["method"] == "PUT" and methods == "POST":
+        hint = "; curl sends it with --data-binary @FILE, and PUT with -T"
+    elif scope["method"] == "OPTIONS":
+        hint = "; for pages of other origins, the service must be started with CORS (docs/securing.md)"
     raise HTTPException(405, f"{route.path} takes {methods}, not {scope['method'][:20]}{hint}", {"Allow": methods})
 
 
@@ -192,7 +196,10 @@ async def _read_recording(request: Request) -> _Sent:
                 elif name == AUDIO_FIELD and isinstance(field, UploadFile) and audio is None:
                     audio, file = await field.read(), field.filename
                 else:
-                    raise InputError(f"form field {name!r}: expected one file {AUDIO_FIELD!r} and options as text")
+                    raise InputError(
+                        f"form field {name[: parsing.QUOTED]!r}: expected one file {AUDIO_FIELD!r} and options as "
+                        f"text; rename the field: -F {AUDIO_FIELD}=@FILE"
+                    )
     except (HTTPException, ValueError) as error:
         raise InputError(_form_fault(str(getattr(error, "detail", error)))) from None
     except OSError as error:  # of the temporary file that holds a large part
@@ -216,7 +223,14 @@ def _form_fault(fault: str) -> str:
             f"malformed multipart body: a part without a file name is text of at most {MAX_FIELD_BYTES} bytes; if "
             f"it is the recording, {SEND_FILE}"
         )
-    return f"malformed multipart body: {fault}"
+    if "Too many files" in fault:
+        return f"the form has several files; expected one, {AUDIO_FIELD!r}: send each recording in its own request"
+    if "Too many fields" in fault:
+        return f"the form has more than {MAX_FIELDS} fields; expected one file {AUDIO_FIELD!r} and options as text"
+    return (
+        f"malformed multipart body: {fault.rstrip('.')}; expected parts between the boundary that the Content-Type "
+        "names: let the HTTP client write that header and the body"
+    )
 
 
 def _check_urlencoded(body: bytes) -> None:
@@ -281,7 +295,7 @@ def _opening(sent: _Sent) -> pipeline.Audio:
 async def _send_document(question: Question, front: Front, recording: pipeline.Audio, query: Query) -> Response:
     def answer() -> bytes:
         # Encoded in the thread as well: the embeddings of a long recording take seconds.
-        return msgspec.json.encode(question(front.repository, recording, query))
+        return msgspec.json.encode(known(question(front.repository, recording, query)))
 
     return Response(await front.infer(answer), media_type="application/json")
 
@@ -292,23 +306,16 @@ async def _classify(front: Front, request: Request) -> Response:
     def classify() -> bytes:
         asked = parsing.document(openapi.ClassifyRequest, body)
         embeddings = parsing.from_numbers("embeddings", asked.embeddings)
-        return msgspec.json.encode(pipeline.classify(front.repository, embeddings, asked.query()))
+        return msgspec.json.encode(known(pipeline.classify(front.repository, embeddings, asked.query())))
 
     return Response(await front.infer(classify), media_type="application/json")
 
 
-async def _wav(_: Front, request: Request) -> Response:
+async def _wav(front: Front, request: Request) -> Response:
     sent = await _read_recording(request)
     query = parsing.query_from_text(sent.options, openapi.WAV)
-    pieces = iterate_in_threadpool(page.decode(sent.audio, query.channel, SEND_BODY))
-    first = await anext(pieces)  # by then, what can be wrong with the recording's header is known
-
-    async def all_pieces() -> AsyncIterator[bytes]:
-        yield first
-        async for piece in pieces:
-            yield piece
-
-    return StreamingResponse(all_pieces(), media_type=page.WAV_TYPE)
+    make = partial(page.decode, _opening(sent), query.channel)
+    return await forms.send_pieces(front, page.WAV, make, page.WAV_TYPE)
 
 
 async def _tables(front: Front, request: Request) -> Response:
@@ -318,7 +325,7 @@ async def _tables(front: Front, request: Request) -> Response:
         return page.write_table(front.repository, parsing.document(page.TableRequest, body))
 
     content, name = await front.infer(write)
-    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
     return Response(content, media_type="application/octet-stream", headers=headers)
 
 
@@ -364,7 +371,8 @@ async def _infer(front: Front, request: Request) -> Response:
 
     def infer() -> json.Body:
         with _model(front, request) as model:
-            asked = json.parse_request(body, request.headers.get(json.JSON_LENGTH))
+            length = request.headers.get(json.JSON_LENGTH)
+            asked = json.parse_request(body, length, request.query_params.keys())
             return json.dump_answer(model, asked, model.infer(asked.infer))
 
     answer = await front.infer(infer)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from asyncio import timeout
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timezone, tzinfo
 from functools import partial
@@ -25,11 +25,13 @@ from avex_serve.archive.choice import Choice, describe, in_zone
 from avex_serve.archive.plan import ResultSet, plan_passes
 from avex_serve.audio.reader import AudioStream
 from avex_serve.audio.recorder import NO_TIME, find_origin, parse_zone
-from avex_serve.errors import InputError
+from avex_serve.bundles.manifest import ProbeInfo
+from avex_serve.errors import AvexServeError, InputError
 from avex_serve.inference import pipeline
+from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Answer, Audio, Query
 from avex_serve.inference.repository import Repository
-from avex_serve.inference.results import Detection, Prediction
+from avex_serve.inference.results import Detection, Prediction, known
 from avex_serve.inference.scores import ScoreScale
 from avex_serve.scheduling.outlet import Pieces
 from avex_serve.scheduling.request import current
@@ -175,7 +177,7 @@ class _Lines:
         with pipeline.open_answer(repository, audio, query) as answer:
             for window in answer:
                 (found,) = window.detections
-                line = _line(Window(start=window.start, end=window.end, detections=found))
+                line = _line(Window(start=window.start, end=window.end, detections=known(found)))
                 if windows == 0:  # what is wrong with the request or the recording's begin is answered by a status
                     line = _line(_start(answer)) + line
                 yield line
@@ -192,6 +194,10 @@ class _Lines:
             )
         )
 
+    def failure(self, error: AvexServeError) -> bytes:
+        """The last line of an answer that is only a part."""
+        return _line(Failure(error=str(error), end=self.end))
+
 
 def _start(answer: Answer) -> Start:
     document = answer.document(0, [])
@@ -205,43 +211,67 @@ def _line(event: msgspec.Struct) -> bytes:
 async def send_lines(front: Front, route: str, audio: Audio, query: Query) -> Response:
     """An answer as lines; errors that come before its first line are raised."""
     lines = _Lines()
-    pieces = front.stream(partial(lines.make, front.repository, audio, query))
+    make = partial(lines.make, front.repository, audio, query)
+    return await send_pieces(front, route, make, LINES_TYPE, lines.failure)
+
+
+async def send_pieces(
+    front: Front,
+    route: str,
+    make: Callable[[], Pieces],
+    media_type: str,
+    failure: Callable[[AvexServeError], bytes] | None = None,
+) -> Response:
+    """An answer in pieces; errors that come before its first one are raised.
+
+    Args:
+        front: of the worker.
+        route: for messages.
+        make: makes the pieces, in the thread of the request.
+        media_type: of the answer.
+        failure: the end of an answer that is only a part; None: the connection is closed.
+    """
+    pieces = front.stream(make)
     first = await anext(pieces)
-    return _Stream(first, pieces, route, lines)
+    return _Stream(first, pieces, route, media_type, failure)
 
 
 class _Stream(Response):
-    """Sends lines while they are made."""
-
-    media_type = LINES_TYPE
+    """Sends pieces while they are made."""
 
     def __init__(
-        self, first: list[bytes], pieces: AsyncGenerator[list[bytes], None], route: str, lines: _Lines
+        self,
+        first: list[bytes],
+        pieces: AsyncGenerator[list[bytes], None],
+        route: str,
+        media_type: str,
+        failure: Callable[[AvexServeError], bytes] | None,
     ) -> None:
-        super().__init__(headers={"X-Accel-Buffering": "no"})  # nginx would keep lines back
+        # nginx would keep pieces back.
+        super().__init__(headers={"X-Accel-Buffering": "no"}, media_type=media_type)
         del self.headers["content-length"]
         self._first = first
         self._pieces = pieces
         self._route = route
-        self._lines = lines
+        self._failure = failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send all lines, or those that there are and the reason why the rest is missing."""
+        """Send all pieces, or those that there are and the reason why the rest is missing."""
 
-        async def body(lines: list[bytes], *, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": b"".join(lines), "more_body": more})
+        async def body(pieces: list[bytes], *, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": b"".join(pieces), "more_body": more})
 
-        async def some(lines: list[bytes]) -> None:
-            await body([*self._first, *lines])
+        async def some(pieces: list[bytes]) -> None:
+            await body([*self._first, *pieces])
             self._first = []
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         if (error := await deliver(self._pieces, some, self._route)) is None:
             await body(self._first, more=False)
             return
-        async with timeout(LAST_SECONDS):  # a client that doesn't read must not keep the request
-            failure = _line(Failure(error=str(error), end=self._lines.end))
-            await body([*self._first, failure], more=False)
+        if self._failure is not None:
+            async with timeout(LAST_SECONDS):  # a client that doesn't read must not keep the request
+                await body([*self._first, self._failure(error)], more=False)
         raise error
 
 
@@ -274,7 +304,9 @@ def _table(
         current().extend_answer(size * len(prediction.detections), "raise threshold or lower top_k")
         recording, doubts = _recording(form, data, answer.stream)
         rows = [(recording, _annotations(answer, prediction))]
-        table = Table([recording], rows, describe([_results(answer, query)], _choice(form, query)))
+        (head,) = answer.heads
+        about = describe([result_set(answer.source, head.engine, head.head, query)], _choice(form, query))
+        table = Table([recording], rows, about, head.calibrator is not None)
     return TABLES[form.format].content(table), tuple(dict.fromkeys((*prediction.warnings, *doubts)))
 
 
@@ -305,17 +337,24 @@ def _annotations(answer: Answer, prediction: Prediction) -> list[Annotation]:
     bandwidth = answer.source.audio_spec.sample_rate / 2
     origin = (prediction.bundle, prediction.version, prediction.probe)
     return [
-        Annotation(one.start, one.end, one.label, one.score, bandwidth, *origin) for one in prediction.detections
+        Annotation(one.start, one.end, one.label, one.score, bandwidth, *origin, one.probability)
+        for one in prediction.detections
     ]
 
 
-def _results(answer: Answer, query: Query) -> ResultSet:
-    """What a run of the same bundles would call its results, with the head alone that answered."""
-    (head,) = answer.heads
-    engines = [answer.source] if head.engine is answer.source else [answer.source, head.engine]
+def result_set(source: Engine, engine: Engine, head: ProbeInfo, query: Query) -> ResultSet:
+    """What a run of the same bundles would call its results, with the one head.
+
+    Args:
+        source: the audio bundle.
+        engine: of the head, the same or one that reads its embeddings.
+        head: the one that answered.
+        query: the options that change scores.
+    """
+    engines = [source] if engine is source else [source, engine]
     sets = (results for each in plan_passes(engines, query) for results in each.sets)
-    found = next(each for each in sets if each.bundle == head.engine.manifest.name and each.probes)
-    probes = tuple(probe for probe in found.probes if probe.name == head.head.name)
+    found = next(each for each in sets if each.bundle == engine.manifest.name and each.probes)
+    probes = tuple(probe for probe in found.probes if probe.name == head.name)
     return msgspec.structs.replace(found, probes=probes)
 
 

@@ -42,6 +42,14 @@ _ANY: Final[Schema] = {"type": "object"}
 _BINARY: Final[Schema] = {"type": "string", "contentMediaType": "application/octet-stream"}
 # Empty text and "null" stand for the default.
 _NUMBER: Final[Schema] = {"anyOf": [{"type": "number"}, {"enum": ["", "null"]}]}
+_BY_LABEL: Final[Schema] = {"type": "object", "additionalProperties": {"type": "number"}}
+_THRESHOLD: Final[Schema] = {
+    "anyOf": [
+        {"type": "number"},
+        {"type": "string", "pattern": r"^\{", "contentMediaType": "application/json", "contentSchema": _BY_LABEL},
+        {"enum": ["", "null"]},
+    ]
+}
 _COUNT: Final[Schema] = {"anyOf": [{"type": "integer", "minimum": 1}, {"enum": ["", "null"]}]}
 _FINAL_CLIP: Final[Schema] = {"enum": [*get_args(FinalClip), "", "null"]}
 _LABELS: Final[Schema] = {"type": "array", "items": _STRING}
@@ -58,7 +66,11 @@ _RECORDING: Final[Options] = {
     "channel": ("which channel to process, from 1; by default mix, the mean of all", _CHANNEL),
 }
 PREDICT_ALL: Final[Options] = {
-    "threshold": ("lowest score to report; 0.5 unless top_k is given", _NUMBER),
+    "threshold": (
+        "lowest score to report, a number, or JSON of numbers by label; unless top_k is given, by default that of "
+        "the model's calibration, else 0.5",
+        _THRESHOLD,
+    ),
     "top_k": ("report at most this many labels a window", _COUNT),
     "label": ("report this label; send it several times for several", _LABELS),
     "merge": ("join windows of a label that are at most this many seconds apart", _NUMBER),
@@ -88,7 +100,7 @@ class ClassifyRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     model: str | None = None
     version: str | None = None
     embeddings: Annotated[msgspec.Raw, msgspec.Meta(extra_json_schema={"type": "array", "items": {}})]
-    threshold: float | None = None
+    threshold: float | dict[str, float] | None = None
     top_k: int | None = None
     probe: str | None = None
 
@@ -109,7 +121,11 @@ def document(paths: dict[str, Any], open_paths: Collection[str]) -> Schema:
         "info": {
             "title": "avex-serve",
             "version": __version__,
-            "description": 'Names the sounds in recordings. Every error of these routes is `{"error": "…"}`.',
+            "description": 'Names the sounds in recordings. Every error of these routes is `{"error": "…"}`. '
+            "An answer 503 with `Retry-After` says after how many seconds to send the request again. The header "
+            "`X-Request-ID` gives a request a name, in its answer and in the log, and `Request-Timeout` says how "
+            "many seconds you wait. `GET /` has the names of the models, and the port of gRPC: that offers the Open "
+            "Inference Protocol too, and describes itself (server reflection).",
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "servers": [{"url": "/"}],
@@ -171,7 +187,7 @@ def text(summary: str, *, unready: bool = False) -> Schema:
 
 def home() -> Schema:
     """The start page."""
-    content = {"text/html": {"schema": _STRING}, "application/json": {"schema": _ANY}}
+    content = {"text/html": {"schema": _STRING}, **_json(_component("Home"))}
     return _operation("What is served, for people (HTML) and programs (JSON)", content)
 
 
@@ -236,13 +252,17 @@ def tables() -> Schema:
     described = _object(
         {"name": {**_STRING, "description": "of the file, without a folder"},
          "digest": {**_STRING, "description": "SHA-256 of the file"}, "duration": _SECONDS,
-         "probe": _STRING, "labels": _STRINGS, **columns},
+         "labels": _STRINGS, **columns},
         {"head": {**_STRING, "contentEncoding": "base64", "description": "the start of the file, for its metadata"}},
     )  # fmt: skip
     asked = _object(
         {"format": {"enum": list(FORMATS)}, "model": _STRING, "recordings": {**_list(described), "minItems": 1}},
         {
             "version": _STRING,
+            "probe": _STRING,
+            "overlap": {"type": "number", "minimum": 0},
+            "final_clip": {"enum": list(get_args(FinalClip))},
+            "channel": {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "mix"}]},
             "folder": {**_STRING, "description": "of the recordings, for the table; it is never read"},
             "threshold": {"type": "number"},
             "thresholds": {"type": "object", "additionalProperties": {"type": "number"}},
@@ -346,14 +366,49 @@ def _object(required: Schema, optional: Schema | None = None) -> Schema:
 
 
 _TEXT: Final[Schema] = {"text/plain": {"schema": _STRING}}
-_NUMBERS: Final[Schema] = _list({"type": "number"})
+_FINITE: Final[Schema] = {"type": "number"}
+_NUMBERS: Final[Schema] = _list(_FINITE)
 _STRINGS: Final[Schema] = _list(_STRING)
 _SHAPE: Final[Schema] = _list({"type": "integer"})
 _TENSORS: Final[Schema] = _list(_object({"name": _STRING, "datatype": _STRING, "shape": _SHAPE}))
 _INPUT: Final[Schema] = _object(
     {"name": _STRING, "shape": _SHAPE, "datatype": {"enum": ["FP32", "BYTES", "BOOL"]}},
-    {"parameters": _ANY, "data": {"description": "numbers, nested as the shape or flat; for BYTES base64"}},
+    {
+        "parameters": _object({}, {"binary_data_size": {"type": "integer", "minimum": 0}}),
+        "data": {
+            "description": "numbers, nested as the shape or flat; for BYTES of shape [files] a list of texts, each "
+            "the bytes of an encoded recording as base64"
+        },
+    },
 )
+_OUTPUT: Final[Schema] = _object(
+    {"name": {
+        **_STRING,
+        "description": "of the metadata, or detections: of recordings, a JSON object for each sound found",
+    }},
+    {"parameters": _object({}, {
+        "classification": {
+            "type": "integer", "minimum": 0,
+            "description": "answer the largest values of each row, up to this many, as texts value:index:label",
+        },
+        "binary_data": _BOOLEAN,
+    })},
+)  # fmt: skip
+_REQUEST_PARAMETERS: Final[Schema] = {
+    **_object({}, {
+        **{name: {**schema, "description": PREDICT[name][0]} for name, schema in {
+            "overlap": _FINITE, "hop": _FINITE, "final_clip": {"enum": list(get_args(FinalClip))},
+            "channel": {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "mix"}]},
+            "threshold": {"anyOf": [_FINITE, _STRING]}, "top_k": {"type": "integer", "minimum": 1}, "merge": _FINITE,
+            "merge_score": {"enum": list(get_args(MergeScore))},
+        }.items()},
+        "label": {**_STRING, "description": "report this label in detections, or those of a list in JSON"},
+        "probe": {**_STRING, "description": "a head of the bundle: that of detections; other outputs are of all"},
+        "binary_data_output": _BOOLEAN,
+    }),
+    "description": "overlap, hop, final_clip and channel are for recordings (BYTES), and threshold, top_k, label, "
+    "merge and merge_score for the output detections; unknown ones are ignored, with a warning in the answer",
+}  # fmt: skip
 _SECONDS: Final[Schema] = {"type": "number", "description": "seconds"}
 _OPTIONAL_AUDIO: Final[Schema] = {
     "description": "what recordings become; null: the model takes embeddings",
@@ -370,14 +425,29 @@ _OPTIONAL_AUDIO: Final[Schema] = {
 # The messages of the protocol, our description of a model, and errors.
 _PROTOCOL: Final[dict[str, Schema]] = {
     "Error": _object({"error": _STRING}),
+    "Home": _object({
+        "name": _STRING, "version": _STRING, "warnings": _STRINGS,
+        "models": _list(_object({
+            "name": _STRING, "version": _STRING,
+            "kind": {"enum": ["audio", "embedding"]},
+            "labels": {
+                "type": "object", "additionalProperties": {"type": "integer"}, "description": "how many, by probe",
+            },
+            "trained": _BOOLEAN, "licence": _STRING, "format": _STRING, "device": _STRING,
+        })),
+        "formats": _STRINGS,
+        "limits": _object({"body_bytes": {"type": "integer"}, "seconds": {"type": "number"}}),
+        "grpc_port": {"type": "integer"},
+    }),
     "ServerMetadata": _object({"name": _STRING, "version": _STRING, "extensions": _STRINGS}),
     "ModelMetadata": _object(
         {"name": _STRING, "versions": _STRINGS, "platform": _STRING, "inputs": _TENSORS, "outputs": _TENSORS},
         {"parameters": {
             **_ANY,
-            "description": "trained; for audio sample_rate (Hz), channels, window_seconds and window_samples; for "
-            "each probe labels (a JSON list in the order of its scores) and score_scale, or NAME.labels and "
-            "NAME.score_scale if there are several",
+            "description": "trained; request_parameters (a JSON list: what a request may have); for audio "
+            "recordings and detections (how to send and ask for them), sample_rate (Hz), channels, window_seconds "
+            "and window_samples; for each probe labels (a JSON list in the order of its scores) and score_scale, "
+            "and of a calibrated one thresholds and target_precision, or NAME.labels and so on if there are several",
         }},
     ),
     "Model": _object({
@@ -390,6 +460,9 @@ _PROTOCOL: Final[dict[str, Schema]] = {
             "score_scale": {"enum": ["sigmoid", "softmax", "logits"]},
             "threshold": {"type": "number", "description": "lowest score that is reported by default"},
             "trained": _BOOLEAN,
+        }, {
+            "thresholds": {**_BY_LABEL, "description": "by label, where the model's calibration has another one"},
+            "target_precision": {"type": "number", "description": "of the detections from these thresholds on"},
         })),
         "embeddings": _list(_object({"output": _STRING, "shape": _SHAPE, "layers": _STRINGS})),
         "trained": _BOOLEAN, "licence": _STRING, "format": _STRING, "device": _STRING,
@@ -399,13 +472,16 @@ _PROTOCOL: Final[dict[str, Schema]] = {
         {"inputs": _list(_INPUT)},
         {
             "id": _STRING,
-            "parameters": _ANY,
-            "outputs": _list(_object({"name": _STRING}, {"parameters": _ANY})),
+            "parameters": _REQUEST_PARAMETERS,
+            "outputs": {**_list(_OUTPUT), "description": "without them, all"},
         },
     ),
     "InferResponse": _object(
         {"model_name": _STRING, "model_version": _STRING, "outputs": _list(_object(
-            {"name": _STRING, "datatype": _STRING, "shape": _SHAPE}, {"parameters": _ANY, "data": _NUMBERS}
+            {"name": _STRING, "datatype": _STRING, "shape": _SHAPE}, {"parameters": _ANY, "data": {
+                **_list({"anyOf": [{"type": "number"}, _STRING]}),
+                "description": "numbers, row by row; of BYTES texts, such as 0.983124:4:buzz",
+            }}
         ))},
         {"id": _STRING, "parameters": {
             **_ANY,

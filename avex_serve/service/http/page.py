@@ -12,10 +12,10 @@ holds the detections that pass the thresholds that the user sees.
 import io
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timezone
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final, Literal
 
 import msgspec
 from starlette.datastructures import Headers
@@ -24,19 +24,22 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from avex_serve.annotations.formats import FORMATS
-from avex_serve.annotations.table import Annotation, Format, Recording, Table
+from avex_serve.annotations.table import Annotation, Recording, Table
+from avex_serve.archive.choice import Choice, describe
+from avex_serve.archive.plan import ResultSet
 from avex_serve.audio.containers import Header, Source, read_header
 from avex_serve.audio.reader import Channel
 from avex_serve.audio.recorder import find_origin
-from avex_serve.errors import AudioError, InputError, NotFoundError
-from avex_serve.inference.engine import Engine
-from avex_serve.inference.pipeline import links
+from avex_serve.audio.windows import FinalClip
+from avex_serve.errors import AudioError, InputError, NotFoundError, StorageError
+from avex_serve.inference.pipeline import Audio, Query, source_of
 from avex_serve.inference.repository import Repository
 from avex_serve.page.assets import HEADERS, Asset, assets
 from avex_serve.page.waves import encode_stream
+from avex_serve.scheduling.outlet import Pieces
 from avex_serve.scheduling.request import current
-from avex_serve.service import parsing
 from avex_serve.service.front import Front
+from avex_serve.service.http.forms import result_set
 
 DOCUMENT: Final = "service.html"
 ASSETS: Final = "/page/{name:path}"
@@ -58,7 +61,6 @@ class Described(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     digest: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # SHA-256 of the file
     head: bytes = b""  # the part of the file with its metadata, base64
     duration: Annotated[float, msgspec.Meta(ge=0, le=1e9)]  # seconds
-    probe: str
     labels: list[str]
     label: list[int]  # positions in `labels`
     start: list[Number]  # seconds
@@ -75,7 +77,15 @@ class TableRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     folder: str = ""  # where the recordings are on the user's computer; it is written and never read
     threshold: Number | None = None  # what the detections were selected by, for the table's description
     thresholds: dict[str, Number] = {}
+    probe: str | None = None
+    overlap: Annotated[float, msgspec.Meta(ge=0, le=1e9)] = 0.0  # this and the next two: as they were asked for
+    final_clip: FinalClip = "remainder"
+    channel: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | Literal["mix"] = "mix"
     recordings: Annotated[list[Described], msgspec.Meta(min_length=1)]
+
+    def query(self) -> Query:
+        """The options that change scores."""
+        return Query(overlap=self.overlap, final_clip=self.final_clip, channel=self.channel)
 
 
 # -- files of the page ----------------------------------------------------------------------------------------------
@@ -118,12 +128,12 @@ def _send(request: Request, found: Asset) -> Response:
 # -- recordings -----------------------------------------------------------------------------------------------------
 
 
-def decode(data: bytes, channel: Channel, remedy: str) -> Iterator[bytes]:
+def decode(audio: Audio, channel: Channel) -> Pieces:
     """A recording as WAV, in pieces; errors as of `parsing.open_recording`, and while it is decoded."""
     request = current()
-    with parsing.open_recording(channel, data=data, remedy=remedy) as stream:
+    with audio(channel) as stream:
         for piece in encode_stream(stream, stream.sample_rate, stream.frames):
-            request.check_wanted()
+            request.checkpoint()
             yield piece
 
 
@@ -145,45 +155,34 @@ def write_table(repository: Repository, asked: TableRequest) -> tuple[bytes, str
         raise InputError(f"two recordings are called {twice[:80]}; make a table of each")
     rows = sum(len(each.start) for each in asked.recordings)
     current().extend_answer(ROW_BYTES * rows, "send fewer recordings at once, or raise the threshold")
+    one = len(asked.recordings) == 1 and form.media_type is not None
+    folder = asked.folder or ("" if one or form.text is not None else FOLDER)
     with repository.lease(asked.model, asked.version) as engine:
-        bandwidth = _bandwidth(repository, engine)
-        folder = asked.folder or (FOLDER if "." not in form.target else "")
+        head = engine.probe(asked.probe)
+        with source_of(repository, engine, head) as (source, _):
+            results = result_set(source, engine, head, asked.query())
+            bandwidth = source.audio_spec.sample_rate / 2
         described = sorted(((_recording(each, folder), each) for each in asked.recordings), key=_path)
         table = Table(
             [recording for recording, _ in described],
-            [(recording, _annotations(each, engine, bandwidth)) for recording, each in described],
-            _about(asked, engine),
+            [(recording, _annotations(each, results, head.name, bandwidth)) for recording, each in described],
+            describe([results], Choice(threshold=asked.thresholds or asked.threshold)),
+            head.calibration is not None,
         )
-    with tempfile.TemporaryDirectory(prefix="avex-table-") as folder:
-        target = Path(folder) / form.target
-        form.write(table, target)
-        return _zipped(target) if target.is_dir() else target.read_bytes(), file_name(form)
-
-
-def file_name(form: Format) -> str:
-    """The usual name of a table's file; a format of several files is sent as a ZIP."""
-    return form.target if "." in form.target else f"{form.target}.zip"
+    if one:
+        name = f"{described[0][1].name}.txt" if "." not in form.target else form.target
+        return form.content(table), name
+    with tempfile.TemporaryDirectory(prefix="avex-table-") as place:
+        target = Path(place) / form.target
+        try:
+            form.write(table, target)
+            return (_zipped(target), f"{form.target}.zip") if target.is_dir() else (target.read_bytes(), form.target)
+        except OSError as error:
+            raise StorageError(f"the table can't be written to disk ({error.strerror}); choose CSV") from None
 
 
 def _path(pair: tuple[Recording, Described]) -> str:
     return pair[0].path
-
-
-def _about(asked: TableRequest, engine: Engine) -> dict[str, Any]:
-    choice = {"threshold": asked.threshold, "thresholds": asked.thresholds or None}
-    return {
-        "results": [{"bundle": engine.manifest.name, "version": engine.manifest.version}],
-        "choice": {name: value for name, value in choice.items() if value is not None},
-    }
-
-
-def _bandwidth(repository: Repository, engine: Engine) -> float:
-    """Hz: the highest frequency that the model receives, itself or through the bundle that makes its embeddings."""
-    if engine.manifest.audio is not None:
-        return engine.manifest.audio.sample_rate / 2
-    with repository.lease_those(lambda source: bool(links(source, engine.manifest))) as sources:
-        rates = [source.manifest.audio.sample_rate for source in sources if source.manifest.audio is not None]
-    return max(rates, default=0) / 2
 
 
 def _recording(described: Described, folder: str) -> Recording:
@@ -212,16 +211,22 @@ def _header(head: bytes) -> Header:
         return Header("", 0, 1, None)
 
 
-def _annotations(each: Described, engine: Engine, bandwidth: float) -> Sequence[Annotation]:
+def _annotations(each: Described, results: ResultSet, probe: str, bandwidth: float) -> Sequence[Annotation]:
     if not len(each.label) == len(each.start) == len(each.end) == len(each.score):
         raise InputError(f"{each.name[:80]}: label, start, end and score have different lengths")
     if each.label and not 0 <= min(each.label) <= max(each.label) < len(each.labels):
         raise InputError(f"{each.name[:80]}: label {max(each.label)} is not one of {len(each.labels)} labels")
-    probe, manifest = engine.probe(each.probe).name, engine.manifest
-    columns = zip(each.start, each.end, each.label, each.score, strict=True)
+    names = [each.labels[label] for label in each.label]
+    (head,) = results.probes
+    probabilities: Sequence[float | None] = [None] * len(names)
+    if (calibrator := head.calibrator) is not None:
+        if strange := next((name for name in names if name not in calibrator.places), None):
+            raise InputError(f"{each.name[:80]}: the probe has no label {strange[:80]!r}")
+        probabilities = calibrator.of_labels(names, each.score)
+    columns = zip(each.start, each.end, names, each.score, probabilities, strict=True)
     return [
-        Annotation(start, end, each.labels[label], score, bandwidth, manifest.name, manifest.version, probe)
-        for start, end, label, score in columns
+        Annotation(start, end, name, score, bandwidth, results.bundle, results.version, probe, probability)
+        for start, end, name, score, probability in columns
     ]
 
 

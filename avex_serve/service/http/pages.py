@@ -41,7 +41,7 @@ async def home(front: Front, request: Request) -> Response:
         "version": __version__,
         "warnings": [DEMO_WARNING] if settings.serves_demo else [],
         "models": models,
-        "formats": [{"name": form.name, "file": page.file_name(form)} for form in FORMATS.values()],
+        "formats": list(FORMATS),
         "limits": {"body_bytes": settings.max_body_bytes, "seconds": settings.max_seconds},
         "grpc_port": settings.grpc_port,
     }
@@ -103,13 +103,17 @@ def _audio(engine: Engine) -> dict[str, Any] | None:
 
 
 def _probe(engine: Engine, probe: ProbeInfo) -> dict[str, Any]:
-    return {
+    document: dict[str, Any] = {
         "name": probe.name,
         "labels": engine.labels(probe.name),
         "score_scale": score_scale(probe.activation),
         "threshold": Selection.of(probe.activation, None, None).threshold,
         "trained": probe.trained,
     }
+    if (calibrator := engine.calibrator(probe.name)) is not None and probe.calibration is not None:
+        document["thresholds"] = calibrator.thresholds()
+        document["target_precision"] = probe.calibration.target_precision
+    return document
 
 
 def _embedding(engine: Engine, info: EmbeddingInfo) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+from collections.abc import Collection
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgspec
@@ -18,7 +19,8 @@ from avex_serve.service.parsing import BOOL, BYTES, FP32
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
 
 
-_SPACES: Final = dict.fromkeys(map(ord, " \t\r\n"))  # removed by `str.translate`
+# For `str.translate`: spaces are removed, and the alphabet for URLs becomes the usual one.
+_PLAIN: Final = {**dict.fromkeys(map(ord, " \t\r\n")), ord("-"): "+", ord("_"): "/"}
 
 Parameters: TypeAlias = dict[str, msgspec.Raw]
 
@@ -66,12 +68,13 @@ class Body(NamedTuple):
     json_length: int | None  # bytes of JSON before the binary tensors; None: it is all JSON
 
 
-def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
+def parse_request(body: bytes, json_length: str | None, options: Collection[str] = ()) -> JsonRequest:
     """The request in a body.
 
     Args:
         body: JSON, then the binary tensors.
         json_length: value of the header `JSON_LENGTH`, None without it.
+        options: names in the URL's query, which has no meaning in the protocol.
 
     Raises:
         InputError: a body that is not such a request.
@@ -101,6 +104,8 @@ def parse_request(body: bytes, json_length: str | None) -> JsonRequest:
             inputs=inputs,
             outputs=[protocol.parse_output(name, parameters) for name, parameters in outputs],
             query=protocol.parse_parameters(asked),
+            given=tuple(asked),
+            options=tuple(options),
         ),
         request.id,
         _wanted_in_binary(asked, outputs),
@@ -170,6 +175,8 @@ def _from_json(tensor: _Input) -> np.ndarray | list[bytes]:
 def _from_base64(name: str, text: str) -> bytes:
     """The bytes of a recording: JSON can't hold arbitrary ones. Line breaks and the head of a data URL are skipped.
 
+    Both alphabets of base64 are read, that for URLs too.
+
     Raises:
         TensorError: no base64.
     """
@@ -179,10 +186,11 @@ def _from_base64(name: str, text: str) -> bytes:
             raise TensorError(f"{name} is a data URL without base64; expected data:audio/wav;base64,…")
         text = rest
     try:
-        return base64.b64decode(text.translate(_SPACES), validate=True)
+        return base64.b64decode(text.translate(_PLAIN), validate=True)
     except (binascii.Error, ValueError) as error:
         raise TensorError(
-            f"{name} is no base64 ({error}); expected the file's bytes as base64, or as a binary tensor"
+            f"{name} is no base64 ({error}); expected the file's bytes, neither its path nor its URL, as base64 "
+            "with its padding, or as a binary tensor"
         ) from None
 
 

@@ -11,8 +11,9 @@ If the manifest has a second input, ``padding_mask``, it may be sent with FP32: 
 clip is padded. Without it, nothing is padded.
 
 The answer has the outputs of the manifest and, for each probe, ``scores``: the logits after the activation, one row
-a window. If there are several probes, they are NAME.scores and NAME.logits. For BYTES the rows of all recordings
-follow one another, and these response parameters tell them apart:
+a window. For each calibrated probe it has ``probabilities``, NaN for labels that are not calibrated. If there are
+several probes, they are NAME.scores and so on. For BYTES the rows of all recordings follow one another, and these
+response parameters tell them apart:
 
     windows    a JSON list of the number of rows of each recording, e.g. ``"[3, 1]"``
     spans      a JSON list of the start and end of each row, in seconds of its recording, e.g.
@@ -20,19 +21,21 @@ follow one another, and these response parameters tell them apart:
 
 The response parameter ``warnings`` is present, a JSON list of sentences, if there are reasons to doubt the answer;
 ``trained`` is present, and false, if a head has random weights. Request parameters are ``overlap`` and ``hop`` in
-seconds, ``final_clip`` and ``channel`` (all for BYTES), and ``probe``; others are ignored, since clients add their
-own.
+seconds, ``final_clip`` and ``channel`` (all for BYTES), and ``probe``. Others are ignored, since clients add their
+own; the answer has a warning that names them, unless Triton's clients are known to add them.
 
 For BYTES there is one more output, which is answered only if it is named: ``detections``, BYTES (detections,), each
-a JSON object with ``start``, ``end``, ``label`` and ``score`` as of ``/predict``. The parameters ``threshold``,
-``top_k``, ``label`` (a label, or a JSON list), ``merge`` and ``merge_score`` choose them. The response parameter
+a JSON object with ``start``, ``end``, ``label``, ``score`` and, of a calibrated label, ``probability`` as of
+``/predict``. The parameters ``threshold`` (a number, or JSON of numbers by label as text), ``top_k``, ``label`` (a
+label, or a JSON list), ``merge`` and ``merge_score`` choose them. The response parameter
 ``detections`` is a JSON list of their number in each recording.
 
 A request of a stream is answered in parts, each with some rows of one recording: the parameters ``recording``, from
 1, and ``spans`` say which. In the last part the parameter ``triton_final_response`` is true, and there are the
 warnings.
 
-The metadata of a model have as parameters what a client must know of it: see `Model.metadata`.
+The metadata and the configuration of a model have as parameters what a client must know of it: see
+`Model.metadata`.
 
 An output that is requested with the parameter ``classification: k`` (Triton's extension) is answered as BYTES, the k
 largest values of each row as ``value:index:label``.
@@ -55,6 +58,7 @@ from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
+from avex_serve.inference.results import known
 from avex_serve.inference.scores import activate, check_labels, score_scale
 from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
@@ -75,11 +79,16 @@ _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 STEP: Final = 1000  # texts of a classification that are made in about a millisecond
 TEXT_BYTES: Final = 256  # of memory for each of these texts in an answer: measured, rounded up
 SPAN_BYTES: Final = 512  # of memory for the start and end of a window as text; measured, rounded up
-# Request parameters with a meaning here.
-PARAMETERS: Final = (
-    *("overlap", "hop", "final_clip", "channel", "probe"),
-    *("threshold", "top_k", "label", "merge", "merge_score"),
-)
+# Request parameters with a meaning here: for recordings, for their detections, and all.
+RECORDING_PARAMETERS: Final = ("overlap", "hop", "final_clip", "channel")
+DETECTION_PARAMETERS: Final = ("threshold", "top_k", "label", "merge", "merge_score")
+PARAMETERS: Final = (*RECORDING_PARAMETERS, "probe", *DETECTION_PARAMETERS)
+# Those that Triton's clients add by themselves, or that JSON's messages use.
+EXPECTED: Final = frozenset(
+    ("binary_data_output", "headers", "priority", "sequence_end", "sequence_id", "sequence_start", "timeout",
+     "triton_enable_empty_final_response")
+)  # fmt: skip
+NAMED: Final = 4  # of them that a warning names, the unknown ones
 DETECTIONS: Final = "detections"
 FINAL: Final = "triton_final_response"
 Parameters = dict[str, str | bool | int | float]  # of a model or a response; lists are JSON, since gRPC has none
@@ -131,6 +140,8 @@ class InferRequest:
     inputs: list[InputTensor]
     outputs: list[RequestedOutput]  # none: all
     query: Query
+    given: tuple[str, ...] = ()  # names of its parameters
+    options: tuple[str, ...] = ()  # names in the URL's query, which mean nothing here
 
 
 @dataclass(frozen=True)
@@ -170,32 +181,54 @@ class Model:
     def metadata(self) -> ModelMetadata:
         """What the model takes and answers.
 
-        Its parameters are, if it takes audio, those of `_audio_needs`, and for each probe ``labels``, a JSON list in
-        the order of its scores, and ``score_scale``: sigmoid, softmax or logits. They are named as the outputs:
-        NAME.labels if there are several. ``trained`` is false if a head has random weights.
+        Its parameters are ``request_parameters``, a JSON list of the parameters that a request may have, if it takes
+        audio those of `_audio_needs`, and for each probe ``labels``, a JSON list in the order of its scores, and
+        ``score_scale``: sigmoid, softmax or logits; for a calibrated probe also ``thresholds``, a JSON object of the
+        lowest score that is a detection by label, and ``target_precision`` of these detections. They are named as
+        the outputs: NAME.labels if there are several. ``trained`` is false if a head has random weights.
         """
         manifest = self._engine.manifest
         outputs = [TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.outputs]
-        scores = [TensorMetadata(p.scores, FP32, manifest.output(p.logits).shape) for p in manifest.probes]
+        scores = [
+            TensorMetadata(name, FP32, manifest.output(p.logits).shape)
+            for p in manifest.probes
+            for name in ([p.scores] if p.calibration is None else [p.scores, p.probabilities])
+        ]
         return ModelMetadata(
             name=self.name,
             versions=tuple(self._repository.versions(self.name)),
             platform=PLATFORMS[self._engine.backend.format],
             inputs=tuple(TensorMetadata(spec.name, _DATATYPES[spec.dtype], spec.shape) for spec in manifest.inputs),
             outputs=(*outputs, *scores),
-            parameters={"trained": manifest.trained, **self._audio_needs(), **self._probe_parameters()},
+            parameters={
+                "trained": manifest.trained,
+                "request_parameters": json.dumps(PARAMETERS),
+                **self._audio_needs(),
+                **self._probe_parameters(),
+            },
         )
 
     def _audio_needs(self) -> "Parameters":
-        """For a model that takes audio: ``sample_rate`` in Hz, ``channels``, and windows in seconds and samples."""
+        """For a model that takes audio: ``sample_rate`` in Hz, ``channels``, and windows in seconds and samples.
+
+        ``recordings`` and ``detections`` say in words what `ModelMetadata` can't in inputs and outputs: how to send
+        whole files, and how to ask for what is found in them.
+        """
         if (audio := self._engine.manifest.audio) is None:
             return {}
         needs: Parameters = {
+            "recordings": f"send whole files (WAV, FLAC, OGG, MP3), of any rate and length, as {BYTES} of shape "
+            f"[files] in {self._engine.manifest.inputs[0].name}",
             "sample_rate": audio.sample_rate,
             "channels": 1,
             "window_seconds": audio.window_samples / audio.sample_rate,
             "window_samples": audio.window_samples,
         }
+        if self._engine.manifest.probes:
+            needs[DETECTIONS] = (
+                f"name the output {DETECTIONS!r} for a JSON object (start, end, label, score) of each sound found "
+                "in recordings"
+            )
         return needs if audio.shortest_samples is None else {**needs, "shortest_samples": audio.shortest_samples}
 
     def _probe_parameters(self) -> "Parameters":
@@ -204,6 +237,9 @@ class Model:
             prefix = probe.logits.removesuffix("logits")
             parameters[f"{prefix}labels"] = json.dumps(self._engine.labels(probe.name), ensure_ascii=False)
             parameters[f"{prefix}score_scale"] = score_scale(probe.activation)
+            if (calibrator := self._engine.calibrator(probe.name)) is not None and probe.calibration is not None:
+                parameters[f"{prefix}thresholds"] = json.dumps(calibrator.thresholds(), ensure_ascii=False)
+                parameters[f"{prefix}target_precision"] = probe.calibration.target_precision
         return parameters
 
     def config(self) -> dict[str, Any]:
@@ -223,7 +259,11 @@ class Model:
             "max_batch_size": 0,
             "input": inputs,
             "output": outputs,
-            "parameters": {"trained": {"string_value": json.dumps(metadata.parameters["trained"])}},
+            # The metadata's messages of Triton's gRPC client have no parameters, those of the configuration do.
+            "parameters": {
+                name: {"string_value": value if isinstance(value, str) else json.dumps(value)}
+                for name, value in metadata.parameters.items()
+            },
         }
 
     def infer(self, request: InferRequest) -> InferAnswer:
@@ -236,7 +276,7 @@ class Model:
         """
         wanted, tensor, mask = self._checked(request)
         if not isinstance(tensor.data, list):
-            return self._infer_tensor(wanted, tensor, mask)
+            return self._infer_tensor(wanted, tensor, mask, _unused(request, tensor))
         answers, found, counts = [], [], []
         for number, recording in enumerate(tensor.data, 1):
             audio = self._opening(recording, number, len(tensor.data))
@@ -252,11 +292,7 @@ class Model:
             "windows": json.dumps([len(answer.spans) for answer in answers]),
             "spans": json.dumps(spans.tolist()),
         }
-        warnings = [
-            warning
-            for number, answer in enumerate(answers, 1)
-            for warning in _numbered(answer.warnings, number, len(answers))
-        ]
+        warnings = _numbered([answer.warnings for answer in answers]) + _unused(request, tensor)
         if self._detecting(wanted, request.query) is not None:
             parameters[DETECTIONS] = json.dumps(np.diff(counts, prepend=0).tolist())
         return self._answer(wanted, outputs, parameters, warnings, found)
@@ -265,11 +301,11 @@ class Model:
         """Run the model, and answer in parts while it runs; errors as of `infer`."""
         wanted, tensor, mask = self._checked(request)
         if not isinstance(tensor.data, list):
-            answer = self._infer_tensor(wanted, tensor, mask)
+            answer = self._infer_tensor(wanted, tensor, mask, _unused(request, tensor))
             answer.parameters[FINAL] = True
             yield answer
             return
-        warnings: list[str] = []
+        warnings: list[Sequence[str]] = []
         held: _Part | None = None  # until it is known whether it is the last one
         for number, recording in enumerate(tensor.data, 1):
             detecting = self._detecting(wanted, request.query)
@@ -282,9 +318,9 @@ class Model:
                     held = _Part(number, spans, outputs, found)
             if held is not None and detecting is not None:
                 held.detections.extend(detecting.rest())
-            warnings += _numbered(rows.warnings, number, len(tensor.data))
+            warnings.append(rows.warnings)
         assert held is not None
-        yield self._part(wanted, held, warnings, final=True)
+        yield self._part(wanted, held, _numbered(warnings) + _unused(request, tensor), final=True)
 
     def _part(
         self, wanted: list[RequestedOutput], part: "_Part", warnings: Sequence[str] = (), *, final: bool = False
@@ -329,14 +365,15 @@ class Model:
         return partial(parsing.open_recording, data=recording, item=f"recording {number}" if count > 1 else "")
 
     def _infer_tensor(
-        self, wanted: list[RequestedOutput], tensor: InputTensor, mask: np.ndarray | None
+        self, wanted: list[RequestedOutput], tensor: InputTensor, mask: np.ndarray | None, unused: list[str]
     ) -> InferAnswer:
         """The answer to windows or embeddings."""
         batch = _shaped(tensor)
+        self._check_windows(batch)
         outputs, warnings = self._engine.infer(batch, mask), [*self._engine.warnings]
         if self._engine.manifest.kind == "audio":
             warnings += pipeline.level_warnings(pipeline.find_peak(batch))
-        return self._answer(wanted, outputs, {}, warnings)
+        return self._answer(wanted, outputs, {}, [*warnings, *unused])
 
     def _answer(
         self,
@@ -353,7 +390,11 @@ class Model:
         labels: dict[str, tuple[str, ...]] = {}
         for probe in self._engine.manifest.probes:
             outputs[probe.scores] = activate(outputs[probe.logits], probe.activation)
-            labels[probe.logits] = labels[probe.scores] = self._engine.labels(probe.name)
+            names = [probe.logits, probe.scores]
+            if (calibrator := self._engine.calibrator(probe.name)) is not None:
+                outputs[probe.probabilities] = calibrator.probabilities(outputs[probe.scores])
+                names.append(probe.probabilities)
+            labels |= dict.fromkeys(names, self._engine.labels(probe.name))
         if not self._engine.manifest.trained:
             parameters["trained"] = False
         answers = {
@@ -373,7 +414,7 @@ class Model:
             raise InputError(f"inputs are {got}; expected one, {name!r}{''.join(f', or {o!r} too' for o in others)}")
         for tensor in tensors:
             if (count := len(tensor.data)) != parsing.elements(tensor.name, tensor.shape):
-                raise TensorError(f"input {tensor.name!r} of shape {list(tensor.shape)} has {count} elements")
+                raise parsing.wrong_count(tensor.name, tensor.shape, count)
         tensor = given[name]
         if tensor.datatype == BOOL:
             raise TensorError(f"input {name!r} has type BOOL; expected FP32, or BYTES for encoded recordings")
@@ -388,6 +429,17 @@ class Model:
                 "service makes the mask of recordings"
             )
         return tensor, _shaped(mask)
+
+    def _check_windows(self, batch: np.ndarray) -> None:
+        """Refuse what looks like a recording that isn't cut into windows, with the remedy."""
+        audio, spec = self._engine.manifest.audio, self._engine.manifest.inputs[0]
+        if audio is None or (batch.ndim == 2 and spec.shape[1] in (-1, batch.shape[1])):
+            return
+        raise TensorError(
+            f"input {spec.name!r} has shape {list(batch.shape)}; expected {list(spec.shape)}: a row for each window "
+            f"of {audio.window_samples} samples at {audio.sample_rate} Hz. To send recordings, send their files "
+            f"as {BYTES}"
+        )
 
 
 @dataclass
@@ -406,7 +458,7 @@ class _Detecting:
     def __init__(self, engine: Engine, query: Query) -> None:
         """The query's probe, or else the first one; errors as of `HeadRun`."""
         head = engine.probe(query.probe)
-        check_labels(query.label, engine.labels(head.name))
+        check_labels(pipeline.named(query), engine.labels(head.name))
         self._head = pipeline.HeadRun(engine, head, head.logits, query)
 
     def detect(self, spans: np.ndarray, outputs: dict[str, np.ndarray], *, early: bool) -> list[bytes]:
@@ -414,16 +466,19 @@ class _Detecting:
         head = self._head.head
         scores = activate(outputs[head.logits], head.activation)
         windows = self._head.detect_scores(spans, scores, early=early)
-        return [msgspec.json.encode(one) for window in windows for one in window]
+        return [msgspec.json.encode(one) for window in windows for one in known(window)]
 
     def rest(self) -> list[bytes]:
         """Those that are left."""
-        return [msgspec.json.encode(one) for one in self._head.rest()]
+        return [msgspec.json.encode(one) for one in known(self._head.rest())]
 
 
-def _numbered(warnings: Sequence[str], number: int, count: int) -> list[str]:
-    """The warnings about a recording, which say which of several it is."""
-    return [f"recording {number}: {warning}" if count > 1 else warning for warning in warnings]
+def _numbered(warnings: Sequence[Sequence[str]]) -> list[str]:
+    """The warnings about each recording, as one list: those of all once, and others with the recording's number."""
+    of_all = [each for each in warnings[0] if all(each in others for others in warnings)]
+    return of_all + [
+        f"recording {number}: {each}" for number, own in enumerate(warnings, 1) for each in own if each not in of_all
+    ]
 
 
 def server_metadata() -> dict[str, Any]:
@@ -453,6 +508,30 @@ def parse_output(name: str, parameters: dict[str, Any]) -> RequestedOutput:
 def parse_parameters(parameters: Mapping[str, Any]) -> Query:
     """The query that request parameters describe; InputError for values of another type."""
     return parsing.query({name: parameters[name] for name in PARAMETERS if name in parameters}, PARAMETERS)
+
+
+def _unused(request: InferRequest, tensor: InputTensor) -> list[str]:
+    """Warnings of parameters and options that the request has and that change nothing."""
+
+    def given(names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in request.given]
+
+    unknown = [name for name in request.given if name not in PARAMETERS and name not in EXPECTED]
+    of_recordings = [] if isinstance(tensor.data, list) else given(RECORDING_PARAMETERS)
+    detects = any(output.name == DETECTIONS for output in request.outputs)
+    of_detections = [] if detects else given(DETECTION_PARAMETERS)
+    faults = (
+        ("unknown parameters", unknown, f"known: {', '.join(PARAMETERS)}"),
+        ("parameters for recordings", of_recordings, f"the input is {tensor.datatype}, not {BYTES}"),
+        ("parameters for detections", of_detections, f"ask for the output {DETECTIONS!r}"),
+        ("options in the URL", request.options, "send parameters in the request"),
+    )
+    return [f"{what} were ignored: {_named(names)}; {hint}" for what, names, hint in faults if names]
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(repr(name[: parsing.QUOTED]) for name in names[:NAMED]) + more
 
 
 def refuse_shared_memory(name: str, parameters: Collection[str]) -> None:

@@ -98,6 +98,9 @@ export class Listening extends EventTarget {
   prepare(item) {
     if (item !== null) {
       this.open(item.recording).catch(() => null); // reported when it is shown
+      if (item.recording !== this.recording) {
+        this.spectrogram.prepare(addressOf(item.recording));
+      }
     }
   }
 

@@ -22,6 +22,7 @@ export class ServiceError extends Error {
  * @property {Record<string, string>} [headers]
  * @property {XMLHttpRequestResponseType} [kind] of the answer; by default json
  * @property {(part: number) => void} [progress] called with the part of the body that is sent, 0 to 1
+ * @property {(text: string) => void} [received] called with what has arrived of an answer of text
  * @property {AbortSignal} [signal]
  */
 
@@ -88,7 +89,7 @@ export class Api {
  * @param {Question} question
  * @returns {Promise<{status: number, answer: any, error: string}>}
  */
-function send(path, { body = null, headers = {}, kind = "json", progress, signal }) {
+function send(path, { body = null, headers = {}, kind = "json", progress, received, signal }) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.open(body === null ? "GET" : "POST", path);
@@ -96,11 +97,18 @@ function send(path, { body = null, headers = {}, kind = "json", progress, signal
     for (const [name, value] of Object.entries({ Accept: "application/json", ...headers })) {
       request.setRequestHeader(name, value);
     }
-    request.upload.addEventListener("progress", (event) => progress?.(event.loaded / event.total));
+    // Each of these listeners makes the browser report more often.
+    if (progress !== undefined) {
+      request.upload.addEventListener("progress", (event) => progress(event.loaded / event.total));
+    }
+    if (received !== undefined) {
+      request.addEventListener("progress", () => request.status === 200 && received(request.responseText));
+    }
     request.addEventListener("load", async () => {
       const { status, response } = request;
       if (status >= 200 && status < 300) {
-        resolve({ status, answer: kind === "json" ? JSON.parse(response) : response, error: "" });
+        const answer = kind === "json" ? JSON.parse(response) : kind === "blob" ? named(request, response) : response;
+        resolve({ status, answer, error: "" });
         return;
       }
       const text = typeof response === "string" ? response : await new Response(response).text();
@@ -111,6 +119,17 @@ function send(path, { body = null, headers = {}, kind = "json", progress, signal
     signal?.addEventListener("abort", () => request.abort());
     request.send(body);
   });
+}
+
+/**
+ * The content as a file of the name that the service gives it.
+ *
+ * @param {XMLHttpRequest} request
+ * @param {Blob} content
+ */
+function named(request, content) {
+  const found = /filename\*=UTF-8''([^;]+)/.exec(request.getResponseHeader("Content-Disposition") ?? "");
+  return new File([content], found === null ? "" : decodeURIComponent(found[1]), { type: content.type });
 }
 
 /** @param {string} text of an answer that is no success */

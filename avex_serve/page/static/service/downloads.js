@@ -27,8 +27,6 @@ export class Downloads {
     /** @type {Map<Blob, Promise<string>>} */
     this.digests = new Map();
     this.format = choice([]);
-    /** @type {Map<string, string>} the usual name of the file of each format */
-    this.files = new Map();
     this.folder = make("input", { type: "text", autocomplete: "off" });
     this.output = choice([]);
     this.status = statusLine();
@@ -63,10 +61,9 @@ export class Downloads {
     );
   }
 
-  /** @param {{name: string, file: string}[]} formats of tables, as GET / lists them */
+  /** @param {string[]} formats of tables, as GET / lists them */
   setFormats(formats) {
-    this.format.replaceChildren(...formats.map(({ name }) => make("option", { value: name }, say(`format.${name}`))));
-    this.files = new Map(formats.map(({ name, file }) => [name, file]));
+    this.format.replaceChildren(...formats.map((value) => make("option", { value }, say(`format.${value}`))));
   }
 
   /** Show what the model offers, and the command for the open recording. */
@@ -113,6 +110,7 @@ export class Downloads {
     }
     this.status.textContent = say("download.working");
     const { api, options, thresholds } = this.held;
+    const asked = options.values;
     const described = [];
     for (const recording of recordings) {
       described.push(await this.describe(recording));
@@ -122,12 +120,16 @@ export class Downloads {
       folder: this.folder.value,
       threshold: thresholds.value,
       thresholds: Object.fromEntries(thresholds.own),
-      model: options.values.model,
-      version: options.values.version,
+      model: asked.model,
+      version: asked.version,
+      probe: asked.probe,
+      overlap: asked.overlap,
+      final_clip: asked.finalClip,
+      channel: asked.channel,
       recordings: described,
     });
     const content = await api.ask("tables", { body, kind: "blob", headers: { "Content-Type": "application/json" } });
-    save(content, this.files.get(this.format.value) ?? this.format.value);
+    save(content, content.name);
     this.status.textContent = say("download.done");
   }
 
@@ -137,7 +139,7 @@ export class Downloads {
    * @param {Recording} recording
    */
   async describe(recording) {
-    const { file, name, marks, answer } = recording;
+    const { file, name, marks } = recording;
     const { sound } = await recording.open(this.held.api, this.held.options.values.channel);
     const shown = marks.filter((each) => this.held.thresholds.passes(each));
     const labels = [...new Set(shown.map((each) => each.label))];
@@ -147,7 +149,6 @@ export class Downloads {
       digest: await this.digest(file),
       head: await base64(await recording.head()),
       duration: sound.duration,
-      probe: answer.probe,
       labels,
       label: shown.map((each) => places.get(each.label)),
       start: shown.map((each) => each.start),

@@ -13,6 +13,7 @@
  * @property {number} offset seconds of the recording where it begins
  * @property {number} from seconds of the recording; windows that start before are another piece's
  * @property {number} to as `from`, for windows that start there or later
+ * @property {number | null} seconds its length; null: not known
  * @property {boolean} last
  */
 
@@ -37,7 +38,7 @@ export function cutPieces(file, sound, { sampleRate, window, overlap }, most) {
     const to = last ? Infinity : from + length;
     const offset = Math.max(0, from - margin);
     const end = last ? sound.duration : Math.min(sound.duration, to + window + margin);
-    pieces.push({ body: cut(file, sound, offset, end), offset, from, to, last });
+    pieces.push({ body: cut(file, sound, offset, end), offset, from, to, seconds: end - offset, last });
     if (last) {
       break;
     }

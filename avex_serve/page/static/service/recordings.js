@@ -1,8 +1,9 @@
 /** Recordings that the user chose: their samples, and what the service finds in them. */
 
 import { openBytes } from "../bytes.js";
-import { say } from "../strings.js";
+import { clock, say } from "../strings.js";
 import { openWav } from "../wav.js";
+import { LINES, documentOf, reachedIn } from "./lines.js";
 import { cutPieces, wavOf } from "./pieces.js";
 
 /** @typedef {import("../spectrogram.js").Mark} Mark */
@@ -36,6 +37,7 @@ import { cutPieces, wavOf } from "./pieces.js";
  */
 
 const PIECE_BYTES = 2 ** 26; // of a recording that is sent in pieces
+const SENDING = 0.3; // of the progress of a recording
 const PART = 0.9; // of the service's limits that a piece may reach
 const HEAD_BYTES = 2 ** 15; // of a file, and of each of its chunks, in which its metadata is
 const HEAD_CHUNKS = ["bext", "LIST", "guan", "wamd"];
@@ -136,22 +138,31 @@ export class Recording {
    * @returns {Promise<any>}
    */
   async ask(api, options, model, limits, signal, progress) {
-    const report = (/** @type {number} */ part) =>
-      progress(part, say(part < 1 ? "service.sending" : "service.computing"));
-    const whole = { body: this.file, offset: 0, from: -Infinity, to: Infinity, last: true };
+    const seconds = await this.seconds();
+    const whole = { body: this.file, offset: 0, from: -Infinity, to: Infinity, seconds, last: true };
     const pieces = (await this.pieces(options, model, limits)) ?? [whole];
     /** @type {any} */
     let answer = null;
     for (const [index, piece] of pieces.entries()) {
       const query = predictQuery({ ...options, finalClip: piece.last ? options.finalClip : "none" });
-      const part = await api.ask(`predict?${query}`, {
+      const report = (/** @type {number} */ done, /** @type {string} */ message) =>
+        progress(
+          (index + done) / pieces.length,
+          pieces.length === 1 ? message : say("service.pieces", { message, piece: index + 1, pieces: pieces.length }),
+        );
+      const text = await api.ask(`predict?${query}`, {
         body: piece.body,
+        kind: "text",
+        headers: { Accept: LINES },
         signal,
-        progress: (sent) =>
-          pieces.length === 1
-            ? report(sent)
-            : progress((index + sent / 2) / pieces.length, say("service.pieces", { piece: index + 1, pieces: pieces.length })),
+        progress: (sent) => report(sent * SENDING, say(sent < 1 ? "service.sending" : "service.computing")),
+        received: (lines) => {
+          const reached = reachedIn(lines);
+          const part = piece.seconds === null ? 1 : reached / piece.seconds;
+          report(SENDING + part * (1 - SENDING), say("service.reached", { time: clock(reached, 0) }));
+        },
       });
+      const part = documentOf(text);
       const rate = model.audio?.sample_rate ?? 1;
       const detections = piece === whole ? part.detections : moved(part.detections, piece, rate);
       const warnings = new Set([...(answer?.warnings ?? []), ...part.warnings]);
@@ -181,6 +192,12 @@ export class Recording {
     const { sample_rate: sampleRate, window } = model.audio;
     const most = { bytes: Math.min(PIECE_BYTES, limits.body_bytes * PART), seconds: limits.seconds * PART };
     return cutPieces(this.file, sound, { sampleRate, window, overlap: options.overlap }, most);
+  }
+
+  /** Its length if that is known without the service: the progress of others is not measured. */
+  async seconds() {
+    const sound = await openWav(await openBytes({ blob: this.file }));
+    return sound?.duration ?? null;
   }
 
   /**

@@ -1,0 +1,94 @@
+"""What a saved probe's folder says of its head: the calibration, and the headline of its evaluation."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+
+from avex_export.graph import Assembly, Head
+from avex_export.request import ProbeSource
+from avex_serve.bundles.manifest import EvaluationInfo
+from avex_serve.calibration.scales import CALIBRATION, Calibration, read_calibration
+from avex_serve.errors import InputError
+
+_EVALUATION: Final = "evaluation.json"
+
+
+class Measured(NamedTuple):
+    """Of one head; None: not known."""
+
+    calibration: Calibration | None = None
+    evaluation: EvaluationInfo | None = None
+
+
+class _Measure(msgspec.Struct):
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class _Figures(msgspec.Struct):
+    average_precision: _Measure
+
+
+class _Evaluation(msgspec.Struct):
+    """The fields of ``evaluation.json`` that make the headline."""
+
+    evaluated: str
+    windows: int
+    recordings: int
+    macro: _Figures | None
+
+
+def measured(source: ProbeSource, assembly: Assembly, head: Head, say: Callable[[str], None]) -> Measured:
+    """The calibration and the evaluation of a head, if they are about what is exported.
+
+    Args:
+        source: where the head comes from.
+        assembly: what is exported.
+        head: of the assembly.
+        say: is called with the reason why they are left out.
+
+    Raises:
+        BundleError: a damaged calibration.
+        InputError: a damaged evaluation, or a calibration of other labels.
+    """
+    folder = None if source.weights is None else source.weights.parent
+    if source.saved is None or folder is None or assembly.headless:
+        return Measured()
+    found = Measured(read_calibration(folder), _read_evaluation(folder))
+    if found == Measured():
+        return found
+    audio, length = assembly.audio, source.saved.target_length
+    if source.activation != source.saved.activation:
+        reason = "its scores are others than in its training"
+    elif audio is not None and length is not None and audio.window_samples != length:
+        reason = "it was evaluated on clips of another length"
+    else:
+        if found.calibration is not None and tuple(e.label for e in found.calibration.labels) != head.labels:
+            raise InputError(f"{folder / CALIBRATION} is of other labels than the probe's; remove it, or fit again")
+        return found
+    say(f"calibration and evaluation of {source.name} are left out: {reason}")
+    return Measured()
+
+
+def _read_evaluation(folder: Path) -> EvaluationInfo | None:
+    path = folder / _EVALUATION
+    if not path.is_file():
+        return None
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_Evaluation)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise InputError(f"{path} can't be read: {error}; fit the probe again, or remove the file") from None
+    if found.macro is None or found.macro.average_precision.value is None:
+        return None
+    precision = found.macro.average_precision
+    low, high = precision.low, precision.high
+    return EvaluationInfo(
+        average_precision=found.macro.average_precision.value,
+        interval=None if low is None or high is None else (low, high),
+        windows=found.windows,
+        recordings=found.recordings,
+        split=found.evaluated,
+    )
