@@ -117,6 +117,13 @@ def test_curl_of_a_description(server):
     assert [probe["labels"] for probe in described["probes"]] == [list(LABELS)]
 
 
+def test_curl_with_thresholds(server, workplace, engine):
+    answers = [json.loads(each) for each in re.findall(r"\{.*?\}(?=\{\"bundle\"|$)", shell(SHELL[7], server))]
+    recording = decode("recording.wav")
+    expected = [engine.predict(*recording, threshold=each) for each in (0.3, {"robin": 0.7})]
+    assert answers == [as_json(each) for each in expected]
+
+
 def test_grpc_by_reflection(server):
     assert python(PYTHON[7], server)["labels"] == list(LABELS)
 
@@ -165,4 +172,4 @@ def test_triton_with_detections(server, workplace, engine):
 
 
 def test_no_example_is_left_out():
-    assert (len(SHELL), len(PYTHON)) == (7, 8)
+    assert (len(SHELL), len(PYTHON)) == (8, 8)
