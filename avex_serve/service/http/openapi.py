@@ -435,7 +435,7 @@ _PROTOCOL: Final[dict[str, Schema]] = {
             },
             "trained": _BOOLEAN, "licence": _STRING, "format": _STRING, "device": _STRING,
         })),
-        "formats": _list(_object({"name": _STRING, "file": _STRING})),
+        "formats": _STRINGS,
         "limits": _object({"body_bytes": {"type": "integer"}, "seconds": {"type": "number"}}),
         "grpc_port": {"type": "integer"},
     }),
