@@ -236,6 +236,7 @@ def _http_is_over(data, answer, whole):
 
 
 def _http_fault(data, answer, whole):
+    answer = answer.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n") if whole else answer
     if not http.STATUS.match(answer) and (whole or (answer and not answer.startswith(b"HTTP/1.1 100 "))):
         return f"no answer: {answer[:200]}"
     for line in http.STATUS.finditer(answer):
