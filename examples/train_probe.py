@@ -25,7 +25,7 @@ import torch
 from avex_serve import decode
 from avex_serve.audio.reader import resample
 from avex_serve.audio.windows import plan_windows
-from avex_serve.calibration.scales import read_calibration
+from avex_serve.calibration.scales import Calibrator, read_calibration
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.probes import load_probe
 from avex_serve.synthetic import LABELS, make_clip, make_recording
@@ -61,7 +61,7 @@ def main() -> None:
     windows, spans = cut(args.recording, probe.base_model)
     with torch.no_grad():
         logits = np.concatenate([probe(torch.from_numpy(window)[None]).numpy() for window in windows])  # (N, C)
-    probabilities = calibration.probabilities(logits)
+    probabilities = Calibrator.of(calibration, "none").probabilities(logits)  # "none": of raw logits
     detected = logits >= calibration.thresholds()  # where a label has no threshold, from a score of 0.5 on
     for (start, end), row, found in zip(spans, probabilities, detected, strict=True):
         names = [f"{label} {row[i]:.2f}" for i, label in enumerate(probe.labels) if found[i]]

@@ -352,7 +352,7 @@ def _message(method, data):
         document |= document.pop("infer_response", {})
     if name == "ServerMetadata":
         document["version"] = "VERSION"
-    for parameters in (document, *document.get("outputs", [])):
+    for parameters in (document, document.get("config", {}), *document.get("outputs", [])):
         if "parameters" in parameters:
             parameters["parameters"] = dict(sorted(parameters["parameters"].items()))
     if "raw_output_contents" in document:
