@@ -47,7 +47,7 @@ class Body:
             return {"type": "http.disconnect"}
         try:
             async with asyncio.timeout(self._due - time.monotonic()):
-                message = await self._receive()
+                message = await self._message()
         except TimeoutError:
             raise SlowRequestError(
                 f"the body arrives too slowly: {self._size} bytes so far; send it faster"
@@ -61,11 +61,17 @@ class Body:
     async def watch(self, on_leaving: Callable[[], None]) -> None:
         """Once the body is complete, wait for the client to leave and call back."""
         await self._complete.wait()
-        while (await self._receive())["type"] != "http.disconnect":
+        while (await self._message())["type"] != "http.disconnect":
             pass
         self.client_gone = True
         self._gone.set()
         on_leaving()
+
+    async def _message(self) -> Message:
+        try:
+            return await self._receive()
+        except RuntimeError:  # uvicorn wrote "100 Continue" to a connection that uvloop had closed
+            return {"type": "http.disconnect"}
 
     def check_length(self, length: int) -> None:
         """Refuse a body by the length that its head declares; errors as of `receive`."""
