@@ -1,4 +1,4 @@
-"""Pages in chromium: one browser for all tests of a process; a console error fails the test."""
+"""Pages in chromium: one browser for all tests of a module; a console error fails the test."""
 
 import shutil
 import time

@@ -74,8 +74,8 @@ def embedding_bundle(tmp_path_factory):
     return make_embedding_bundle(tmp_path_factory.mktemp("bundles") / "embedding")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Chromium, for all tests of the process."""
+    """Chromium. While it runs, playwright's event loop does too, and `asyncio.run` can't be called."""
     with launched() as browser:
         yield browser

@@ -68,7 +68,7 @@ def model_card(bundle: Bundle, record: Record, embeddings: Mapping[str, str]) ->
         served=formats != {"pt2"},
         formats=formats,
         example=lambda spec: tuple(2 if size == -1 else size for size in spec.shape),
-        table=table(record.checks, record.skipped),
+        table=table(record.checks, record.skipped, full=formats == {"pt2"}),
         machine=record.machine.lines(),
         agreement=None if manifest.quantisation is None else agreement_text(manifest.quantisation.agreement),
     )

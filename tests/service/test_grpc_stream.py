@@ -133,13 +133,13 @@ def test_a_stream_without_requests(audio_server):
 
 @pytest.fixture(scope="module")
 def slow_server(tmp_path_factory, slow_bundle):
-    """One slot, no queue, tens of milliseconds for each window, two seconds for an answer, and a key."""
+    """One slot, no queue, tens of milliseconds for each window, four seconds for an answer, and a key."""
     settings = {
         "AVEX_CONCURRENCY": "1",
         "AVEX_QUEUE": "0",
         "AVEX_THREADS": "1",
         "AVEX_LOG_FORMAT": "json",
-        "AVEX_TIMEOUT_SECONDS": "2",
+        "AVEX_TIMEOUT_SECONDS": "4",
         "AVEX_READ_TIMEOUT_SECONDS": "2",
         "AVEX_API_KEYS": "secret",
         "AVEX_RELOAD_SECONDS": "0",
@@ -225,3 +225,11 @@ def test_keys_and_pauses(slow_server):
         with pytest.raises(grpc.RpcError) as ended:
             list(call(channel, pausing()))
         assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_garbage_is_answered_by_a_message(slow_server):
+    with grpc.insecure_channel(slow_server.grpc) as channel:
+        (answer,) = call(channel, iter([b"\xff"]), identity="garbage")
+    answer = service_pb2.ModelStreamInferResponse.FromString(answer)
+    assert answer.error_message
+    assert not answer.infer_response.outputs
