@@ -2,8 +2,8 @@
 
     python bench/archive.py [--birdnet .bench/birdnet/bin/python] [--write docs/archive-performance.md]
 
-In each round every command runs once, one after another, and the figures are medians of the ratios of a round. What
-stands beside them is the smallest and the largest. See docs/archive-performance.md for what is compared.
+In each round every command runs once, one after another. A figure is the median of the rounds' ratios, followed by
+the smallest and the largest. The page that ``--write`` makes says what is compared.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 /** Levels of a spectrogram as colours, and frequencies as heights. */
 
-/** dB of the lowest level that is told from silence. */
+/** The lowest level in dB; what is quieter is shown as silence. */
 export const FLOOR = -120;
 
 /**

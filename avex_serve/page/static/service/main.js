@@ -1,4 +1,4 @@
-/** The page of the service: recordings in, detections to see, hear and take away. */
+/** The page of the service: it sends recordings, shows and plays detections, and downloads tables. */
 
 import { playControls, viewControls } from "../controls.js";
 import { make } from "../dom.js";
