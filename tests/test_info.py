@@ -5,7 +5,7 @@ import json
 from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main
 from avex_serve.service.settings import DEMO_BUNDLE
-from tests.bundles import LABELS, make_audio_bundle, make_embedding_bundle
+from tests.bundles import LABELS, calibrated_copy, calibration, make_audio_bundle, make_embedding_bundle
 
 
 def test_what_a_bundle_is(capsys):
@@ -29,6 +29,13 @@ def test_an_embedding_bundle_and_an_untrained_head(tmp_path, capsys):
     assert "takes       embeddings of shape" in capsys.readouterr().out
     assert main(["info", str(make_audio_bundle(tmp_path / "untrained", trained=False))]) == 0
     assert "NOT TRAINED" in capsys.readouterr().out
+
+
+def test_a_calibrated_head(tmp_path, capsys):
+    source = make_audio_bundle(tmp_path / "source")
+    calibrated = calibrated_copy(source, tmp_path / "calibrated", linear=calibration())
+    assert main(["info", str(calibrated)]) == 0
+    assert f"calibrated  {calibration().describe()}\n" in capsys.readouterr().out
 
 
 def test_what_changed(tmp_path, capsys):

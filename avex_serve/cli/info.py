@@ -74,6 +74,12 @@ def _lines(bundle: "Bundle") -> Iterator[tuple[str, str]]:
         kind = probe.config.get("probe_type", "head")
         yield "probe", f"{probe.name}: {kind}, {probe.classes} labels, {probe.activation} scores{training}"
         yield "labels", ", ".join(bundle.labels[probe.name])
+        if probe.calibration is not None:
+            yield "calibrated", probe.calibration.describe()
+        if probe.evaluation is not None:
+            found = probe.evaluation
+            tried = f"{found.windows} windows of {found.recordings} recordings ({found.split})"
+            yield "evaluated", f"average precision {found.average_precision:.3f}, on {tried}"
     for each in manifest.embeddings:
         yield "embedding", f"{each.output} of {', '.join(each.layers)}"
     if manifest.quantisation is not None:
