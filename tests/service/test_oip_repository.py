@@ -405,12 +405,12 @@ def test_health_follows_the_models(tmp_path):
                 assert answer.status == (serving if ready else not_serving)
         unknown = health.Watch(health_pb2.HealthCheckRequest(service="tiny"), timeout=60)
         assert next(unknown).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        # A connection has at most 50 calls at a time.
+        # A connection has at most 100 calls at a time.
         own = [("grpc.use_local_subchannel_pool", 1)]
-        channels = [stack.enter_context(grpc.insecure_channel(server.grpc, options=own)) for _ in range(6)]
+        channels = [stack.enter_context(grpc.insecure_channel(server.grpc, options=own)) for _ in range(3)]
         stubs = [health_pb2_grpc.HealthStub(each) for each in channels]
         more = [
-            stubs[index % 6].Watch(health_pb2.HealthCheckRequest(), timeout=60) for index in range(MAX_WATCHERS - 2)
+            stubs[index % 3].Watch(health_pb2.HealthCheckRequest(), timeout=60) for index in range(MAX_WATCHERS - 2)
         ]
         assert all(next(each).status == serving for each in more)
         with pytest.raises(grpc.RpcError) as refused:

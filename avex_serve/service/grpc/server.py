@@ -39,7 +39,7 @@ OPTIONS: Final = (
     ("grpc.per_message_decompression", 0),
     ("grpc.max_allowed_incoming_connections", 1000),
     ("grpc.max_connection_idle_ms", 300_000),
-    ("grpc.max_concurrent_streams", 50),  # of a connection; its client keeps further calls back
+    ("grpc.max_concurrent_streams", 100),  # of a connection; its client keeps further calls back
     # Calls that have arrived and wait for the event loop: of clients who ignore the limit on metadata, 2 MB each.
     ("grpc.server.max_pending_requests", 256),
     ("grpc.server.max_pending_requests_hard_limit", 256),
