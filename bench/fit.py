@@ -1,4 +1,4 @@
-"""How long training takes, and how much memory; see docs/training-performance.md.
+"""How long training takes, and how much memory; the page that ``--write`` makes says what is measured.
 
     python bench/fit.py [speed] [large] [--write docs/training-performance.md]
 
