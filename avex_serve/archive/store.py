@@ -186,7 +186,7 @@ class Store:
         """Make these the current sets, of all recordings or of a part of them."""
         for results in sets:
             self.add_set(results)
-        self.description = Description(LAYOUT, tuple(each.name for each in sets), part)
+        self.description = Description(LAYOUT, tuple(dict.fromkeys(each.name for each in sets)), part)
         self._write(DESCRIPTION, _document(self.description))
 
     def done(self, results: ResultSet) -> set[str]:
