@@ -83,17 +83,17 @@ class Recordings:
             for name in {path.name, path.stem}:
                 self._by_name[name].append(path)
 
-    def find(self, name: str, table: Path) -> Path | None:
-        """The recording that a table means; of several with that name, the one next to the table.
+    def find(self, name: str, folder: Path) -> Path | None:
+        """The recording that a table in a folder means; of several with that name, the one in the same folder.
 
         Raises:
-            InputError: several with that name, and not one of them next to the table.
+            InputError: several with that name, and not one of them in the folder.
         """
         found = self._by_name.get(PureWindowsPath(name).name, [])  # takes either kind of slash
-        beside = [path for path in found if path.parent == table.parent]
+        beside = [path for path in found if path.parent == folder]
         if len(found) > 1 and len(beside) != 1:
             raise InputError(
-                f"{table} names {name}, and there are {len(found)} files of that name; give their paths"
+                f"{name} may mean {len(found)} recordings, such as {found[0]} and {found[1]}; give their paths"
             )
         return next(iter(beside or found), None)
 

@@ -20,7 +20,7 @@ from avex_serve.annotations.reviews import current_reviews, is_reviewed
 from avex_serve.archive.files import SUFFIXES
 from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.reading import sha256_of
-from avex_serve.errors import AudioError, AvexServeError, InputError, NotFoundError
+from avex_serve.errors import AudioError, AvexServeError, InputError, NotFoundError, naming
 from avex_serve.scheduling.cores import usable_cores
 
 NEGATIVES: Final = ("noise", "background", "other")
@@ -203,7 +203,8 @@ def _read_tables(
             if path.suffix.lower() in SUFFIXES and path.is_file():
                 found: Path | None = by_place.get(path.resolve(), path)
             else:
-                found = known.find(name, table)
+                with naming(str(table)):
+                    found = known.find(name, table.parent)
             if found is None:
                 absent[name] += 1
             else:
