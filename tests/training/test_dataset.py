@@ -155,7 +155,7 @@ def test_files_of_one_name_need_paths(tmp_path):
     for name in ("x/a.wav", "y/a.wav"):
         write(tmp_path / name)
     table(tmp_path, "a.wav,0,2,robin\n")
-    with pytest.raises(InputError, match="labels.csv: .* may mean 2 recordings"):
+    with pytest.raises(InputError, match=r"labels.csv: .* may mean 2 recordings"):
         read_dataset(tmp_path)
 
 
