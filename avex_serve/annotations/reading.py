@@ -83,13 +83,17 @@ class Recordings:
             for name in {path.name, path.stem}:
                 self._by_name[name].append(path)
 
+    def named(self, name: str) -> list[Path]:
+        """Those of that name, or that the last part of a path names; it may have either kind of slash."""
+        return self._by_name.get(PureWindowsPath(name).name, [])
+
     def find(self, name: str, folder: Path) -> Path | None:
         """The recording that a table in a folder means; of several with that name, the one in the same folder.
 
         Raises:
             InputError: several with that name, and not one of them in the folder.
         """
-        found = self._by_name.get(PureWindowsPath(name).name, [])  # takes either kind of slash
+        found = self.named(name)
         beside = [path for path in found if path.parent == folder]
         if len(found) > 1 and len(beside) != 1:
             raise InputError(
