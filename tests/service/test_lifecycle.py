@@ -177,8 +177,9 @@ def test_the_first_answer_of_a_bundle_that_is_swapped_in_is_compared(tmp_path, a
     bundle = proven(shutil.copytree(audio_bundle, tmp_path / "bundle"))
     variables = {"AVEX_BUNDLE": str(bundle), "AVEX_RELOAD_SECONDS": "0.2"}
     with running_server(tmp_path / "server", **variables) as server:
+        bad = proven(make_audio_bundle(tmp_path / "bad", activation="softmax"), off=1e-2)
         bundle.rename(tmp_path / "good")
-        proven(make_audio_bundle(bundle, activation="softmax"), off=1e-2)
+        bad.rename(bundle)
         line = until(lambda: [line for line in server.log.splitlines() if "goes on: on this machine" in line])[0]
         assert "AVEX_CHECK=warn uses it nevertheless" in line
         answer = server.post("/predict", content=wav)
