@@ -8,8 +8,9 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final, Literal, get_args
+from typing import Final, Literal
 
+import msgspec
 import numpy as np
 
 from avex_serve.errors import BundleError, InputError, VerificationError, quoted
@@ -30,10 +31,10 @@ _CALLS: Final = {"cpu": 1, "cuda": 3}
 def read_mode(environment: Mapping[str, str] = os.environ) -> Mode:
     """What the environment says, by default "on"; InputError for another value."""
     value = environment.get(VARIABLE) or "on"
-    for mode in get_args(Mode):
-        if value == mode:
-            return mode
-    raise InputError(f"{VARIABLE} is {value!r}; expected on, warn or off")
+    try:
+        return msgspec.convert(value, Mode)
+    except msgspec.ValidationError:
+        raise InputError(f"{VARIABLE} is {value!r}; expected on, warn or off") from None
 
 
 def open_checked(
