@@ -32,9 +32,10 @@ def read_mode(environment: Mapping[str, str] = os.environ) -> Mode:
     """What the environment says, by default "on"; InputError for another value."""
     value = environment.get(VARIABLE) or "on"
     try:
-        return msgspec.convert(value, Mode)
+        mode: Mode = msgspec.convert(value, Mode)
     except msgspec.ValidationError:
         raise InputError(f"{VARIABLE} is {value!r}; expected on, warn or off") from None
+    return mode
 
 
 def open_checked(
