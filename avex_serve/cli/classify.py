@@ -24,11 +24,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Compute what is missing, and write the tables."""
     from avex_serve.archive.run import classify
     from avex_serve.archive.store import Store
-    from avex_serve.inference.backend import open_bundle
+    from avex_serve.evidence.first import open_checked
 
     Store(arguments.store)  # raises if there is none, where `writing` would make one
     choice = read_choice(arguments)
-    with open_bundle(arguments.bundle, "cpu") as reader, Store.writing(arguments.store) as store:
+    with open_checked(arguments.bundle, "cpu") as reader, Store.writing(arguments.store) as store:
         try:
             with end_on_sigterm(), reporting(arguments.progress) as report:
                 progress = classify(store, reader, report)

@@ -79,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     from avex_serve.archive.run import run as run_passes
     from avex_serve.archive.store import adding
     from avex_serve.archive.tables import check_choice
+    from avex_serve.evidence.first import read_mode
     from avex_serve.inference.pipeline import Query
 
     bundles, paths = _split(arguments.arguments)
@@ -92,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         bundles=tuple(os.path.abspath(bundle) for bundle in bundles),  # noqa: PTH100
         device=arguments.device,
         precision=arguments.precision,
+        check=read_mode(),
         query=Query(**read_cut(arguments)),
         keep_embeddings=arguments.embeddings,
     )

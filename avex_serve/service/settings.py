@@ -108,6 +108,11 @@ class Settings(BaseModel):
     precision: Literal["auto", "float32", "int8"] = Field(
         "auto", description="which graph runs; auto: int8 on a CPU where the bundle has it"
     )
+    check: Literal["on", "warn", "off"] = Field(
+        "on",
+        description="whether a bundle whose first answer here differs from its evidence is refused (on), served "
+        "with a warning (warn), or not compared (off)",
+    )
     reload_seconds: Seconds = Field(
         10, ge=0, le=86_400, description="between two looks for new bundles on disk; 0: never"
     )
