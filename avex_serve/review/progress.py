@@ -155,7 +155,7 @@ def label_densities(pool: Pool, reviews: Sequence[Review]) -> list[LabelDensity]
     windows, targets, labels = _targets(pool, agreed(reviews))
     return [
         _density(pool, label, windows[targets[:, i] >= 0], targets[targets[:, i] >= 0, i])
-        for i, label in enumerate(labels)
+        for i, label in sorted(enumerate(labels), key=lambda each: each[1])
     ]
 
 

@@ -36,9 +36,7 @@ def read_pool(store: Store, probe: str | None = None) -> tuple[Pool, ResultSet]:
     Raises:
         NotFoundError: the store has no scores, or no such probe.
     """
-    sets = [results for results in store.current() if results.kind == "scores"]
-    if not sets:
-        raise NotFoundError(f"{store.folder} has no scores; run a bundle with a probe, or classify its embeddings")
+    sets = store.current_scores()
     found = next(
         ((results, each) for results in sets for each in results.probes if probe in (None, each.name)), None
     )

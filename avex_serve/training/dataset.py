@@ -10,19 +10,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from avex_serve.annotations.reading import TABLES, Annotation, read_annotations, recording_of
+from avex_serve.annotations.reading import TABLES, Annotation, Recordings, read_annotations, recording_of
 from avex_serve.annotations.reviews import current_reviews, is_reviewed
+from avex_serve.archive.files import SUFFIXES
 from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.reading import sha256_of
-from avex_serve.errors import AudioError, AvexServeError, InputError, NotFoundError
+from avex_serve.errors import AudioError, AvexServeError, InputError, NotFoundError, naming
 from avex_serve.scheduling.cores import usable_cores
 
-AUDIO: Final = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64")
 NEGATIVES: Final = ("noise", "background", "other")
 MIN_OVERLAP: Final = 0.25  # seconds
 SPLITS: Final = {
@@ -133,9 +133,8 @@ def read_dataset(
     known = tuple(labels) if labels is not None else _labels_of(recordings, ignored)
     if not known:
         raise InputError(
-            f"{', '.join(map(str, places))} has no labels: expected a folder for each class with "
-            f"{', '.join(AUDIO[:4])} files in it, or tables of annotations (Raven, Audacity, CSV with the "
-            "columns file, start, end, label)"
+            f"{', '.join(map(str, places))} has no labels: expected a folder for each class with recordings in it, "
+            "or tables of annotations (Raven, Audacity, CSV with the columns file, start, end, label)"
         )
     recordings = _scanned(recordings, problems)
     recordings = [_grouped(recording, group_by) for recording in recordings]
@@ -175,7 +174,7 @@ def _read_place(
     if not data.exists():
         raise NotFoundError(f"{data}: no such file or folder")
     root = data if data.is_dir() else data.parent
-    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in AUDIO and path.is_file()]
+    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
     rows = _read_tables(data, files, label_column, problems)
     labelled = any(annotation.label for found in rows.values() for annotation in found)
     if data.is_file() and not labelled:
@@ -212,10 +211,7 @@ def _read_tables(
 ) -> dict[Path, list[Annotation]]:
     """The rows of the tables by recording."""
     tables = [data] if data.is_file() else [p for p in sorted(data.rglob("*")) if p.suffix.lower() in TABLES]
-    by_name: dict[str, list[Path]] = defaultdict(list)
-    for path in files:
-        by_name[path.name].append(path)
-        by_name[path.stem].append(path)
+    known, by_place = Recordings(files), {path.resolve(): path for path in files}
     rows: dict[Path, list[Annotation]] = defaultdict(list)
     for table in tables:
         try:
@@ -232,27 +228,18 @@ def _read_tables(
         absent: Counter[str] = Counter()
         for annotation in annotations:
             name = annotation.file or recording_of(table)
-            found = _find(name, table, by_name)
+            path = table.parent / name
+            if path.suffix.lower() in SUFFIXES and path.is_file():
+                found: Path | None = by_place.get(path.resolve(), path)
+            else:
+                with naming(str(table)):
+                    found = known.find(name, table.parent)
             if found is None:
                 absent[name] += 1
             else:
                 rows[found].append(annotation)
         problems += [f"{table.name} annotates {name}, which is not there ({n} rows)" for name, n in absent.items()]
     return rows
-
-
-def _find(name: str, table: Path, by_name: Mapping[str, Sequence[Path]]) -> Path | None:
-    """The recording that a table means: by its path from the table's folder, else by a name that is unique."""
-    path = table.parent / name
-    if path.suffix.lower() in AUDIO and path.is_file():
-        return path
-    found = by_name.get(PureWindowsPath(name).name, ())  # takes either kind of slash
-    beside = [each for each in found if each.parent == table.parent]
-    if len(found) > 1 and len(beside) != 1:
-        raise InputError(
-            f"{table} annotates {name}, and there are {len(found)} files of that name; give their paths"
-        )
-    return next(iter(beside or found), None)
 
 
 def _from_tables(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:

@@ -21,7 +21,7 @@ from avex_serve.bundles.sealing import atomic_directory
 from avex_serve.calibration.fit import TARGET
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import AvexServeError, DependencyError, InputError, NotFoundError
-from avex_serve.inference.backend import open_bundle
+from avex_serve.evidence.first import open_checked
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import fingerprint
 from avex_serve.models.probes import build_probe_from_config, load_probe_config, save_probe
@@ -111,7 +111,7 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
         NotFoundError: no such data, model or probe.
         DependencyError: the exporter is missing.
         UnsupportedError: `store` has no embeddings that the probe reads.
-        AvexServeError: the embeddings bundle can't be made.
+        AvexServeError: the embeddings bundle can't be made, or answers otherwise than its evidence.
     """
     config = probe_config(request.probe)
     output = request.output
@@ -123,7 +123,7 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
     cache = request.cache.expanduser()
     bundle = embeddings_bundle(config, request.model, base, cache / "bundles", say)
     with (
-        open_bundle(bundle, "cpu", precision="float32") as engine,
+        open_checked(bundle, "cpu", precision="float32") as engine,
         tempfile.TemporaryDirectory(prefix="avex-fit-") as scratch,
     ):
         outputs = [info.output for info in engine.manifest.embeddings]

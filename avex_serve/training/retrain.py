@@ -18,7 +18,7 @@ from avex_serve.bundles.sealing import atomic_directory
 from avex_serve.calibration.fit import TARGET
 from avex_serve.calibration.scales import Calibration, log_odds
 from avex_serve.errors import InputError, NotFoundError
-from avex_serve.inference.backend import open_bundle
+from avex_serve.evidence.first import open_checked
 from avex_serve.review.book import REVIEWS
 from avex_serve.review.pool import Pool
 from avex_serve.review.retraining import BEFORE, COMPARISON, folder_of
@@ -92,7 +92,7 @@ def retrain(request: RetrainRequest, say: Callable[[str], None] = print) -> Retr
         export = ["--probe", str(target), "--offline", "--input-dim", ",".join(map(str, shape))]
         run_exporter([*export, "--format", "onnx", "--output", str(target / BUNDLE)])
         comparison = _compare(pool, results, before, target, request.seed, say)
-        with open_bundle(target / BUNDLE, "cpu") as reader:
+        with open_checked(target / BUNDLE, "cpu") as reader:
             classify(store, reader, _saying(say))
     return Retrained(target, comparison)
 

@@ -71,7 +71,9 @@ def labels(tmp_path_factory):
     for name in ("hoot", "noise"):
         (folder / name).mkdir()
         for i in range(3):
-            soundfile.write(folder / name / f"{i}.wav", make_clip(rng, [] if name == "noise" else [name]), RATE)
+            soundfile.write(
+                folder / name / f"{i}.wav", make_clip(rng, [] if name == "noise" else [name], snr_db=10), RATE
+            )
     return folder
 
 
@@ -157,7 +159,7 @@ def test_embeddings_of_another_backbone_are_refused(archive, bundles, command, t
         known_outputs(Store(tmp_path / "run"), engine, ["embedding"], 0.0)
 
 
-def test_from_the_page(browser, season, tmp_path, monkeypatch, cache):
+def test_from_the_page(browser, season, retrained, tmp_path, monkeypatch, cache):
     store = shutil.copytree(season, tmp_path / "run")
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(cache / "bundles", tmp_path / ".cache" / "avex-serve" / "bundles")
