@@ -9,6 +9,7 @@ import json
 import logging
 import mmap
 import os
+import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,9 @@ class Bundle(NamedTuple):
     def path(self, name: str) -> Path | None:
         """Path of a file of the bundle, or None if the bundle has no such file."""
         return self.directory / name if name in self.manifest.files else None
+
+
+_PROBE: Final = "probe.yml"  # of a folder that save_probe wrote; see models/probes/storage.py
 
 
 def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
@@ -104,13 +108,20 @@ def _read(root: Path) -> Bundle:
     try:
         text = (root / MANIFEST).read_bytes()
     except FileNotFoundError:
-        raise BundleError(f"{root} holds no {MANIFEST}; make a bundle with avex-export") from None
+        raise BundleError(f"{root} {no_manifest(root)}") from None
     manifest = decode_manifest(text, source=str(root / MANIFEST))
     for name in manifest.files:
         if not (root / name).is_file():
             raise BundleError(f"{root} lacks {name}, which its manifest lists; copy the bundle again")
     labels = {probe.name: _probe_labels(root, manifest, probe) for probe in manifest.probes}
     return Bundle(directory=root, manifest=manifest, labels=labels, digest=hashlib.sha256(text).hexdigest())
+
+
+def no_manifest(folder: Path) -> str:
+    """What to do about a folder without a manifest, for messages: people give the probe in place of its bundle."""
+    if (folder / _PROBE).is_file():
+        return f"is a probe, no bundle; make a bundle of it: avex-export --probe {shlex.quote(str(folder))}"
+    return f"holds no {MANIFEST}; make a bundle with avex-export"
 
 
 def decode_manifest(text: bytes, *, source: str) -> Manifest:
