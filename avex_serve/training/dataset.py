@@ -2,22 +2,32 @@
 
 A folder without tables has a folder for each class; `A,B` stands for both classes, and folders inside it (sites,
 dates) are part of the class. Folders `train` and `test` around the classes are a split. A folder with tables of
-annotations, or a table, has its labels from there.
+annotations, or a table, has its labels from there. Several of them are read one by one and joined.
 """
 
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from avex_serve.annotations.reading import TABLES, Annotation, Recordings, read_annotations, recording_of
+from avex_serve.annotations.reading import (
+    TABLES,
+    Annotation,
+    Recordings,
+    TableError,
+    composed,
+    read_annotations,
+    recording_of,
+)
 from avex_serve.annotations.reviews import current_reviews, is_reviewed
-from avex_serve.archive.files import SUFFIXES
+from avex_serve.archive.files import SUFFIXES, find_recordings
 from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.reading import sha256_of
 from avex_serve.errors import AudioError, AvexServeError, InputError, NotFoundError, naming
@@ -32,6 +42,7 @@ SPLITS: Final = {
 _ABSENT: Final = "-"  # in front of a label: the sound is known to be absent
 _SAME: Final = 0.05  # seconds: spans of reviews may be rounded
 _UNREVIEWED: Final = -2
+_MISSPELLED: Final = 0.85  # how alike labels are, from 0 to 1, of which one may be a misspelling of the other
 _DECIDED: Final = {"present": 1, "absent": 0, "unsure": -1}
 
 
@@ -102,7 +113,7 @@ class Dataset:
 
 
 def read_dataset(
-    data: Path,
+    data: Path | Sequence[Path],
     *,
     negatives: Iterable[str] = (),
     fully_annotated: bool = False,
@@ -113,7 +124,8 @@ def read_dataset(
     """Read labelled recordings; files that can't be read become problems.
 
     Args:
-        data: a folder of classes, a folder with tables of annotations, or a table.
+        data: a folder of classes, a folder with tables of annotations, or a table; or several of them, where the
+            annotations of a recording that is in several are joined.
         negatives: labels of stretches without any of the sounds, besides `NEGATIVES`.
         fully_annotated: whether stretches without an annotation have none of the sounds.
         group_by: column of the tables that says which recordings stay together, such as ``site``.
@@ -124,28 +136,30 @@ def read_dataset(
         NotFoundError: no such file or folder.
         InputError: no labels, a table that can't be read, or a recording in two groups or splits.
     """
-    if not data.exists():
-        raise NotFoundError(f"{data}: no such file or folder")
+    sources = (data,) if isinstance(data, Path) else tuple(data)
+    for source in sources:
+        if not source.exists():
+            raise NotFoundError(f"{source}: no such file or folder")
+    if len(sources) > 1:  # their recordings need names that tell them apart
+        sources = tuple(source.resolve() for source in sources)
     problems: list[str] = []
-    root = data if data.is_dir() else data.parent
-    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
-    rows = _read_tables(data, files, label_column, problems)
-    labelled = any(annotation.label for found in rows.values() for annotation in found)
-    if data.is_file() and not labelled:
-        raise InputError(
-            f"{data} has no labels of recordings that are there; expected rows of file, start, end, label"
-        )
+    roots = [source if source.is_dir() else source.parent for source in sources]
+    base = roots[0] if len(roots) == 1 else Path(os.path.commonpath(roots))
     recordings = [
-        _from_tables(path, root, rows.get(path, [])) if labelled else _from_folders(path, root, rows.get(path, []))
-        for path in (sorted(rows) if labelled and not fully_annotated else files)
+        recording
+        for source, root in zip(sources, roots, strict=True)
+        for recording in _read_source(source, root, base, label_column, problems, fully_annotated=fully_annotated)
     ]
+    recordings = [_spelled(recording, labels or ()) for recording in _merged(recordings)]
     ignored = frozenset(name.lower() for name in (*NEGATIVES, *negatives))
     known = tuple(labels) if labels is not None else _labels_of(recordings, ignored)
     if not known:
-        raise InputError(
-            f"{data} has no labels: expected a folder for each class with recordings in it, or "
-            "tables of annotations (Raven, Audacity, CSV with the columns file, start, end, label)"
+        names = ", ".join(str(source) for source in sources)
+        expected = (
+            "expected a folder for each class with recordings in it, or tables of annotations (Raven, Audacity, CSV "
+            "with the columns file, start, end, label)"
         )
+        raise InputError("; ".join((f"{names} has no labels: {expected}", *problems)))
     recordings = _scanned(recordings, problems)
     recordings = [_grouped(recording, group_by) for recording in recordings]
     recordings = _joined(recordings, problems)
@@ -177,19 +191,88 @@ def _reviewed(recording: Recording, spans: np.ndarray, index: Mapping[str, int])
 # -- from files to recordings -----------------------------------------------------------------------------------
 
 
+def _read_source(
+    data: Path, root: Path, base: Path, label_column: str | None, problems: list[str], *, fully_annotated: bool
+) -> list[Recording]:
+    """The recordings of a folder or a table, with names relative to `base`."""
+    if data.is_file() and data.suffix.lower() in SUFFIXES:
+        raise InputError(f"{data} is a recording; give a table of its annotations, or the folder of the classes")
+    found = find_recordings([str(root)])
+    files = sorted(Path(path) for path, fault in found.recordings.items() if fault is None)
+    problems += [str(fault) for fault in found.recordings.values() if isinstance(fault, InputError)]
+    if (hidden := found.note()) is not None:
+        problems.append(hidden)
+    rows = _read_tables(data, files, label_column, problems)
+    if not any(annotation.label for annotations in rows.values() for annotation in annotations):
+        if data.is_file():
+            raise InputError(
+                "; ".join(
+                    (f"{data} has no labels of recordings; expected rows of file, start, end, label", *problems)
+                )
+            )
+        return [_from_folders(path, root, base, rows.get(path, [])) for path in files]
+    if not fully_annotated:
+        if left_out := [path for path in files if path not in rows]:
+            problems.append(
+                f"left out: {len(left_out)} of {len(files)} recordings in {root}, which its tables don't annotate, "
+                f"such as {_relative(left_out[0], root)}; where tables have labels, folders are no classes"
+            )
+        files = sorted(rows)
+    return [_from_tables(path, base, rows.get(path, [])) for path in files]
+
+
+def _merged(recordings: Iterable[Recording]) -> list[Recording]:
+    """The recordings of all sources, each once."""
+    found: dict[Path, Recording] = {}
+    for recording in recordings:
+        one = found.setdefault(recording.path.resolve(), recording)
+        if one is recording:
+            continue
+        if one.split and recording.split and one.split != recording.split:
+            raise InputError(f"{one.path} is in several splits; a recording belongs to one: its windows are alike")
+        found[recording.path.resolve()] = replace(
+            one,
+            annotations=one.annotations + recording.annotations,
+            fields={**recording.fields, **one.fields},
+            split=one.split or recording.split,
+        )
+    return list(found.values())
+
+
+def _spelled(recording: Recording, labels: Sequence[str]) -> Recording:
+    """The recording with labels that look the same spelled the same: as the head does, else composed."""
+    spelling = {composed(label): label for label in labels}
+    return replace(
+        recording,
+        annotations=tuple(
+            row._replace(label=spelling.get(composed(row.label), composed(row.label)))
+            for row in recording.annotations
+        ),
+    )
+
+
 def _read_tables(
     data: Path, files: Sequence[Path], label_column: str | None, problems: list[str]
 ) -> dict[Path, list[Annotation]]:
     """The rows of the tables by recording."""
-    tables = [data] if data.is_file() else [p for p in sorted(data.rglob("*")) if p.suffix.lower() in TABLES]
+    tables = [data]
+    if data.is_dir():
+        tables = [
+            path
+            for path in sorted(data.rglob("*"))
+            if path.suffix.lower() in TABLES
+            and not any(part.startswith(".") for part in path.relative_to(data).parts)
+        ]
     known, by_place = Recordings(files), {path.resolve(): path for path in files}
     rows: dict[Path, list[Annotation]] = defaultdict(list)
     for table in tables:
         try:
             annotations = read_annotations(table, label_column)
-        except InputError as error:
-            if data.is_file() or "no table of annotations" not in str(error):
+        except TableError as error:
+            if data.is_file():
                 raise
+            if error.has_times:
+                problems.append(f"left out: {error}; --label-column names the column with the labels")
             continue  # a text of another kind, such as a README
         if is_reviewed(annotations):
             annotations = [
@@ -201,7 +284,7 @@ def _read_tables(
             name = annotation.file or recording_of(table)
             path = table.parent / name
             if path.suffix.lower() in SUFFIXES and path.is_file():
-                found: Path | None = by_place.get(path.resolve(), path)
+                found: Path | None = by_place.get(path.resolve(), path.resolve())
             else:
                 with naming(str(table)):
                     found = known.find(name, table.parent)
@@ -213,13 +296,13 @@ def _read_tables(
     return rows
 
 
-def _from_tables(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:
+def _from_tables(path: Path, base: Path, rows: Sequence[Annotation]) -> Recording:
     fields = _fields_of(path, rows)
     annotations = tuple(row for row in rows if row.label)
-    return Recording(path, _relative(path, root), annotations, fields, _split_of(path, fields.get("split")))
+    return Recording(path, _relative(path, base), annotations, fields, _split_of(path, fields.get("split")))
 
 
-def _from_folders(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:
+def _from_folders(path: Path, root: Path, base: Path, rows: Sequence[Annotation]) -> Recording:
     fields = _fields_of(path, rows)
     parts = path.relative_to(root).parts[:-1]
     split = fields.get("split")
@@ -230,7 +313,7 @@ def _from_folders(path: Path, root: Path, rows: Sequence[Annotation]) -> Recordi
     sign = _ABSENT if folder.startswith(_ABSENT) else ""
     names = [name.strip() for name in folder.removeprefix(sign).split(",") if name.strip()]
     annotations = tuple(Annotation(None, 0.0, math.inf, sign + name) for name in names)
-    return Recording(path, _relative(path, root), annotations, fields, _split_of(path, split))
+    return Recording(path, _relative(path, base), annotations, fields, _split_of(path, split))
 
 
 def _fields_of(path: Path, rows: Sequence[Annotation]) -> dict[str, str]:
@@ -285,7 +368,8 @@ def _grouped(recording: Recording, column: str | None) -> Recording:
     value = recording.fields.get(column.lower())
     if not value:
         raise InputError(
-            f"{recording.name} has no single value in the column {column!r} of --group-by; give it in each row"
+            f"{recording.name} has no single value in the column {column!r} of --group-by; give it in each row of "
+            f"the tables; for folders of classes, in a CSV of file,{column} in the same folder"
         )
     return replace(recording, group=value)
 
@@ -353,7 +437,11 @@ def _label_problems(
         if len(groups[label]) == 0 and not foreign:
             problems.append(f"{label}: no recording of it can be read")
         elif len(groups[label]) == 1:
-            problems.append(f"{label}: one recording (or group) only, so nothing can be said about new recordings")
+            close = get_close_matches(label, [other for other in labels if other != label], 1, _MISSPELLED)
+            meant = f"; did you mean {close[0]!r}?" if close and not foreign else ""
+            problems.append(
+                f"{label}: one recording (or group) only, so nothing can be said about new recordings{meant}"
+            )
     for label in sorted(groups):
         if label.startswith(_ABSENT) and label[1:] not in labels:
             problems.append(f"{label}: says that {label[1:]} is absent, which is no label here")

@@ -44,7 +44,7 @@ _PATIENCE: Final = 30.0  # seconds for the exporter to end
 class FitRequest:
     """The options of ``avex-serve fit``; see its ``--help``."""
 
-    data: Path
+    data: Path | tuple[Path, ...]
     output: Path
     model: str = "avex_demo"
     probe: str = "linear_last"
@@ -67,6 +67,7 @@ def check_data(request: FitRequest) -> str:
     Raises:
         AvexServeError: as of `fit_probe`.
     """
+    _check_options(request)
     dataset = _dataset(request)
     windows = _planned(request, dataset)
     parts = _split(windows, request.seed)
@@ -110,10 +111,8 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
         DependencyError: the exporter is missing.
         AvexServeError: the embeddings bundle can't be made, or answers otherwise than its evidence.
     """
-    config = probe_config(request.probe)
+    config = _check_options(request)
     output = request.output
-    if output.exists() and not (output.is_dir() and ((output / PROBE).is_file() or not any(output.iterdir()))):
-        raise InputError(f"--output {output} exists and holds no {PROBE}: not replaced; choose another folder")
     page = can_make_page(say)
     dataset = _dataset(request)
     base = _load(request.model)
@@ -304,6 +303,15 @@ def _recipes() -> Path:
 
 
 # -- parts of a fit -----------------------------------------------------------------------------------------------
+
+
+def _check_options(request: FitRequest) -> ProbeConfig:
+    """The configuration of the probe; InputError also for an output that can't be replaced."""
+    config = probe_config(request.probe)
+    output = request.output
+    if output.exists() and not (output.is_dir() and ((output / PROBE).is_file() or not any(output.iterdir()))):
+        raise InputError(f"--output {output} exists and holds no {PROBE}: not replaced; choose another folder")
+    return config
 
 
 def _dataset(request: FitRequest) -> Dataset:
