@@ -14,9 +14,9 @@ from typing import Final
 import numpy as np
 import yaml
 
+from avex_serve.annotations.table import new_folder
 from avex_serve.audio.windows import plan_windows
 from avex_serve.bundles.manifest import MANIFEST
-from avex_serve.bundles.sealing import atomic_directory
 from avex_serve.calibration.fit import TARGET
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import AvexServeError, DependencyError, InputError, NotFoundError
@@ -151,13 +151,10 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
     )
     probe = build_probe_from_config(config, len(dataset.labels), "cpu", base_model=base)
     load_head(probe, fitted.head.state, "the trained head")
-    try:
-        with atomic_directory(output, marker=PROBE) as folder:
-            save_probe(probe, folder, labels=dataset.labels, model=request.model, activation="sigmoid")
-            fitted.head.calibration.write(folder)
-            write_report(folder, evaluation, fitted.windows, fitted.predictions, page=page)
-    except FileExistsError as error:
-        raise InputError(f"--output {error}") from error
+    with new_folder(output, PROBE) as folder:
+        save_probe(probe, folder, labels=dataset.labels, model=request.model, activation="sigmoid")
+        fitted.head.calibration.write(folder)
+        write_report(folder, evaluation, fitted.windows, fitted.predictions, page=page)
     return evaluation
 
 
