@@ -16,6 +16,7 @@ from avex_serve.annotations.reviews import Review, agreed, read_reviews
 from avex_serve.archive.store import Store
 from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.reading import Bundle, read_bundle
+from avex_serve.bundles.remote import is_remote, local_bundle
 from avex_serve.bundles.sealing import recalibrate
 from avex_serve.calibration.fit import RECORDINGS, TARGET, WITH_SOUND, WITHOUT_SOUND, calibrate
 from avex_serve.calibration.scales import Calibration, LabelCalibration, log_odds
@@ -43,7 +44,7 @@ class Scored(NamedTuple):
 class CalibrationRequest:
     """The options of ``avex-serve calibrate``; see its ``--help``."""
 
-    bundle: Path
+    bundle: Path | str  # a folder or a URL
     labels: tuple[Path, ...]  # tables
     output: Path | None = None
     bundle_version: str | None = None
@@ -70,14 +71,17 @@ def calibrate_bundle(request: CalibrationRequest, say: Callable[[str], None] = p
         InputError: tables or options that can't be used, or too few reviews of every label.
         NotFoundError: no such table, recording, store or probe, or labels that the probe doesn't have.
     """
-    bundle = read_bundle(request.bundle)
+    folder = local_bundle(request.bundle)
+    bundle = read_bundle(folder)
     version = request.bundle_version or _next_version(bundle.manifest.version)
     if version == bundle.manifest.version:
         raise InputError(f"--bundle-version {version} is that of {request.bundle}; give another one")
-    output = request.output or request.bundle.resolve().parent / f"{request.bundle.resolve().name}-{version}"
-    if output.resolve() == request.bundle.resolve():
+    if request.output is None and is_remote(str(request.bundle)):
+        raise InputError(f"{request.bundle} is a URL; say by --output where to write the new bundle")
+    output = request.output or folder.resolve().parent / f"{folder.resolve().name}-{version}"
+    if output.resolve() == folder.resolve():
         raise InputError(f"--output {output} is the bundle itself; give another folder")
-    with open_bundle(request.bundle, "cpu") as engine:
+    with open_bundle(folder, "cpu") as engine:
         head = engine.probe(request.probe)
         labels = engine.labels(head.name)
         reviews = _read(request.labels)

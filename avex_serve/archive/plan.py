@@ -104,7 +104,7 @@ class Pass:
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a run computes, in words that another process understands."""
 
-    bundles: tuple[str, ...]  # absolute paths
+    bundles: tuple[str, ...]  # absolute paths, or URLs
     device: str
     precision: str
     check: Mode  # of the first answers

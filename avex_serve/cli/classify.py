@@ -15,7 +15,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("classify", help="score the stored embeddings of a run with another probe")
     parser.set_defaults(run=run)
     parser.add_argument("store", type=Path, metavar="DIR", help="made by avex-serve run --embeddings")
-    parser.add_argument("bundle", type=Path, help="made by avex-export --offline, of a probe on the same backbone")
+    parser.add_argument(
+        "bundle", help="folder or URL, made by avex-export --offline, of a probe on the same backbone"
+    )
     add_progress(parser)
     add_choice(parser)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from avex_serve.bundles.manifest import Activation, Manifest, ProbeInfo
 from avex_serve.bundles.reading import read_bundle
+from avex_serve.bundles.remote import local_bundle
 from avex_serve.errors import AudioError, BundleError, TensorError
 from avex_serve.evidence.cases import Case, Check, Decisions, Errors, Machine, Outputs, read_evidence, this_machine
 from avex_serve.inference.backend import open_bundle
@@ -35,11 +36,11 @@ _INT8 = "onnx-int8"
 _INT8_FACTOR, _INT8_SLACK = 2.0, 1e-3
 
 
-def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu", *, full: bool = False) -> tuple[str, bool]:
+def verify_bundle(address: str | os.PathLike[str], device: str = "cpu", *, full: bool = False) -> tuple[str, bool]:
     """Run a bundle's evidence again on this machine.
 
     Args:
-        directory: made by ``avex-export``.
+        address: as in `open_bundle`.
         device: as in `open_bundle`.
         full: show all checks, not only the worst ones.
 
@@ -51,6 +52,7 @@ def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu", *, ful
         DependencyError: torch or CUDA is missing.
         InputError: an unknown device.
     """
+    directory = local_bundle(address)
     read_bundle(directory)  # opening checks only the files that it loads
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(open_bundle(directory, device, precision="float32"))]

@@ -23,7 +23,7 @@ from avex_serve.training.report import Evaluation, Predictions, report
 class EvaluationRequest:
     """The options of ``avex-serve evaluate``; see its ``--help``."""
 
-    bundle: Path
+    bundle: Path | str  # a folder or a URL
     data: Path
     output: Path | None = None  # folder of the report
     probe: str | None = None
