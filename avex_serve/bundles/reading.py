@@ -16,8 +16,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from avex_serve.bundles.manifest import MANIFEST, READABLE, Manifest, ProbeInfo
-from avex_serve.errors import BundleError
+from avex_serve.bundles.manifest import MANIFEST, PROBE, READABLE, Manifest, ProbeInfo
+from avex_serve.errors import BundleError, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,10 @@ def _read(root: Path) -> Bundle:
     try:
         text = (root / MANIFEST).read_bytes()
     except FileNotFoundError:
-        raise BundleError(f"{root} holds no {MANIFEST}; make a bundle with avex-export") from None
+        remedy = "make a bundle with avex-export"
+        if (root / PROBE).is_file():
+            remedy = f"it is a saved probe: make a bundle of it with avex-export --probe {quoted(root)}"
+        raise BundleError(f"{root} holds no {MANIFEST}; {remedy}") from None
     try:
         raw = msgspec.json.decode(text)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:

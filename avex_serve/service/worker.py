@@ -391,6 +391,8 @@ def check_port_is_free(use: str, host: str, port: int, remedy: str) -> None:
             raise InputError(
                 f"{use} can't listen on {address}: {error.strerror}; stop what listens there, or {remedy}"
             ) from None
+        except OverflowError:
+            raise InputError(f"{use} can't listen on port {port}; expected 1 to 65535: {remedy}") from None
 
 
 def _check_disk() -> None:
