@@ -9,6 +9,7 @@ are answered by `avex_serve.service.http`.
 
 import asyncio
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -263,6 +264,10 @@ class AvexService:
         """In each worker: open the bundles, serve gRPC along with HTTP, and look for new bundles from then on."""
         settings = self.settings
         _keep_less_memory()
+        # What the modules have made stays. A full collection would look through it, and stop the event loop for a
+        # tenth of a second.
+        gc.collect()
+        gc.freeze()
         try:
             front = self.front
             self._grpc = await GrpcServer.start(front)
