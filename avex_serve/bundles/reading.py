@@ -108,26 +108,35 @@ def _read(root: Path) -> Bundle:
         text = _json(root / MANIFEST)
     except FileNotFoundError:
         raise BundleError(f"{root} holds no {MANIFEST}; make a bundle with avex-export") from None
-    try:
-        raw = msgspec.json.decode(text)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise BundleError(f"{root / MANIFEST} is not JSON: {error}") from None
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version not in READABLE:
-        raise BundleError(
-            f"{root / MANIFEST} has schema version {version!r}, this avex-serve reads "
-            f"{' and '.join(map(str, READABLE))}; "
-            "export again, or install the avex-serve that made it"
-        )
-    try:
-        manifest = msgspec.convert(raw, Manifest)
-    except msgspec.ValidationError as error:
-        raise BundleError(f"{root / MANIFEST} is not a valid manifest: {error}") from None
+    manifest = decode_manifest(text, source=str(root / MANIFEST))
     for name in manifest.files:
         if not (root / name).is_file():
             raise BundleError(f"{root} lacks {name}, which its manifest lists; copy the bundle again")
     labels = {probe.name: _probe_labels(root, manifest, probe) for probe in manifest.probes}
     return Bundle(directory=root, manifest=manifest, labels=labels, digest=hashlib.sha256(text).hexdigest())
+
+
+def decode_manifest(text: bytes, *, source: str) -> Manifest:
+    """The manifest in the content of ``manifest.json``.
+
+    Raises:
+        BundleError: not JSON, an unknown schema version, or fields that don't fit; `source` says where it is from.
+    """
+    try:
+        raw = msgspec.json.decode(text)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise BundleError(f"{source} is not JSON: {error}") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version not in READABLE:
+        raise BundleError(
+            f"{source} has schema version {version!r}, this avex-serve reads "
+            f"{' and '.join(map(str, READABLE))}; "
+            "export again, or install the avex-serve that made it"
+        )
+    try:
+        return msgspec.convert(raw, Manifest)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{source} is not a valid manifest: {error}") from None
 
 
 def _probe_labels(root: Path, manifest: Manifest, probe: ProbeInfo) -> tuple[str, ...]:
