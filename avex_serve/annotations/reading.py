@@ -2,13 +2,15 @@
 
 Raven's times count on the whole sequence of open files. `File Offset (s)` counts in the file and is used where a
 table has it. A table without a column of files is about the recording that it is named after:
-`dawn.Table.1.selections.txt`, `dawn.txt` and `dawn.csv` belong to `dawn.wav`.
+`dawn.Table.1.selections.txt`, `dawn.BirdNET.results.csv`, `dawn.txt` and `dawn.csv` belong to `dawn.wav`.
 """
 
 import csv
+import io
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Final, NamedTuple
 
 from avex_serve.errors import InputError, NotFoundError
@@ -62,15 +64,42 @@ def read_annotations(path: Path, label_column: str | None = None) -> list[Annota
         raise NotFoundError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} can't be read as text: {error}") from None
-    lines = text.splitlines()
-    if lines and _is_number(lines[0].split("\t")[0]):
-        return read_audacity(lines, path)
-    return _read_columns(lines, path, label_column)
+    if _is_number(text.partition("\n")[0].split("\t")[0]):
+        return read_audacity(text.split("\n"), path)
+    return _read_columns(text, path, label_column)
 
 
 def recording_of(table: Path) -> str:
     """The name, without its suffix, of the recording that a table is named after."""
-    return table.stem.removesuffix(".selections").partition(".Table.")[0]
+    return table.stem.removesuffix(".selections").partition(".Table.")[0].partition(".BirdNET.")[0]
+
+
+class Recordings:
+    """Recordings by what tables call them: the name of the file in any folder, with or without its suffix."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._by_name: dict[str, list[Path]] = defaultdict(list)
+        for path in paths:
+            for name in {path.name, path.stem}:
+                self._by_name[name].append(path)
+
+    def named(self, name: str) -> list[Path]:
+        """Those of that name, or that the last part of a path names; it may have either kind of slash."""
+        return self._by_name.get(PureWindowsPath(name).name, [])
+
+    def find(self, name: str, folder: Path) -> Path | None:
+        """The recording that a table in a folder means; of several with that name, the one in the same folder.
+
+        Raises:
+            InputError: several with that name, and not one of them in the folder.
+        """
+        found = self.named(name)
+        beside = [path for path in found if path.parent == folder]
+        if len(found) > 1 and len(beside) != 1:
+            raise InputError(
+                f"{name} may mean {len(found)} recordings, such as {found[0]} and {found[1]}; give their paths"
+            )
+        return next(iter(beside or found), None)
 
 
 def read_audacity(lines: Iterable[str], path: Path) -> list[Annotation]:
@@ -85,10 +114,9 @@ def read_audacity(lines: Iterable[str], path: Path) -> list[Annotation]:
     return rows
 
 
-def _read_columns(lines: Sequence[str], path: Path, label_column: str | None) -> list[Annotation]:
-    header = lines[0] if lines else ""
-    delimiter = max("\t,;", key=header.count)
-    reader = csv.reader(lines, delimiter=delimiter)
+def _read_columns(text: str, path: Path, label_column: str | None) -> list[Annotation]:
+    delimiter = max("\t,;", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
     names = [name.strip().lower() for name in next(reader, [])]
     start, end, file = _first(names, STARTS), _first(names, ENDS), _first(names, FILES)
     label = _first(names, LABELS if label_column is None else (label_column.lower(),))
@@ -98,7 +126,8 @@ def _read_columns(lines: Sequence[str], path: Path, label_column: str | None) ->
     if (start is None) != (end is None):
         raise InputError(f"{path} has a column {start or end}, but none for the other end of an annotation")
     rows = []
-    for number, cells in enumerate(reader, 2):
+    for cells in reader:
+        number = reader.line_num
         if not any(cell.strip() for cell in cells):
             continue
         fields = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}

@@ -175,6 +175,12 @@ class Store:
         sets = self.sets()
         return [sets[name] for name in self.description.current if name in sets]
 
+    def current_scores(self) -> list[ResultSet]:
+        """Those of them that are scores; NotFoundError if there are none."""
+        if found := [results for results in self.current() if results.kind == "scores"]:
+            return found
+        raise NotFoundError(f"{self.place} has no scores; run a bundle with a probe, or classify its embeddings")
+
     def add_set(self, results: ResultSet) -> None:
         """Make the folder of a set; one that is there gets the version and the calibration of this."""
         path, document = self._folder(results) / SET, _document(results)
@@ -186,7 +192,7 @@ class Store:
         """Make these the current sets, of all recordings or of a part of them."""
         for results in sets:
             self.add_set(results)
-        self.description = Description(LAYOUT, tuple(each.name for each in sets), part)
+        self.description = Description(LAYOUT, tuple(dict.fromkeys(each.name for each in sets)), part)
         self._write(DESCRIPTION, _document(self.description))
 
     def done(self, results: ResultSet) -> set[str]:

@@ -24,6 +24,7 @@ from avex_serve.scheduling.request import current
 MAX_ZEROS: Final = 2**20  # bytes of zeros in front of a recording: taggers and recorders leave some
 MAX_TAGS: Final = 8  # ID3 tags in front of a recording
 MAX_CHUNKS: Final = 1000  # of a file; recorders write ten
+MAX_STREAMS: Final = 1000  # of an OGG, one after another or at once
 MAX_METADATA: Final = 2**16  # bytes of a chunk of metadata that are kept
 METADATA: Final = (b"guan", b"wamd", b"bext", b"LIST")
 # What often follows the data, also cut: these, and tags that are no chunks.
@@ -704,6 +705,9 @@ def ogg_links(source: Source) -> tuple[list[Span], str | None]:
             break
         if page.flags & 2:  # begins a stream
             if not in_header:
+                if len(links) + 1 == MAX_STREAMS:
+                    fault = f"more than {MAX_STREAMS} streams follow one another"
+                    break
                 links.append(Span(start, position))
                 start, numbers = position, {}
             in_header = True
@@ -713,6 +717,9 @@ def ogg_links(source: Source) -> tuple[list[Span], str | None]:
                 fault = "a page is missing"
                 break
         numbers[page.serial] = page.number
+        if len(numbers) > MAX_STREAMS:
+            fault = f"it has more than {MAX_STREAMS} streams at once"
+            break
         ended = bool(page.flags & 4)
         position = page.stop
     links.append(Span(start, position))

@@ -318,20 +318,21 @@ def _open_sound(source: Source, header: Header, stream: AudioStream, files: Exit
     header.sample_rate, header.channels = first.samplerate, first.channels
 
     def read() -> Iterator[np.ndarray]:
-        decoded, failed = 0, None
-        for view in views:
-            try:
-                sound = first if view is views[0] else files.enter_context(_Sound(_buffered(view)))
-            except (soundfile.LibsndfileError, RuntimeError) as error:
-                failed = _reason(error)
-                break
-            if (sound.samplerate, sound.channels) != (first.samplerate, first.channels):
-                failed = "what follows has another sample rate or number of channels"
-                break
-            count, failed = yield from _read_sound(sound, declared)
-            decoded += count
+        decoded, failed = yield from _read_sound(first, declared)
+        for view in views[1:]:
             if failed:
                 break
+            with ExitStack() as stack:  # closed at once: each takes 100 kB and more
+                try:
+                    sound = stack.enter_context(_Sound(_buffered(view)))
+                except (soundfile.LibsndfileError, RuntimeError) as error:
+                    failed = _reason(error)
+                    break
+                if (sound.samplerate, sound.channels) != (first.samplerate, first.channels):
+                    failed = "what follows has another sample rate or number of channels"
+                    break
+                count, failed = yield from _read_sound(sound, declared)
+                decoded += count
         # Behind the end that the header declares, an error is one of a tag or of what else follows.
         if (failed and (declared is None or decoded < declared)) or fault or (declared and header.format == "MP3"):
             stream.lose(_early(decoded, header, failed or fault, declared))

@@ -17,7 +17,7 @@ def add_parser(commands: Any) -> None:
         description="Evaluate a bundle on labelled recordings that it was not trained on. DATA is as for fit.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("bundle", type=Path, help="made by avex-export")
+    parser.add_argument("bundle", help="made by avex-export: a folder or a URL, such as hf://owner/name")
     parser.add_argument("data", type=Path, metavar="DATA", help="labelled recordings")
     parser.add_argument("--probe", help="which head of the bundle (default: the first)")
     parser.add_argument(

@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--start", type=float, default=0.0, help="of the part to draw, in seconds")
     parser.add_argument("--end", type=float, default=math.inf, help="of the part to draw, in seconds")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--bundle", type=Path, help="run this bundle on the recording")
+    source.add_argument("--bundle", help="run this bundle, a folder or a URL, on the recording")
     source.add_argument(
         "--detections",
         type=Path,

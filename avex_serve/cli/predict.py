@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from avex_serve.cli.output import add_shown, fail, note, parse_channel, read_labels, read_threshold
@@ -26,7 +25,7 @@ def add_parser(commands: Any) -> None:
     """Add the command and its options."""
     parser = commands.add_parser("predict", help="name the sounds in recordings, without a server")
     parser.set_defaults(run=run)
-    parser.add_argument("bundle", type=Path, help="made by avex-export")
+    parser.add_argument("bundle", help="made by avex-export: a folder or a URL, such as hf://owner/name")
     parser.add_argument(
         "recordings",
         nargs="+",

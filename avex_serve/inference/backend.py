@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from avex_serve.bundles.manifest import DATA_SUFFIX, ONNX, ONNX_INT8, PT2, TORCHSCRIPT, Manifest
 from avex_serve.bundles.reading import Bundle, check_files, read_manifest
+from avex_serve.bundles.remote import local_bundle
 from avex_serve.errors import BundleError, DependencyError, InputError
 
 if TYPE_CHECKING:
@@ -31,14 +32,14 @@ class Backend(Protocol):
 
 
 def open_bundle(
-    directory: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto", threads: int | None = None
+    address: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto", threads: int | None = None
 ) -> "Engine":
     """Open a bundle: check that it is complete and unchanged, and load its graph.
 
     The digests of graphs that aren't loaded, such as those for other devices, are left to ``avex-serve verify``.
 
     Args:
-        directory: made by ``avex-export``.
+        address: the folder of a bundle, or its URL, such as ``hf://owner/name@revision``.
         device: ``cpu`` (onnxruntime), ``cuda`` (TorchScript) or ``auto`` (cuda where it works). A bundle without
             ONNX runs as TorchScript on the CPU too, if torch is installed.
         precision: ``float32``, ``int8`` or ``auto`` (int8 on the CPU where the bundle has it).
@@ -48,8 +49,9 @@ def open_bundle(
         BundleError: not a complete bundle, or no graph in it for that device and precision.
         DependencyError: torch or CUDA is needed and missing.
         InputError: an unknown device or precision, or int8 on CUDA.
+        AvexServeError: of a URL, as of `avex_serve.bundles.remote.local_bundle`.
     """
-    bundle = read_manifest(Path(directory))
+    bundle = read_manifest(local_bundle(address))
     graph, device, int8 = _choose_graph(bundle, device, precision)
     others = {ONNX, ONNX_INT8, TORCHSCRIPT, PT2} - {graph.name}
     others |= {name + DATA_SUFFIX for name in others}

@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
+from avex_serve.bundles import bundle_cache
 from avex_serve.errors import InputError
 
 PREFIX: Final = "AVEX_"
@@ -75,10 +76,6 @@ def _default_bundle() -> tuple[str, ...]:
     return (str(CARRIED if in_bento and CARRIED.is_dir() else DEMO_BUNDLE),)
 
 
-def _default_cache() -> Path:
-    return Path(os.environ.get("BENTOML_HOME") or "~/bentoml").expanduser() / "avex-bundles"
-
-
 Bytes = Annotated[int, BeforeValidator(_bytes)]  # 400000000, 400MB, 380MiB
 Seconds = Annotated[float, BeforeValidator(_seconds)]  # 30, 30s, 500ms, 5min
 
@@ -94,12 +91,12 @@ class Settings(BaseModel):
     bundle: tuple[str, ...] = Field(
         default_factory=_default_bundle,
         min_length=1,
-        description="the folders to serve, each a bundle or a folder of bundles, or the s3:// or gs:// URL of one, "
-        "separated as in PATH; by default what a bento carries in bundles/, or else the demo bundle",
+        description="the folders to serve, each a bundle or a folder of bundles, or the hf://, s3:// or gs:// URL "
+        "of one, separated as in PATH; by default what a bento carries in bundles/, or else the demo bundle",
     )
     bundle_cache: Path = Field(
-        default_factory=_default_cache,
-        description="where bundles of s3:// and gs:// are copied; by default within BENTOML_HOME",
+        default_factory=bundle_cache,
+        description="where bundles of URLs are copied; by default within BENTOML_HOME",
     )
     start_empty: bool = Field(
         False, description="whether to start when there is no bundle yet (1), and serve those that come later"
@@ -109,6 +106,11 @@ class Settings(BaseModel):
     )
     precision: Literal["auto", "float32", "int8"] = Field(
         "auto", description="which graph runs; auto: int8 on a CPU where the bundle has it"
+    )
+    check: Literal["on", "warn", "off"] = Field(
+        "on",
+        description="whether a bundle whose first answer here differs from its evidence is refused (on), served "
+        "with a warning (warn), or not compared (off)",
     )
     reload_seconds: Seconds = Field(
         10, ge=0, le=86_400, description="between two looks for new bundles on disk; 0: never"

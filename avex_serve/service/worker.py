@@ -9,6 +9,7 @@ are answered by `avex_serve.service.http`.
 
 import asyncio
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -30,8 +31,8 @@ from avex_serve.audio.windows import FinalClip
 from avex_serve.bundles.folders import check_any
 from avex_serve.bundles.remote import Mirror, is_remote
 from avex_serve.errors import AvexServeError, InputError, StorageError
+from avex_serve.evidence.first import open_checked
 from avex_serve.inference import pipeline
-from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
@@ -94,9 +95,11 @@ class AvexService:
         slots = settings.concurrency or threads
 
         def open_engine(folder: Path) -> Engine:
-            engine = open_bundle(folder, settings.device, precision=settings.precision, threads=threads)
+            engine = open_checked(
+                folder, settings.device, precision=settings.precision, threads=threads, mode=settings.check
+            )
             if settings.serves_demo:
-                engine.warnings = (DEMO_WARNING,)
+                engine.warnings += (DEMO_WARNING,)
             return engine
 
         roots, fetch = _bundles(settings)
@@ -263,6 +266,10 @@ class AvexService:
         """In each worker: open the bundles, serve gRPC along with HTTP, and look for new bundles from then on."""
         settings = self.settings
         _keep_less_memory()
+        # What the modules have made stays. A full collection would look through it, and stop the event loop for a
+        # tenth of a second.
+        gc.collect()
+        gc.freeze()
         try:
             front = self.front
             self._grpc = await GrpcServer.start(front)

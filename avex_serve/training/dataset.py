@@ -10,19 +10,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from avex_serve.annotations.reading import TABLES, Annotation, read_annotations, recording_of
+from avex_serve.annotations.reading import TABLES, Annotation, Recordings, read_annotations, recording_of
 from avex_serve.annotations.reviews import current_reviews, is_reviewed
+from avex_serve.archive.files import SUFFIXES
 from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.reading import sha256_of
-from avex_serve.errors import AudioError, AvexServeError, InputError, NotFoundError
+from avex_serve.errors import AudioError, AvexServeError, InputError, NotFoundError, naming
 from avex_serve.scheduling.cores import usable_cores
 
-AUDIO: Final = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".rf64")
 NEGATIVES: Final = ("noise", "background", "other")
 MIN_OVERLAP: Final = 0.25  # seconds
 SPLITS: Final = {
@@ -102,7 +102,7 @@ class Dataset:
 
 
 def read_dataset(
-    data: Path,
+    data: Path | Sequence[Path],
     *,
     negatives: Iterable[str] = (),
     fully_annotated: bool = False,
@@ -113,7 +113,8 @@ def read_dataset(
     """Read labelled recordings; files that can't be read become problems.
 
     Args:
-        data: a folder of classes, a folder with tables of annotations, or a table.
+        data: a folder of classes, a folder with tables of annotations, or a table; or several of these, whose
+            recordings are joined.
         negatives: labels of stretches without any of the sounds, besides `NEGATIVES`.
         fully_annotated: whether stretches without an annotation have none of the sounds.
         group_by: column of the tables that says which recordings stay together, such as ``site``.
@@ -124,27 +125,16 @@ def read_dataset(
         NotFoundError: no such file or folder.
         InputError: no labels, a table that can't be read, or a recording in two groups or splits.
     """
-    if not data.exists():
-        raise NotFoundError(f"{data}: no such file or folder")
     problems: list[str] = []
-    root = data if data.is_dir() else data.parent
-    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in AUDIO and path.is_file()]
-    rows = _read_tables(data, files, label_column, problems)
-    labelled = any(annotation.label for found in rows.values() for annotation in found)
-    if data.is_file() and not labelled:
-        raise InputError(
-            f"{data} has no labels of recordings that are there; expected rows of file, start, end, label"
-        )
-    recordings = [
-        _from_tables(path, root, rows.get(path, [])) if labelled else _from_folders(path, root, rows.get(path, []))
-        for path in (sorted(rows) if labelled and not fully_annotated else files)
-    ]
+    places = [data] if isinstance(data, Path) else data
+    read = [_read_place(place, label_column, problems, fully_annotated=fully_annotated) for place in places]
+    recordings = read[0] if len(read) == 1 else _merged(read)
     ignored = frozenset(name.lower() for name in (*NEGATIVES, *negatives))
     known = tuple(labels) if labels is not None else _labels_of(recordings, ignored)
     if not known:
         raise InputError(
-            f"{data} has no labels: expected a folder for each class with {', '.join(AUDIO[:4])} files in it, or "
-            "tables of annotations (Raven, Audacity, CSV with the columns file, start, end, label)"
+            f"{', '.join(map(str, places))} has no labels: expected a folder for each class with recordings in it, "
+            "or tables of annotations (Raven, Audacity, CSV with the columns file, start, end, label)"
         )
     recordings = _scanned(recordings, problems)
     recordings = [_grouped(recording, group_by) for recording in recordings]
@@ -177,15 +167,51 @@ def _reviewed(recording: Recording, spans: np.ndarray, index: Mapping[str, int])
 # -- from files to recordings -----------------------------------------------------------------------------------
 
 
+def _read_place(
+    data: Path, label_column: str | None, problems: list[str], *, fully_annotated: bool
+) -> list[Recording]:
+    """The recordings of a folder or table; errors as of `read_dataset`."""
+    if not data.exists():
+        raise NotFoundError(f"{data}: no such file or folder")
+    root = data if data.is_dir() else data.parent
+    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    rows = _read_tables(data, files, label_column, problems)
+    labelled = any(annotation.label for found in rows.values() for annotation in found)
+    if data.is_file() and not labelled:
+        raise InputError(
+            f"{data} has no labels of recordings that are there; expected rows of file, start, end, label"
+        )
+    return [
+        _from_tables(path, root, rows.get(path, [])) if labelled else _from_folders(path, root, rows.get(path, []))
+        for path in (sorted(rows) if labelled and not fully_annotated else files)
+    ]
+
+
+def _merged(read: Iterable[Iterable[Recording]]) -> list[Recording]:
+    """The recordings of several places: one for each file, with all its annotations and a name of its own."""
+    found: dict[Path, Recording] = {}
+    for each in (recording for recordings in read for recording in recordings):
+        twin = found.setdefault(each.path.resolve(), each)
+        if twin is not each:
+            found[each.path.resolve()] = replace(
+                twin,
+                annotations=(*twin.annotations, *each.annotations),
+                fields={**each.fields, **twin.fields},
+                split=twin.split or each.split,
+            )
+    names = Counter(recording.name for recording in found.values())
+    return [
+        recording if names[recording.name] == 1 else replace(recording, name=path.as_posix())
+        for path, recording in found.items()
+    ]
+
+
 def _read_tables(
     data: Path, files: Sequence[Path], label_column: str | None, problems: list[str]
 ) -> dict[Path, list[Annotation]]:
     """The rows of the tables by recording."""
     tables = [data] if data.is_file() else [p for p in sorted(data.rglob("*")) if p.suffix.lower() in TABLES]
-    by_name: dict[str, list[Path]] = defaultdict(list)
-    for path in files:
-        by_name[path.name].append(path)
-        by_name[path.stem].append(path)
+    known, by_place = Recordings(files), {path.resolve(): path for path in files}
     rows: dict[Path, list[Annotation]] = defaultdict(list)
     for table in tables:
         try:
@@ -202,27 +228,18 @@ def _read_tables(
         absent: Counter[str] = Counter()
         for annotation in annotations:
             name = annotation.file or recording_of(table)
-            found = _find(name, table, by_name)
+            path = table.parent / name
+            if path.suffix.lower() in SUFFIXES and path.is_file():
+                found: Path | None = by_place.get(path.resolve(), path)
+            else:
+                with naming(str(table)):
+                    found = known.find(name, table.parent)
             if found is None:
                 absent[name] += 1
             else:
                 rows[found].append(annotation)
         problems += [f"{table.name} annotates {name}, which is not there ({n} rows)" for name, n in absent.items()]
     return rows
-
-
-def _find(name: str, table: Path, by_name: Mapping[str, Sequence[Path]]) -> Path | None:
-    """The recording that a table means: by its path from the table's folder, else by a name that is unique."""
-    path = table.parent / name
-    if path.suffix.lower() in AUDIO and path.is_file():
-        return path
-    found = by_name.get(PureWindowsPath(name).name, ())  # takes either kind of slash
-    beside = [each for each in found if each.parent == table.parent]
-    if len(found) > 1 and len(beside) != 1:
-        raise InputError(
-            f"{table} annotates {name}, and there are {len(found)} files of that name; give their paths"
-        )
-    return next(iter(beside or found), None)
 
 
 def _from_tables(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:

@@ -49,6 +49,13 @@ def test_audacity(tmp_path):
     assert rows(read(tmp_path, text, "dawn.txt")) == [(None, 0.5, 1.25, "robin"), (None, 2, 2, "call note")]
 
 
+@pytest.mark.parametrize("name", ["a\u2028b.wav", "a\x85b.wav", "a\x0cb.wav", '"a\nb.wav"'])
+def test_names_with_line_breaks_of_other_kinds_are_one_cell(tmp_path, name):
+    assert rows(read(tmp_path, f"file,start,end,label\n{name},0,1,wren\n")) == [(name.strip('"'), 0, 1, "wren")]
+    with pytest.raises(InputError, match=f"line {3 + name.count(chr(10))}: 'x' is not a time"):
+        read(tmp_path, f"file,start,end,label\n{name},0,1,wren\nb.wav,x,1,wren\n")
+
+
 @pytest.mark.parametrize(
     "header",
     ["file,start,end,label", "audiofilename,start,end,label:species", "File;Start (s);End (s);Common name"],

@@ -308,8 +308,10 @@ def test_a_probe_added_later_is_answered_from_stored_embeddings(
     ]
     assert scores[0] == scores[1] == scores[2]
     assert content(tmp_path / "at once") == content(tmp_path / "later")
+    before = content(tmp_path / "classified")
     code, lines = command("classify", tmp_path / "classified", bundles["head"])
     assert (code, lines[-1], count_inference()) == (0, "0 computed, 4 known, 0 failed", 0)
+    assert content(tmp_path / "classified") == before, "no detection counts twice"
 
 
 @pytest.mark.parametrize(

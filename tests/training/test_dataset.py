@@ -1,6 +1,7 @@
 """From folders and tables to the targets of windows."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,6 +120,29 @@ def test_tables_beside_recordings(tmp_path):
     assert targets_of(dataset, "y/dawn.wav")["wren"] == [-1, 1, -1, -1]
 
 
+@pytest.mark.parametrize("written", ["../recordings/a.wav", "{folder}/recordings/a.wav", "a.wav", "x/../a"])
+def test_a_recording_is_the_same_however_tables_write_its_path(tmp_path, monkeypatch, written):
+    write(tmp_path / "data" / "recordings" / "a.wav")
+    write(tmp_path / "data" / "recordings" / "b.wav")
+    (tmp_path / "data" / "tables").mkdir()
+    table(tmp_path / "data" / "tables", f"{written.format(folder=tmp_path / 'data')},2,4,wren\n")
+    table(tmp_path / "data" / "recordings", "a.wav,0,2,robin\nb.wav,0,2,robin\n")
+    monkeypatch.chdir(tmp_path)
+    for data in (tmp_path / "data", Path("data")):
+        for options in ({}, {"fully_annotated": True}):
+            dataset = read_dataset(data, **options)
+            assert [recording.name for recording in dataset.recordings] == ["recordings/a.wav", "recordings/b.wav"]
+            found = targets_of(dataset, "recordings/a.wav", WINDOWS[:2])
+            assert found == {"robin": [1, 0], "wren": [0, 1]}
+
+
+def test_recordings_of_every_name_that_a_run_finds(tmp_path):
+    content = write(tmp_path / "robin" / "a.wav").read_bytes()
+    for i, suffix in enumerate((".wave", ".AIFC", ".snd", ".m4a", ".aac", ".webm")):  # the content says the format
+        (tmp_path / "robin" / f"{i}{suffix}").write_bytes(content + bytes(2 * i))
+    assert len(read_dataset(tmp_path).recordings) == 7
+
+
 def test_a_table_alone_with_paths_of_another_machine(tmp_path):
     write(tmp_path / "deep" / "a.wav")
     table(tmp_path, "C:\\season 1\\a.wav,0,2,robin\nnone.wav,0,2,robin\n")
@@ -131,7 +155,7 @@ def test_files_of_one_name_need_paths(tmp_path):
     for name in ("x/a.wav", "y/a.wav"):
         write(tmp_path / name)
     table(tmp_path, "a.wav,0,2,robin\n")
-    with pytest.raises(InputError, match="there are 2 files of that name"):
+    with pytest.raises(InputError, match=r"labels.csv: .* may mean 2 recordings"):
         read_dataset(tmp_path)
 
 

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Collection
 from difflib import get_close_matches
-from functools import partial
+from functools import cache, partial
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import quote
 
@@ -428,8 +428,13 @@ async def _refuse(reason: str, _: Front, __: Request) -> Response:
 
 
 async def _document(_: Front, __: Request) -> Response:
+    return Response(_description(), media_type="application/json")
+
+
+@cache
+def _description() -> bytes:
     paths = {e.path: {e.methods[0].lower(): e.operation} for e in ENDPOINTS if e.operation is not None}
-    return _json(openapi.document(paths, HEALTH))
+    return msgspec.json.encode(openapi.document(paths, HEALTH))
 
 
 def _recordings(path: str, question: Question, options: openapi.Options, summary: str, answer: str) -> Endpoint:
