@@ -204,6 +204,6 @@ def naming(item: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if item not in str(error):
+        if not str(error).startswith(item):
             error.args = (f"{item}: {error}",)
         raise

@@ -17,7 +17,7 @@ import yaml
 from avex_serve.annotations.table import new_folder
 from avex_serve.archive.store import Store
 from avex_serve.audio.windows import plan_windows
-from avex_serve.bundles.manifest import MANIFEST
+from avex_serve.bundles.manifest import MANIFEST, PROBE
 from avex_serve.calibration.fit import TARGET
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import AvexServeError, DependencyError, InputError, NotFoundError
@@ -25,7 +25,7 @@ from avex_serve.evidence.first import open_checked
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import fingerprint
 from avex_serve.models.probes import build_probe_from_config, load_probe_config, save_probe
-from avex_serve.models.probes.storage import PROBE, load_head
+from avex_serve.models.probes.storage import load_head
 from avex_serve.models.utils.load import find_entry, load_model
 from avex_serve.training import report
 from avex_serve.training.copies import MOST, find_copies
