@@ -9,6 +9,7 @@ are answered by `avex_serve.service.http`.
 
 import asyncio
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -272,6 +273,10 @@ class AvexService:
         """In each worker: open the bundles, serve gRPC along with HTTP, and look for new bundles from then on."""
         settings = self.settings
         _keep_less_memory()
+        # What the modules have made stays. A full collection would look through it, and stop the event loop for a
+        # tenth of a second.
+        gc.collect()
+        gc.freeze()
         try:
             front = self.front
             self._grpc = await GrpcServer.start(front)
@@ -400,6 +405,8 @@ def check_port_is_free(use: str, host: str, port: int, remedy: str) -> None:
             raise InputError(
                 f"{use} can't listen on {address}: {error.strerror}; stop what listens there, or {remedy}"
             ) from None
+        except OverflowError:
+            raise InputError(f"{use} can't listen on port {port}; expected 1 to 65535: {remedy}") from None
 
 
 def _check_disk() -> None:

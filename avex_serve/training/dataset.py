@@ -102,7 +102,7 @@ class Dataset:
 
 
 def read_dataset(
-    data: Path,
+    data: Path | Sequence[Path],
     *,
     negatives: Iterable[str] = (),
     fully_annotated: bool = False,
@@ -113,7 +113,8 @@ def read_dataset(
     """Read labelled recordings; files that can't be read become problems.
 
     Args:
-        data: a folder of classes, a folder with tables of annotations, or a table.
+        data: a folder of classes, a folder with tables of annotations, or a table; or several of these, whose
+            recordings are joined.
         negatives: labels of stretches without any of the sounds, besides `NEGATIVES`.
         fully_annotated: whether stretches without an annotation have none of the sounds.
         group_by: column of the tables that says which recordings stay together, such as ``site``.
@@ -124,27 +125,16 @@ def read_dataset(
         NotFoundError: no such file or folder.
         InputError: no labels, a table that can't be read, or a recording in two groups or splits.
     """
-    if not data.exists():
-        raise NotFoundError(f"{data}: no such file or folder")
     problems: list[str] = []
-    root = data if data.is_dir() else data.parent
-    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
-    rows = _read_tables(data, files, label_column, problems)
-    labelled = any(annotation.label for found in rows.values() for annotation in found)
-    if data.is_file() and not labelled:
-        raise InputError(
-            f"{data} has no labels of recordings that are there; expected rows of file, start, end, label"
-        )
-    recordings = [
-        _from_tables(path, root, rows.get(path, [])) if labelled else _from_folders(path, root, rows.get(path, []))
-        for path in (sorted(rows) if labelled and not fully_annotated else files)
-    ]
+    places = [data] if isinstance(data, Path) else data
+    read = [_read_place(place, label_column, problems, fully_annotated=fully_annotated) for place in places]
+    recordings = read[0] if len(read) == 1 else _merged(read)
     ignored = frozenset(name.lower() for name in (*NEGATIVES, *negatives))
     known = tuple(labels) if labels is not None else _labels_of(recordings, ignored)
     if not known:
         raise InputError(
-            f"{data} has no labels: expected a folder for each class with recordings in it, or "
-            "tables of annotations (Raven, Audacity, CSV with the columns file, start, end, label)"
+            f"{', '.join(map(str, places))} has no labels: expected a folder for each class with recordings in it, "
+            "or tables of annotations (Raven, Audacity, CSV with the columns file, start, end, label)"
         )
     recordings = _scanned(recordings, problems)
     recordings = [_grouped(recording, group_by) for recording in recordings]
@@ -175,6 +165,45 @@ def _reviewed(recording: Recording, spans: np.ndarray, index: Mapping[str, int])
 
 
 # -- from files to recordings -----------------------------------------------------------------------------------
+
+
+def _read_place(
+    data: Path, label_column: str | None, problems: list[str], *, fully_annotated: bool
+) -> list[Recording]:
+    """The recordings of a folder or table; errors as of `read_dataset`."""
+    if not data.exists():
+        raise NotFoundError(f"{data}: no such file or folder")
+    root = data if data.is_dir() else data.parent
+    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    rows = _read_tables(data, files, label_column, problems)
+    labelled = any(annotation.label for found in rows.values() for annotation in found)
+    if data.is_file() and not labelled:
+        raise InputError(
+            f"{data} has no labels of recordings that are there; expected rows of file, start, end, label"
+        )
+    return [
+        _from_tables(path, root, rows.get(path, [])) if labelled else _from_folders(path, root, rows.get(path, []))
+        for path in (sorted(rows) if labelled and not fully_annotated else files)
+    ]
+
+
+def _merged(read: Iterable[Iterable[Recording]]) -> list[Recording]:
+    """The recordings of several places: one for each file, with all its annotations and a name of its own."""
+    found: dict[Path, Recording] = {}
+    for each in (recording for recordings in read for recording in recordings):
+        twin = found.setdefault(each.path.resolve(), each)
+        if twin is not each:
+            found[each.path.resolve()] = replace(
+                twin,
+                annotations=(*twin.annotations, *each.annotations),
+                fields={**each.fields, **twin.fields},
+                split=twin.split or each.split,
+            )
+    names = Counter(recording.name for recording in found.values())
+    return [
+        recording if names[recording.name] == 1 else replace(recording, name=path.as_posix())
+        for path, recording in found.items()
+    ]
 
 
 def _read_tables(
