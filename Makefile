@@ -10,7 +10,7 @@ PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 help:
 	@echo "make demo        export the demo probe, serve it and query it over HTTP and gRPC"
 	@echo "make lint        format, lint, types and import contracts"
-	@echo "make lint-page   the types of the pages' JavaScript; needs Node"
+	@echo "make lint-page   the types and the lint of the pages' JavaScript; needs Node"
 	@echo "make screenshots draw the pictures of the pages in docs/; needs chromium"
 	@echo "make test-fast   the tests that take little: under two minutes on two cores"
 	@echo "make test        what CI runs: make lint, and all tests but the nightly ones"
@@ -46,6 +46,7 @@ lint: $(INSTALLED)
 
 lint-page:
 	npx --yes --package typescript@5.9 tsc --project avex_serve/page/jsconfig.json
+	cd avex_serve/page && npx --yes --package @biomejs/biome@2.6 biome lint --error-on-warnings
 
 screenshots: $(INSTALLED)
 	$(BIN)/python -m scripts.screenshots

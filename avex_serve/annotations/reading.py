@@ -2,7 +2,7 @@
 
 Raven's times count on the whole sequence of open files. `File Offset (s)` counts in the file and is used where a
 table has it. A table without a column of files is about the recording that it is named after:
-`dawn.Table.1.selections.txt`, `dawn.txt` and `dawn.csv` belong to `dawn.wav`.
+`dawn.Table.1.selections.txt`, `dawn.BirdNET.results.csv`, `dawn.txt` and `dawn.csv` belong to `dawn.wav`.
 """
 
 import codecs
@@ -94,7 +94,7 @@ def read_annotations(path: Path, label_column: str | None = None) -> list[Annota
 
 def recording_of(table: Path) -> str:
     """The name, without its suffix, of the recording that a table is named after."""
-    return table.stem.removesuffix(".selections").partition(".Table.")[0]
+    return table.stem.removesuffix(".selections").partition(".Table.")[0].partition(".BirdNET.")[0]
 
 
 def composed(text: str) -> str:

@@ -14,9 +14,10 @@ from avex_serve.annotations.reading import Recordings, read_annotations
 from avex_serve.annotations.reviews import Decision, Review, Subject, agreed
 from avex_serve.archive.files import sites_of
 from avex_serve.archive.plan import ResultSet
-from avex_serve.archive.store import Entry, Store, connect, quoted
+from avex_serve.archive.store import Entry, Store
 from avex_serve.archive.tables import chunks
 from avex_serve.calibration.density import BANDS, Densities, Density, call_density
+from avex_serve.database import connect, quoted
 from avex_serve.errors import InputError, NotFoundError
 
 ALL: Final = "(all)"  # in place of a site
@@ -76,7 +77,7 @@ def store_densities(
         member = np.array([site_of[first.path] for first, *_ in contents], str)
         try:
             densities = call_density(score, values, member[place], bands=bands, seed=seed)
-            found.append(LabelDensity(label, densities, None, (*notes, *_band_notes(densities))))
+            found.append(LabelDensity(label, densities, None, (*notes, *band_notes(densities))))
         except InputError as error:
             found.append(LabelDensity(label, None, str(error), notes))
     return found
@@ -208,7 +209,8 @@ def _named(paths: Sequence[str], sites: Mapping[str, str]) -> list[str]:
     return found
 
 
-def _band_notes(found: Densities) -> list[str]:
+def band_notes(found: Densities) -> list[str]:
+    """What the estimate doesn't know: bands of scores without a reviewed window."""
     empty = [band for band in found.bands if not band.reviewed]
     share = sum(band.windows for band in empty) / found.all.windows
     if not empty:

@@ -76,7 +76,7 @@ def _add(argument: str, found: Found, *, remote: bool) -> None:
             _add_objects(argument, found)
         else:
             found.recordings[argument] = UnsupportedError(
-                f"{argument} is in an object store; use avex-serve run, or copy it to this machine"
+                f"{argument} is not on this machine; download it, or use avex-serve run for s3:// and gs://"
             )
         return
     # Strings, since a Path for each of 100,000 names is slow. Unlike Path's, these functions answer False for what

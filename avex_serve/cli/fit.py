@@ -36,6 +36,13 @@ def add_parser(commands: Any) -> None:
     )
     add_data_options(parser)
     parser.add_argument(
+        "--run",
+        dest="store",
+        type=Path,
+        metavar="RUN_DIR",
+        help="use the embeddings that run --embeddings stored there; give its --overlap too",
+    )
+    parser.add_argument(
         "--target-precision", type=float, metavar="SHARE", help="of the detections above thresholds (default: 0.9)"
     )
 

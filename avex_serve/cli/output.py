@@ -31,7 +31,9 @@ def fail(error: AvexServeError) -> int:
 
 def parse_channel(text: str) -> int | Literal["mix"]:
     """The value of an option that names a channel."""
-    return "mix" if text == "mix" else int(text)
+    if text == "mix" or (text.isdecimal() and int(text)):
+        return "mix" if text == "mix" else int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no channel; expected a number from 1, or mix")
 
 
 def add_shown(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:

@@ -68,15 +68,14 @@ def write_tables(
 ) -> list[str]:
     """Write a table in each format, by default CSV and into the store; returns where they are."""
     from avex_serve.annotations.formats import FORMATS as WRITERS
-    from avex_serve.archive.store import TABLES, report_full_disk
+    from avex_serve.archive.store import TABLES
     from avex_serve.archive.tables import make_table
 
     targets = []
     for name in dict.fromkeys(formats or ["csv"]):
         target = output or store.folder / TABLES / WRITERS[name].target
-        with report_full_disk():
-            WRITERS[name].write(make_table(store, choice), target)
-            targets.append(store.keep_table(target))
+        WRITERS[name].write(make_table(store, choice), target)
+        targets.append(store.keep_table(target))
     return targets
 
 

@@ -9,9 +9,11 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 
 from avex_serve.annotations.reviews import DECISIONS, Decision, Review, Subject, agreed
-from avex_serve.calibration.density import LEAST, call_density
+from avex_serve.archive.density import LabelDensity, band_notes
+from avex_serve.calibration.density import call_density
 from avex_serve.calibration.fit import calibrate
 from avex_serve.calibration.scales import LabelCalibration, Scale, sigmoid
+from avex_serve.errors import InputError
 from avex_serve.review.pool import Pool
 
 Scoring = Literal["sigmoid", "softmax", "logits"]
@@ -126,7 +128,7 @@ def describe_label(
     """
     windows, targets, labels = _targets(pool, agreed(reviews))
     result: dict[str, Any] = {"label": label, "bins": [], "curve": [], "threshold": None, "reason": None}
-    result["density"] = None
+    result["density"], result["density_reason"] = None, None
     if label not in labels:
         return result | {"reason": "no decisions yet"}
     scores = np.stack([pool.scores_of(pool.label_index(each), windows) for each in labels], axis=1)
@@ -135,7 +137,7 @@ def describe_label(
     known = targets[:, place] >= 0
     if not known.any():
         return result | {"reason": "no decisions about windows with a score yet"}
-    result["density"] = _density(pool, label, windows[known], targets[known, place])
+    result |= _shown_density(_density(pool, label, windows[known], targets[known, place]))
     result["bins"] = [each._asdict() for each in reliability(scores[known, place], targets[known, place] == 1)]
     found = calibrate(
         _logits(np.nan_to_num(scores, nan=0.5), scale),
@@ -148,15 +150,41 @@ def describe_label(
     return result | _shown(found, scale, scores[known, place])
 
 
-def _density(pool: Pool, label: str, windows: np.ndarray, present: np.ndarray) -> dict[str, float] | None:
-    """The share of all windows with the sound, if windows (M,) with a decision (M,) were drawn by chance."""
+def label_densities(pool: Pool, reviews: Sequence[Review]) -> list[LabelDensity]:
+    """The share of all windows with each reviewed label, in all and by site, if these were drawn by chance."""
+    windows, targets, labels = _targets(pool, agreed(reviews))
+    return [
+        _density(pool, label, windows[targets[:, i] >= 0], targets[targets[:, i] >= 0, i])
+        for i, label in sorted(enumerate(labels), key=lambda each: each[1])
+    ]
+
+
+def _density(pool: Pool, label: str, windows: np.ndarray, present: np.ndarray) -> LabelDensity:
+    """From windows (M,) with a decision (M,)."""
     scores = pool.all_scores(pool.label_index(label))
-    if scores is None or windows.size < LEAST:
-        return None
+    if scores is None:
+        return LabelDensity(label, None, "these scores are not of all windows", ())
     decisions = np.full(scores.size, -1, np.int8)
     decisions[windows] = present
-    found = call_density(scores, decisions).all
-    return {"value": found.value, "low": found.low, "high": found.high}
+    try:
+        found = call_density(scores.astype(np.float64), decisions, pool.site_of)
+    except InputError as error:
+        return LabelDensity(label, None, str(error), ())
+    named = found._replace(sites={pool.sites[int(place)]: density for place, density in found.sites.items()})
+    return LabelDensity(label, named, None, tuple(band_notes(found)))
+
+
+def _shown_density(each: LabelDensity) -> dict[str, Any]:
+    if each.found is None:
+        return {"density_reason": each.reason}
+    sites = each.found.sites if len(each.found.sites) > 1 else {}
+    return {
+        "density": {
+            **each.found.all._asdict(),
+            "sites": [{"site": site, **density._asdict()} for site, density in sites.items()],
+            "notes": each.notes,
+        }
+    }
 
 
 def _targets(pool: Pool, decisions: Mapping[Subject, Decision]) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -61,19 +61,23 @@ class _Side(NamedTuple):
     predictions: Predictions
 
 
-def compare_reports(first: Path, second: Path, seed: int = 0) -> Comparison:
+def compare_reports(first: Path, second: Path, seed: int = 0, *, shared: bool = False) -> Comparison:
     """Compare two reports.
 
     Args:
         first: folder of a report, or its `evaluation.json`.
         second: another one, on the same recordings.
         seed: of the resampling.
+        shared: compare only the recordings that both are about, in place of an error.
 
     Raises:
         NotFoundError: not a report, or one of which nothing was evaluated.
         InputError: reports of different recordings, labels or groups.
     """
     names, scores = zip(*(_read(path) for path in (first, second)), strict=True)
+    if shared:
+        both = np.intersect1d(*(each.recordings for each in scores))
+        scores = tuple(_of_recordings(each, both) for each in scores)
     labels = [label for label in scores[0].labels if label in scores[1].labels]
     if not labels:
         raise InputError(f"the reports have no label in common: {names[0]} has {', '.join(scores[0].labels[:5])} …")
@@ -125,6 +129,18 @@ def _read(path: Path) -> tuple[str, Scores]:
     except msgspec.MsgspecError as error:
         raise InputError(f"{folder / EVALUATION} is no report of this version: {error}; evaluate again") from None
     return f"{path} ({evaluation.probe} on {evaluation.model})", read_scores(folder / SCORES)
+
+
+def _of_recordings(scores: Scores, recordings: np.ndarray) -> Scores:
+    kept = np.isin(scores.recordings, recordings)
+    predictions = Predictions(np.arange(kept.sum()), *(each[kept] for each in scores.predictions[1:]))
+    return scores._replace(
+        recordings=scores.recordings[kept],
+        groups=scores.groups[kept],
+        spans=scores.spans[kept],
+        targets=scores.targets[kept],
+        predictions=predictions,
+    )
 
 
 def _check_same(names: Sequence[str], scores: Sequence[Scores]) -> np.ndarray:

@@ -6,7 +6,6 @@ annotations, or a table, has its labels from there. Several of them are read one
 """
 
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -124,8 +123,8 @@ def read_dataset(
     """Read labelled recordings; files that can't be read become problems.
 
     Args:
-        data: a folder of classes, a folder with tables of annotations, or a table; or several of them, where the
-            annotations of a recording that is in several are joined.
+        data: a folder of classes, a folder with tables of annotations, or a table; or several of these, whose
+            recordings are joined.
         negatives: labels of stretches without any of the sounds, besides `NEGATIVES`.
         fully_annotated: whether stretches without an annotation have none of the sounds.
         group_by: column of the tables that says which recordings stay together, such as ``site``.
@@ -136,30 +135,18 @@ def read_dataset(
         NotFoundError: no such file or folder.
         InputError: no labels, a table that can't be read, or a recording in two groups or splits.
     """
-    sources = (data,) if isinstance(data, Path) else tuple(data)
-    for source in sources:
-        if not source.exists():
-            raise NotFoundError(f"{source}: no such file or folder")
-    if len(sources) > 1:  # their recordings need names that tell them apart
-        sources = tuple(source.resolve() for source in sources)
     problems: list[str] = []
-    roots = [source if source.is_dir() else source.parent for source in sources]
-    base = roots[0] if len(roots) == 1 else Path(os.path.commonpath(roots))
-    recordings = [
-        recording
-        for source, root in zip(sources, roots, strict=True)
-        for recording in _read_source(source, root, base, label_column, problems, fully_annotated=fully_annotated)
-    ]
-    recordings = [_spelled(recording, labels or ()) for recording in _merged(recordings)]
+    places = [data] if isinstance(data, Path) else data
+    read = [_read_place(place, label_column, problems, fully_annotated=fully_annotated) for place in places]
+    recordings = [_spelled(each, labels or ()) for each in (read[0] if len(read) == 1 else _merged(read))]
     ignored = frozenset(name.lower() for name in (*NEGATIVES, *negatives))
     known = tuple(labels) if labels is not None else _labels_of(recordings, ignored)
     if not known:
-        names = ", ".join(str(source) for source in sources)
         expected = (
             "expected a folder for each class with recordings in it, or tables of annotations (Raven, Audacity, CSV "
             "with the columns file, start, end, label)"
         )
-        raise InputError("; ".join((f"{names} has no labels: {expected}", *problems)))
+        raise InputError("; ".join((f"{', '.join(map(str, places))} has no labels: {expected}", *problems)))
     recordings = _scanned(recordings, problems)
     recordings = [_grouped(recording, group_by) for recording in recordings]
     recordings = _joined(recordings, problems)
@@ -191,12 +178,15 @@ def _reviewed(recording: Recording, spans: np.ndarray, index: Mapping[str, int])
 # -- from files to recordings -----------------------------------------------------------------------------------
 
 
-def _read_source(
-    data: Path, root: Path, base: Path, label_column: str | None, problems: list[str], *, fully_annotated: bool
+def _read_place(
+    data: Path, label_column: str | None, problems: list[str], *, fully_annotated: bool
 ) -> list[Recording]:
-    """The recordings of a folder or a table, with names relative to `base`."""
+    """The recordings of a folder or table; errors as of `read_dataset`."""
+    if not data.exists():
+        raise NotFoundError(f"{data}: no such file or folder")
     if data.is_file() and data.suffix.lower() in SUFFIXES:
         raise InputError(f"{data} is a recording; give a table of its annotations, or the folder of the classes")
+    root = data if data.is_dir() else data.parent
     found = find_recordings([str(root)])
     files = sorted(Path(path) for path, fault in found.recordings.items() if fault is None)
     problems += [str(fault) for fault in found.recordings.values() if isinstance(fault, InputError)]
@@ -205,12 +195,9 @@ def _read_source(
     rows = _read_tables(data, files, label_column, problems)
     if not any(annotation.label for annotations in rows.values() for annotation in annotations):
         if data.is_file():
-            raise InputError(
-                "; ".join(
-                    (f"{data} has no labels of recordings; expected rows of file, start, end, label", *problems)
-                )
-            )
-        return [_from_folders(path, root, base, rows.get(path, [])) for path in files]
+            without = f"{data} has no labels of recordings that are there; expected rows of file, start, end, label"
+            raise InputError("; ".join((without, *problems)))
+        return [_from_folders(path, root, rows.get(path, [])) for path in files]
     if not fully_annotated:
         if left_out := [path for path in files if path not in rows]:
             problems.append(
@@ -218,25 +205,29 @@ def _read_source(
                 f"such as {_relative(left_out[0], root)}; where tables have labels, folders are no classes"
             )
         files = sorted(rows)
-    return [_from_tables(path, base, rows.get(path, [])) for path in files]
+    return [_from_tables(path, root, rows.get(path, [])) for path in files]
 
 
-def _merged(recordings: Iterable[Recording]) -> list[Recording]:
-    """The recordings of all sources, each once."""
+def _merged(read: Iterable[Iterable[Recording]]) -> list[Recording]:
+    """The recordings of several places: one for each file, with all its annotations and a name of its own."""
     found: dict[Path, Recording] = {}
-    for recording in recordings:
-        one = found.setdefault(recording.path.resolve(), recording)
-        if one is recording:
+    for each in (recording for recordings in read for recording in recordings):
+        twin = found.setdefault(each.path.resolve(), each)
+        if twin is each:
             continue
-        if one.split and recording.split and one.split != recording.split:
-            raise InputError(f"{one.path} is in several splits; a recording belongs to one: its windows are alike")
-        found[recording.path.resolve()] = replace(
-            one,
-            annotations=one.annotations + recording.annotations,
-            fields={**recording.fields, **one.fields},
-            split=one.split or recording.split,
+        if twin.split and each.split and twin.split != each.split:
+            raise InputError(f"{twin.path} is in several splits; a recording belongs to one: its windows are alike")
+        found[each.path.resolve()] = replace(
+            twin,
+            annotations=(*twin.annotations, *each.annotations),
+            fields={**each.fields, **twin.fields},
+            split=twin.split or each.split,
         )
-    return list(found.values())
+    names = Counter(recording.name for recording in found.values())
+    return [
+        recording if names[recording.name] == 1 else replace(recording, name=path.as_posix())
+        for path, recording in found.items()
+    ]
 
 
 def _spelled(recording: Recording, labels: Sequence[str]) -> Recording:
@@ -296,13 +287,13 @@ def _read_tables(
     return rows
 
 
-def _from_tables(path: Path, base: Path, rows: Sequence[Annotation]) -> Recording:
+def _from_tables(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:
     fields = _fields_of(path, rows)
     annotations = tuple(row for row in rows if row.label)
-    return Recording(path, _relative(path, base), annotations, fields, _split_of(path, fields.get("split")))
+    return Recording(path, _relative(path, root), annotations, fields, _split_of(path, fields.get("split")))
 
 
-def _from_folders(path: Path, root: Path, base: Path, rows: Sequence[Annotation]) -> Recording:
+def _from_folders(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:
     fields = _fields_of(path, rows)
     parts = path.relative_to(root).parts[:-1]
     split = fields.get("split")
@@ -313,7 +304,7 @@ def _from_folders(path: Path, root: Path, base: Path, rows: Sequence[Annotation]
     sign = _ABSENT if folder.startswith(_ABSENT) else ""
     names = [name.strip() for name in folder.removeprefix(sign).split(",") if name.strip()]
     annotations = tuple(Annotation(None, 0.0, math.inf, sign + name) for name in names)
-    return Recording(path, _relative(path, base), annotations, fields, _split_of(path, split))
+    return Recording(path, _relative(path, root), annotations, fields, _split_of(path, split))
 
 
 def _fields_of(path: Path, rows: Sequence[Annotation]) -> dict[str, str]:

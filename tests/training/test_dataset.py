@@ -258,9 +258,10 @@ def test_several_sources_are_joined(tmp_path):
         "file,start,end,label,decision\n../season/c.wav,0,2,x,present\n../clips/x/a.wav,2,4,x,absent\n"
     )
     dataset = read_dataset((tmp_path / "clips", tmp_path / "reviews"))
-    assert [r.name for r in dataset.recordings] == ["clips/x/a.wav", "clips/y/b.wav", "season/c.wav"]
-    assert targets_of(dataset, "clips/x/a.wav") == {"x": [1, 0, 1, 1], "y": [0] * 4}
-    assert targets_of(dataset, "season/c.wav") == {"x": [1, -1, -1, -1], "y": [-1] * 4}
+    season = (tmp_path / "season" / "c.wav").resolve().as_posix()
+    assert [r.name for r in dataset.recordings] == ["x/a.wav", "y/b.wav", season]
+    assert targets_of(dataset, "x/a.wav") == {"x": [1, 0, 1, 1], "y": [0] * 4}
+    assert targets_of(dataset, season) == {"x": [1, -1, -1, -1], "y": [-1] * 4}
 
 
 def test_recordings_that_tables_leave_out_are_counted(tmp_path):

@@ -68,6 +68,14 @@ def test_the_command_needs_no_torch(audio_bundle, data, tmp_path):
     assert (tmp_path / "report" / "evaluation.csv").read_text("utf-8").count("\n") == 5
 
 
+def test_outputs_that_lost_their_content_are_computed_again(audio_bundle, data, tmp_path):
+    request = EvaluationRequest(audio_bundle, data, cache=tmp_path)
+    first = evaluate_bundle(request, lambda text: None)
+    for path in list(tmp_path.rglob("*.npz"))[::2]:  # as after a power cut
+        path.write_bytes(b"")
+    assert evaluate_bundle(request, lambda text: None) == first
+
+
 def test_a_bundle_that_takes_embeddings_is_refused(embedding_bundle, data, tmp_path, capsys):
     with pytest.raises(UnsupportedError):
         evaluate_bundle(EvaluationRequest(embedding_bundle, data, cache=tmp_path))

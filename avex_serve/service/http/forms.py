@@ -257,21 +257,23 @@ class _Stream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all pieces, or those that there are and the reason why the rest is missing."""
+        unsent = [*self._first]  # until the client has room for them, which an error may come before
 
         async def body(pieces: list[bytes], *, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": b"".join(pieces), "more_body": more})
 
         async def some(pieces: list[bytes]) -> None:
-            await body([*self._first, *pieces])
-            self._first = []
+            unsent.extend(pieces)
+            await body(unsent)
+            unsent.clear()
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         if (error := await deliver(self._pieces, some, self._route)) is None:
-            await body(self._first, more=False)
+            await body(unsent, more=False)
             return
         if self._failure is not None:
             async with timeout(LAST_SECONDS):  # a client that doesn't read must not keep the request
-                await body([*self._first, self._failure(error)], more=False)
+                await body([*unsent, self._failure(error)], more=False)
         raise error
 
 

@@ -177,8 +177,8 @@ def write_table(repository: Repository, asked: TableRequest) -> tuple[bytes, str
         try:
             form.write(table, target)
             return (_zipped(target), f"{form.target}.zip") if target.is_dir() else (target.read_bytes(), form.target)
-        except OSError as error:
-            raise StorageError(f"the table can't be written to disk ({error.strerror}); choose CSV") from None
+        except (OSError, StorageError):
+            raise StorageError("the table can't be written to disk; choose CSV") from None
 
 
 def _path(pair: tuple[Recording, Described]) -> str:

@@ -2,6 +2,7 @@
 
 import { choice, labelled, make } from "../dom.js";
 import { say } from "../strings.js";
+import { useScores } from "./retraining.js";
 
 const NAME = "avex-serve-annotator"; // where the browser remembers who reviews
 const SKIPS = ["mine", "all", "new", "none"];
@@ -21,10 +22,13 @@ const NUMBERS = ["lowest", "highest", "per_recording", "seed"];
  * @property {number} recordings
  * @property {string[]} annotators
  * @property {string} folder
+ * @property {boolean} report of the run, whether there is one
+ * @property {string} probe whose scores are reviewed
+ * @property {string[]} probes
  */
 
 /**
- * Events: `change` when another queue is wanted.
+ * Events: `change` when another queue is wanted; `failed` with a reason.
  */
 export class Filters extends EventTarget {
   /** @param {Start} start */
@@ -52,6 +56,11 @@ export class Filters extends EventTarget {
       [["", say("review.site.all")], ...start.sites.map((each) => /** @type {[string, string]} */ ([each, each]))],
       query.get("site"),
       changed,
+    );
+    this.probe = select(
+      start.probes.map((each) => [each, each]),
+      start.probe,
+      { change: () => useScores(this.probe.value).catch((error) => this.fail(error.message)) },
     );
     const score = { type: "number", step: "any", class: "number" };
     const hour = { type: "number", min: 0, max: 24, class: "number" };
@@ -84,6 +93,7 @@ export class Filters extends EventTarget {
         { class: "controls" },
         labelled(say("review.annotator"), this.annotator),
         names,
+        start.probes.length > 1 ? labelled(say("review.probe"), this.probe) : null,
         labelled(say("review.label"), this.label),
         labelled(say("review.strategy"), this.strategy),
         labelled(say("review.skip"), this.skip),
@@ -155,6 +165,11 @@ export class Filters extends EventTarget {
       this.label.value = label;
       this.changed();
     }
+  }
+
+  /** @param {string} reason */
+  fail(reason) {
+    this.dispatchEvent(new CustomEvent("failed", { detail: reason }));
   }
 
   changed() {

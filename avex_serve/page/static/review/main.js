@@ -89,7 +89,7 @@ class Page {
     queue.addEventListener("waiting", () => this.work.toggleAttribute("data-saving", queue.waiting > 0));
     queue.addEventListener("saved", () => progress.refresh(filters.label.value));
     progress.addEventListener("choose", (event) => filters.showLabel(/** @type {CustomEvent<string>} */ (event).detail));
-    for (const source of [queue, this.listening]) {
+    for (const source of [queue, filters, this.listening]) {
       source.addEventListener("failed", (event) => this.fail(/** @type {CustomEvent<string>} */ (event).detail));
     }
     const acts = Object.fromEntries(this.keys().map(([key, , act]) => [key.toLowerCase(), act]));

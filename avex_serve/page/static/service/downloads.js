@@ -211,7 +211,7 @@ function embeddingRows({ spans, embeddings }) {
     (Array.isArray(each[0]) ? each : [each]).map((/** @type {number[]} */ vector) => [...spans[index], ...vector]),
   );
   const head = ["start", "end", ...(lines[0] ?? []).slice(2).map((/** @type {number} */ _, /** @type {number} */ index) => `e${index}`)];
-  return [head, ...lines].map((line) => line.join(",")).join("\n") + "\n";
+  return [head, ...lines].map((line) => `${line.join(",")}\n`).join("");
 }
 
 /** @param {Blob} content */
