@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avex_serve.cli.output import note
+from avex_serve.cli.output import add_device, note
 from avex_serve.cli.predict import add_reading, read_cut
 from avex_serve.cli.progress import reporting, summary
 from avex_serve.cli.tables import add_choice, read_choice, write_tables
@@ -56,8 +56,7 @@ def add_parser(commands: Any) -> None:
         help="ray: on the Ray cluster of this machine or of RAY_ADDRESS, or else on a new one of this machine",
     )
     parser.add_argument("--embeddings", action="store_true", help="keep the embeddings, for classify and training")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
+    add_device(parser)
     add_progress(parser)
     add_choice(parser)
 

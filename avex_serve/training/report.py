@@ -15,6 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from avex_serve.calibration.scales import Activation, Calibration, Calibrator, sigmoid
+from avex_serve.errors import InputError
 from avex_serve.inference.scores import activate
 from avex_serve.training import metrics
 from avex_serve.training.dataset import NEGATIVES, Recording
@@ -113,6 +114,17 @@ class Evaluation(Struct, frozen=True, kw_only=True):
         """Write ``evaluation.json`` and ``evaluation.csv`` into a folder."""
         (folder / EVALUATION).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
         (folder / TABLE).write_text(table(self), "utf-8")
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """The ``evaluation.json`` of a folder, or None if it has none; InputError for another file of that name."""
+    path = folder / EVALUATION
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Evaluation)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise InputError(f"{path} can't be read: {error}; fit or evaluate again, or remove the file") from None
 
 
 class Predictions(NamedTuple):
@@ -218,7 +230,7 @@ def evaluate(
     joined = join(predictions)
     groups, targets = windows.groups[joined.rows], windows.targets[joined.rows]
     values = _point(joined, targets)
-    drawn = _resampled(joined, targets, groups, seed)  # (metrics, C, B)
+    drawn = resampled(joined, targets, groups, seed, resamples_of(len(targets)))  # (metrics, C, B)
     counts = [
         ((targets[:, i] == 1).sum(), np.unique(groups[targets[:, i] == 1]).size, (targets[:, i] == 0).sum())
         for i in range(len(labels))
@@ -383,8 +395,13 @@ def _point(joined: Predictions, targets: np.ndarray) -> np.ndarray:
     return figures_of(joined, targets, np.ones((1, len(targets))))[..., 0]
 
 
-def _resampled(joined: Predictions, targets: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
-    resamples = metrics.RESAMPLES if len(targets) <= _LARGE else metrics.RESAMPLES // 5
+def resamples_of(windows: int) -> int:
+    """How often that number of windows is resampled."""
+    return metrics.RESAMPLES if windows <= _LARGE else metrics.RESAMPLES // 5
+
+
+def resampled(joined: Predictions, targets: np.ndarray, groups: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """Figures (metrics, C, B) in resamples of the groups (N,); the same groups and seed give the same resamples."""
     blocks = metrics.resample(groups, seed, resamples)
     return np.concatenate([figures_of(joined, targets, weights) for weights in blocks], axis=-1)
 
