@@ -219,6 +219,7 @@ def test_recordings_that_cannot_be_sent(client):
         "3.wav",
         "-1.wav",
         "99999999999999999999.wav",
+        "9" * 5000 + ".wav",
         "../app.py",
         "%2e%2e%2fapp.py",
         "0.wav/../../../etc/passwd",
