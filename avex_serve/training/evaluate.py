@@ -24,7 +24,7 @@ class EvaluationRequest:
     """The options of ``avex-serve evaluate``; see its ``--help``."""
 
     bundle: Path | str  # a folder or a URL
-    data: Path
+    data: Path | tuple[Path, ...]
     output: Path | None = None  # folder of the report
     probe: str | None = None
     seed: int = 0

@@ -18,7 +18,7 @@ from avex_serve.calibration.scales import Activation, Calibration, Calibrator, s
 from avex_serve.errors import InputError
 from avex_serve.inference.scores import activate
 from avex_serve.training import metrics
-from avex_serve.training.dataset import Recording
+from avex_serve.training.dataset import NEGATIVES, Recording
 from avex_serve.training.embed import Windows
 from avex_serve.training.noise import MOST_PER_HOUR, per_hour
 
@@ -27,6 +27,7 @@ TABLE: Final = "evaluation.csv"
 FEW: Final = 5  # recordings with a sound, below which its figures say little
 WORST: Final = 30  # mistakes to list
 BACKGROUND: Final = "the background of the data"  # windows that hold none of the sounds
+_NO_SOUND: Final = frozenset({*NEGATIVES, "silence"})  # labels that a head may have for it
 NOTHING: Final = "(none)"  # in the confusion: no sound, and no detection
 HOW: Final = {  # by `Evaluation.evaluated`
     "hold-out": "groups that were held out",
@@ -378,6 +379,9 @@ def _noise(
 ) -> dict[str, Noise]:
     """Detections of the saved head in noise, and of the evaluated heads in the background of the data."""
     thresholds = np.zeros(len(labels)) if calibration is None else calibration.thresholds()
+    # A label of noise is right there.
+    sounds = np.array([label.casefold() not in _NO_SOUND for label in labels])
+    thresholds = np.where(sounds, thresholds, np.inf)
     seconds = float((windows.spans[:, 1] - windows.spans[:, 0]).max())
     found = {
         name: Noise(seconds=len(logits) * seconds, per_hour=per_hour(logits, thresholds, labels, seconds))
@@ -385,10 +389,10 @@ def _noise(
     }
     if predictions:
         joined = join(predictions)
-        empty = (windows.targets[joined.rows] == 0).all(axis=1)
+        empty = (windows.targets[joined.rows][:, sounds] == 0).all(axis=1)
         if empty.any():
             detected = np.where(np.isnan(joined.detected), joined.logits >= 0, joined.detected)[empty]
-            rates = per_hour(detected, np.full(len(labels), 0.5), labels, seconds)
+            rates = per_hour(detected, np.where(sounds, 0.5, np.inf), labels, seconds)
             found[BACKGROUND] = Noise(seconds=len(detected) * seconds, per_hour=rates)
     return found
 
