@@ -13,7 +13,6 @@ import io
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from datetime import timezone
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -188,9 +187,6 @@ def _path(pair: tuple[Recording, Described]) -> str:
 def _recording(described: Described, folder: str) -> Recording:
     header = _header(described.head)
     origin = find_origin(described.name, header.metadata, described.duration)
-    start = origin.start
-    if start is not None and origin.offset is not None:
-        start = start.replace(tzinfo=timezone(origin.offset))
     path = f"{folder.rstrip('/')}/{described.name}" if folder else described.name
     return Recording(
         path=path,
@@ -198,7 +194,7 @@ def _recording(described: Described, folder: str) -> Recording:
         duration=described.duration,
         sample_rate=header.sample_rate,
         channels=header.channels,
-        start=start,
+        start=origin.moment,
         latitude=origin.latitude,
         longitude=origin.longitude,
     )
