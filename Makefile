@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: help docs demo lint lint-page screenshots test-fast test test-all fuzz bench bench-overhead bench-archive bench-engines format lock proto train-demo clean
+.PHONY: help docs demo lint lint-page screenshots test-fast test test-all fuzz bench bench-overhead bench-archive bench-engines format lock sbom proto train-demo clean
 
 help:
 	@echo "make demo        export the demo probe, serve it and query it over HTTP and gRPC"
 	@echo "make lint        format, lint, types and import contracts"
-	@echo "make lint-page   the types of the pages' JavaScript; needs Node"
+	@echo "make lint-page   the types and the lint of the pages' JavaScript; needs Node"
 	@echo "make screenshots draw the pictures of the pages in docs/; needs chromium"
 	@echo "make test-fast   the tests that take little: under two minutes on two cores"
 	@echo "make test        what CI runs: make lint, and all tests but the nightly ones"
@@ -23,6 +23,7 @@ help:
 	@echo "make docs        the site, from docs/ and the code, into build/site"
 	@echo "make format      rewrite the code in the project's format"
 	@echo "make lock        pin the packages of the image by constraints.txt"
+	@echo "make sbom        list the packages of the image for audits, as CycloneDX, into build/"
 	@echo "make proto       compile the messages of gRPC"
 	@echo "make train-demo  train the demo model and its probes again (minutes)"
 	@echo "make clean       remove .venv and caches"
@@ -47,6 +48,7 @@ lint: $(INSTALLED)
 
 lint-page:
 	npx --yes --package typescript@5.9 tsc --project avex_serve/page/jsconfig.json
+	cd avex_serve/page && npx --yes --package @biomejs/biome@2.6 biome lint --error-on-warnings
 
 screenshots: $(INSTALLED)
 	$(BIN)/python -m scripts.screenshots
@@ -104,6 +106,14 @@ format: $(INSTALLED)
 
 lock: $(INSTALLED)
 	$(BIN)/python scripts/lock.py
+
+sbom:
+	$(PYTHON) -m venv build/cyclonedx
+	build/cyclonedx/bin/python -m pip install --quiet 'cyclonedx-bom==7.*'
+	build/cyclonedx/bin/cyclonedx-py requirements deploy/requirements.txt \
+		--output-reproducible --output-file build/sbom.json
+	build/cyclonedx/bin/cyclonedx-py requirements deploy/requirements.cuda.txt \
+		--output-reproducible --output-file build/sbom.cuda.json
 
 proto: $(INSTALLED)
 	$(BIN)/python -m grpc_tools.protoc --proto_path avex_serve/service/grpc \

@@ -2,8 +2,9 @@
 
     python bench/review.py [--browser /usr/bin/chromium]
 
-Prints the time of a queue over 1,000,000 windows by strategy, the time and memory to open a recording of 4 GB, and
-the labels a minute of a reviewer who answers at once: over HTTP, and with a browser by key presses in the page.
+Prints the time of a queue over 1,000,000 windows by strategy, the time and memory to open a recording of 4 GB, the
+labels a minute of a reviewer who answers at once: over HTTP, and with a browser by key presses in the page, and the
+time to the first view of this page and of the service's.
 """
 
 import argparse
@@ -23,12 +24,15 @@ import httpx
 import numpy as np
 import soundfile
 
+from avex_serve.demo.run import running_server
 from avex_serve.page.waves import HEADER_BYTES, WaveFile, encode_header
 from avex_serve.review.pool import Pool, Queue, Sound
 from avex_serve.review.strategies import STRATEGIES
+from avex_serve.service.settings import DEMO_BUNDLE
 
 WINDOWS, RECORDINGS = 1_000_000, 5000
 CLIPS = 100
+VIEWS = 5
 
 
 def time_queues() -> None:
@@ -134,6 +138,34 @@ def review_in_browser(address: str, browser: str) -> None:
         chromium.close()
 
 
+def first_views(address: str, browser: str) -> None:
+    """Time from opening an address to a page that can be used, in a browser that has nothing of it in its cache."""
+    from playwright.sync_api import sync_playwright
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_server(DEMO_BUNDLE, Path(folder)) as server,
+        sync_playwright() as playwright,
+    ):
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        views = {
+            "review, with its first spectrogram": (f"{address}&annotator=bench", ".spectrogram[aria-busy=false]"),
+            "service, with what is served": (f"http://127.0.0.1:{server.http_port}/", "select option"),
+        }
+        for name, (url, ready) in views.items():
+            taken = []
+            for _ in range(VIEWS):
+                context = chromium.new_context()
+                page = context.new_page()
+                begun = time.perf_counter()
+                page.goto(url)
+                page.wait_for_selector(ready, state="attached")
+                taken.append(time.perf_counter() - begun)
+                context.close()
+            print(f"first view of the page of the {name}: {1000 * statistics.median(taken):.0f} ms (median)")
+        chromium.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--browser", default="/usr/bin/chromium", help="without it, the browser is left out")
@@ -147,6 +179,7 @@ def main() -> None:
         if os.path.exists(arguments.browser):  # noqa: PTH110
             with serving(table) as address:
                 review_in_browser(address, arguments.browser)
+                first_views(address, arguments.browser)
 
 
 if __name__ == "__main__":

@@ -73,9 +73,11 @@ def photograph_review(page: Any, url: str, target: Path) -> None:
 def reviewed(folder: Path, recording: Path) -> Iterator[str]:
     """A review of the demo bundle's results on a recording, and its address."""
     command = [sys.executable, "-m", "avex_serve"]
-    options = ["--out", str(folder / "run"), "--hop", "0.5"]
+    options = ["--out", str(folder / "run"), "--hop", "0.5", "--embeddings"]
     run([*command, "run", str(DEMO_BUNDLE), str(recording), *options], check=True, stdout=DEVNULL, stderr=DEVNULL)
-    process = Popen([*command, "review", str(folder / "run"), "--port", "0"], stdout=PIPE, text=True)
+    process = Popen(
+        [*command, "review", str(folder / "run"), "--model", "avex_demo", "--port", "0"], stdout=PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         yield process.stdout.readline().split()[-1]

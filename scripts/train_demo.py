@@ -27,6 +27,7 @@ from avex_serve.models.probes.storage import load_head
 from avex_serve.synthetic import LABELS, WINDOW_SECONDS, Event, make_clip_with_events
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "avex_serve"
 RECIPES = ROOT / "export" / "avex_export" / "recipes"
 MODEL = "avex_demo"
 
@@ -70,17 +71,15 @@ class Clips:
 def main() -> None:
     """Train, save and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "avex_serve", help="folder for the weights")
+    parser.add_argument("--output", type=Path, default=PACKAGE, help="folder for what is trained")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--probes", action="store_true", help="train the probes again, on the backbone that is there"
-    )
+    parser.add_argument("--probes", action="store_true", help="train the probes again, on the package's backbone")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     torch.manual_seed(args.seed)
     clock = Clock()
 
-    weights = args.output / "official_models" / f"{MODEL}.safetensors"
+    weights = (PACKAGE if args.probes else args.output) / "official_models" / f"{MODEL}.safetensors"
     if not args.probes:
         train = synthesise(np.random.default_rng([args.seed, 0]), BACKBONE_CLIPS)
         clock.say(f"synthesised {BACKBONE_CLIPS} clips to train the backbone with")

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import signal
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,10 @@ from tests.bundles import make_audio_bundle, make_embedding_bundle
 
 # Tests run side by side, a process for each core: threads inside of one would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell has what it starts in the background ignore Ctrl-C, and so would each program that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 with warnings.catch_warnings():
     # BentoML itself uses what pydantic and pathspec call deprecated, when it is imported and a service is defined.

@@ -11,7 +11,7 @@ import onnx
 import pytest
 
 from avex_serve.bundles.manifest import LABELS, MANIFEST, ONNX, ONNX_INT8, TORCHSCRIPT, Manifest
-from avex_serve.bundles.reading import parse_labels, read_bundle, sha256_of
+from avex_serve.bundles.reading import parse_labels, read_bundle, read_manifest, sha256_of
 from avex_serve.bundles.sealing import atomic_directory, dump_labels, seal_bundle
 from avex_serve.errors import BundleError
 from tests.bundles import DIM, PROBE, WINDOW, calibrated_copy, calibration, copy_bundle, replace_file
@@ -336,6 +336,20 @@ def test_refuses_weights_that_the_manifest_does_not_list(bundle):
     replace_file(bundle, "model.onnx", (bundle / "model.onnx").read_bytes())
     with pytest.raises(BundleError, match=r"model.onnx reads 'weights.bin', which the manifest doesn't list"):
         read_bundle(bundle)
+
+
+def test_a_graph_that_ends_where_the_name_of_such_a_file_begins(bundle):
+    replace_file(bundle, "model.onnx", (bundle / "model.onnx").read_bytes() + b"\x0a\x08location\x12")
+    with pytest.raises(BundleError, match="reads '', which the manifest doesn't list"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, LABELS])
+def test_a_file_that_would_fill_the_memory_is_not_read(bundle, name):
+    with (bundle / name).open("r+b") as file:
+        file.truncate(2**40)
+    with pytest.raises(BundleError, match=f"{name} has {2**40} bytes; expected at most"):
+        read_manifest(bundle)
 
 
 def test_a_path_that_is_not_utf8(tmp_path, bundle):

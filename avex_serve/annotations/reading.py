@@ -2,13 +2,17 @@
 
 Raven's times count on the whole sequence of open files. `File Offset (s)` counts in the file and is used where a
 table has it. A table without a column of files is about the recording that it is named after:
-`dawn.Table.1.selections.txt`, `dawn.txt` and `dawn.csv` belong to `dawn.wav`.
+`dawn.Table.1.selections.txt`, `dawn.BirdNET.results.csv`, `dawn.txt` and `dawn.csv` belong to `dawn.wav`.
 """
 
+import codecs
 import csv
+import io
 import math
+import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Final, NamedTuple
 
 from avex_serve.errors import InputError, NotFoundError
@@ -28,6 +32,15 @@ LABELS: Final = (
     "species code",
     "class",
 )
+_UNREADABLE: Final = "\ufffd"  # stands for a byte that the encoding doesn't have
+
+
+class TableError(InputError):
+    """A file that is no table of annotations, since it has no labels."""
+
+    def __init__(self, message: str, *, has_times: bool = False) -> None:
+        super().__init__(message)
+        self.has_times = has_times  # it may be a table of annotations whose labels are in another column
 
 
 class Annotation(NamedTuple):
@@ -54,23 +67,70 @@ def read_annotations(path: Path, label_column: str | None = None) -> list[Annota
 
     Raises:
         NotFoundError: no such file.
-        InputError: not a table of annotations, or a row without numbers where times are expected.
+        TableError: not a table of annotations.
+        InputError: a row without numbers where times are expected, or letters in another encoding than Unicode.
     """
     try:
-        text = path.read_text("utf-8-sig")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read as text: {error}") from None
-    lines = text.splitlines()
-    if lines and _is_number(lines[0].split("\t")[0]):
-        return read_audacity(lines, path)
-    return _read_columns(lines, path, label_column)
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from None
+    # Excel writes "Unicode text" as UTF-16 with a byte order mark, and "CSV" in the code page of the computer.
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    text = data.decode(encoding, errors="replace")
+    if "\0" in text:
+        raise TableError(f"{path} is no table of annotations: it isn't text; expected CSV (in Excel: CSV UTF-8)")
+    if _is_number(text.partition("\n")[0].split("\t")[0]):
+        annotations = read_audacity(text.split("\n"), path)
+    else:
+        annotations = _read_columns(text, path, label_column)
+    if _UNREADABLE in text and _UNREADABLE.encode() not in data:
+        raise InputError(
+            f"{path} is not in UTF-8, so its letters can't be told; save it again as UTF-8 (in Excel: CSV UTF-8)"
+        )
+    return annotations
 
 
 def recording_of(table: Path) -> str:
     """The name, without its suffix, of the recording that a table is named after."""
-    return table.stem.removesuffix(".selections").partition(".Table.")[0]
+    return table.stem.removesuffix(".selections").partition(".Table.")[0].partition(".BirdNET.")[0]
+
+
+def composed(text: str) -> str:
+    """The text with one character for each letter with an accent (Unicode's form NFC)."""
+    return unicodedata.normalize("NFC", text)
+
+
+class Recordings:
+    """Recordings by what tables call them: the name of the file in any folder, with or without its suffix.
+
+    Names are compared as they look: macOS and other systems store letters with accents differently.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._by_name: dict[str, list[Path]] = defaultdict(list)
+        for path in paths:
+            for name in {path.name, path.stem}:
+                self._by_name[composed(name)].append(path)
+
+    def named(self, name: str) -> list[Path]:
+        """Those of that name, or that the last part of a path names; it may have either kind of slash."""
+        return self._by_name.get(composed(PureWindowsPath(name).name), [])
+
+    def find(self, name: str, folder: Path) -> Path | None:
+        """The recording that a table in a folder means; of several with that name, the one in the same folder.
+
+        Raises:
+            InputError: several with that name, and not one of them in the folder.
+        """
+        found = self.named(name)
+        beside = [path for path in found if path.parent == folder]
+        if len(found) > 1 and len(beside) != 1:
+            raise InputError(
+                f"{name} may mean {len(found)} recordings, such as {found[0]} and {found[1]}; give their paths"
+            )
+        return next(iter(beside or found), None)
 
 
 def read_audacity(lines: Iterable[str], path: Path) -> list[Annotation]:
@@ -85,24 +145,29 @@ def read_audacity(lines: Iterable[str], path: Path) -> list[Annotation]:
     return rows
 
 
-def _read_columns(lines: Sequence[str], path: Path, label_column: str | None) -> list[Annotation]:
-    header = lines[0] if lines else ""
-    delimiter = max("\t,;", key=header.count)
-    reader = csv.reader(lines, delimiter=delimiter)
+def _read_columns(text: str, path: Path, label_column: str | None) -> list[Annotation]:
+    delimiter = max("\t,;", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
     names = [name.strip().lower() for name in next(reader, [])]
     start, end, file = _first(names, STARTS), _first(names, ENDS), _first(names, FILES)
     label = _first(names, LABELS if label_column is None else (label_column.lower(),))
     if label is None and (label_column is not None or file is None):
         expected = label_column or " or ".join(LABELS)
-        raise InputError(f"{path} is no table of annotations: no column {expected}; it has {', '.join(names)}")
+        raise TableError(
+            f"{path} is no table of annotations: no column {expected}; it has {', '.join(names)}",
+            has_times=start is not None and end is not None,
+        )
     if (start is None) != (end is None):
         raise InputError(f"{path} has a column {start or end}, but none for the other end of an annotation")
     rows = []
-    for number, cells in enumerate(reader, 2):
+    for cells in reader:
+        number = reader.line_num
         if not any(cell.strip() for cell in cells):
             continue
         fields = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
         first, last = 0.0, math.inf
+        if delimiter == ";":  # where Excel separates columns so, it writes 0,5
+            fields |= {name: fields[name].replace(",", ".") for name in (*STARTS, *ENDS) if name in fields}
         if start is not None and end is not None and (fields.get(start) or fields.get(end)):
             first, last = _seconds(fields[start], path, number), _seconds(fields.get(end, ""), path, number)
         if offset := fields.get("file offset (s)"):  # Raven's Begin Time counts on the whole sequence of files

@@ -3,23 +3,24 @@
 import csv
 import io
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from avex_serve.annotations.reading import read_annotations
+from avex_serve.annotations.reading import Recordings, read_annotations
 from avex_serve.annotations.reviews import Decision, Review, Subject, agreed
 from avex_serve.archive.files import sites_of
 from avex_serve.archive.plan import ResultSet
-from avex_serve.archive.store import Entry, Store, connect, quoted
+from avex_serve.archive.store import Entry, Store
+from avex_serve.archive.tables import chunks
 from avex_serve.calibration.density import BANDS, Densities, Density, call_density
+from avex_serve.database import connect, quoted
 from avex_serve.errors import InputError, NotFoundError
 
 ALL: Final = "(all)"  # in place of a site
-FILES_AT_ONCE: Final = 500  # that one statement reads
 SAME: Final = 0.05  # seconds: spans of reviews may be rounded
 _VALUES: Final[dict[Decision, int]] = {"present": 1, "absent": 0, "unsure": -1}
 
@@ -56,11 +57,9 @@ def store_densities(
         NotFoundError: no scores, no such probe, or no reviewed window in the store.
         InputError: a label of several probes, or a recording without a site.
     """
-    sets = [results for results in store.current() if results.kind == "scores"]
-    if not sets:
-        raise NotFoundError(f"{store.folder} has no scores; run a bundle with a probe")
+    sets = store.current_scores()
+    done = {results.name: store.done(results) for results in sets}
     entries = [entry for _, entry in sorted(store.journal().items()) if entry.computed]
-    by_digest = {str(entry.recording): entry for entry in reversed(entries)}  # copies count once
     decisions = agreed(reviews)
     paths = [entry.path for entry in entries]
     site_of = dict(zip(paths, sites_of(paths) if sites is None else _named(paths, sites), strict=True))
@@ -68,13 +67,17 @@ def store_densities(
     for label in sorted({subject.label for subject in decisions}):
         results, name = _find_head(sets, label, probe)
         own = {subject: decision for subject, decision in decisions.items() if subject.label == label}
-        digests = [digest for digest in by_digest if digest in store.done(results)]
-        digest, start, score = _read_scores(store, results, digests, name, label)
-        values, notes = _place(own, [by_digest[each] for each in digests], digest, start)
-        member = np.array([site_of[by_digest[each].path] for each in digests])
+        copies: dict[str, list[Entry]] = defaultdict(list)  # by content, which counts once
+        for entry in entries:
+            if entry.recording in done[results.name]:
+                copies[entry.recording].append(entry)
+        contents = list(copies.values())
+        place, start, score = _read_scores(store, results, [first for first, *_ in contents], name, label)
+        values, notes = _place(own, contents, place, start)
+        member = np.array([site_of[first.path] for first, *_ in contents], str)
         try:
-            densities = call_density(score, values, member[digest], bands=bands, seed=seed)
-            found.append(LabelDensity(label, densities, None, (*notes, *_band_notes(densities))))
+            densities = call_density(score, values, member[place], bands=bands, seed=seed)
+            found.append(LabelDensity(label, densities, None, (*notes, *band_notes(densities))))
         except InputError as error:
             found.append(LabelDensity(label, None, str(error), notes))
     return found
@@ -146,49 +149,49 @@ def _find_head(sets: Sequence[ResultSet], label: str, probe: str | None) -> tupl
 
 
 def _read_scores(
-    store: Store, results: ResultSet, digests: Sequence[str], probe: str, label: str
+    store: Store, results: ResultSet, entries: Sequence[Entry], probe: str, label: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Index of the recording, start in seconds, and score of each window (N,)."""
-    parts: list[dict[str, Any]] = []
+    found: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int64), np.empty(0), np.empty(0))]
+    first = 0
     with connect() as database:
-        for first in range(0, len(digests), FILES_AT_ONCE):
-            chunk = digests[first : first + FILES_AT_ONCE]
-            files = ", ".join(quoted(store.path(results, digest)) for digest in chunk)
-            index = {"recording": np.array(chunk, object), "place": np.arange(first, first + len(chunk))}
+        for chunk in chunks(entries, 1):
+            digests = [str(entry.recording) for entry in chunk]
+            files = ", ".join(map(quoted, store.paths(results, digests)))
+            index = {"recording": np.array(digests, object), "place": np.arange(first, first + len(chunk))}
             database.register("chunk", index)
-            parts.append(
-                database.execute(
-                    f"SELECT place, start, score FROM read_parquet([{files}]) JOIN chunk USING (recording) "
-                    "WHERE probe = ? AND label = ? ORDER BY place, start",
-                    [probe, label],
-                ).fetchnumpy()
-            )
-    place, start, score = (np.concatenate([part[name] for part in parts]) for name in ("place", "start", "score"))
-    return place, start, score.astype(np.float64)
+            columns = database.execute(
+                f"SELECT place, start, score FROM read_parquet([{files}]) JOIN chunk USING (recording) "
+                "WHERE probe = ? AND label = ? ORDER BY place, start",
+                [probe, label],
+            ).fetchnumpy()
+            found.append((columns["place"], columns["start"], columns["score"].astype(np.float64)))
+            first += len(chunk)
+    place, start, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return place, start, score
 
 
 def _place(
-    decisions: Mapping[Subject, Decision], entries: Sequence[Entry], place: np.ndarray, start: np.ndarray
+    decisions: Mapping[Subject, Decision], contents: Sequence[Sequence[Entry]], place: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """The decision on each window (N,) as in `call_density`, and notes on those that fit no window."""
-    by_path = {entry.path: i for i, entry in enumerate(entries)}
-    names = Counter(os.path.basename(path) for path in by_path)  # noqa: PTH119 - paths of any machine
-    by_name = {os.path.basename(path): i for path, i in by_path.items()}  # noqa: PTH119
+    by_path = {Path(entry.path): i for i, copies in enumerate(contents) for entry in copies}
+    names = Recordings(Path(first.path) for first, *_ in contents)
     values = np.full(place.size, -1, np.int8)
     lost = unsure = 0
-    first = np.searchsorted(place, np.arange(len(entries) + 1))
+    first = np.searchsorted(place, np.arange(len(contents) + 1))
     for subject, decision in decisions.items():
-        name = os.path.basename(subject.file)  # noqa: PTH119
-        recording = by_path.get(subject.file, by_name[name] if names[name] == 1 else None)
-        if recording is None:
+        path = Path(subject.file)
+        found = [path] if path in by_path else names.named(subject.file)
+        if len(found) != 1:
             lost += 1
             continue
-        starts = start[first[recording] : first[recording + 1]]
-        window = int(np.abs(starts - subject.start).argmin())
-        if abs(starts[window] - subject.start) > SAME:
+        recording = by_path[found[0]]
+        apart = np.abs(start[first[recording] : first[recording + 1]] - subject.start)
+        if apart.min(initial=np.inf) > SAME:
             lost += 1
             continue
-        values[first[recording] + window] = _VALUES[decision]
+        values[first[recording] + apart.argmin()] = _VALUES[decision]
         unsure += decision == "unsure"
     notes = []
     if lost:
@@ -206,7 +209,8 @@ def _named(paths: Sequence[str], sites: Mapping[str, str]) -> list[str]:
     return found
 
 
-def _band_notes(found: Densities) -> list[str]:
+def band_notes(found: Densities) -> list[str]:
+    """What the estimate doesn't know: bands of scores without a reviewed window."""
     empty = [band for band in found.bands if not band.reviewed]
     share = sum(band.windows for band in empty) / found.all.windows
     if not empty:

@@ -12,10 +12,10 @@ import numpy as np
 from avex_serve.bundles.manifest import Activation, EmbeddingInfo, ProbeInfo
 from avex_serve.calibration.scales import Calibration, Calibrator
 from avex_serve.errors import InputError, UnsupportedError
-from avex_serve.inference.backend import open_bundle
+from avex_serve.evidence.first import Mode, open_checked
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query, links, with_overlap
-from avex_serve.inference.scores import activate, score_scale
+from avex_serve.inference.scores import ScoreScale, activate, score_scale
 
 
 class Probe(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -23,7 +23,7 @@ class Probe(msgspec.Struct, frozen=True, omit_defaults=True):
 
     name: str
     labels: tuple[str, ...]  # in the order of its logits
-    scale: Literal["sigmoid", "softmax", "logits"]  # of its scores
+    scale: ScoreScale  # of its scores
     trained: bool
     calibration: Calibration | None = None  # of the bundle that ran last; probabilities are derived, not stored
 
@@ -104,22 +104,25 @@ class Pass:
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What a run computes, in words that another process understands."""
 
-    bundles: tuple[str, ...]  # absolute paths
+    bundles: tuple[str, ...]  # absolute paths, or URLs
     device: str
     precision: str
+    check: Mode  # of the first answers
     query: Query
     keep_embeddings: bool = False
 
     @contextmanager
     def opened(self, threads: int | None = None) -> Iterator[list[Pass]]:
-        """Open the bundles and plan their passes; errors as of `open_bundle` and `plan_passes`.
+        """Open the bundles and plan their passes; errors as of `open_checked` and `plan_passes`.
 
         Args:
             threads: that infer at the same time; None: one for each core that may be used.
         """
         with ExitStack() as stack:
             engines = [
-                stack.enter_context(open_bundle(bundle, self.device, precision=self.precision, threads=threads))
+                stack.enter_context(
+                    open_checked(bundle, self.device, precision=self.precision, threads=threads, mode=self.check)
+                )
                 for bundle in self.bundles
             ]
             yield plan_passes(engines, self.query, keep_embeddings=self.keep_embeddings)

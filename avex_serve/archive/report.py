@@ -21,6 +21,7 @@ from avex_serve.audio.recorder import format_offset
 from avex_serve.errors import AvexServeError
 from avex_serve.seeing import clips, page, pictures
 
+PAGE: Final = "report.html"  # in the folder of a store
 TEMPLATE: Final = Path(__file__).with_name("report.html.j2")
 MOST_EXAMPLES: Final = 150  # of all labels, about 50 kB each
 MOST_ROWS: Final = 1000  # of a list or table

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, Self
 
-import duckdb
 import msgspec
 import numpy as np
 
@@ -22,7 +21,8 @@ from avex_serve.archive.cloud import Remote, find_folders
 from avex_serve.archive.parquet import ParquetWriter, cycles, lists, plain, runs
 from avex_serve.archive.plan import ResultSet
 from avex_serve.bundles.remote import is_remote
-from avex_serve.errors import InputError, NotFoundError, StorageError
+from avex_serve.database import connect, quoted
+from avex_serve.errors import InputError, NotFoundError, report_full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +175,12 @@ class Store:
         sets = self.sets()
         return [sets[name] for name in self.description.current if name in sets]
 
+    def current_scores(self) -> list[ResultSet]:
+        """Those of them that are scores; NotFoundError if there are none."""
+        if found := [results for results in self.current() if results.kind == "scores"]:
+            return found
+        raise NotFoundError(f"{self.place} has no scores; run a bundle with a probe, or classify its embeddings")
+
     def add_set(self, results: ResultSet) -> None:
         """Make the folder of a set; one that is there gets the version and the calibration of this."""
         path, document = self._folder(results) / SET, _document(results)
@@ -186,7 +192,7 @@ class Store:
         """Make these the current sets, of all recordings or of a part of them."""
         for results in sets:
             self.add_set(results)
-        self.description = Description(LAYOUT, tuple(each.name for each in sets), part)
+        self.description = Description(LAYOUT, tuple(dict.fromkeys(each.name for each in sets)), part)
         self._write(DESCRIPTION, _document(self.description))
 
     def done(self, results: ResultSet) -> set[str]:
@@ -446,34 +452,7 @@ def _copied(url: str) -> Iterator[tuple[Path, Remote]]:
         yield folder, remote
 
 
-# -- files and the database -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def connect(threads: int = 1) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A database in memory. With one thread, rows keep their order and files their bytes."""
-    database = duckdb.connect(config={"threads": threads, "memory_limit": "1GB"})
-    try:
-        yield database
-    finally:
-        database.close()
-
-
-def quoted(text: str | os.PathLike[str]) -> str:
-    """A string of SQL."""
-    return "'" + str(text).replace("'", "''") + "'"
-
-
-@contextlib.contextmanager
-def report_full_disk() -> Iterator[None]:
-    """Turn errors of a disk that is full or can't be written into StorageError."""
-    try:
-        yield
-    except (OSError, duckdb.IOException) as error:
-        raise StorageError(
-            f"the results can't be written: {error}; make room, and start the same command again: it computes only "
-            "what is missing"
-        ) from error
+# -- files --------------------------------------------------------------------------------------------------------
 
 
 def _document(struct: msgspec.Struct) -> bytes:

@@ -13,9 +13,9 @@ from avex_serve.annotations.table import Annotation, Recording, Table
 from avex_serve.archive.choice import Choice as Choice
 from avex_serve.archive.choice import describe, in_zone
 from avex_serve.archive.plan import Probe, ResultSet
-from avex_serve.archive.store import Entry, Store, connect, quoted
+from avex_serve.archive.store import Entry, Store
 from avex_serve.calibration.scales import Calibrator
-from avex_serve.errors import NotFoundError
+from avex_serve.database import connect, quoted
 from avex_serve.inference.results import Merger, check_gap
 from avex_serve.inference.scores import Selection, check_labels
 from avex_serve.scheduling.cores import usable_cores
@@ -47,9 +47,7 @@ def make_table(store: Store, choice: Choice, paths: Collection[str] | None = Non
         NotFoundError: the store has no results, or a label of the choice is in no probe.
         InputError: a choice that can't be.
     """
-    sets = [results for results in store.current() if results.kind == "scores"]
-    if not sets:
-        raise NotFoundError(f"{store.place} has no scores; run a bundle with a probe, or classify its embeddings")
+    sets = store.current_scores()
     classes = check_choice(sets, choice)
     done = [store.done(results) for results in sets]
     entries = sorted(store.journal().values(), key=lambda entry: entry.path)

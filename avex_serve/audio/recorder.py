@@ -22,6 +22,7 @@ NO_TIME: Final = "no time in the name"
 NOT_SET: Final = "clock not set"
 # Where clocks start that were never set: Unix, FAT and some real-time clocks.
 UNSET_DAYS: Final = (date(1980, 1, 1), date(2000, 1, 1))
+YEARS: Final = range(1900, 2200)  # of dates; Python can't add to those at the end of its calendar
 FIRST_HEXADECIMAL: Final = 0x50000000  # AudioMoth's names in seconds: July 2012, before there was one
 APART: Final = timedelta(seconds=2)  # by which times of one recording may differ
 DEGREES: Final = 0.01  # by which its places may differ, about a kilometre
@@ -39,6 +40,13 @@ class Origin:
     recorder: str | None = None  # make, model or serial number
     length: float | None = None  # seconds that it says the recording has
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def moment(self) -> datetime | None:
+        """The start with its offset, where that is known."""
+        if self.start is None or self.offset is None:
+            return self.start
+        return self.start.replace(tzinfo=timezone(self.offset))
 
     @property
     def utc(self) -> datetime | None:
@@ -214,6 +222,8 @@ def _timed(
     try:
         start = datetime(year, month, day)
     except ValueError:
+        start = None
+    if start is None or year not in YEARS:
         origin.warnings.append("impossible date")
         return origin
     if hour > 24 or minute > 59 or second > 59 or (hour == 24 and (minute or second)):
@@ -245,6 +255,8 @@ def _offset(text: str | None) -> timedelta | None:
     if found[1] is None:
         return timedelta(0)
     offset = timedelta(hours=int(found[2]), minutes=int(found[3] or 0))
+    if offset >= timedelta(days=1):
+        return None
     return -offset if found[1] == "-" else offset
 
 

@@ -16,14 +16,16 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from avex_serve.bundles.manifest import MANIFEST, READABLE, Manifest, ProbeInfo
-from avex_serve.errors import BundleError
+from avex_serve.bundles.manifest import MANIFEST, PROBE, READABLE, Manifest, ProbeInfo
+from avex_serve.errors import BundleError, quoted
 
 logger = logging.getLogger(__name__)
 
 # The bytes that precede the path of an external file of weights in an ONNX graph, and the path's length: protobuf's
 # encoding of StringStringEntryProto(key="location", value=…).
 EXTERNAL_DATA: Final = b"\x0a\x08location\x12"
+
+MAX_JSON: Final = 2**26  # bytes of the manifest, and of labels: more of it would fill the memory, not be a bundle
 
 
 class Bundle(NamedTuple):
@@ -87,7 +89,8 @@ def _check_external_data(bundle: Bundle, name: str) -> None:
     with (bundle.directory / name).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as graph:
         start = 0
         while (start := graph.find(EXTERNAL_DATA, start) + len(EXTERNAL_DATA)) >= len(EXTERNAL_DATA):
-            place = graph[start + 1 : start + 1 + graph[start]].decode("utf-8", "replace")
+            length = int.from_bytes(graph[start : start + 1])
+            place = graph[start + 1 : start + 1 + length].decode("utf-8", "replace")
             if place not in bundle.manifest.files:
                 raise BundleError(
                     f"{bundle.directory / name} reads {place!r}, which the manifest doesn't list; export again"
@@ -102,24 +105,10 @@ def _read(root: Path) -> Bundle:
     if not root.is_dir():
         raise BundleError(f"{root} is not a folder; expected a bundle made by avex-export")
     try:
-        text = (root / MANIFEST).read_bytes()
+        text = _json(root / MANIFEST)
     except FileNotFoundError:
-        raise BundleError(f"{root} holds no {MANIFEST}; make a bundle with avex-export") from None
-    try:
-        raw = msgspec.json.decode(text)
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise BundleError(f"{root / MANIFEST} is not JSON: {error}") from None
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version not in READABLE:
-        raise BundleError(
-            f"{root / MANIFEST} has schema version {version!r}, this avex-serve reads "
-            f"{' and '.join(map(str, READABLE))}; "
-            "export again, or install the avex-serve that made it"
-        )
-    try:
-        manifest = msgspec.convert(raw, Manifest)
-    except msgspec.ValidationError as error:
-        raise BundleError(f"{root / MANIFEST} is not a valid manifest: {error}") from None
+        raise BundleError(f"{root} {no_manifest(root)}") from None
+    manifest = decode_manifest(text, source=str(root / MANIFEST))
     for name in manifest.files:
         if not (root / name).is_file():
             raise BundleError(f"{root} lacks {name}, which its manifest lists; copy the bundle again")
@@ -127,17 +116,56 @@ def _read(root: Path) -> Bundle:
     return Bundle(directory=root, manifest=manifest, labels=labels, digest=hashlib.sha256(text).hexdigest())
 
 
+def no_manifest(folder: Path) -> str:
+    """What is wrong with a folder without a manifest, for messages: some give the probe in place of its bundle."""
+    remedy = "make a bundle with avex-export"
+    if (folder / PROBE).is_file():
+        remedy = f"it is a saved probe: make a bundle of it with avex-export --probe {quoted(folder)}"
+    return f"holds no {MANIFEST}; {remedy}"
+
+
+def decode_manifest(text: bytes, *, source: str) -> Manifest:
+    """The manifest in the content of ``manifest.json``.
+
+    Raises:
+        BundleError: not JSON, an unknown schema version, or fields that don't fit; `source` says where it is from.
+    """
+    try:
+        raw = msgspec.json.decode(text)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise BundleError(f"{source} is not JSON: {error}") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version not in READABLE:
+        raise BundleError(
+            f"{source} has schema version {version!r}, this avex-serve reads "
+            f"{' and '.join(map(str, READABLE))}; "
+            "export again, or install the avex-serve that made it"
+        )
+    try:
+        return msgspec.convert(raw, Manifest)
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{source} is not a valid manifest: {error}") from None
+
+
 def _probe_labels(root: Path, manifest: Manifest, probe: ProbeInfo) -> tuple[str, ...]:
     path = root / probe.labels
     if probe.labels not in manifest.files:
         raise BundleError(f"{root / MANIFEST} does not list {probe.labels}; export again")
+    text = _json(path)
     _check_file(path, manifest.files[probe.labels])
-    labels = parse_labels(path.read_bytes(), source=str(path))
+    labels = parse_labels(text, source=str(path))
     if len(labels) != probe.classes:
         raise BundleError(f"{path} has {len(labels)} labels, the model answers {probe.classes}")
     if probe.calibration is not None and tuple(each.label for each in probe.calibration.labels) != labels:
         raise BundleError(f"{root / MANIFEST}: the calibration of {probe.name} is of other labels; export again")
     return labels
+
+
+def _json(path: Path) -> bytes:
+    """A file of JSON; BundleError if it is too large for one of a bundle."""
+    if (size := path.stat().st_size) > MAX_JSON:
+        raise BundleError(f"{path} has {size} bytes; expected at most {MAX_JSON}: export again")
+    return path.read_bytes()
 
 
 def sha256_of(path: Path) -> str:

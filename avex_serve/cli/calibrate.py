@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
         "the detections from a low score on.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("bundle", type=Path, help="made by avex-export")
+    parser.add_argument("bundle", help="made by avex-export: a folder or a URL, such as hf://owner/name")
     parser.add_argument("labels", type=Path, nargs="+", metavar="LABELS", help="tables of reviewed detections")
     parser.add_argument("--output", type=Path, help="folder of the new bundle (default: BUNDLE-VERSION, next to it)")
     parser.add_argument("--bundle-version", metavar="VERSION", help="of the new bundle (default: the next number)")

@@ -15,7 +15,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("classify", help="score the stored embeddings of a run with another probe")
     parser.set_defaults(run=run)
     parser.add_argument("store", type=Path, metavar="DIR", help="made by avex-serve run --embeddings")
-    parser.add_argument("bundle", type=Path, help="made by avex-export --offline, of a probe on the same backbone")
+    parser.add_argument(
+        "bundle", help="folder or URL, made by avex-export --offline, of a probe on the same backbone"
+    )
     add_progress(parser)
     add_choice(parser)
 
@@ -24,11 +26,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Compute what is missing, and write the tables."""
     from avex_serve.archive.run import classify
     from avex_serve.archive.store import Store
-    from avex_serve.inference.backend import open_bundle
+    from avex_serve.evidence.first import open_checked
 
     Store(arguments.store)  # raises if there is none, where `writing` would make one
     choice = read_choice(arguments)
-    with open_bundle(arguments.bundle, "cpu") as reader, Store.writing(arguments.store) as store:
+    with open_checked(arguments.bundle, "cpu") as reader, Store.writing(arguments.store) as store:
         try:
             with end_on_sigterm(), reporting(arguments.progress) as report:
                 progress = classify(store, reader, report)

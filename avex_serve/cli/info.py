@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,19 +13,20 @@ def add_parser(commands: Any) -> None:
     """Add the two commands and their options."""
     parser = commands.add_parser("info", help="what a bundle takes and answers, and what it was made from")
     parser.set_defaults(run=_show)
-    parser.add_argument("bundle", type=Path, help="made by avex-export")
+    parser.add_argument("bundle", help="made by avex-export: a folder or a URL, such as hf://owner/name")
     parser.add_argument("--json", action="store_true", help="all of it, as one JSON document")
     parser = commands.add_parser("diff", help="what changed between two bundles; exit code 1 if anything did")
     parser.set_defaults(run=_compare)
-    parser.add_argument("old", type=Path, help="a bundle")
-    parser.add_argument("new", type=Path, help="another bundle")
+    parser.add_argument("old", help="a bundle")
+    parser.add_argument("new", help="another bundle")
 
 
 def _show(arguments: argparse.Namespace) -> int:
     """Print a bundle, after all of its digests are checked."""
     from avex_serve.bundles.reading import read_bundle
+    from avex_serve.bundles.remote import local_bundle
 
-    bundle = read_bundle(arguments.bundle)
+    bundle = read_bundle(local_bundle(arguments.bundle))
     if arguments.json:
         print(json.dumps(_document(bundle), ensure_ascii=False))
     else:
@@ -36,8 +36,11 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from avex_serve.bundles.reading import read_bundle
+    from avex_serve.bundles.remote import local_bundle
 
-    old, new = (dict(_fields("", _document(read_bundle(path)))) for path in (arguments.old, arguments.new))
+    old, new = (
+        dict(_fields("", _document(read_bundle(local_bundle(each))))) for each in (arguments.old, arguments.new)
+    )
     changed = [name for name in dict.fromkeys((*old, *new)) if old.get(name) != new.get(name)]
     for name in changed:
         print(f"{name}: {_value(old, name)} → {_value(new, name)}")

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avex_serve.cli.output import note
-from avex_serve.errors import InputError
+from avex_serve.cli.retrain import add_retraining
+from avex_serve.errors import InputError, NotFoundError
 
 if TYPE_CHECKING:
     from avex_serve.review.app import Material
+    from avex_serve.review.retraining import Retraining
 
 
 def add_parser(commands: Any) -> None:
@@ -43,6 +45,9 @@ def add_parser(commands: Any) -> None:
         metavar="SHARE",
         help="of detections above the thresholds that the page shows (default: 0.9)",
     )
+    retraining = parser.add_argument_group("retraining from the page, as avex-serve retrain does it")
+    retraining.add_argument("--model", help="backbone of the run: a registered name or a YAML file")
+    add_retraining(retraining)
     parser.add_argument("--open", action="store_true", help="open the page in the usual browser")
 
 
@@ -66,28 +71,60 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _from_store(arguments: argparse.Namespace) -> "Material":
+    from avex_serve.archive.report import PAGE
     from avex_serve.archive.store import Store
-    from avex_serve.review.app import Material
+    from avex_serve.review.app import Material, Scored
     from avex_serve.review.book import REVIEWS, Book
-    from avex_serve.review.sources import has_embeddings, read_pool, similarity_to
+    from avex_serve.review.sources import embeddings_of, list_probes, read_pool, read_scores, similarity_to
 
     store = Store(arguments.store)
     pool, results = read_pool(store, arguments.probe)
-    scale = next(each.scale for each in results.probes if arguments.probe in (None, each.name))
-    similar = partial(similarity_to, store, pool, results) if has_embeddings(store, results) else None
+    first = next(each for each in results.probes if arguments.probe in (None, each.name))
+    similar = partial(similarity_to, store, pool, results) if embeddings_of(store, results) else None
+    book = Book(arguments.reviews or store.folder.resolve() / REVIEWS)
+
+    def probes() -> list[str]:
+        return [probe.name for _, probe in list_probes(Store(arguments.store), results)]
+
+    def rescore(name: str) -> Scored:
+        now = Store(arguments.store)
+        for each, probe in list_probes(now, results):
+            if probe.name == name:
+                return Scored(read_scores(now, pool, each, probe), probe.scale, name)
+        raise NotFoundError(f"the run has no scores of a probe {name!r}")
+
     return Material(
         title=store.folder.resolve().name,
-        pool=pool,
-        book=Book(arguments.reviews or store.folder.resolve() / REVIEWS),
-        scale=scale,
+        scored=Scored(pool, first.scale, first.name),
+        book=book,
         channel=results.identity.get("channel", "mix"),
         target_precision=arguments.target_precision,
         similar=similar,
+        probes=probes,
+        rescore=rescore,
+        report=store.folder / PAGE,
+        retraining=_retraining(arguments, book.folder, first.name, embeddings=similar is not None),
     )
 
 
+def _retraining(arguments: argparse.Namespace, reviews: Path, probe: str, *, embeddings: bool) -> "Retraining":
+    """What the page needs to retrain, or the reason why it can't."""
+    from avex_serve.review.retraining import Retraining, missing_packages
+
+    missing = missing_packages()
+    if not embeddings:
+        missing = "The run has no embeddings. Start the same avex-serve run again with --embeddings."
+    elif missing is None and arguments.model is None:
+        missing = "The backbone is not known. Start avex-serve review with --model, as for avex-serve fit."
+    options = ["--model", str(arguments.model), "--reviews", str(reviews), "--probe", probe]
+    options += ["--target-precision", str(arguments.target_precision)]
+    options += [] if arguments.variant is None else ["--variant", arguments.variant]
+    options += [option for data in arguments.labels or () for option in ("--labels", str(data))]
+    return Retraining(arguments.store, options, missing)
+
+
 def _from_tables(arguments: argparse.Namespace) -> "Material":
-    from avex_serve.review.app import Material
+    from avex_serve.review.app import Material, Scored
     from avex_serve.review.book import REVIEWS, Book
     from avex_serve.review.sources import read_tables
 
@@ -97,7 +134,7 @@ def _from_tables(arguments: argparse.Namespace) -> "Material":
         note(f"left out: {left_out} rows without a label, or about recordings that are not there or end before them")
     return Material(
         title=", ".join(table.name for table in tables[:3]),
-        pool=pool,
+        scored=Scored(pool),
         book=Book(arguments.reviews or tables[0].resolve().parent / REVIEWS),
         target_precision=arguments.target_precision,
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avex_serve.cli.output import note
+from avex_serve.cli.output import add_device, note
 from avex_serve.cli.predict import add_reading, read_cut
 from avex_serve.cli.progress import reporting, summary
 from avex_serve.cli.tables import add_choice, read_choice, write_tables
@@ -38,8 +38,8 @@ def add_parser(commands: Any) -> None:
         "arguments",
         nargs="+",
         metavar="BUNDLE… PATH…",
-        help="one or more bundles, then recordings: files, folders, patterns, s3:// or gs:// URLs, @list.txt, or - "
-        "for standard input",
+        help="one or more bundles (folders or URLs), then recordings: files, folders, patterns, s3:// or gs:// "
+        "URLs, @list.txt, or - for standard input",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="where the results are kept: a folder or a URL")
     add_reading(parser)
@@ -56,8 +56,7 @@ def add_parser(commands: Any) -> None:
         help="ray: on the Ray cluster of this machine or of RAY_ADDRESS, or else on a new one of this machine",
     )
     parser.add_argument("--embeddings", action="store_true", help="keep the embeddings, for classify and training")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
+    add_device(parser)
     add_progress(parser)
     add_choice(parser)
 
@@ -79,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     from avex_serve.archive.run import run as run_passes
     from avex_serve.archive.store import adding
     from avex_serve.archive.tables import check_choice
+    from avex_serve.evidence.first import read_mode
     from avex_serve.inference.pipeline import Query
 
     bundles, paths = _split(arguments.arguments)
@@ -89,9 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
         recordings, part = shard.take(recordings)
         out = f"{out.rstrip('/')}/{shard.folder}"
     job = Job(
-        bundles=tuple(os.path.abspath(bundle) for bundle in bundles),  # noqa: PTH100
+        bundles=tuple(_absolute(bundle) for bundle in bundles),
         device=arguments.device,
         precision=arguments.precision,
+        check=read_mode(),
         query=Query(**read_cut(arguments)),
         keep_embeddings=arguments.embeddings,
     )
@@ -166,7 +167,6 @@ def _find(paths: list[str]) -> "tuple[dict[str, str | None], dict[str, Look]]":
         AvexServeError: there are no recordings at all.
     """
     from avex_serve.archive.files import LIST, STDIN, find_recordings
-    from avex_serve.bundles.remote import is_remote
 
     found = find_recordings((LIST + STDIN if path == STDIN else path for path in paths), remote=True)
     if (hidden := found.note()) is not None:
@@ -174,23 +174,28 @@ def _find(paths: list[str]) -> "tuple[dict[str, str | None], dict[str, Look]]":
     errors = [error for error in found.recordings.values() if error is not None]
     if len(errors) == len(found.recordings):
         raise errors[0] if errors else InputError("the lists name no recordings; expected one path a line")
-    absolute = {
-        path if is_remote(path) else os.path.abspath(path): error  # noqa: PTH100
-        for path, error in found.recordings.items()
-    }
+    absolute = {_absolute(path): error for path, error in found.recordings.items()}
     reasons = {path: None if error is None else str(error) for path, error in sorted(absolute.items())}
     return reasons, found.objects
 
 
-def _split(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """The bundles, which come first, and the paths of recordings."""
-    from avex_serve.bundles.manifest import MANIFEST
+def _absolute(path: str) -> str:
+    """A path for another process, which may have another working directory; a URL as it is."""
+    from avex_serve.bundles.remote import is_remote
 
-    count = next((i for i, each in enumerate(arguments) if not (Path(each) / MANIFEST).is_file()), len(arguments))
+    return path if is_remote(path) else os.path.abspath(path)  # noqa: PTH100
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The bundles, which come first, and the paths of recordings."""
+    from avex_serve.bundles.reading import no_manifest
+    from avex_serve.bundles.remote import is_bundle
+
+    count = next((i for i, each in enumerate(arguments) if not is_bundle(each)), len(arguments))
     if count == 0:
         raise InputError(
-            f"{arguments[0]} is no bundle: it has no {MANIFEST}; name the bundles first, then recordings"
+            f"{arguments[0]} {no_manifest(Path(arguments[0]))}. The bundles come first, then the recordings"
         )
     if count == len(arguments):
         raise InputError("no recordings are named; add files, folders, patterns, @list.txt or -")
-    return [Path(each) for each in arguments[:count]], arguments[count:]
+    return arguments[:count], arguments[count:]

@@ -1,7 +1,6 @@
 """``avex-serve verify``: the evidence of a bundle, run again."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from avex_serve.errors import VerificationError
@@ -11,7 +10,7 @@ def add_parser(commands: Any) -> None:
     """Add the command and its options."""
     parser = commands.add_parser("verify", help="run the bundle's evidence again, on this machine")
     parser.set_defaults(run=run)
-    parser.add_argument("bundle", type=Path, help="made by avex-export")
+    parser.add_argument("bundle", help="made by avex-export: a folder or a URL, such as hf://owner/name")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--full", action="store_true", help="show all checks, not only the worst of each format")
 

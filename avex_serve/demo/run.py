@@ -141,12 +141,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(bundle: Path, folder: Path, **variables: str) -> Iterator[Server]:
+def running_server(bundle: Path, folder: Path, poll_seconds: float = 0.1, **variables: str) -> Iterator[Server]:
     """Serve a bundle on the CPU until the block ends.
 
     Args:
         bundle: the bundle.
         folder: for the log and BentoML's files.
+        poll_seconds: between two looks whether it is ready.
         variables: further environment variables.
 
     Raises:
@@ -178,7 +179,7 @@ def running_server(bundle: Path, folder: Path, **variables: str) -> Iterator[Ser
         while not _is_ready(http_port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise AvexServeError(f"the server did not start; its log:\n{log.read_text('utf-8', 'replace')}")
-            time.sleep(0.1)
+            time.sleep(poll_seconds)
         yield Server(http_port, grpc_port, process.pid, log)
     finally:
         with contextlib.suppress(ProcessLookupError):

@@ -11,11 +11,11 @@ import contextlib
 import platform
 import subprocess
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import numpy as np
@@ -150,6 +150,32 @@ def read_evidence(bundle: Bundle) -> tuple[Record, list[Case]]:
     Raises:
         BundleError: the bundle has no evidence, or it is damaged.
     """
+    with _opened(bundle) as (record, stored):
+        return record, [_case(entry, i, stored) for i, entry in enumerate(record.cases)]
+
+
+def has_evidence(bundle: Bundle) -> bool:
+    """Whether the bundle carries evidence; those of the first exporters don't."""
+    return None not in (bundle.path(VERIFICATION), bundle.path(EVIDENCE))
+
+
+def read_first(bundle: Bundle) -> tuple[Record, list[Case]]:
+    """The record, and the first case of clips; for a bundle of clips of any length, the shortest clips too.
+
+    The other cases stay on the disk. Errors as of `read_evidence`.
+    """
+    audio = bundle.manifest.audio
+    with _opened(bundle) as (record, stored):
+        clips = [i for i, entry in enumerate(record.cases) if entry.sample_rate is None] or [0]
+        first = [clips[0]]
+        if audio is not None and audio.shortest_samples is not None:
+            first.append(min(clips, key=lambda i: stored.zip.getinfo(f"{i}/input.npy").file_size))
+        return record, [_case(record.cases[i], i, stored) for i in dict.fromkeys(first)]
+
+
+@contextlib.contextmanager
+def _opened(bundle: Bundle) -> Iterator[tuple[Record, Any]]:
+    """The record, and numpy's archive of the arrays, which reads each when it is asked for."""
     text, arrays = bundle.path(VERIFICATION), bundle.path(EVIDENCE)
     if text is None or arrays is None:
         raise BundleError(
@@ -169,7 +195,7 @@ def read_evidence(bundle: Bundle) -> tuple[Record, list[Case]]:
             if (size := sum(info.file_size for info in archive.infolist())) > MAX_BYTES:
                 raise BundleError(f"{arrays} would take {size} bytes of memory; expected at most {MAX_BYTES}")
         with arrays.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            return record, [_case(entry, i, stored) for i, entry in enumerate(record.cases)]
+            yield record, stored
     except (
         msgspec.MsgspecError,
         ValueError,

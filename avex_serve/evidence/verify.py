@@ -14,6 +14,7 @@ import numpy as np
 
 from avex_serve.bundles.manifest import Activation, Manifest, ProbeInfo
 from avex_serve.bundles.reading import read_bundle
+from avex_serve.bundles.remote import local_bundle
 from avex_serve.errors import AudioError, BundleError, TensorError
 from avex_serve.evidence.cases import Case, Check, Decisions, Errors, Machine, Outputs, read_evidence, this_machine
 from avex_serve.inference.backend import open_bundle
@@ -35,11 +36,11 @@ _INT8 = "onnx-int8"
 _INT8_FACTOR, _INT8_SLACK = 2.0, 1e-3
 
 
-def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu", *, full: bool = False) -> tuple[str, bool]:
+def verify_bundle(address: str | os.PathLike[str], device: str = "cpu", *, full: bool = False) -> tuple[str, bool]:
     """Run a bundle's evidence again on this machine.
 
     Args:
-        directory: made by ``avex-export``.
+        address: as in `open_bundle`.
         device: as in `open_bundle`.
         full: show all checks, not only the worst ones.
 
@@ -51,11 +52,12 @@ def verify_bundle(directory: str | os.PathLike[str], device: str = "cpu", *, ful
         DependencyError: torch or CUDA is missing.
         InputError: an unknown device.
     """
+    directory = local_bundle(address)
     read_bundle(directory)  # opening checks only the files that it loads
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(open_bundle(directory, device, precision="float32"))]
         record, cases = read_evidence(engines[0].bundle)
-        _check_fit(engines[0], cases)
+        check_fit(engines[0], cases)
         if engines[0].manifest.quantisation is not None and device != "cuda":
             engines.append(stack.enter_context(open_bundle(directory, device, precision="int8")))
         checks = [c for case in cases for engine in engines for c in run_case(engine, case, record.checks)]
@@ -70,7 +72,7 @@ def _machine(title: str, machine: Machine) -> str:
     return f"{title}: " + machine.lines().replace("\n", "\n" + " " * (len(title) + 2))
 
 
-def _check_fit(engine: Engine, cases: Sequence[Case]) -> None:
+def check_fit(engine: Engine, cases: Sequence[Case]) -> None:
     """Raise BundleError unless the evidence has the shapes of the bundle's inputs and outputs."""
     expected = {spec.name: spec.shape[1:] for spec in engine.manifest.outputs}
     for case in cases:
@@ -197,7 +199,6 @@ def _check(
 ) -> Check:
     """Compare outputs of a part with those of the eager module and, if there are any, with those in float64."""
     format_, end_to_end = engine.backend.format, case.sample_rate is not None
-    tolerance = _HALF_TOLERANCE if format_ == "torch-half" else TOLERANCE
     key = (case.name, part.name, len(next(iter(eager.values()))), format_, end_to_end)
     errors, passed, by_float64 = {}, True, set()
     for output, value in eager.items():
@@ -207,9 +208,9 @@ def _check(
             eager_error=_distance(value, exact.get(output)),
         )
         errors[output] = error
-        if _within(error.eager, tolerance if format_ != _INT8 else _int8_limit(key, output, measured)):
+        if _within(error.eager, _limit(key, output, measured)):
             continue
-        noise = None if error.eager_error is None else max(tolerance, _NOISE_FACTOR * error.eager_error)
+        noise = None if error.eager_error is None else max(_tolerance(format_), _NOISE_FACTOR * error.eager_error)
         if format_ != _INT8 and noise is not None and _within(error.float64, noise):
             by_float64.add(output)
         else:
@@ -232,11 +233,42 @@ def _check(
     )
 
 
-def _int8_limit(key: tuple[Any, ...], output: str, measured: Sequence[Check] | None) -> float:
-    """The largest error of int8 that passes, from the same check at the export; there, gates are the limit."""
+def describe_failure(checks: Sequence[Check], measured: Sequence[Check]) -> str | None:
+    """The largest error that failed, in words, and its limit; None if all checks passed."""
+    failed = [
+        (math.inf if error.eager is None else error.eager, output, check)
+        for check in checks
+        if not check.passed
+        for output, error in check.errors.items()
+    ]
+    if not failed:
+        return None
+    error, output, check = max(failed, key=lambda each: each[0])
+    name = output if check.part is None else f"{output} of {check.part}"
+    subject = f"{name} for {check.input!r}, {check.rows} at once"
+    if error == math.inf:
+        return f"{subject}: not finite, or of another shape"
+    limit = _limit(_key(check), output, measured)
+    return f"{subject}: off by {error:.1e} of the largest value, or of 1; expected at most {limit:.1e}"
+
+
+def _key(check: Check) -> tuple[Any, ...]:
+    """What a check of the export and one of this machine have in common."""
+    return check.input, check.part, check.rows, check.format, check.whole_way
+
+
+def _tolerance(format_: str) -> float:
+    return _HALF_TOLERANCE if format_ == "torch-half" else TOLERANCE
+
+
+def _limit(key: tuple[Any, ...], output: str, measured: Sequence[Check] | None) -> float:
+    """The largest error that passes; of int8 from the same check at the export, where gates are the limit."""
+    format_ = key[3]
+    if format_ != _INT8:
+        return _tolerance(format_)
     if measured is None:
         return math.inf
-    same = (c for c in measured if (c.input, c.part, c.rows, c.format, c.whole_way) == key and output in c.errors)
+    same = (check for check in measured if _key(check) == key and output in check.errors)
     check = next(same, None)
     return 0.0 if check is None else _INT8_FACTOR * (check.errors[output].eager or 0.0) + _INT8_SLACK
 

@@ -4,7 +4,7 @@
         engine.predict(wave, rate)
 
 `Repository.refresh` notices bundles that were added, replaced or removed on disk. It opens and checks the new engine
-while the old one serves, and answers once with it before it takes the old one's place. The old engine is closed when
+while the old one serves, before it takes the old one's place. The old engine is closed when
 the last request that leased it has ended. A bundle that is refused doesn't affect the others; the bundle that it
 would replace stays in service.
 """
@@ -17,8 +17,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-import numpy as np
 
 from avex_serve.bundles.folders import Stamp, find_bundles, is_gone, stamp
 from avex_serve.bundles.manifest import Manifest
@@ -80,7 +78,7 @@ class Repository:
 
         Args:
             roots: each a bundle or a folder of bundles, see `find_bundles`.
-            open_engine: opens the bundle in a folder and checks it, as `open_bundle` does.
+            open_engine: opens the bundle in a folder, checks it and answers once, as `open_checked` does.
             may_be_empty: whether bundles may come later.
 
         Raises:
@@ -262,7 +260,7 @@ class Repository:
                 self._exchange(place, None, UNLOADED)
                 return
             self._check_unique(place, manifest)
-            engine = self._open(folder)
+            engine = self._open_engine(folder)
         except AvexServeError as error:
             self._refuse(place, str(error), now if settled else None)
             return
@@ -302,24 +300,6 @@ class Repository:
     def _place_of(self, key: tuple[str, str]) -> _Place | None:
         """Where the model of that name and version is served from."""
         return next((place for place in self._places.values() if place.served and place.served.key == key), None)
-
-    def _open(self, folder: Path) -> Engine:
-        """Open an engine and answer once for silence, so that the first client doesn't wait for the set-up.
-
-        Raises:
-            BundleError: the graph loads but doesn't answer; or as of `open_bundle`.
-        """
-        engine = self._open_engine(folder)
-        manifest = engine.manifest
-        try:
-            if (audio := manifest.audio) is not None:
-                engine.infer_recording(np.zeros(audio.window_samples, np.float32), audio.sample_rate)
-            else:
-                engine.infer(np.zeros([1 if size == -1 else size for size in manifest.inputs[0].shape], np.float32))
-        except Exception as error:  # onnxruntime and torch have their own error classes
-            engine.close()
-            raise BundleError(f"bundle {manifest.name} loads, but fails to answer for silence: {error}") from error
-        return engine
 
     def _refuse(self, place: _Place, reason: str, settled: Stamp | None) -> None:
         with self._lock:

@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from functools import lru_cache
-from typing import Annotated, Any, Final, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
 import msgspec
@@ -24,23 +25,33 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from avex_serve.annotations.reviews import COLUMNS, Decision, Review, Subject, agreed
+from avex_serve.archive.density import densities_table
+from avex_serve.archive.report import REVIEW
 from avex_serve.audio.reader import Channel
 from avex_serve.errors import AvexServeError, InputError, NotFoundError, TooLargeError
+from avex_serve.inference.scores import ScoreScale
 from avex_serve.page.assets import HEADERS, assets
 from avex_serve.page.waves import WaveFile, find_range
 from avex_serve.review import progress
 from avex_serve.review.book import Answer, Book, check_annotator
 from avex_serve.review.pool import Pool, Queue
+from avex_serve.review.retraining import Retraining
 from avex_serve.review.strategies import STRATEGIES
 
 LARGEST_BODY: Final = 2**16  # bytes
 MOST_ITEMS: Final = 5000  # of a queue that are sent at once
+MOST_DIGITS: Final = 16  # of a number in a path
 OPEN_FILES: Final = 64  # recordings whose headers are remembered
 PAGE: Final = "review.html"
+# Reports hold their style, pictures and sounds, and no script.
+REPORT_HEADERS: Final = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+}
 
 
 class Json(JSONResponse):
@@ -56,17 +67,32 @@ Body = TypeVar("Body", bound=Struct)
 Handler = Callable[[Request], Awaitable[Response]]
 
 
+class Scored(NamedTuple):
+    """Windows with the scores of a head, which have the same numbers whatever the head."""
+
+    pool: Pool
+    scale: ScoreScale = "sigmoid"  # of the scores
+    probe: str = ""  # empty: they are of a table
+
+
 @dataclass
 class Material:
     """What is reviewed."""
 
     title: str
-    pool: Pool
+    scored: Scored
     book: Book
-    scale: progress.Scoring = "sigmoid"  # of the scores
     channel: Channel = "mix"
     target_precision: float = 0.9
     similar: Callable[[int], np.ndarray] | None = None  # (N,) of all windows to one; None: no embeddings
+    probes: Callable[[], Sequence[str]] = tuple  # whose scores can be chosen
+    rescore: Callable[[str], Scored] | None = None  # the same windows with the scores of another head
+    report: Path | None = None  # of the run; the file need not exist
+    retraining: Retraining = field(
+        default_factory=lambda: Retraining(
+            None, (), "Tables can't be retrained on: review the results of avex-serve run."
+        )
+    )
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -108,20 +134,24 @@ class DecisionRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     comment: Text = ""
 
 
+class ScoresRequest(Struct, forbid_unknown_fields=True):
+    """Whose scores are reviewed."""
+
+    probe: Text
+
+
+class NoRequest(Struct, forbid_unknown_fields=True):
+    """A body that says nothing: ``{}``."""
+
+
 class UndoRequest(Struct, forbid_unknown_fields=True):
     """Whose last decision is withdrawn."""
 
     annotator: Text
 
 
-def make_app(material: Material, token: str, hosts: Sequence[str]) -> ASGIApp:
-    """The application.
-
-    Args:
-        material: what is reviewed.
-        token: that the address of the first request must have.
-        hosts: the values of the header Host that are answered, such as ``127.0.0.1:8766``.
-    """
+def make_routes(material: Material) -> list[BaseRoute]:
+    """All routes; those of `make_app` need its token."""
     routes = _Routes(material)
     table: list[tuple[str, str, Handler]] = [
         ("/", "GET", routes.page),
@@ -133,11 +163,29 @@ def make_app(material: Material, token: str, hosts: Sequence[str]) -> ASGIApp:
         ("/api/undo", "POST", routes.undo),
         ("/api/counts", "GET", routes.counts),
         ("/api/label", "GET", routes.label),
-        ("/api/recordings/{number:int}.wav", "GET", routes.recording),
+        ("/api/recordings/{number}.wav", "GET", routes.recording),
         ("/api/reviews.csv", "GET", routes.reviews),
+        ("/api/densities.csv", "GET", routes.densities),
+        ("/api/scores", "POST", routes.scores),
+        ("/api/retraining", "GET", routes.retraining),
+        ("/api/retraining/start", "POST", routes.start_retraining),
+        ("/api/retraining/cancel", "POST", routes.cancel_retraining),
+        ("/retrained/{number:int}/{which}", "GET", routes.retrained),
+        ("/report", "GET", routes.report),
     ]
+    return [Route(path, handler, methods=[method]) for path, method, handler in table]
+
+
+def make_app(material: Material, token: str, hosts: Sequence[str]) -> ASGIApp:
+    """The application.
+
+    Args:
+        material: what is reviewed.
+        token: that the address of the first request must have.
+        hosts: the values of the header Host that are answered, such as ``127.0.0.1:8766``.
+    """
     app = Starlette(
-        routes=[Route(path, handler, methods=[method]) for path, method, handler in table],
+        routes=make_routes(material),
         exception_handlers={AvexServeError: _answer_error},  # type: ignore[dict-item]
     )
     return _Guard(app, token, hosts)
@@ -195,11 +243,13 @@ async def _answer_error(_: Request, error: AvexServeError) -> Response:
 class _Routes:
     def __init__(self, material: Material) -> None:
         self._material = material
-        self._pool = material.pool
         self._book = material.book
-        self._places = {label: i for i, label in enumerate(material.pool.labels)}
         self._similar: tuple[int, np.ndarray] | None = None
         self._open = lru_cache(OPEN_FILES)(self._open_recording)
+
+    @property
+    def _pool(self) -> Pool:
+        return self._material.scored.pool
 
     # -- pages -----------------------------------------------------------------------------------------------------
 
@@ -229,7 +279,10 @@ class _Routes:
                 "sites": pool.sites,
                 "dates": [days[0], days[-1]] if days else None,
                 "strategies": strategies,
-                "scale": self._material.scale,
+                "scale": self._material.scored.scale,
+                "probe": self._material.scored.probe,
+                "probes": await run_in_threadpool(self._material.probes),
+                "report": self._material.report is not None and self._material.report.is_file(),
                 "middle": pool.middle,
                 "target_precision": self._material.target_precision,
                 "windows": int(pool.recording.size),
@@ -309,9 +362,9 @@ class _Routes:
         return Json(self._item(window, label, self._score(window, label), known))
 
     def _score(self, window: int, label: str) -> float:
-        if label not in self._places:
+        if label not in self._pool.labels:
             return np.nan
-        return float(self._pool.scores_of(self._places[label], np.array([window]))[0])
+        return float(self._pool.scores_of(self._pool.label_index(label), np.array([window]))[0])
 
     def _decisions(self, annotator: str) -> dict[int, list[Review]]:
         """The decisions of an annotator by window."""
@@ -385,7 +438,7 @@ class _Routes:
         found = await run_in_threadpool(
             progress.describe_label,
             self._pool,
-            self._material.scale,
+            self._material.scored.scale,
             name,
             self._book.reviews,
             self._material.target_precision,
@@ -402,15 +455,71 @@ class _Routes:
             rows = [each[: len(COLUMNS)] for each in reviews]
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-        disposition = {"Content-Disposition": 'attachment; filename="reviews.csv"'}
-        return Response(text.getvalue(), media_type="text/csv; charset=utf-8", headers=disposition)
+        return _table(text.getvalue(), "reviews.csv")
+
+    async def densities(self, _: Request) -> Response:
+        """The call densities of all labels and sites as one table."""
+        found = await run_in_threadpool(progress.label_densities, self._pool, self._book.reviews)
+        return _table(densities_table(found), "densities.csv")
+
+    # -- other scores ----------------------------------------------------------------------------------------------
+
+    async def scores(self, request: Request) -> Response:
+        wanted = await _read(request, ScoresRequest)
+        if self._material.rescore is None:
+            raise NotFoundError("tables have no scores of other heads")
+        self._material.scored = await run_in_threadpool(self._material.rescore, wanted.probe)
+        return Json({"probe": self._material.scored.probe})
+
+    async def retraining(self, _: Request) -> Response:
+        def describe() -> dict[str, Any]:
+            found, scored = self._material.retraining.describe(), self._material.probes()
+            return found | {"heads": [each | {"scores": each["name"] in scored} for each in found["heads"]]}
+
+        return Json(await run_in_threadpool(describe))
+
+    async def start_retraining(self, request: Request) -> Response:
+        await _read(request, NoRequest)
+        if not self._book.reviews:
+            raise InputError("nothing is decided yet; review some windows first")
+        await run_in_threadpool(self._material.retraining.start)
+        return await self.retraining(request)
+
+    async def cancel_retraining(self, request: Request) -> Response:
+        await _read(request, NoRequest)
+        await run_in_threadpool(self._material.retraining.cancel)
+        return await self.retraining(request)
+
+    async def retrained(self, request: Request) -> Response:
+        """The report of a retrained head, or of the head before it on the same windows."""
+        which = request.path_params["which"]
+        if which not in ("after", "before"):
+            raise NotFoundError("no such report")
+        found = self._material.retraining.report(request.path_params["number"], before=which == "before")
+        return await self._send_report(found)
+
+    async def report(self, _: Request) -> Response:
+        """The report of the run, whose links then lead to this page, whatever its port."""
+        return await self._send_report(self._material.report)
+
+    async def _send_report(self, path: Path | None) -> Response:
+        try:
+            content = b"" if path is None else await run_in_threadpool(path.read_bytes)
+        except FileNotFoundError:
+            content = b""
+        if not content:
+            raise NotFoundError("there is no such report")
+        here = content.replace(f'href="{REVIEW}'.encode(), b'href="/?')
+        return Response(here, media_type="text/html; charset=utf-8", headers=REPORT_HEADERS)
 
     # -- recordings ------------------------------------------------------------------------------------------------
 
     async def recording(self, request: Request) -> Response:
-        number = request.path_params["number"]
-        if not number < len(self._pool.sounds):
-            raise NotFoundError(f"no recording {number}")
+        text = request.path_params["number"]
+        # Starlette's own numbers end in an error of the service if they have 5000 digits.
+        number = int(text) if text.isdecimal() and len(text) < MOST_DIGITS else len(self._pool.sounds)
+        if number >= len(self._pool.sounds):
+            raise NotFoundError(f"no recording {text[:MOST_DIGITS]}")
         return await run_in_threadpool(self._stretch, number, request.headers.get("range"))
 
     def _stretch(self, number: int, wanted: str | None) -> Response:
@@ -435,6 +544,11 @@ class _Routes:
     def _span(self, window: int) -> tuple[str, float, float]:
         start, end = self._pool.spans[window].tolist()
         return self._pool.sounds[int(self._pool.recording[window])].path, round(start, 9), round(end, 9)
+
+
+def _table(content: str, name: str) -> Response:
+    disposition = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return Response(content, media_type="text/csv; charset=utf-8", headers=disposition)
 
 
 def _shown(review: Review) -> dict[str, str]:

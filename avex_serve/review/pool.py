@@ -98,6 +98,17 @@ class Pool:
         self._first = np.searchsorted(recording, np.arange(len(sounds) + 1))
         self._by_path = {sound.path: i for i, sound in enumerate(sounds)}
 
+    def with_scores(
+        self, labels: Sequence[str], candidates: Sequence[tuple[np.ndarray | None, np.ndarray]], middle: float
+    ) -> "Pool":
+        """The same windows under the same numbers with other scores; arguments as of a new pool."""
+        return Pool(self.sounds, labels, self.recording, self.spans, candidates, middle)
+
+    @property
+    def site_of(self) -> np.ndarray:
+        """(N,) the place of each window's site in `sites`."""
+        return np.asarray(self._site)
+
     def label_index(self, label: str) -> int:
         """The place of a label; NotFoundError if it has none."""
         try:

@@ -4,21 +4,22 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from avex_serve.annotations.reviews import DECISIONS, Decision, Review, Subject, agreed
-from avex_serve.calibration.density import LEAST, call_density
+from avex_serve.archive.density import LabelDensity, band_notes
+from avex_serve.calibration.density import call_density
 from avex_serve.calibration.fit import calibrate
-from avex_serve.calibration.scales import LabelCalibration, Scale, sigmoid
+from avex_serve.calibration.scales import LabelCalibration, Scale, log_odds, sigmoid
+from avex_serve.errors import InputError
+from avex_serve.inference.scores import ScoreScale
 from avex_serve.review.pool import Pool
 
-Scoring = Literal["sigmoid", "softmax", "logits"]
 BINS: Final = 10  # of scores
 POINTS: Final = 41  # of the fitted curve
 Z: Final = 1.96  # standard deviations of an interval of 95 %
-_EDGE: Final = 1e-7  # scores nearer to 0 or 1 count as this
 
 
 class Kappa(NamedTuple):
@@ -113,7 +114,7 @@ def _wilson(k: int, n: int) -> tuple[float, float]:
 
 
 def describe_label(
-    pool: Pool, scale: Scoring, label: str, reviews: Sequence[Review], target_precision: float
+    pool: Pool, scale: ScoreScale, label: str, reviews: Sequence[Review], target_precision: float
 ) -> dict[str, Any]:
     """What the reviews say about the scores of a label; without scores, only counts.
 
@@ -126,16 +127,17 @@ def describe_label(
     """
     windows, targets, labels = _targets(pool, agreed(reviews))
     result: dict[str, Any] = {"label": label, "bins": [], "curve": [], "threshold": None, "reason": None}
-    result["density"] = None
+    result["density"], result["density_reason"] = None, None
     if label not in labels:
-        return result | {"reason": "no decisions yet"}
+        return result | dict.fromkeys(("reason", "density_reason"), "no decisions yet")
     scores = np.stack([pool.scores_of(pool.label_index(each), windows) for each in labels], axis=1)
     targets[~np.isfinite(scores)] = -1
     place = labels.index(label)
     known = targets[:, place] >= 0
     if not known.any():
-        return result | {"reason": "no decisions about windows with a score yet"}
-    result["density"] = _density(pool, label, windows[known], targets[known, place])
+        reason = "no decisions about windows with a score yet"
+        return result | dict.fromkeys(("reason", "density_reason"), reason)
+    result |= _shown_density(_density(pool, label, windows[known], targets[known, place]))
     result["bins"] = [each._asdict() for each in reliability(scores[known, place], targets[known, place] == 1)]
     found = calibrate(
         _logits(np.nan_to_num(scores, nan=0.5), scale),
@@ -148,15 +150,41 @@ def describe_label(
     return result | _shown(found, scale, scores[known, place])
 
 
-def _density(pool: Pool, label: str, windows: np.ndarray, present: np.ndarray) -> dict[str, float] | None:
-    """The share of all windows with the sound, if windows (M,) with a decision (M,) were drawn by chance."""
+def label_densities(pool: Pool, reviews: Sequence[Review]) -> list[LabelDensity]:
+    """The share of all windows with each reviewed label, in all and by site, if these were drawn by chance."""
+    windows, targets, labels = _targets(pool, agreed(reviews))
+    return [
+        _density(pool, label, windows[targets[:, i] >= 0], targets[targets[:, i] >= 0, i])
+        for i, label in sorted(enumerate(labels), key=lambda each: each[1])
+    ]
+
+
+def _density(pool: Pool, label: str, windows: np.ndarray, present: np.ndarray) -> LabelDensity:
+    """From windows (M,) with a decision (M,)."""
     scores = pool.all_scores(pool.label_index(label))
-    if scores is None or windows.size < LEAST:
-        return None
+    if scores is None:
+        return LabelDensity(label, None, "these scores are not of all windows", ())
     decisions = np.full(scores.size, -1, np.int8)
     decisions[windows] = present
-    found = call_density(scores, decisions).all
-    return {"value": found.value, "low": found.low, "high": found.high}
+    try:
+        found = call_density(scores.astype(np.float64), decisions, pool.site_of)
+    except InputError as error:
+        return LabelDensity(label, None, str(error), ())
+    named = found._replace(sites={pool.sites[int(place)]: density for place, density in found.sites.items()})
+    return LabelDensity(label, named, None, tuple(band_notes(found)))
+
+
+def _shown_density(each: LabelDensity) -> dict[str, Any]:
+    if each.found is None:
+        return {"density_reason": each.reason}
+    sites = each.found.sites if len(each.found.sites) > 1 else {}
+    return {
+        "density": {
+            **each.found.all._asdict(),
+            "sites": [{"site": site, **density._asdict()} for site, density in sites.items()],
+            "notes": each.notes,
+        }
+    }
 
 
 def _targets(pool: Pool, decisions: Mapping[Subject, Decision]) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -176,14 +204,11 @@ def _targets(pool: Pool, decisions: Mapping[Subject, Decision]) -> tuple[np.ndar
     return np.fromiter(rows, np.int64, len(rows)), targets, labels
 
 
-def _logits(scores: np.ndarray, scale: Scoring) -> np.ndarray:
-    if scale == "logits":
-        return np.asarray(scores, np.float64)
-    inside = np.clip(np.asarray(scores, np.float64), _EDGE, 1 - _EDGE)
-    return np.asarray(np.log(inside) - np.log1p(-inside))
+def _logits(scores: np.ndarray, scale: ScoreScale) -> np.ndarray:
+    return log_odds(scores, "none" if scale == "logits" else scale)
 
 
-def _shown(found: LabelCalibration, scale: Scoring, scores: np.ndarray) -> dict[str, Any]:
+def _shown(found: LabelCalibration, scale: ScoreScale, scores: np.ndarray) -> dict[str, Any]:
     """The curve and the threshold of a calibration, on the scale of the scores."""
     if found.scale is None:
         return {"reason": found.reason}
@@ -198,6 +223,6 @@ def _shown(found: LabelCalibration, scale: Scoring, scores: np.ndarray) -> dict[
     return {"curve": curve, "threshold": shown, "reason": None}
 
 
-def _chances(scores: np.ndarray, scale: Scoring, fitted: Scale) -> list[float]:
+def _chances(scores: np.ndarray, scale: ScoreScale, fitted: Scale) -> list[float]:
     chances: list[float] = sigmoid(_logits(scores, scale) * fitted.slope + fitted.offset).tolist()
     return chances

@@ -38,5 +38,8 @@ def serve(material: Material, port: int, say: Callable[[str], None]) -> None:
         config = uvicorn.Config(app, lifespan="off", log_level="warning", access_log=False, ws="none")
         listener.listen()
         say(f"http://{HOST}:{port}/?token={token}")
-        with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            material.retraining.cancel()

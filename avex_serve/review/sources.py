@@ -10,12 +10,13 @@ import numpy as np
 
 from avex_serve.annotations.reading import Annotation, read_annotations, recording_of
 from avex_serve.archive.files import sites_of
-from avex_serve.archive.plan import ResultSet
-from avex_serve.archive.store import Entry, Store, connect, quoted
+from avex_serve.archive.plan import Probe, ResultSet
+from avex_serve.archive.store import Entry, Store
 from avex_serve.archive.tables import chunks
 from avex_serve.audio.reader import describe
 from avex_serve.audio.recorder import find_origin
-from avex_serve.errors import AvexServeError, NotFoundError
+from avex_serve.database import connect, quoted
+from avex_serve.errors import AvexServeError, InputError, NotFoundError
 from avex_serve.inference.scores import Selection
 from avex_serve.review.pool import Pool, Sound
 from avex_serve.scheduling.cores import usable_cores
@@ -36,9 +37,7 @@ def read_pool(store: Store, probe: str | None = None) -> tuple[Pool, ResultSet]:
     Raises:
         NotFoundError: the store has no scores, or no such probe.
     """
-    sets = [results for results in store.current() if results.kind == "scores"]
-    if not sets:
-        raise NotFoundError(f"{store.folder} has no scores; run a bundle with a probe, or classify its embeddings")
+    sets = store.current_scores()
     found = next(
         ((results, each) for results in sets for each in results.probes if probe in (None, each.name)), None
     )
@@ -53,9 +52,34 @@ def read_pool(store: Store, probe: str | None = None) -> tuple[Pool, ResultSet]:
         for entry, site in zip(entries, sites, strict=True)
     ]
     recording, spans, scores = _read_scores(store, results, head.name, len(head.labels), sounds)
-    middle = float(Selection.of(head.activation, None, None).threshold)
     candidates = [(None, scores[:, i]) for i in range(len(head.labels))]
-    return Pool(sounds, head.labels, recording, spans, candidates, middle), results
+    return Pool(sounds, head.labels, recording, spans, candidates, _middle(head)), results
+
+
+def list_probes(store: Store, results: ResultSet) -> list[tuple[ResultSet, Probe]]:
+    """The heads with current scores of the windows of a set, those of `results` first."""
+    sets = [each for each in store.current() if each.kind == "scores" and each.cut == results.cut]
+    sets.sort(key=lambda each: each.name != results.name)
+    return [(each, probe) for each in sets for probe in each.probes]
+
+
+def read_scores(store: Store, pool: Pool, results: ResultSet, probe: Probe) -> Pool:
+    """The windows of a pool with the scores of another head, where it has them."""
+    done = store.done(results)
+    places = [i for i, sound in enumerate(pool.sounds) if _digest(sound) in done]
+    sounds = [pool.sounds[i] for i in places]
+    recording, spans, scores = _read_scores(store, results, probe.name, len(probe.labels), sounds)
+    windows = np.flatnonzero(np.isin(pool.recording, places))
+    if windows.size != recording.size or not np.array_equal(spans, pool.spans[windows]):
+        raise InputError(f"the scores of {probe.name} are about other windows; open them by --probe {probe.name}")
+    own = None if windows.size == pool.recording.size else windows
+    candidates = [(own, scores[:, i]) for i in range(len(probe.labels))]
+    return pool.with_scores(probe.labels, candidates, _middle(probe))
+
+
+def _middle(probe: Probe) -> float:
+    """The score at which a label is as likely as not."""
+    return float(Selection.of(probe.activation, None, None).threshold)
 
 
 def _entries(store: Store, results: ResultSet) -> list[Entry]:
@@ -109,7 +133,7 @@ def similarity_to(store: Store, pool: Pool, results: ResultSet, window: int) -> 
     Raises:
         NotFoundError: the store has no embeddings of these windows.
     """
-    kept = _embeddings(store, results)
+    kept = embeddings_of(store, results)
     done = {each.name: store.done(each) for each in kept}
     example = _digest(pool.sounds[pool.recording[window]])
     embeddings = next((each for each in kept if example in done[each.name]), None)
@@ -129,12 +153,8 @@ def similarity_to(store: Store, pool: Pool, results: ResultSet, window: int) -> 
     return similarity
 
 
-def has_embeddings(store: Store, results: ResultSet) -> bool:
-    """Whether embeddings of a set's windows are stored."""
-    return bool(_embeddings(store, results))
-
-
-def _embeddings(store: Store, results: ResultSet) -> list[ResultSet]:
+def embeddings_of(store: Store, results: ResultSet) -> list[ResultSet]:
+    """The stored embeddings of a set's windows."""
     return [each for each in store.sets().values() if each.kind == "embeddings" and each.cut == results.cut]
 
 

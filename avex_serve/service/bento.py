@@ -10,8 +10,9 @@ import math
 import shutil
 import signal
 import tempfile
+from collections import deque
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple
 
 import bentoml
@@ -37,6 +38,8 @@ MAX_HEADERS: Final = 256
 MAX_WAITING: Final = 32  # requests of a connection that wait for the answer to the one before
 STALL_SECONDS: Final = 60.0  # without a byte of an answer read, after which a client is given up
 LINGER_SECONDS: Final = 10.0  # for the rest of a request that was refused before all of it had arrived
+MAX_BEGINNING: Final = 8  # requests that begin in one turn of the event loop: most take it a millisecond
+HEALTH: Final = frozenset({"/livez", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
 
 _LINE_BYTES: Final = len(b": \r\n")  # of a header, besides its name and value
 _NO_REQUEST: Final = (400, "this is not a valid HTTP request; expected one by RFC 9112")
@@ -53,6 +56,28 @@ class _Answering(NamedTuple):
     close: Callable[[], None]
 
 
+class _Line:
+    """Requests that wait to begin. Those of hundreds of connections at once would make one long turn of the loop."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def add(self, begin: Callable[[], None], *, first: bool) -> None:
+        """Call it in one of the next turns, before or after those that wait."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._begin)
+        (self._waiting.appendleft if first else self._waiting.append)(begin)
+
+    def _begin(self) -> None:
+        for _ in range(min(MAX_BEGINNING, len(self._waiting))):
+            self._waiting.popleft()()
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._begin)
+
+
+_line = _Line()
+
+
 class BoundedHttp(HttpToolsProtocol):
     """uvicorn's HTTP protocol, with bounds on what a client can make it keep, and without upgrades.
 
@@ -60,6 +85,7 @@ class BoundedHttp(HttpToolsProtocol):
       trailers of a body, has at most `MAX_HEAD_BYTES`; what is larger is answered 431.
     - Up to `MAX_WAITING` requests may arrive before the answer to the one before; the connection ends with theirs.
     - An upgrade is ignored: the request is answered as any other, as RFC 9110, 7.8, allows.
+    - At most `MAX_BEGINNING` requests of all connections begin in one turn of the event loop, health checks first.
     - A client that reads nothing of an answer for `STALL_SECONDS` is disconnected.
     - A connection that is closed in the middle of a request first discards the rest of it, for `LINGER_SECONDS` at
       most. Otherwise the kernel resets the connection, and a client that is still sending loses the answer.
@@ -170,7 +196,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._working = cycle
-        super()._start_asgi_task(cycle, app)
+        _line.add(partial(super()._start_asgi_task, cycle, app), first=cycle.scope["path"] in HEALTH)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let the application know, and forget the connection."""

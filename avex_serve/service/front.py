@@ -66,7 +66,7 @@ Answer = TypeVar("Answer")
 METRICS: Final = "/metrics"
 # Probes need no key, and are answered while the service is busy or shuts down.
 HEALTH: Final = frozenset(
-    {"/livez", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"}
+    bento.HEALTH
     | {f"/{HEALTH_SERVICE}/{method}" for method in ("Check", "Watch")}
     | {f"/{SERVICE}/{method}" for method in ("ServerLive", "ServerReady")}
 )
@@ -84,8 +84,9 @@ MAX_METADATA_BYTES: Final = 2**14  # their names and values
 # The details of a gRPC status are a header, percent-encoded, and clients accept 8 KiB of headers: they would report
 # longer ones as another error.
 MAX_DETAILS: Final = 1000  # characters
-LAST_SECONDS: Final = 1.0  # for the last word of an answer in pieces that has become too late
 MAX_DETAILS_BYTES: Final = 4000  # as sent
+LAST_SECONDS: Final = 1.0  # for the last word of an answer in pieces that has become too late
+EARLY_SECONDS: Final = 0.01  # by which a timer may end before its time: uvloop counts whole milliseconds
 
 
 @dataclass(frozen=True)
@@ -516,7 +517,7 @@ async def deliver(
             async for some in pieces:
                 await send(some)
         except asyncio.CancelledError:
-            if current().remaining > 0:
+            if current().remaining > EARLY_SECONDS:
                 raise
             return _late()
         except grpc.aio.BaseError:

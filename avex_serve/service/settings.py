@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
+from avex_serve.bundles import bundle_cache
 from avex_serve.errors import InputError
 
 PREFIX: Final = "AVEX_"
@@ -39,6 +40,8 @@ REDACTED: Final = "(set)"  # in place of a secret
 OF_TOOLS: Final = frozenset(
     {"AVEX_SHARED", "AVEX_FUZZ_FACTOR", "AVEX_FUZZ_SEED", "AVEX_SOAK_ANSWERS", "AVEX_SOAK_SECONDS"}
 )
+# What people look for among the settings, and BentoML has.
+OF_BENTOML: Final = re.compile(r"AVEX_(?:HTTP_)?(HOST|PORT)")
 # Kubernetes sets these for each Service whose name begins with avex. AVEX_PORT counts only with Kubernetes' value.
 OF_KUBERNETES: Final = re.compile(
     r"AVEX_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*"
@@ -73,10 +76,6 @@ def _default_bundle() -> tuple[str, ...]:
     return (str(CARRIED if in_bento and CARRIED.is_dir() else DEMO_BUNDLE),)
 
 
-def _default_cache() -> Path:
-    return Path(os.environ.get("BENTOML_HOME") or "~/bentoml").expanduser() / "avex-bundles"
-
-
 Bytes = Annotated[int, BeforeValidator(_bytes)]  # 400000000, 400MB, 380MiB
 Seconds = Annotated[float, BeforeValidator(_seconds)]  # 30, 30s, 500ms, 5min
 
@@ -92,12 +91,13 @@ class Settings(BaseModel):
     bundle: tuple[str, ...] = Field(
         default_factory=_default_bundle,
         min_length=1,
-        description="the folders to serve, each a bundle or a folder of bundles, or the s3:// or gs:// URL of one, "
-        "separated as in PATH; by default what a bento carries in bundles/, or else the demo bundle",
+        description="the folders to serve, each a bundle or a folder of bundles, or the hf://, s3:// or gs:// URL "
+        "of one, separated as in PATH; by default what a bento carries in bundles/, or else the demo bundle",
     )
     bundle_cache: Path = Field(
-        default_factory=_default_cache,
-        description="where bundles of s3:// and gs:// are copied; by default within BENTOML_HOME",
+        default_factory=bundle_cache,
+        description="where bundles of URLs are copied, and several workers write large weights that they share; by "
+        "default within BENTOML_HOME",
     )
     start_empty: bool = Field(
         False, description="whether to start when there is no bundle yet (1), and serve those that come later"
@@ -107,6 +107,11 @@ class Settings(BaseModel):
     )
     precision: Literal["auto", "float32", "int8"] = Field(
         "auto", description="which graph runs; auto: int8 on a CPU where the bundle has it"
+    )
+    check: Literal["on", "warn", "off"] = Field(
+        "on",
+        description="whether a bundle whose first answer here differs from its evidence is refused (on), served "
+        "with a warning (warn), or not compared (off)",
     )
     reload_seconds: Seconds = Field(
         10, ge=0, le=86_400, description="between two looks for new bundles on disk; 0: never"
@@ -241,8 +246,10 @@ def _unknown(environment: Mapping[str, str], known: Iterable[str]) -> list[str]:
             continue
         if OF_KUBERNETES.fullmatch(f"{name}={value}"):
             continue
-        nearest = get_close_matches(name, known, 1)
+        nearest = get_close_matches(name.upper(), known, 1)
         remedy = f"did you mean {nearest[0]}?" if nearest else "unset it."
+        if option := OF_BENTOML.fullmatch(name.upper()):
+            remedy = f"where HTTP listens is said by `bentoml serve --{option[1].lower()}`."
         messages.append(f"{name} is no setting; {remedy} `avex-serve settings` lists all settings")
     return messages
 

@@ -9,6 +9,7 @@ are answered by `avex_serve.service.http`.
 
 import asyncio
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -30,8 +31,8 @@ from avex_serve.audio.windows import FinalClip
 from avex_serve.bundles.folders import check_any
 from avex_serve.bundles.remote import Mirror, is_remote
 from avex_serve.errors import AvexServeError, InputError, StorageError
+from avex_serve.evidence.first import open_checked
 from avex_serve.inference import pipeline
-from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
@@ -55,6 +56,7 @@ ALL_INTERFACES: Final = {"0.0.0.0", "::"}
 QUEUE_FACTOR: Final = 16  # waiting requests for each at work
 ARENAS: Final = -8, 2  # M_ARENA_MAX of glibc: see `_keep_less_memory`
 DISK_BYTES: Final = 2**16  # for what a start writes
+SHARED: Final = "weights"  # folder of what workers map, next to the copies of URLs
 CHECK_SECONDS: Final = 1.0  # between two looks at the background tasks
 
 
@@ -90,13 +92,21 @@ class AvexService:
     def front(self) -> Front:
         """The parts that requests share. They are made on first use: BentoML's supervisor needs none of them."""
         settings = self.settings
-        threads = settings.threads or threads_of_worker(bento.workers(AvexService.name))
+        workers = bento.workers(AvexService.name)
+        threads = settings.threads or threads_of_worker(workers)
         slots = settings.concurrency or threads
 
         def open_engine(folder: Path) -> Engine:
-            engine = open_bundle(folder, settings.device, precision=settings.precision, threads=threads)
+            engine = open_checked(
+                folder,
+                settings.device,
+                precision=settings.precision,
+                threads=threads,
+                share=settings.bundle_cache / SHARED if workers > 1 else None,
+                mode=settings.check,
+            )
             if settings.serves_demo:
-                engine.warnings = (DEMO_WARNING,)
+                engine.warnings += (DEMO_WARNING,)
             return engine
 
         roots, fetch = _bundles(settings)
@@ -263,6 +273,10 @@ class AvexService:
         """In each worker: open the bundles, serve gRPC along with HTTP, and look for new bundles from then on."""
         settings = self.settings
         _keep_less_memory()
+        # What the modules have made stays. A full collection would look through it, and stop the event loop for a
+        # tenth of a second.
+        gc.collect()
+        gc.freeze()
         try:
             front = self.front
             self._grpc = await GrpcServer.start(front)
@@ -391,6 +405,8 @@ def check_port_is_free(use: str, host: str, port: int, remedy: str) -> None:
             raise InputError(
                 f"{use} can't listen on {address}: {error.strerror}; stop what listens there, or {remedy}"
             ) from None
+        except OverflowError:
+            raise InputError(f"{use} can't listen on port {port}; expected 1 to 65535: {remedy}") from None
 
 
 def _check_disk() -> None:

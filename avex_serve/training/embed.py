@@ -17,13 +17,18 @@ from typing import Final
 
 import numpy as np
 
+from avex_serve.archive.plan import plan_passes
+from avex_serve.archive.store import Store
 from avex_serve.audio.reader import open_audio, open_wave
-from avex_serve.errors import InputError
+from avex_serve.errors import InputError, UnsupportedError
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Audio, Query, run_recording
 from avex_serve.training.dataset import MIN_OVERLAP, Dataset, Recording
 
 _FORMAT: Final = 1  # of the stored files
+
+# The spans (N, 2) of a recording's windows and their outputs (N, ...), where they are known already.
+Known = Callable[[Recording], tuple[np.ndarray, list[np.ndarray]] | None]
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ def run_windows(
     *,
     overlap: float = 0.0,
     min_overlap: float = MIN_OVERLAP,
+    known: Known | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Windows, list[str]]:
     """Run the labelled windows of a data set.
@@ -69,6 +75,7 @@ def run_windows(
         scratch: folder for the arrays of the result.
         overlap: of neighbouring windows, in seconds.
         min_overlap: see `Dataset.targets`.
+        known: outputs that need not be computed, see `known_outputs`.
         say: is called with the progress.
 
     Returns:
@@ -79,7 +86,7 @@ def run_windows(
     """
     folder = store / _key(engine, outputs, overlap)
     folder.mkdir(parents=True, exist_ok=True)
-    problems = _run_missing(engine, outputs, dataset.recordings, folder, overlap, say)
+    problems = _run_missing(engine, outputs, dataset.recordings, folder, overlap, known, say)
     found: list[tuple[Recording, np.ndarray, np.ndarray, np.ndarray]] = []
     for recording in dataset.recordings:
         if recording.name in problems:
@@ -112,12 +119,44 @@ def run_windows(
     return windows, list(problems.values())
 
 
+def known_outputs(store: Store, engine: Engine, outputs: Sequence[str], overlap: float) -> Known:
+    """The embeddings that a run has stored, if they are those that an engine makes.
+
+    Args:
+        store: open for reading.
+        engine: of an embeddings bundle.
+        outputs: names of its outputs.
+        overlap: of neighbouring windows, in seconds.
+
+    Raises:
+        UnsupportedError: the store has no embeddings of this backbone and layer, whatever the windows.
+    """
+    (planned,) = plan_passes([engine], Query(overlap=overlap), keep_embeddings=True)
+    sets = [planned.embeddings[output] for output in outputs]
+    stored = {each.identity["embedding"] for each in store.sets().values() if each.kind == "embeddings"}
+    if lacking := [each.identity["embedding"] for each in sets if each.identity["embedding"] not in stored]:
+        raise UnsupportedError(
+            f"{store.folder} has no embeddings {lacking[0]}, which this probe reads of {engine.manifest.model}; it "
+            f"has {', '.join(sorted(stored)) or 'none'}. Name the model and the variant that the run's bundle was "
+            "made from, or run it again with --embeddings"
+        )
+    done = set.intersection(*(store.done(each) for each in sets))
+
+    def read(recording: Recording) -> tuple[np.ndarray, list[np.ndarray]] | None:
+        if recording.digest not in done:
+            return None
+        found = [store.read_embeddings(each, recording.digest) for each in sets]
+        return found[0][0], [rows for _, rows in found]
+
+    return read
+
+
 def stored_outputs(
     engine: Engine, outputs: Sequence[str], name: str, wave: np.ndarray, store: Path
 ) -> list[np.ndarray]:
     """The outputs (N, ...) of a wave (S,) at the engine's rate, stored under a name that determines the wave."""
     path = store / _key(engine, outputs, 0.0) / f"{name}.npz"
-    if not path.is_file():
+    if not _is_stored(path):
         store_outputs(engine, outputs, partial(open_wave, wave, engine.audio_spec.sample_rate), 0.0, path)
     with np.load(path) as stored:
         return [stored[str(i)] for i in range(len(outputs))]
@@ -126,11 +165,15 @@ def stored_outputs(
 def store_outputs(engine: Engine, outputs: Sequence[str], audio: Audio, overlap: float, path: Path) -> None:
     """Run a recording, and write the spans of its windows and their outputs to a file, whole or not at all."""
     windows = run_recording(engine, audio, Query(overlap=overlap), outputs)
+    _save(windows.spans, [windows.outputs[name] for name in outputs], path)
+
+
+def _save(spans: np.ndarray, outputs: Sequence[np.ndarray], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
-        arrays = {str(i): windows.outputs[name] for i, name in enumerate(outputs)}
+        arrays = {str(i): rows for i, rows in enumerate(outputs)}
         part = Path(unfinished) / path.name
-        np.savez(part, spans=windows.spans, **arrays)  # type: ignore[arg-type]
+        np.savez(part, spans=spans, **arrays)  # type: ignore[arg-type]
         part.replace(path)
 
 
@@ -151,16 +194,28 @@ def _file(folder: Path, recording: Recording) -> Path:
     return folder / recording.digest[:2] / f"{recording.digest}.npz"
 
 
+def _is_stored(path: Path) -> bool:
+    """Whether the outputs are there; after a power cut, a file may have lost its content."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 def _run_missing(
     engine: Engine,
     outputs: Sequence[str],
     recordings: Sequence[Recording],
     folder: Path,
     overlap: float,
+    known: Known | None,
     say: Callable[[str], None],
 ) -> dict[str, str]:
     """Run the recordings that are not stored yet; a sentence for each that can't be used, by its name."""
-    missing = {r.digest: r for r in recordings if not _file(folder, r).is_file()}
+    missing = {r.digest: r for r in recordings if not _is_stored(_file(folder, r))}
+    for recording in list(missing.values()):
+        found = None if known is None else known(recording)
+        if found is not None:
+            spans, rows = found
+            _save(spans, rows, _file(folder, recording))
+            del missing[recording.digest]
 
     def run(recording: Recording) -> None:
         store_outputs(engine, outputs, partial(open_audio, recording.path), overlap, _file(folder, recording))

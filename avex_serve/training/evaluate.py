@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from avex_serve.archive.store import report_full_disk
 from avex_serve.bundles.manifest import Activation
 from avex_serve.calibration.scales import log_odds
-from avex_serve.inference.backend import open_bundle
+from avex_serve.errors import report_full_disk
+from avex_serve.evidence.first import open_checked
 from avex_serve.inference.scores import activate
 from avex_serve.training.dataset import MIN_OVERLAP, read_dataset
 from avex_serve.training.embed import run_windows
@@ -23,8 +23,8 @@ from avex_serve.training.report import Evaluation, Predictions, report
 class EvaluationRequest:
     """The options of ``avex-serve evaluate``; see its ``--help``."""
 
-    bundle: Path
-    data: Path
+    bundle: Path | str  # a folder or a URL
+    data: Path | tuple[Path, ...]
     output: Path | None = None  # folder of the report
     probe: str | None = None
     seed: int = 0
@@ -51,11 +51,12 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
         InputError: data or options that can't be used.
         NotFoundError: no such data or probe.
         UnsupportedError: the bundle takes embeddings, or has no head.
+        VerificationError: on this machine the bundle answers otherwise than its evidence.
     """
     store = request.cache.expanduser() / "outputs"
     page = request.output is not None and can_make_page(say)
     with (
-        open_bundle(request.bundle, "cpu", precision="float32") as engine,
+        open_checked(request.bundle, "cpu", precision="float32") as engine,
         tempfile.TemporaryDirectory(prefix="avex-evaluate-") as scratch,
     ):
         _ = engine.audio_spec
@@ -107,4 +108,5 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
 
 def _logits(logits: np.ndarray, activation: Activation) -> np.ndarray:
     """Logits whose sigmoid is the score (N, C) that the bundle reports; raw logits as they are."""
-    return log_odds(activate(logits, "softmax"), "softmax") if activation == "softmax" else np.array(logits)
+    as_they_are = activation in ("sigmoid", "none")
+    return np.array(logits) if as_they_are else log_odds(activate(logits, activation), activation)

@@ -14,22 +14,23 @@ from typing import Final
 import numpy as np
 import yaml
 
+from avex_serve.annotations.table import new_folder
+from avex_serve.archive.store import Store
 from avex_serve.audio.windows import plan_windows
-from avex_serve.bundles.manifest import MANIFEST
-from avex_serve.bundles.sealing import atomic_directory
+from avex_serve.bundles.manifest import MANIFEST, PROBE
 from avex_serve.calibration.fit import TARGET
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import AvexServeError, DependencyError, InputError, NotFoundError
-from avex_serve.inference.backend import open_bundle
+from avex_serve.evidence.first import open_checked
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import fingerprint
 from avex_serve.models.probes import build_probe_from_config, load_probe_config, save_probe
-from avex_serve.models.probes.storage import PROBE, load_head
+from avex_serve.models.probes.storage import load_head
 from avex_serve.models.utils.load import find_entry, load_model
 from avex_serve.training import report
 from avex_serve.training.copies import MOST, find_copies
 from avex_serve.training.dataset import MIN_OVERLAP, Dataset, read_dataset, together
-from avex_serve.training.embed import Windows, run_windows
+from avex_serve.training.embed import Windows, known_outputs, run_windows
 from avex_serve.training.files import can_make_page, write_report
 from avex_serve.training.heads import Task, Trained, train
 from avex_serve.training.noise import noise_logits
@@ -44,7 +45,7 @@ _PATIENCE: Final = 30.0  # seconds for the exporter to end
 class FitRequest:
     """The options of ``avex-serve fit``; see its ``--help``."""
 
-    data: Path
+    data: Path | tuple[Path, ...]  # several are joined
     output: Path
     model: str = "avex_demo"
     probe: str = "linear_last"
@@ -57,6 +58,7 @@ class FitRequest:
     min_overlap: float = MIN_OVERLAP  # seconds
     target_precision: float = TARGET
     cache: Path = Path("~/.cache/avex-serve")
+    store: Path | None = None  # of a run, whose embeddings are used
 
 
 def check_data(request: FitRequest) -> str:
@@ -67,6 +69,7 @@ def check_data(request: FitRequest) -> str:
     Raises:
         AvexServeError: as of `fit_probe`.
     """
+    _check_options(request)
     dataset = _dataset(request)
     windows = _planned(request, dataset)
     parts = _split(windows, request.seed)
@@ -108,22 +111,23 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
         InputError: data, options or a probe that can't be used.
         NotFoundError: no such data, model or probe.
         DependencyError: the exporter is missing.
-        AvexServeError: the embeddings bundle can't be made.
+        UnsupportedError: `store` has no embeddings that the probe reads.
+        AvexServeError: the embeddings bundle can't be made, or answers otherwise than its evidence.
     """
-    config = probe_config(request.probe)
+    config = _check_options(request)
     output = request.output
-    if output.exists() and not (output.is_dir() and ((output / PROBE).is_file() or not any(output.iterdir()))):
-        raise InputError(f"--output {output} exists and holds no {PROBE}: not replaced; choose another folder")
     page = can_make_page(say)
     dataset = _dataset(request)
     base = _load(request.model)
     cache = request.cache.expanduser()
     bundle = embeddings_bundle(config, request.model, base, cache / "bundles", say)
     with (
-        open_bundle(bundle, "cpu", precision="float32") as engine,
+        open_checked(bundle, "cpu", precision="float32") as engine,
         tempfile.TemporaryDirectory(prefix="avex-fit-") as scratch,
     ):
         outputs = [info.output for info in engine.manifest.embeddings]
+        store = None if request.store is None else Store(request.store)
+        known = None if store is None else known_outputs(store, engine, outputs, request.overlap)
         windows, lost = run_windows(
             engine,
             outputs,
@@ -132,6 +136,7 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
             Path(scratch),
             overlap=request.overlap,
             min_overlap=request.min_overlap,
+            known=known,
             say=say,
         )
         fitted = fit_windows(config, dataset.labels, windows, request.seed, request.target_precision, say)
@@ -151,13 +156,10 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
     )
     probe = build_probe_from_config(config, len(dataset.labels), "cpu", base_model=base)
     load_head(probe, fitted.head.state, "the trained head")
-    try:
-        with atomic_directory(output, marker=PROBE) as folder:
-            save_probe(probe, folder, labels=dataset.labels, model=request.model, activation="sigmoid")
-            fitted.head.calibration.write(folder)
-            write_report(folder, evaluation, fitted.windows, fitted.predictions, page=page)
-    except FileExistsError as error:
-        raise InputError(f"--output {error}") from error
+    with new_folder(output, PROBE) as folder:
+        save_probe(probe, folder, labels=dataset.labels, model=request.model, activation="sigmoid")
+        fitted.head.calibration.write(folder)
+        write_report(folder, evaluation, fitted.windows, fitted.predictions, page=page)
     return evaluation
 
 
@@ -304,6 +306,15 @@ def _recipes() -> Path:
 
 
 # -- parts of a fit -----------------------------------------------------------------------------------------------
+
+
+def _check_options(request: FitRequest) -> ProbeConfig:
+    """The configuration of the probe; InputError also for an output that can't be replaced."""
+    config = probe_config(request.probe)
+    output = request.output
+    if output.exists() and not (output.is_dir() and ((output / PROBE).is_file() or not any(output.iterdir()))):
+        raise InputError(f"--output {output} exists and holds no {PROBE}: not replaced; choose another folder")
+    return config
 
 
 def _dataset(request: FitRequest) -> Dataset:

@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from msgspec.structs import replace
 
 from avex_export.int8 import agreement_text
-from avex_serve.bundles.manifest import Manifest, ProbeInfo
+from avex_serve.bundles.manifest import ProbeInfo
 from avex_serve.bundles.reading import Bundle
 from avex_serve.configs import ProbeConfig
 from avex_serve.evidence.cases import Record
@@ -40,6 +40,8 @@ etalab-2.0 eupl-1.1 eupl-1.2 fair-noncommercial-research-license gemma gfdl gpl 
 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl
 ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 pddl postgresql unknown unlicense wtfpl zlib
 """
+_METRIC = "average_precision"
+_SHOWN = 100  # labels
 # Text in which no character has a meaning in Markdown or HTML.
 _PLAIN = re.compile(r"[^\W\d_][\w .,:/+()'-]*")
 
@@ -59,10 +61,11 @@ def model_card(bundle: Bundle, record: Record, embeddings: Mapping[str, str]) ->
     )
     environment.filters |= {"code": _code, "text": _text, "fenced": _fenced}
     return environment.from_string(_TEMPLATE.read_text("utf-8")).render(
-        front_matter=yaml.safe_dump(_front_matter(manifest, formats), sort_keys=False, allow_unicode=True),
+        front_matter=yaml.safe_dump(_front_matter(bundle, formats), sort_keys=False, allow_unicode=True),
         manifest=manifest,
         audio=audio,
         heads=[_head(bundle, probe) for probe in manifest.probes],
+        shown=_SHOWN,
         embeddings=embeddings,
         seconds=lambda samples: f"{samples / (1 if audio is None else audio.sample_rate):g}",
         served=formats != {"pt2"},
@@ -104,8 +107,14 @@ def _worth(probe: ProbeInfo) -> list[str]:
     return sentences
 
 
-def _front_matter(manifest: Manifest, formats: set[str]) -> dict[str, Any]:
-    """Fields of the Hub's model-card metadata, https://github.com/huggingface/hub-docs/blob/main/modelcard.md."""
+def _front_matter(bundle: Bundle, formats: set[str]) -> dict[str, Any]:
+    """Fields of the Hub's model-card metadata, https://github.com/huggingface/hub-docs/blob/main/modelcard.md.
+
+    The Hub knows no field for labels, and shows one that it doesn't know.
+    """
+    manifest = bundle.manifest
+    labels = list(dict.fromkeys(label for probe in manifest.probes for label in bundle.labels[probe.name]))
+    results = [_result(probe) for probe in manifest.probes if probe.evaluation is not None]
     source = re.match(r"hf://([^/@]+/[^/@]+)", manifest.checkpoint or "")
     return {
         **_licence(manifest.licence),
@@ -113,6 +122,32 @@ def _front_matter(manifest: Manifest, formats: set[str]) -> dict[str, Any]:
         "pipeline_tag": "audio-classification" if manifest.probes else "feature-extraction",
         "tags": ["avex", "bioacoustics", "audio", *sorted(formats & {"onnx", "torchscript"})],
         **({} if source is None else {"base_model": source[1]}),
+        **({"labels": labels[:_SHOWN]} if labels else {}),
+        **({"metrics": [_METRIC], "model-index": [{"name": manifest.name, "results": results}]} if results else {}),
+    }
+
+
+def _result(probe: ProbeInfo) -> dict[str, Any]:
+    """The evaluation of a head, as the Hub's leaderboards read it."""
+    found = probe.evaluation
+    assert found is not None
+    interval = (
+        "" if found.interval is None else f", 95 % interval {found.interval[0]:.2f} to {found.interval[1]:.2f}"
+    )
+    return {
+        "task": {"type": "audio-classification", "name": probe.name},
+        "dataset": {
+            "type": "recordings",
+            "name": f"{found.windows} windows of {found.recordings} recordings that did not train it "
+            f"({found.split})",
+        },
+        "metrics": [
+            {
+                "type": _METRIC,
+                "name": f"mean average precision over labels{interval}",
+                "value": round(found.average_precision, 4),
+            }
+        ],
     }
 
 

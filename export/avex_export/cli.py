@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from avex_serve import __version__
+from avex_serve.bundles.hub import check_push, push_bundle
 from avex_serve.bundles.manifest import Activation
+from avex_serve.bundles.reading import Bundle, read_manifest
 from avex_serve.cli.output import drop_output, escape_unprintable
 from avex_serve.errors import AvexServeError, DependencyError, ExportError, InputError
 
@@ -36,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # of the output folder; errors of other files are AvexServeErrors
         reason = str(error) if error.filename is None else f"--output {error.filename}: {error.strerror}"
         return _fail(reason, InputError.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was written", 130)
+    except KeyboardInterrupt as error:
+        return _fail(f"interrupted; {str(error) or 'nothing was written'}", 130)
     return 0
 
 
@@ -49,10 +51,20 @@ def _run(given: dict[str, Any]) -> None:
             from avex_export.recipes import listing
 
             _say(listing())
+        elif "private" in given and "push" not in given:
+            raise InputError("--private is for --push; add it, or leave out --private")
         elif "explain" in given:
             if no_probe:
                 _refuse_others(given, {"explain", "without"}, "--explain without --probe")
             _explain(given, no_probe=no_probe)
+        elif "push" in given and no_probe:
+            _refuse_others(given, {"push", "private", "output"}, "--push without --probe")
+            if "output" not in given:
+                raise InputError(
+                    "nothing to push: give --probe to export one, or --output with the folder of a bundle"
+                )
+            bundle = read_manifest(given["output"])
+            _say_how_to_serve(_push(bundle, given["push"], private="private" in given))
         elif no_probe:
             raise InputError("nothing to export: give --probe, or --list to see the probes")
         else:
@@ -90,15 +102,32 @@ def _export(given: dict[str, Any]) -> None:
     from avex_export.export import export_bundle
     from avex_export.request import ExportRequest
 
+    push, private = given.pop("push", None), given.pop("private", False)
     request = ExportRequest(**given)
+    if push is not None:
+        check_push(push)  # now, since the export may take minutes
     bundle = export_bundle(request, _say)
     if not bundle.manifest.trained:
         print("avex-export: the head has random weights: its answers mean nothing", file=sys.stderr)
+    address = str(bundle.directory) if push is None else _push(bundle, push, private=private)
     if set(request.format) == {"pt2"}:
         _say("PT2 is for compilation and can't be served; to serve the bundle, export --format onnx or torchscript")
     else:
-        folder = shlex.quote(str(bundle.directory))
-        _say(f"serve it: AVEX_BUNDLE={folder} bentoml serve avex_serve.service:AvexService")
+        _say_how_to_serve(address)
+
+
+def _push(bundle: Bundle, url: str, *, private: bool) -> str:
+    """The address of what was pushed."""
+    try:
+        pushed = push_bundle(bundle, url, private=private)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{bundle.directory} is whole, and was not pushed") from None
+    _say(f"pushed {pushed}")
+    return pushed
+
+
+def _say_how_to_serve(address: str) -> None:
+    _say(f"serve it: AVEX_BUNDLE={shlex.quote(address)} bentoml serve avex_serve.service:AvexService")
 
 
 @contextlib.contextmanager
@@ -180,6 +209,13 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--output", type=Path, help="folder of the bundle (default: export/bundles/NAME)")
     where.add_argument("--name", help="name of the bundle (default: the probe's, or one made from the backbone's)")
     where.add_argument("--bundle-version", metavar="VERSION", help="version of the bundle (default: 1)")
+    where.add_argument(
+        "--push",
+        metavar="hf://OWNER/NAME",
+        help="upload the bundle to a repository of the Hugging Face Hub, which is made if there is none; without "
+        "--probe: the bundle that is in --output",
+    )
+    where.add_argument("--private", action="store_true", help="with --push: make a new repository private")
 
     formats = parser.add_argument_group("formats and precision")
     formats.add_argument(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pandas
@@ -9,6 +10,8 @@ import pytest
 import soundfile
 
 import avex_serve
+from avex_serve.annotations.reviews import Review
+from avex_serve.archive.calibrate import CalibrationRequest, _Recordings
 from avex_serve.audio.reader import decode
 from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main
@@ -264,19 +267,38 @@ def test_the_bundle_itself_is_not_replaced(season, tmp_path, capsys):
     assert read_bundle(tmp_path / "bundle-2").manifest.version == "2"
 
 
-def test_stretches_longer_than_windows_have_their_highest_score(season, bundles, tmp_path):
+def test_stretches_longer_than_windows_have_their_highest_score(season, bundles):
     """A row of joined windows has the score of the best of them, as tables show it."""
-    from avex_serve.archive.calibrate import CalibrationRequest, Review, _Recordings, _score_of
-
     folder, _ = season
     with open_bundle(bundles["plain"], "cpu") as engine:
         source = _Recordings(CalibrationRequest(bundles["plain"], (), recordings=folder), engine, "linear")
-        windows = source.windows(folder / "00.wav", {LABELS[0]})
-        scores = windows[1][LABELS[0]]
+        scores = engine.score(*decode(folder / "00.wav")).scores[:, LABELS.index(LABELS[0])]
         for start, end, expected in (
             (0.2, 0.5, scores[2:5].max()),
             (0.31, 0.38, scores[3]),
             (0.55, 0.55, scores[5]),
         ):
-            review = Review(tmp_path, "00.wav", start, end, LABELS[0], True, "")
-            assert _score_of(review, windows) == expected
+            review = Review("00.wav", start, end, LABELS[0], "present")
+            assert source.scores(folder / "00.wav", [review]) == [expected]
+
+
+def test_recordings_of_one_name_in_two_folders_are_two(season, bundles, tmp_path, capsys):
+    folder, rows = season
+    seasons = [tmp_path / "2024", tmp_path / "2025"]
+    for i, place in enumerate(seasons):
+        place.mkdir()
+        own = [row for row in rows if int(row[0][:2]) % 2 == i]
+        names = {name: f"{n:02}.wav" for n, name in enumerate(dict.fromkeys(row[0] for row in own))}
+        for name, here in names.items():
+            shutil.copy(folder / name, place / here)
+        write(place / "reviews.csv", [(names[row[0]], *row[1:]) for row in own])
+    tables = [place / "reviews.csv" for place in seasons]
+    assert calibrate(bundles["plain"], *tables, "--output", tmp_path / "new") == 0
+    counts = scales(tmp_path / "new")[LABELS[0]]
+    assert counts.with_sound + counts.without_sound == 400
+    # Another table of the same windows replaces the first, also by other paths.
+    windows = [(f"2024/{n:02}.wav", *row[1:4]) for n in range(20) for row in rows[:20]]
+    again = write(tmp_path / "again.csv", windows, form=lambda _: "unsure")
+    assert calibrate(bundles["plain"], *tables, again, "--output", tmp_path / "newer") == 0
+    counts = scales(tmp_path / "newer")[LABELS[0]]
+    assert counts.with_sound + counts.without_sound == 200

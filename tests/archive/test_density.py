@@ -1,6 +1,7 @@
 """`avex-serve density`: reviewed windows are found in the store, and densities are those of its scores."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -81,6 +82,26 @@ def test_what_can_not_be_estimated_is_said(store, tmp_path, capsys, rows, said):
     main(["density", str(store), str(tmp_path / "x.csv")])
     captured = capsys.readouterr()
     assert said in captured.out + captured.err
+
+
+def test_a_copy_is_the_recording_and_one_without_results_is_none(store, command, bundles, tmp_path, capsys):
+    archive = tmp_path / "archive"
+    shutil.copy(archive / "north" / "0.wav", archive / "south" / "copy.wav")
+    assert command("run", bundles["plain"], archive, "--out", store)[0] == 0
+    paths = [archive / "north" / "0.wav", archive / "south" / "copy.wav"]
+    rows = [f"{paths[i % 2]},{i * 0.1:.3f},{(i + 1) * 0.1:.3f},{LABEL},present,,,\n" for i in range(20)]
+    (tmp_path / "x.csv").write_text(HEADER + "".join(rows))
+    capsys.readouterr()
+    assert main(["density", str(store), str(tmp_path / "x.csv")]) == 0
+    shown = capsys.readouterr().out
+    assert "doesn't have" not in shown
+    assert shown.splitlines()[1].split()[-2] == "20"
+    for path in store.glob("scores/*/*/*.parquet"):  # as after a run that was killed at its start
+        path.unlink()
+    assert main(["density", str(store), str(tmp_path / "x.csv")]) == 0
+    shown = capsys.readouterr().out
+    assert f"{LABEL}: too few reviewed windows" in shown
+    assert "20 of 20 decisions are about windows that the store doesn't have" in shown
 
 
 def test_a_recording_without_a_site_is_refused(store, tmp_path, capsys):

@@ -4,11 +4,14 @@ import builtins
 import io
 import os
 import struct
+import weakref
+import zlib
 
 import numpy as np
 import pytest
 import soundfile
 
+from avex_serve.audio import reader
 from avex_serve.audio.reader import decode, describe, open_audio
 from avex_serve.errors import AudioError, InputError
 
@@ -170,6 +173,31 @@ def test_an_ogg_of_several_streams():
     wave, stream = read(one + other)
     assert wave.size == WAVE.size
     assert "another sample rate" in stream.warnings[0]
+
+
+def test_an_ogg_of_thousands_of_streams_is_read_to_a_bound(monkeypatch):
+    """Each stream takes 100 kB while it is decoded, and a page of 28 bytes may begin one."""
+    one = encode("OGG", wave=WAVE[:1000])
+    opened = []
+    monkeypatch.setattr(reader, "_Sound", lambda file: opened.append(weakref.ref(found := sound(file))) or found)
+    sound = reader.soundfile.SoundFile
+    wave, stream = read(one * 1100)
+    assert wave.size == 1000 * 1000
+    assert "more than 1000 streams follow" in stream.warnings[0]
+    assert len(opened) == 1000
+    assert sum(each() is not None for each in opened) <= 1, "the others are closed"
+
+    wave, stream = read(one + b"".join(page(serial) for serial in range(5, 2000)))
+    assert wave.size == 1000
+    assert "more than 1000 streams at once" in stream.warnings[0]
+
+
+def page(serial):
+    """A page of OGG that continues another stream."""
+    data = b"OggS\0\0" + struct.pack("<qIIIB", 0, serial, 0, 0, 1) + b"\1\0"
+    flipped = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+    value = (zlib.crc32(data.translate(flipped), 0xFFFFFFFF) ^ 0xFFFFFFFF).to_bytes(4, "big").translate(flipped)
+    return data[:22] + value + data[26:]
 
 
 def test_a_damaged_ogg_is_read_to_the_damage():

@@ -138,3 +138,19 @@ def test_a_zone_is_used_where_none_is_known():
     assert "change of the clock" in twice.warnings[0]
     with pytest.raises(ValueError, match="'Brisbane' is no zone; expected a name such as"):
         parse_zone("Brisbane")
+
+
+@pytest.mark.parametrize("text", ["9999-12-31T24:00:00", "0001-01-01T00:00:00+14:00", "2500-01-01T00:00:00"])
+def test_dates_at_the_ends_of_the_calendar(text):
+    """A table adds the duration to them, and the offset, which Python can't do there."""
+    origin = find_origin("a.wav", guano(f"Timestamp: {text}"), 1e9)
+    assert origin.start is None
+    assert "impossible date" in origin.warnings
+
+
+def test_an_offset_of_days_is_none():
+    origin = find_origin("a.wav", guano("Timestamp: 2026-05-01T04:30:00+99:99"), None)
+    assert origin.offset is None
+    assert origin.start is not None
+    with pytest.raises(ValueError, match="no zone"):
+        parse_zone("+99:00")

@@ -18,12 +18,11 @@ import soxr
 
 from avex_serve.bundles.manifest import EVIDENCE, MANIFEST, ONNX, TORCHSCRIPT, VERIFICATION
 from avex_serve.bundles.reading import read_bundle
-from avex_serve.bundles.sealing import seal_bundle
 from avex_serve.cli import main
 from avex_serve.errors import BundleError, TensorError
-from avex_serve.evidence.cases import Case, CaseEntry, Record, read_evidence, this_machine, write_evidence
+from avex_serve.evidence.cases import Case, read_evidence, this_machine
 from avex_serve.evidence.verify import verify_bundle
-from tests.bundles import SAMPLE_RATE, WINDOW, make_audio_bundle, replace_file, weights
+from tests.bundles import SAMPLE_RATE, WINDOW, make_audio_bundle, replace_file, weights, with_evidence
 
 AVEX_SERVE = Path(sys.executable).with_name("avex-serve")
 SILENCE = np.zeros((1, WINDOW), np.float32)
@@ -63,16 +62,6 @@ def case(answer):
         return Case(name, samples, rate, () if rate else batches, spans, eager, truth if exact else None)
 
     return build
-
-
-def with_evidence(bundle, *cases):
-    """Put cases into a bundle."""
-    read = read_bundle(bundle)
-    entries = tuple(CaseEntry(name=c.name, sample_rate=c.sample_rate, batches=c.batches) for c in cases)
-    known = {"machine": this_machine(), "optimisation": "ORT_ENABLE_ALL", "tolerance": 1e-4, "passed": True}
-    write_evidence(bundle, Record(**known, cases=entries, checks=(), skipped=()), cases)
-    seal_bundle(bundle, read.labels, read.manifest)
-    return bundle
 
 
 @pytest.fixture

@@ -5,8 +5,10 @@ import re
 import msgspec
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from avex_export.card import model_card
+from avex_serve.bundles.manifest import EvaluationInfo
 from avex_serve.bundles.reading import read_manifest
 from avex_serve.evidence.cases import read_evidence
 from avex_serve.service.settings import DEMO_BUNDLE
@@ -72,8 +74,24 @@ def test_the_hub_reads_what_the_bundle_is(card):
         **known,
         "pipeline_tag": "audio-classification",
         "base_model": "EarthSpeciesProject/esp-aves2-sl-beats-all",
+        "labels": list(read_manifest(DEMO_BUNDLE).labels["linear_last"]),
     }
     assert metadata(card(probes=(), checkpoint="weights.pt")) == {**known, "pipeline_tag": "feature-extraction"}
+
+
+def test_the_hub_reads_the_evaluation(card):
+    (probe,) = read_manifest(DEMO_BUNDLE).manifest.probes
+    evaluation = EvaluationInfo(
+        average_precision=0.87654, interval=(0.8, 0.93), windows=120, recordings=12, split="hold-out"
+    )
+    found = ModelCard(card(probes=(msgspec.structs.replace(probe, evaluation=evaluation),))).data
+    assert found.metrics == ["average_precision"]
+    assert found.model_name == "linear_last"
+    (result,) = found.eval_results
+    assert (result.task_type, result.task_name) == ("audio-classification", "linear_last")
+    assert result.dataset_name == "120 windows of 12 recordings that did not train it (hold-out)"
+    assert (result.metric_type, result.metric_value) == ("average_precision", 0.8765)
+    assert result.metric_name == "mean average precision over labels, 95 % interval 0.80 to 0.93"
 
 
 def without_code(text):
@@ -95,10 +113,13 @@ def without_code(text):
 )
 def test_text_of_the_user_stays_text(card, changes):
     text, usual = card(**changes), card()
+    labels = list(changes.get("labels", metadata(usual)["labels"]))
     if "licence" not in changes:
-        assert metadata(text) == metadata(usual)
+        assert metadata(text) == metadata(usual) | {"labels": labels}
     else:
         assert metadata(text)["license"] == "other"
+    ModelCard(text)  # the hub's own reading of it
+    _, _, text = re.split(r"^---\n", text, maxsplit=2, flags=re.MULTILINE)
     outside = without_code(text)
     for part in ("<script>", "[a](b)", "**b**", "# x", "1. one", "- two", "license: mit\n---\n# x", "| y"):
         assert part not in outside

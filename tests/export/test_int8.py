@@ -25,7 +25,8 @@ from avex_serve.bundles.manifest import VERIFICATION, Manifest
 from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main as serve
 from avex_serve.configs import ProbeConfig
-from avex_serve.errors import ExportError, InputError
+from avex_serve.errors import ExportError, InputError, VerificationError
+from avex_serve.evidence.first import open_checked
 from avex_serve.inference.onnx import OnnxBackend
 from avex_serve.models.probes import build_probe_from_config
 from tests.bundles import replace_file
@@ -268,12 +269,16 @@ def test_int8_is_verified_by_what_it_was_off_by_where_it_was_made(tmp_path, int8
     assert max(check["errors"]["embedding"]["eager"] for check in checks if not check["whole_way"]) > 1e-4
     assert serve(["verify", str(output), "--full"]) == 0
     assert capsys.readouterr().out.count("onnx-int8  ") == len(checks)
+    open_checked(output, precision="int8").close()
 
     graph = onnx.load(output / "model_int8.onnx")
     for tensor in graph.graph.initializer:
         if tensor.data_type == onnx.TensorProto.INT8:
             tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) // 2, tensor.name))
     replace_file(output, "model_int8.onnx", graph.SerializeToString())
+    with pytest.raises(VerificationError, match=r"\(onnx-int8 on cpu\): .*; expected at most"):
+        open_checked(output)
+    open_checked(output, precision="float32").close()
     assert serve(["verify", str(output)]) == 5
     lines = [line for line in capsys.readouterr().out.splitlines() if "✗" in line]
     assert lines

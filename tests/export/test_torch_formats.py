@@ -11,6 +11,7 @@ from avex_serve import open_bundle
 from avex_serve.bundles.reading import read_bundle
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import ExportError
+from avex_serve.evidence.first import open_checked
 from avex_serve.models.probes import build_probe_from_config
 from tests.export.conftest import CLIPS, head
 from tests.models.backbones import effnet, noise, tiny_beats, tiny_eat
@@ -64,7 +65,7 @@ def test_a_half_bundle_is_verified_by_its_own_tolerance_and_served(export, tmp_p
     assert manifest.half
     checks = json.loads((bundle / "verification.json").read_text())["checks"]
     assert {check["format"] for check in checks} == {"torch-half", "torchscript"}  # the latter on device meta
-    with open_bundle(bundle) as engine:
+    with open_checked(bundle) as engine:
         answer = engine.infer(np.zeros((2, 32000), np.float32))
         assert engine.backend.format == "torch-half"
         assert answer["logits"].dtype == np.float32

@@ -12,8 +12,9 @@ from avex_serve import open_bundle
 from avex_serve.bundles.folders import check_any, find_bundles
 from avex_serve.bundles.manifest import MANIFEST, ONNX
 from avex_serve.errors import BundleError, InputError, NotFoundError, UnavailableError
+from avex_serve.evidence.first import open_checked
 from avex_serve.inference.repository import UNLOADED, ModelState, Repository
-from tests.bundles import WINDOW, change_manifest, make_audio_bundle, make_embedding_bundle
+from tests.bundles import WINDOW, change_manifest, make_audio_bundle, make_embedding_bundle, proven
 
 WINDOWS = np.ones((1, WINDOW), np.float32)
 
@@ -32,7 +33,7 @@ def opened():
     with ExitStack() as stack:
 
         def repository(*roots):
-            made = Repository(roots, open_bundle)
+            made = Repository(roots, open_checked)
             stack.callback(made.close)
             return made
 
@@ -358,6 +359,25 @@ def test_a_graph_that_loads_and_does_not_answer(shelf, opened):
     assert served(repository) == [("good", "1")]
     with pytest.raises(UnavailableError, match="fails to answer for silence"):
         version_of(repository, "tiny-offline")
+
+
+def test_a_bundle_that_answers_otherwise_takes_no_place(shelf, opened, caplog):
+    folder = proven(bundle(shelf / "a"))
+    repository = opened(shelf)
+    proven(bundle(folder, version="2"), off=1e-2)
+    for _ in range(3):
+        repository.refresh()
+        assert version_of(repository) == "1"
+    assert caplog.text.count("not served, the bundle before it goes on: on this machine bundle tiny") == 1
+    assert repository.changes == {"served": 1, "refused": 1, "removed": 0}
+    (state,) = repository.index()
+    assert (state.version, state.ready) == ("1", True)
+    assert "answers otherwise than its evidence" in state.reason
+    with pytest.raises(BundleError, match="answers otherwise than its evidence"):
+        repository.load("tiny")
+    proven(bundle(folder, version="3"))
+    repository.refresh()
+    assert version_of(repository) == "3"
 
 
 def test_a_bundle_that_fails_in_a_way_nobody_thought_of(shelf, caplog):

@@ -10,8 +10,10 @@ import soundfile
 from starlette.testclient import TestClient
 
 from avex_serve.annotations.reviews import read_reviews
+from avex_serve.archive.report import REVIEW
+from avex_serve.errors import NotFoundError
 from avex_serve.page.assets import POLICY
-from avex_serve.review.app import Material, make_app
+from avex_serve.review.app import Material, Scored, make_app
 from avex_serve.review.book import Book
 from avex_serve.review.pool import Pool, Queue, Sound
 
@@ -43,7 +45,7 @@ def material(tmp_path):
     )
     return Material(
         title="season",
-        pool=pool,
+        scored=Scored(pool),
         book=Book(tmp_path / "reviews"),
         similar=lambda window: -np.abs(np.arange(30) - window),
     )
@@ -116,14 +118,14 @@ def test_what_there_is(client):
 
 def test_a_queue_is_that_of_the_pool(client, material):
     found = queue(client, strategy="margin", lowest=0.2, sites=["site 0"], hours=[4, 6], last="2026-04-01", count=4)
-    windows, scores = material.pool.select(
+    windows, scores = material.scored.pool.select(
         0, Queue(strategy="margin", lowest=0.2, sites=["site 0"], last=datetime(2026, 4, 1).date())
     )
     assert found["total"] == windows.size
     assert [item["window"] for item in found["items"]] == windows[:4].tolist()
     assert [item["score"] for item in found["items"]] == pytest.approx(scores[:4].tolist())
     first = found["items"][0]
-    sound = material.pool.sounds[first["recording"]]
+    sound = material.scored.pool.sounds[first["recording"]]
     assert (first["file"], first["site"], first["end"] - first["start"]) == (sound.path, sound.site, 3)
     assert first["time"] == str(sound.start + timedelta(seconds=first["start"]))
 
@@ -176,7 +178,7 @@ def test_another_label_and_undo(client, material):
 
 
 def test_a_link_of_a_report_finds_its_window(client, material):
-    path = material.pool.sounds[0].path
+    path = material.scored.pool.sounds[0].path
     item = client.get("/api/item", params={"file": path, "start": "6.5", "label": "wren", "annotator": "bo"}).json()
     assert (item["file"], item["start"], item["label"]) == (path, 6, "wren")
     for name, value in (
@@ -202,7 +204,7 @@ def test_recordings_are_sent_in_stretches(client, material, number):
         assert answer.headers["content-range"] == f"bytes {len(whole)}-{last}/{size}"
         whole += answer.content
     samples, rate = soundfile.read(io.BytesIO(whole), dtype="int16")
-    expected, _ = soundfile.read(material.pool.sounds[number].path, dtype="int16")
+    expected, _ = soundfile.read(material.scored.pool.sounds[number].path, dtype="int16")
     assert rate == RATE
     assert np.abs(samples.astype(int) - expected).max() <= 1
 
@@ -217,6 +219,7 @@ def test_recordings_that_cannot_be_sent(client):
         "3.wav",
         "-1.wav",
         "99999999999999999999.wav",
+        "9" * 5000 + ".wav",
         "../app.py",
         "%2e%2e%2fapp.py",
         "0.wav/../../../etc/passwd",
@@ -224,6 +227,62 @@ def test_recordings_that_cannot_be_sent(client):
         assert client.get(f"/api/recordings/{path}", headers={"Range": "bytes=0-1"}).status_code == 404
     for path in ("/page/../app.py", "/page/%2e%2e/app.py", "/page//etc/passwd", "/page/nothing.js"):
         assert client.get(path).status_code == 404
+
+
+def test_the_report_of_the_run_leads_here_on_any_port(client, material, tmp_path):
+    assert client.get("/report").status_code == 404
+    assert client.get("/api/start").json()["report"] is False
+    material.report = tmp_path / "report.html"
+    assert client.get("/report").status_code == 404
+    material.report.write_text(
+        f'<style>p {{}}</style><a href="{REVIEW}file=x&amp;start=3">{REVIEW}</a><script>1</script>'
+    )
+    answer = client.get("/report")
+    assert '<a href="/?file=x&amp;start=3">' in answer.text
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:" in policy
+    assert "script" not in policy, "scripts in it don't run"
+
+
+def test_the_same_windows_with_other_scores(client, material):
+    pool = material.scored.pool
+    scores = np.arange(30, dtype=np.float32)
+    seen = np.arange(0, 30, 2)  # the other head has scores of every other window
+
+    def rescore(name):
+        if name != "new":
+            raise NotFoundError(f"no scores of {name!r}")
+        return Scored(pool.with_scores(["robin"], [(seen, scores[seen])], 0.0), "logits", "new")
+
+    material.rescore, material.probes = rescore, lambda: ["old", "new"]
+    assert client.get("/api/start").json()["probes"] == ["old", "new"]
+    first = queue(client, count=1)["items"][0]
+    assert post(client, "scores", probe="older").status_code == 404
+    assert post(client, "scores", probe="new").json() == {"probe": "new"}
+    start = client.get("/api/start").json()
+    assert (start["labels"], start["probe"], start["scale"]) == (["robin"], "new", "logits")
+    found = queue(client, label="robin")
+    assert [item["window"] for item in found["items"]] == seen[::-1].tolist()
+    decide(client, first["window"], label="robin")
+    (decided,) = material.book.reviews
+    assert (decided.file, decided.start) == (first["file"], first["start"]), "windows keep their numbers"
+    assert post(client, "queue", annotator="bo", label="wren").status_code == 404
+
+
+def test_tables_cannot_be_retrained_on(client):
+    decide(client, 0)
+    assert post(client, "scores", probe="new").status_code == 404
+    state = client.get("/api/retraining").json()
+    assert (state["running"], state["heads"]) == (False, [])
+    assert post(client, "retraining/start").json() == {"error": state["missing"]}
+    assert "avex-serve run" in state["missing"]
+    assert post(client, "retraining/cancel").status_code == 200
+    for path in ("/retrained/1/after", "/retrained/0/before", "/retrained/1/other", "/retrained/-1/after"):
+        assert client.get(path).status_code == 404
+
+
+def test_nothing_is_retrained_before_a_decision(client):
+    assert "nothing is decided yet" in post(client, "retraining/start").json()["error"]
 
 
 WANTED = {"annotator": "bo", "label": "wren"}

@@ -117,7 +117,8 @@ def test_the_density_is_that_of_the_command(season):
     decisions = np.full(400, -1)
     decisions[drawn] = present[drawn]
     expected = call_density(scores, decisions).all
-    assert list(found["density"].values()) == list(expected[:3])
+    assert [found["density"][name] for name in expected._fields] == list(expected)
     assert found["density"]["low"] <= present.mean() <= found["density"]["high"]
     few = describe_label(pool, "sigmoid", "wren", [review(0, "present")], 0.9)
     assert few["density"] is None
+    assert few["density_reason"] == "too few reviewed windows; missing: 9 (with present or absent)"

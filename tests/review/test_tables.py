@@ -51,6 +51,43 @@ def test_a_label_track_next_to_its_recording(archive):
     assert pool.select(0, Queue())[1].tolist() == pytest.approx([float("nan")], nan_ok=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (  # BirdNET-Analyzer 1, one table for each recording, without its name
+            "dawn.BirdNET.results.csv",
+            "Start (s),End (s),Scientific name,Common name,Confidence\n"
+            "0.0,0.2,Troglodytes troglodytes,Eurasian Wren,0.81\n",
+        ),
+        (  # BirdNET-Analyzer 2, one table for all recordings
+            "BirdNET_CombinedTable.csv",
+            "Start (s),End (s),Scientific name,Common name,Confidence,File\n"
+            "0.0,0.2,Troglodytes troglodytes,Eurasian Wren,0.81,C:\\archive\\dawn.wav\n",
+        ),
+        (  # its selection table for Raven
+            "dawn.BirdNET.selection.table.txt",
+            "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\tLow Freq (Hz)\tHigh Freq (Hz)\tCommon Name\t"
+            "Species Code\tConfidence\tBegin Path\tFile Offset (s)\n"
+            "1\tSpectrogram 1\t1\t0.0\t0.2\t0\t15000\tEurasian Wren\tenwren1\t0.81\t/elsewhere/dawn.wav\t0.0\n",
+        ),
+        (  # Raven Pro, which writes a row for each view
+            "dawn.Table.1.selections.txt",
+            "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\tLow Freq (Hz)\tHigh Freq (Hz)\tSpecies\tScore\n"
+            "1\tWaveform 1\t1\t0.0\t0.2\t100.0\t4000.0\tEurasian Wren\t0.81\n"
+            "1\tSpectrogram 1\t1\t0.0\t0.2\t100.0\t4000.0\tEurasian Wren\t0.81\n",
+        ),
+    ],
+    ids=["birdnet 1", "birdnet 2", "birdnet raven", "raven"],
+)
+def test_tables_as_other_programs_write_them(archive, name, text):
+    (archive / name).write_text(text)
+    pool, left_out = read_tables([archive / name])
+    assert (pool.labels, left_out) == (("Eurasian Wren",), 0)
+    assert [sound.path for sound in pool.sounds] == [str(archive / "dawn.wav")]
+    assert pool.spans.tolist() == [[0.0, 0.2]]
+    assert pool.select(0, Queue())[1].tolist() == [0.81]
+
+
 def test_tables_of_nothing_that_is_here(tmp_path):
     table = tmp_path / "found.csv"
     table.write_text("file,start,end,label\nelsewhere.wav,0,3,wren\n")

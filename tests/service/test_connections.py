@@ -13,7 +13,7 @@ import pytest
 import uvicorn
 
 from avex_serve.service import bento
-from tests.clients import Worker
+from tests.clients import Worker, until
 from tests.service.conftest import free_ports, running_server
 
 PATIENCE = 10  # seconds until a test that hangs fails
@@ -93,6 +93,54 @@ def test_requests_without_end_fill_nothing(audio_server, path):
             if reads:
                 reader.join()
     assert worker.memory <= before + 40 * MIB
+
+
+def test_health_is_answered_before_what_many_connections_ask(tmp_path, audio_bundle):
+    """Whatever arrives in one turn of the event loop: the worker is stopped meanwhile."""
+    ask = b"%b HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    with (
+        running_server(tmp_path / "server", AVEX_BUNDLE=str(audio_bundle)) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        connections = [stack.enter_context(connect(server)) for _ in range(200)]
+        for connection in connections:  # all are accepted
+            connection.sendall(LIVE)
+            assert b"200" in connection.recv(2**16)
+        process = Worker(server).process
+        process.suspend()
+        try:
+            for number, connection in enumerate(connections[1:]):
+                connection.sendall(ask % b"GET /nothing/%d" % number)
+            connections[0].sendall(ask % b"POST /livez")  # refused, and so in the log
+        finally:
+            process.resume()
+        for connection in connections:
+            rest(connection)
+        order = re.findall(r" http (GET|POST) /(?:nothing|livez)", server.log)
+    assert len(order) == len(connections)
+    assert order.index("POST") < len(connections) / 4
+
+
+def test_a_collection_of_garbage_stops_requests_for_moments(tmp_path, audio_bundle):
+    """It looks at nothing that the start has left, which takes a tenth of a second."""
+    (tmp_path / "counted.py").write_text(
+        "import gc, os, threading\n"
+        "from avex_serve.service import AvexService\n"
+        "def count():\n"
+        "    print('objects', os.getpid(), len(gc.get_objects()), flush=True)\n"
+        "    timer = threading.Timer(0.5, count)\n"
+        "    timer.daemon = True\n"
+        "    timer.start()\n"
+        "count()\n"
+    )
+    service = ("counted:AvexService",)
+    with running_server(tmp_path / "server", tmp_path, service, AVEX_BUNDLE=str(audio_bundle)) as server:
+        line = f"objects {Worker(server).process.pid} "
+        seen = len(server.log)
+        until(lambda: line in server.log[seen:])
+        counts = re.findall(f"{line}(\\d+)", server.log)
+    assert int(counts[0]) > 50_000
+    assert int(counts[-1]) < 20_000
 
 
 def test_answered_requests_leave_nothing(audio_server):

@@ -19,6 +19,7 @@ from tests.service.test_stream import LONG, logged
 
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 PATIENCE = 60
+SHORT = encode(0.1, 16000, 1, "WAV")
 
 
 def recordings(*audio):
@@ -133,14 +134,14 @@ def test_a_stream_without_requests(audio_server):
 
 @pytest.fixture(scope="module")
 def slow_server(tmp_path_factory, slow_bundle):
-    """One slot, no queue, tens of milliseconds for each window, four seconds for an answer, and a key."""
+    """One slot, no queue, tens of milliseconds a window, four seconds for an answer or a message, a key."""
     settings = {
         "AVEX_CONCURRENCY": "1",
         "AVEX_QUEUE": "0",
         "AVEX_THREADS": "1",
         "AVEX_LOG_FORMAT": "json",
         "AVEX_TIMEOUT_SECONDS": "4",
-        "AVEX_READ_TIMEOUT_SECONDS": "2",
+        "AVEX_READ_TIMEOUT_SECONDS": "4",
         "AVEX_API_KEYS": "secret",
         "AVEX_RELOAD_SECONDS": "0",
     }
@@ -161,6 +162,12 @@ def message(audio, identity=""):
     return request.SerializeToString()
 
 
+def answered(channel):
+    """What a short recording gets, or None while the slot is taken."""
+    with contextlib.suppress(grpc.RpcError):
+        return list(call(channel, iter([message(SHORT)]), identity="next"))
+
+
 class Identified:
     def __init__(self, identity):
         self.headers = {"x-request-id": identity}
@@ -172,8 +179,8 @@ def test_a_late_answer_says_that_it_is_a_part(slow_server):
     def messages():
         yield message(LONG, "long")
         until(lambda: not answers.empty())
-        time.sleep(1)  # the work ends at its next step, and then frees its slot
-        yield message(encode(0.1, 16000, 1, "WAV"), "short")
+        until(lambda: answered(channel))  # the work ends at its next step, and then frees its slot
+        yield message(SHORT, "short")
 
     data = []
     with grpc.insecure_channel(slow_server.grpc) as channel:
@@ -193,23 +200,17 @@ def test_a_late_answer_says_that_it_is_a_part(slow_server):
 
 
 def test_a_client_that_goes_ends_the_work(slow_server):
-    short = encode(0.1, 16000, 1, "WAV")
     with grpc.insecure_channel(slow_server.grpc) as channel:
         running = call(channel, iter([message(LONG)]), identity="gone")
         next(running)
         with pytest.raises(grpc.RpcError) as refused:
-            next(call(channel, iter([message(short)]), identity="busy"))
+            next(call(channel, iter([message(SHORT)]), identity="busy"))
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         running.cancel()
         line = until(lambda: logged(slow_server, Identified("gone")))
         assert line["status"] == "CANCELLED"
         assert line["batches"] < 300, "of 580"
-
-        def answered():
-            with contextlib.suppress(grpc.RpcError):
-                return list(call(channel, iter([message(short)]), identity="next"))
-
-        assert len(until(answered)) == 1
+        assert len(until(lambda: answered(channel))) == 1
 
 
 def test_keys_and_pauses(slow_server):
@@ -219,7 +220,7 @@ def test_keys_and_pauses(slow_server):
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
         def pausing():
-            yield message(encode(0.1, 16000, 1, "WAV"))
+            yield message(SHORT)
             time.sleep(6)
 
         with pytest.raises(grpc.RpcError) as ended:

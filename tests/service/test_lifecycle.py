@@ -15,7 +15,7 @@ import pytest
 import tritonclient.grpc
 
 from avex_serve.bundles.manifest import ONNX
-from tests.bundles import make_audio_bundle, replace_file
+from tests.bundles import make_audio_bundle, proven, replace_file
 from tests.clients import until
 from tests.service.conftest import BENTOML, free_ports, running_server, serve_command, server_environment
 
@@ -88,6 +88,21 @@ def test_http_port_that_is_taken(tmp_path, audio_bundle, audio_server):
     assert message == (
         f"avex-serve: HTTP can't listen on {audio_server.http}: Address already in use; stop what listens there, or "
         "choose another --port\n"
+    )
+
+
+def test_http_port_that_is_none(tmp_path, audio_bundle):
+    message = refused_start(tmp_path, http_port=80_000, AVEX_BUNDLE=str(audio_bundle))
+    assert message == "avex-serve: HTTP can't listen on port 80000; expected 1 to 65535: choose another --port\n"
+
+
+def test_a_saved_probe_is_no_bundle(tmp_path):
+    folder = tmp_path / "my probe"
+    shutil.copytree(CHECKOUT / "avex_serve" / "demo" / "probes" / "linear_last", folder)
+    message = refused_start(tmp_path, AVEX_BUNDLE=str(folder))
+    assert (
+        f"holds no manifest.json; it is a saved probe: make a bundle of it with avex-export --probe '{folder}'"
+        in message
     )
 
 
@@ -172,6 +187,28 @@ def test_a_swap_logs_what_replaced_what(tmp_path, audio_bundle):
         assert line.endswith(f", in place of tiny, version 1, digest {before}")
 
 
+def test_the_first_answer_of_a_bundle_that_is_swapped_in_is_compared(tmp_path, audio_bundle, wav):
+    """Where only a warning is asked for, each answer of the same bundle has it."""
+    bundle = proven(shutil.copytree(audio_bundle, tmp_path / "bundle"))
+    variables = {"AVEX_BUNDLE": str(bundle), "AVEX_RELOAD_SECONDS": "0.2"}
+    with running_server(tmp_path / "server", **variables) as server:
+        bad = proven(make_audio_bundle(tmp_path / "bad", activation="softmax"), off=1e-2)
+        bundle.rename(tmp_path / "good")
+        bad.rename(bundle)
+        line = until(lambda: [line for line in server.log.splitlines() if "goes on: on this machine" in line])[0]
+        assert "AVEX_CHECK=warn uses it nevertheless" in line
+        answer = server.post("/predict", content=wav)
+        assert (answer.status_code, answer.json()["score_scale"]) == (200, "sigmoid")
+        (state,) = server.post("/v2/repository/index").json()
+        assert state["state"] == "READY"
+        assert "answers otherwise than its evidence" in state["reason"]
+        assert until(lambda: 'avex_bundle_changes_total{change="refused"} 1.0' in server.get("/metrics").text)
+    with running_server(tmp_path / "warned", AVEX_CHECK="warn", **variables) as server:
+        (warning,) = server.post("/predict", content=wav).json()["warnings"]
+        assert warning.startswith("on this machine")
+        assert server.log.count(warning) == 1
+
+
 def test_one_port_for_both(tmp_path, audio_bundle):
     (port,) = free_ports(1)
     message = refused_start(tmp_path, http_port=port, AVEX_BUNDLE=str(audio_bundle), AVEX_GRPC_PORT=str(port))
@@ -196,14 +233,19 @@ def test_one_port_for_both(tmp_path, audio_bundle):
     assert f"AVEX_GRPC_PORT is {port}, on which HTTP listens" in done.stderr
 
 
-@pytest.mark.parametrize("listed", [True, False], ids=["no graph", "a changed file"])
-def test_a_bundle_that_only_the_worker_can_refuse(tmp_path, audio_bundle, listed):
+@pytest.mark.parametrize("fault", ["no graph", "a changed file", "other answers"])
+def test_a_bundle_that_only_the_worker_can_refuse(tmp_path, audio_bundle, fault):
     """The check before the start reads no large file. The worker reports the reason in one line."""
     bundle = shutil.copytree(audio_bundle, tmp_path / "bundle")
-    if listed:
+    if fault == "no graph":
         replace_file(bundle, ONNX, b"no graph")
-    else:
+        reason = "onnxruntime can't load"
+    elif fault == "a changed file":
         (bundle / ONNX).write_bytes(b"no graph")
+        reason = f"{bundle / ONNX} was changed after the export (its sha256 differs)"
+    else:
+        proven(bundle, off=1e-2)
+        reason = "on this machine bundle tiny, version 1, answers otherwise than its evidence (onnx on cpu): "
     http_port, grpc_port = free_ports(2)
     process = subprocess.Popen(
         serve_command(http_port, SERVICE),
@@ -224,8 +266,5 @@ def test_a_bundle_that_only_the_worker_can_refuse(tmp_path, audio_bundle, listed
     assert process.returncode == 1, "it is not started again for ever"
     lines = [line for line in output.splitlines() if "can't start" in line]
     assert len(lines) == 1
-    reason = (
-        "onnxruntime can't load" if listed else f"{bundle / ONNX} was changed after the export (its sha256 differs)"
-    )
     assert reason in lines[0]
     assert "Traceback" not in output

@@ -19,6 +19,7 @@ from starlette.routing import Route
 from avex_serve.scheduling.cores import usable_cores
 from avex_serve.service import AvexService
 from avex_serve.service.http.app import ENDPOINTS
+from avex_serve.service.http.page import ASSETS
 from avex_serve.service.oip.protocol import REFUSED_PATHS
 from tests.clients import until
 from tests.service.conftest import encode, free_ports, running_server
@@ -191,13 +192,14 @@ def test_request_ids_over_grpc(server):
         assert failed.code() == grpc.StatusCode.NOT_FOUND
         assert dict(failed.initial_metadata())["x-request-id"] == "call.2"
         before = metrics(server)
-        stream = each.stream_stream(STREAM)(iter([b""]), metadata=[("x-request-id", "call.3")])
-        assert stream.code() == grpc.StatusCode.UNIMPLEMENTED
+        stream = each.stream_stream(STREAM)(iter([b""]), metadata=[("x-request-id", "call.3")], timeout=60)
+        assert len(list(stream)) == 1, "the request names no model, which its answer says"
+        assert stream.code() == grpc.StatusCode.OK
         assert dict(stream.initial_metadata())["x-request-id"] == "call.3"
-        counted = sample("avex_requests_total", transport="grpc", route=STREAM[1:], status="UNIMPLEMENTED")
+        counted = sample("avex_requests_total", transport="grpc", route=STREAM[1:], status="NOT_FOUND")
         assert grown(before, metrics(server))[counted] == 1
     (line,) = line_of(server, "call.3")
-    assert (line["route"], line["status"]) == (STREAM[1:], "UNIMPLEMENTED")
+    assert (line["route"], line["status"]) == (STREAM[1:], "NOT_FOUND")
     (line,) = line_of(server, "call.2")
     assert (line["route"], line["status"], line["transport"]) == (MODEL_READY[1:], "NOT_FOUND", "grpc")
 
@@ -304,12 +306,9 @@ def test_home_page(server, wav, tmp_path):
     browser = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
     answer = server.client.get("/", headers={"accept": browser})
     assert answer.headers["content-type"].startswith("text/html")
-    assert f"curl --data-binary @recording.wav '{server.url}/predict?top_k=3'" in answer.text.replace("&#x27;", "'")
-    for text in ("tiny", "MIT", "onnx", "cpu", server.grpc):
-        assert text in answer.text
     hostile = server.client.get("/", headers={"accept": browser, "host": "<script>alert(1)</script>"})
-    assert "<script>" not in hostile.text
-    assert "http" not in re.sub(re.escape(server.url), "", answer.text.split("</head>")[0])  # loads nothing
+    assert "alert" not in hostile.text
+    assert not re.findall(r"(?:src|href)=\"?(?:https?:|//)", answer.text), "it loads from nowhere else"
 
 
 def test_openapi_names_every_route(server):
@@ -318,7 +317,7 @@ def test_openapi_names_every_route(server):
     bentomls = {route.path for route in AvexService.to_asgi().routes if isinstance(route, Route)}
     found = bentomls | {endpoint.path for endpoint in ENDPOINTS}
     assert {"/predict", "/v2/models/{name}/infer", "/readyz", "/metrics"} <= found
-    assert set(document["paths"]) == found - {f"/v2{path}" for path in REFUSED_PATHS}
+    assert set(document["paths"]) == found - {f"/v2{path}" for path in REFUSED_PATHS} - {ASSETS}
 
 
 def test_answers_are_what_openapi_says(server, wav):

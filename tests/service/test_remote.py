@@ -62,7 +62,7 @@ def test_only_what_has_changed_is_fetched(store, tmp_path, audio_bundle, monkeyp
     put(store, audio_bundle, "/bundles/birds")
     Mirror("memory://bundles", tmp_path).refresh()
     fetched = []
-    monkeypatch.setattr(Mirror, "_fetch", lambda *arguments: fetched.append(arguments[3]))
+    monkeypatch.setattr(Mirror, "_fetch", lambda *arguments: fetched.append(arguments[1]))
     mirror = Mirror("memory://bundles", tmp_path)  # another process, or a later one
     mirror.refresh()
     assert fetched == []

@@ -1,12 +1,17 @@
 """Answers in lines while they are made; the document of the same service and the engine are the oracles."""
 
+import asyncio
 import contextlib
 import json
 import socket
 import time
 
 import pytest
+import uvloop
 
+from avex_serve.errors import DeadlineError
+from avex_serve.scheduling.request import Request, answering
+from avex_serve.service.front import deliver
 from tests.bundles import LABELS, make_probes_bundle
 from tests.clients import Worker, until
 from tests.service.conftest import encode, running_server
@@ -131,6 +136,26 @@ def test_a_partial_answer_says_so(slow_server):
     assert last["end"] == windows[-1]["end"]
     assert "in time" in last["error"]
     assert until(lambda: logged(slow_server, answer))["status"] == "504"
+
+
+def test_a_late_answer_says_so_also_if_the_timer_ends_early():
+    """Uvloop counts whole milliseconds: of 300 timers about 20 end before their time."""
+
+    async def never():
+        await asyncio.sleep(60)
+        yield []
+
+    async def answer(seconds):
+        request = Request(seconds=seconds)
+        with answering(request), contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(request.remaining):
+                return await deliver(never(), None, "")
+        return None
+
+    async def answers():
+        return [await answer(0.003 + number / 10**5) for number in range(300)]
+
+    assert {type(error) for error in uvloop.run(answers())} == {DeadlineError}
 
 
 def test_a_client_that_goes_ends_the_work(slow_server):

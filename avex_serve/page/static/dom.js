@@ -43,6 +43,22 @@ export function choice(options, properties = {}) {
   return make("select", properties, ...options.map(([value, text]) => make("option", { value }, text)));
 }
 
+/**
+ * A small table, which is as it is.
+ *
+ * @param {string} caption
+ * @param {string[]} names of the columns
+ * @param {string[][]} rows the first cell of each is its name
+ */
+export function plainTable(caption, names, rows) {
+  const heading = make("tr", {}, ...names.map((name) => make("th", { scope: "col" }, name)));
+  const body = rows.map(([first, ...others]) =>
+    make("tr", {}, make("th", { scope: "row" }, first), ...others.map((each) => make("td", {}, each))),
+  );
+  const table = make("table", { class: "plain" }, make("caption", {}, caption), make("thead", {}, heading), make("tbody", {}, ...body));
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, table);
+}
+
 let lines = 0;
 
 /**

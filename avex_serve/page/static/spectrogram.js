@@ -368,7 +368,7 @@ export class Spectrogram extends EventTarget {
         if (place[x] >= 0) {
           let level = 0;
           for (let bin = place[x] + low; bin < place[x] + high; bin += 1) {
-            level = levels[bin] > level ? levels[bin] : level;
+            level = Math.max(levels[bin], level);
           }
           pixels[y * width + x] = colours[level];
         }

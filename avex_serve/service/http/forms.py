@@ -10,7 +10,7 @@ import os
 from asyncio import timeout
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import timezone, tzinfo
+from datetime import tzinfo
 from functools import partial
 from typing import Annotated, Final, NamedTuple
 
@@ -257,21 +257,23 @@ class _Stream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all pieces, or those that there are and the reason why the rest is missing."""
+        unsent = [*self._first]  # until the client has room for them, which an error may come before
 
         async def body(pieces: list[bytes], *, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": b"".join(pieces), "more_body": more})
 
         async def some(pieces: list[bytes]) -> None:
-            await body([*self._first, *pieces])
-            self._first = []
+            unsent.extend(pieces)
+            await body(unsent)
+            unsent.clear()
 
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         if (error := await deliver(self._pieces, some, self._route)) is None:
-            await body(self._first, more=False)
+            await body(unsent, more=False)
             return
         if self._failure is not None:
             async with timeout(LAST_SECONDS):  # a client that doesn't read must not keep the request
-                await body([*self._first, self._failure(error)], more=False)
+                await body([*unsent, self._failure(error)], more=False)
         raise error
 
 
@@ -317,16 +319,13 @@ def _recording(form: Form, data: bytes, stream: AudioStream) -> tuple[Recording,
     duration = stream.samples / stream.sample_rate
     origin = find_origin(os.path.basename(form.file), header.metadata, duration)  # noqa: PTH119 - of a client
     doubts = [warning for warning in origin.warnings if warning != NO_TIME]
-    start = origin.start
-    if start is not None and origin.offset is not None:
-        start = start.replace(tzinfo=timezone(origin.offset))
     recording = Recording(
         path=form.file,
         digest=hashlib.sha256(data).hexdigest(),
         duration=duration,
         sample_rate=stream.sample_rate,
         channels=header.channels,
-        start=in_zone(start, form.zone),
+        start=in_zone(origin.moment, form.zone),
         latitude=origin.latitude,
         longitude=origin.longitude,
     )

@@ -13,7 +13,6 @@ import io
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from datetime import timezone
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -177,8 +176,8 @@ def write_table(repository: Repository, asked: TableRequest) -> tuple[bytes, str
         try:
             form.write(table, target)
             return (_zipped(target), f"{form.target}.zip") if target.is_dir() else (target.read_bytes(), form.target)
-        except OSError as error:
-            raise StorageError(f"the table can't be written to disk ({error.strerror}); choose CSV") from None
+        except (OSError, StorageError):
+            raise StorageError("the table can't be written to disk; choose CSV") from None
 
 
 def _path(pair: tuple[Recording, Described]) -> str:
@@ -188,9 +187,6 @@ def _path(pair: tuple[Recording, Described]) -> str:
 def _recording(described: Described, folder: str) -> Recording:
     header = _header(described.head)
     origin = find_origin(described.name, header.metadata, described.duration)
-    start = origin.start
-    if start is not None and origin.offset is not None:
-        start = start.replace(tzinfo=timezone(origin.offset))
     path = f"{folder.rstrip('/')}/{described.name}" if folder else described.name
     return Recording(
         path=path,
@@ -198,7 +194,7 @@ def _recording(described: Described, folder: str) -> Recording:
         duration=described.duration,
         sample_rate=header.sample_rate,
         channels=header.channels,
-        start=start,
+        start=origin.moment,
         latitude=origin.latitude,
         longitude=origin.longitude,
     )

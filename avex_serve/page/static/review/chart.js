@@ -1,6 +1,6 @@
 /** The share of windows with the sound by score: reviewed windows, the fitted curve, and the threshold. */
 
-import { make } from "../dom.js";
+import { make, plainTable } from "../dom.js";
 import { say } from "../strings.js";
 
 const WIDTH = 320;
@@ -10,12 +10,19 @@ const BOTTOM = 32;
 const TOP = 8;
 
 /**
+ * The share of windows with a sound, with its interval.
+ *
+ * @typedef {{value: number, low: number, high: number, windows: number, reviewed: number}} Density
+ */
+
+/**
  * @typedef {object} Found
  * @property {{low: number, high: number, windows: number, present: number, share: number, share_low: number, share_high: number}[]} bins
  * @property {[score: number, probability: number][]} curve
  * @property {{score: number, low: number, high: number, precision: number} | null} threshold
  * @property {string | null} reason
- * @property {{value: number, low: number, high: number} | null} density
+ * @property {Density & {sites: (Density & {site: string})[], notes: string[]} | null} density
+ * @property {string | null} density_reason
  */
 
 /** @param {Found} found */
@@ -62,7 +69,7 @@ export function drawChart({ bins, curve, threshold }) {
  * @param {Found} found
  * @param {number} target precision
  */
-export function describeFound({ threshold, reason, density }, target) {
+export function describeFound({ threshold, reason }, target) {
   const lines = [];
   if (threshold !== null) {
     const [score, low, high] = [threshold.score, threshold.low, threshold.high].map((each) => each.toFixed(3));
@@ -70,10 +77,39 @@ export function describeFound({ threshold, reason, density }, target) {
   } else if (reason !== null) {
     lines.push(reason);
   }
-  if (density !== null) {
-    const [share, low, high] = [density.value, density.low, density.high].map((each) => (100 * each).toFixed(1));
-    lines.push(say("review.density", { share, low, high }));
+  return facts(lines);
+}
+
+/**
+ * The share of windows with the sound, in all and at each site.
+ *
+ * @param {Found} found
+ */
+export function describeDensity({ density, density_reason: reason }) {
+  if (density === null) {
+    return facts(reason === null ? [] : [reason]);
   }
+  const found = facts([say("review.density", shares(density)), ...density.notes]);
+  if (density.sites.length > 0) {
+    const names = ["site", "density.share", "density.reviewed"].map((each) => say(`review.${each}`));
+    const rows = density.sites.map((each) => [
+      each.site,
+      say("review.density.site", shares(each)),
+      say("review.density.windows", { reviewed: each.reviewed, windows: each.windows }),
+    ]);
+    found.append(plainTable(say("review.density.sites"), names, rows));
+  }
+  return found;
+}
+
+/** @param {Density} density */
+function shares({ value, low, high }) {
+  const [share, least, most] = [value, low, high].map((each) => (100 * each).toFixed(1));
+  return { share, low: least, high: most };
+}
+
+/** @param {string[]} lines */
+function facts(lines) {
   return make("div", { class: "facts" }, ...lines.map((line) => make("p", {}, line)));
 }
 

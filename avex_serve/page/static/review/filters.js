@@ -2,9 +2,11 @@
 
 import { choice, labelled, make } from "../dom.js";
 import { say } from "../strings.js";
+import { useScores } from "./retraining.js";
 
 const NAME = "avex-serve-annotator"; // where the browser remembers who reviews
 const SKIPS = ["mine", "all", "new", "none"];
+export const NAMED = ["file", "start"]; // a window in the address, until it is shown
 const NUMBERS = ["lowest", "highest", "per_recording", "seed"];
 
 /**
@@ -21,10 +23,13 @@ const NUMBERS = ["lowest", "highest", "per_recording", "seed"];
  * @property {number} recordings
  * @property {string[]} annotators
  * @property {string} folder
+ * @property {boolean} report of the run, whether there is one
+ * @property {string} probe whose scores are reviewed
+ * @property {string[]} probes
  */
 
 /**
- * Events: `change` when another queue is wanted.
+ * Events: `change` when another queue is wanted; `failed` with a reason.
  */
 export class Filters extends EventTarget {
   /** @param {Start} start */
@@ -52,6 +57,11 @@ export class Filters extends EventTarget {
       [["", say("review.site.all")], ...start.sites.map((each) => /** @type {[string, string]} */ ([each, each]))],
       query.get("site"),
       changed,
+    );
+    this.probe = select(
+      start.probes.map((each) => [each, each]),
+      start.probe,
+      { change: () => useScores(this.probe.value).catch((error) => this.fail(error.message)) },
     );
     const score = { type: "number", step: "any", class: "number" };
     const hour = { type: "number", min: 0, max: 24, class: "number" };
@@ -84,6 +94,7 @@ export class Filters extends EventTarget {
         { class: "controls" },
         labelled(say("review.annotator"), this.annotator),
         names,
+        start.probes.length > 1 ? labelled(say("review.probe"), this.probe) : null,
         labelled(say("review.label"), this.label),
         labelled(say("review.strategy"), this.strategy),
         labelled(say("review.skip"), this.skip),
@@ -157,6 +168,11 @@ export class Filters extends EventTarget {
     }
   }
 
+  /** @param {string} reason */
+  fail(reason) {
+    this.dispatchEvent(new CustomEvent("failed", { detail: reason }));
+  }
+
   changed() {
     localStorage.setItem(NAME, this.annotator.value.trim());
     const query = new URLSearchParams();
@@ -164,6 +180,12 @@ export class Filters extends EventTarget {
     for (const [name, control] of Object.entries({ ...simple, ...this.fields })) {
       if (control.value !== "") {
         query.set(name, control.value);
+      }
+    }
+    const before = new URLSearchParams(location.search);
+    for (const name of NAMED) {
+      if (before.has(name)) {
+        query.set(name, before.get(name) ?? "");
       }
     }
     history.replaceState(null, "", `?${query}`);

@@ -4,7 +4,8 @@ import { make } from "../dom.js";
 import { say } from "../strings.js";
 import { Table } from "../table.js";
 import { ask } from "./api.js";
-import { describeFound, drawChart } from "./chart.js";
+import { describeDensity, describeFound, drawChart } from "./chart.js";
+import { retrainingPanel } from "./retraining.js";
 
 /** @typedef {{label: string, present: number, absent: number, unsure: number}} Row */
 
@@ -22,6 +23,7 @@ export class Progress extends EventTarget {
     this.rows = [];
     this.counts = make("p", { class: "facts", id: "counts" });
     this.chart = make("div");
+    this.density = make("div");
     this.agreement = make("ul");
     const all = make("div");
     const column = (/** @type {"present" | "absent" | "unsure"} */ name) => ({
@@ -40,19 +42,30 @@ export class Progress extends EventTarget {
       const { label } = /** @type {CustomEvent<Row>} */ (event).detail;
       this.dispatchEvent(new CustomEvent("choose", { detail: label }));
     });
-    const link = (/** @type {string} */ address, /** @type {string} */ name) =>
-      make("li", {}, make("a", { href: address, download: "reviews.csv" }, say(name)));
+    const link = (/** @type {string} */ address, /** @type {string} */ name, file = "reviews.csv") =>
+      make("li", {}, make("a", { href: address, download: file }, say(name)));
+    const report = start.report ? [make("li", {}, make("a", { href: "report" }, say("review.report")))] : [];
     this.element = make(
       "aside",
       { class: "panel", "aria-label": say("review.progress") },
       make("h2", {}, say("review.progress")),
       this.counts,
       this.chart,
+      make("h2", {}, say("review.density.title")),
+      this.density,
       make("h2", {}, say("review.agreement")),
       this.agreement,
       all,
-      make("ul", {}, link("api/reviews.csv", "review.download"), link("api/reviews.csv?agreed", "review.download.agreed")),
+      make(
+        "ul",
+        {},
+        link("api/reviews.csv", "review.download"),
+        link("api/reviews.csv?agreed", "review.download.agreed"),
+        link("api/densities.csv", "review.density.download", "densities.csv"),
+        ...report,
+      ),
       make("p", { class: "facts" }, say("review.folder", { folder: start.folder })),
+      retrainingPanel(),
     );
   }
 
@@ -76,6 +89,7 @@ export class Progress extends EventTarget {
     const own = this.rows.find((row) => row.label === label) ?? { label, present: 0, absent: 0, unsure: 0 };
     this.counts.textContent = say("review.counts", own);
     this.chart.replaceChildren(drawChart(found), describeFound(found, this.target));
+    this.density.replaceChildren(describeDensity(found));
   }
 
   async loadCounts() {

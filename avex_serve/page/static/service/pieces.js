@@ -69,15 +69,15 @@ function cut(file, { layout, sampleRate }, start, end) {
 export function wavOf(format, others, data) {
   const rest = others.reduce((sum, each) => sum + each.size, 0);
   const head = new DataView(new ArrayBuffer(20 + format.byteLength));
-  const write = (/** @type {number} */ at, /** @type {string} */ text) =>
-    [...text].forEach((each, index) => head.setUint8(at + index, each.charCodeAt(0)));
-  write(0, "RIFF");
+  const write = (/** @type {DataView} */ view, /** @type {number} */ at, /** @type {string} */ text) =>
+    new Uint8Array(view.buffer).set(new TextEncoder().encode(text), at);
+  write(head, 0, "RIFF");
   head.setUint32(4, head.byteLength + rest + data.size, true);
-  write(8, "WAVEfmt ");
+  write(head, 8, "WAVEfmt ");
   head.setUint32(16, format.byteLength, true);
   new Uint8Array(head.buffer).set(new Uint8Array(format), 20);
   const before = new DataView(new ArrayBuffer(8));
-  [..."data"].forEach((each, index) => before.setUint8(index, each.charCodeAt(0)));
+  write(before, 0, "data");
   before.setUint32(4, data.size, true);
   return new Blob([head, ...others, before, data]);
 }

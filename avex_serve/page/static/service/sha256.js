@@ -58,7 +58,9 @@ function compress(state, schedule, data) {
       b = a;
       a = (t1 + t2) | 0;
     }
-    [a, b, c, d, e, f, g, h].forEach((value, index) => (state[index] += value));
+    for (const [index, value] of [a, b, c, d, e, f, g, h].entries()) {
+      state[index] += value;
+    }
   }
 }
 
