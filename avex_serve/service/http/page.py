@@ -9,6 +9,7 @@ The service keeps nothing between them. A table is made from what the page sends
 holds the detections that pass the thresholds that the user sees.
 """
 
+import errno
 import io
 import tempfile
 import zipfile
@@ -178,6 +179,10 @@ def write_table(repository: Repository, asked: TableRequest) -> tuple[bytes, str
             form.write(table, target)
             return (_zipped(target), f"{form.target}.zip") if target.is_dir() else (target.read_bytes(), form.target)
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise InputError(
+                    "a recording's name is too long for a file that is named after it; choose CSV"
+                ) from None
             raise StorageError(f"the table can't be written to disk ({error.strerror}); choose CSV") from None
 
 
