@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: help docs demo lint lint-page screenshots test-fast test test-all fuzz bench bench-overhead bench-archive format lock proto train-demo clean
+.PHONY: help docs demo lint lint-page screenshots test-fast test test-all fuzz bench bench-overhead bench-archive format lock sbom proto train-demo clean
 
 help:
 	@echo "make demo        export the demo probe, serve it and query it over HTTP and gRPC"
@@ -22,6 +22,7 @@ help:
 	@echo "make docs        the site, from docs/ and the code, into build/site"
 	@echo "make format      rewrite the code in the project's format"
 	@echo "make lock        pin the packages of the image by constraints.txt"
+	@echo "make sbom        list the packages of the image for audits, as CycloneDX, into build/"
 	@echo "make proto       compile the messages of gRPC"
 	@echo "make train-demo  train the demo model and its probes again (minutes)"
 	@echo "make clean       remove .venv and caches"
@@ -95,6 +96,14 @@ format: $(INSTALLED)
 
 lock: $(INSTALLED)
 	$(BIN)/python scripts/lock.py
+
+sbom:
+	$(PYTHON) -m venv build/cyclonedx
+	build/cyclonedx/bin/python -m pip install --quiet 'cyclonedx-bom==7.*'
+	build/cyclonedx/bin/cyclonedx-py requirements deploy/requirements.txt \
+		--output-reproducible --output-file build/sbom.json
+	build/cyclonedx/bin/cyclonedx-py requirements deploy/requirements.cuda.txt \
+		--output-reproducible --output-file build/sbom.cuda.json
 
 proto: $(INSTALLED)
 	$(BIN)/python -m grpc_tools.protoc --proto_path avex_serve/service/grpc \

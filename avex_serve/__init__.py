@@ -27,7 +27,11 @@ if TYPE_CHECKING:
         register_model_class,
     )
 
-__version__ = "0.1.0"  # here, since a bento carries the package's files without its metadata
+# In a file, since a bento carries the package's files without its metadata. A build writes it from the last tag.
+try:
+    from avex_serve._version import version as __version__
+except ModuleNotFoundError:  # a checkout that was not installed
+    __version__ = "0.0.0"
 
 __all__ = [
     "Engine",

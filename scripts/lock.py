@@ -5,7 +5,7 @@ script reads this from the metadata of the installed packages, so run it where `
 """
 
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Final
@@ -42,6 +42,12 @@ def _pins(requirements: Iterable[str]) -> str:
     """A line `name==version` for each package that is required, directly or not."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
     pinned = {canonicalize_name(line.partition("==")[0]): line for line in lines}
+    names = required(requirements, IMAGE)
+    return "".join(f"{pin}\n" for pin in sorted({pinned[name] for name in names}, key=str.lower))
+
+
+def required(requirements: Iterable[str], environment: Mapping[str, str]) -> set[str]:
+    """The names of the packages that are required, directly or not, where the markers have these values."""
     waiting = [Requirement(each) for each in requirements]
     seen: set[tuple[str, str]] = set()
     while waiting:
@@ -52,9 +58,9 @@ def _pins(requirements: Iterable[str]) -> str:
                 continue
             seen.add((name, extra))
             further = [Requirement(each) for each in requires(name) or []]
-            environment = {**IMAGE, "extra": extra}
-            waiting += [each for each in further if each.marker is None or each.marker.evaluate(environment)]
-    return "".join(f"{pin}\n" for pin in sorted({pinned[name] for name, _ in seen}, key=str.lower))
+            values = {**environment, "extra": extra}
+            waiting += [each for each in further if each.marker is None or each.marker.evaluate(values)]
+    return {name for name, _ in seen}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -171,15 +172,48 @@ def test_a_pipe_is_read(tmp_path, audio_bundle, files, ask, name):
     assert json.loads(result.stdout) == {"file": str(given), **expected}
 
 
-@pytest.mark.parametrize(("name", "expected"), [("-", "is empty"), ("/dev/zero", "is a device, not a recording")])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("-", "standard input is empty"),
+        ("/dev/zero", "/dev/zero is a device, not a recording"),
+        ("https://example.org/a.wav", "https://example.org/a.wav is not on this machine; download it"),
+    ],
+)
 def test_what_is_no_recording_is_refused_by_name(audio_bundle, name, expected):
     command = [AVEX_SERVE, "predict", audio_bundle, name]
     result = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
     )
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"avex-serve: {name}")
-    assert expected in result.stderr
+    assert result.stderr.startswith(f"avex-serve: {expected}")
+
+
+def test_standard_input_has_its_name_in_the_table_and_in_warnings(audio_bundle, files):
+    cut = files[0].read_bytes()[:20_000]
+    result = subprocess.run([AVEX_SERVE, "predict", audio_bundle, "-"], input=cut, capture_output=True, timeout=60)
+    assert result.stdout.startswith(b"standard input: 0.1 s")
+    assert result.stderr.startswith(b"avex-serve: standard input: the recording ends early")
+
+
+def test_the_name_of_a_recording_that_is_a_part_of_the_message(tmp_path, audio_bundle, files):
+    """A file called 1, of which the message says that its channels are 1 to 2."""
+    (tmp_path / "1").write_bytes(files[0].read_bytes())
+    result = subprocess.run(
+        [AVEX_SERVE, "predict", audio_bundle, "1", "--channel=9"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.stderr.startswith("avex-serve: 1: channel is 9; expected 1 to 2")
+
+
+@pytest.mark.parametrize("channel", ["left", "0", "-1", "1.5"])
+def test_a_channel_that_is_none(audio_bundle, files, channel):
+    result = run("predict", audio_bundle, files[0], f"--channel={channel}")
+    assert result.returncode == 2
+    assert f"argument --channel: '{channel}' is no channel; expected a number from 1, or mix" in result.stderr
 
 
 def test_labels_that_are_hidden_are_no_detections(tmp_path, files):
@@ -207,6 +241,27 @@ def test_a_folder_that_is_no_bundle(tmp_path, files):
         assert (result.returncode, result.stdout) == (3, "")
         assert result.stderr.startswith(f"avex-serve: {folder} ")
         assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("command", "code"), [("predict", 3), ("run", 2)])
+def test_a_probe_in_place_of_its_bundle(tmp_path, files, command, code, monkeypatch, capsys):
+    """What fit writes first, and what people try first."""
+    (tmp_path / "my probe").mkdir()
+    (tmp_path / "my probe" / "probe.yml").write_text("format: 1\n")
+    monkeypatch.chdir(tmp_path)
+    more = ["--out", "results"] if command == "run" else []
+    assert main([command, "my probe", str(files[0]), *more]) == code
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "avex-serve: my probe holds no manifest.json; it is a saved probe: make a bundle of it with "
+    )
+    assert "avex-export --probe 'my probe'" in said
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("avex_serve.cli.settings.run", lambda _: signal.raise_signal(signal.SIGINT))
+    assert main(["settings"]) == 130
+    assert capsys.readouterr().err == "avex-serve: interrupted\n"
 
 
 @pytest.mark.parametrize(

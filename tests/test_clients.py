@@ -41,7 +41,7 @@ def server(tmp_path_factory, bundle):
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder with a recording."""
-    (tmp_path / "recording.wav").write_bytes(encode(2.5, 16000, 1, "WAV"))
+    (tmp_path / "recording.wav").write_bytes(encode(2.5, 44100, 2, "WAV"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from avex_serve.annotations.table import Annotation, Format, Recording, Table, absolute_time, new_file, text_format
+from avex_serve.errors import report_full_disk
 
 # Name and type, as DuckDB calls it.
 COLUMNS: Final = {
@@ -40,7 +41,7 @@ def write_ndjson(table: Table, file: TextIO) -> None:
 
 def write_parquet(table: Table, target: Path) -> None:
     """Write a Parquet file, whose metadata ``avex_serve`` says what the rows were made from."""
-    import duckdb
+    from avex_serve.database import connect, quoted
 
     rows = target.with_name(f".{target.name}.ndjson")
     unfinished = target.with_name(f".{target.name}.unfinished")
@@ -48,13 +49,13 @@ def write_parquet(table: Table, target: Path) -> None:
         with new_file(rows) as file:
             write_ndjson(table, file)
         columns = ", ".join(f"'{name}': '{kind}'" for name, kind in _columns(table).items())
-        about = _quoted(json.dumps(table.about, ensure_ascii=False, sort_keys=True))
-        with duckdb.connect(config={"threads": 1, "memory_limit": "1GB"}) as database:
+        about = quoted(json.dumps(table.about, ensure_ascii=False, sort_keys=True))
+        with report_full_disk(), connect() as database:
             database.execute(
-                f"COPY (SELECT * FROM read_ndjson({_quoted(str(rows))}, columns = {{{columns}}})) TO "
-                f"{_quoted(str(unfinished))} (FORMAT parquet, COMPRESSION zstd, KV_METADATA {{avex_serve: {about}}})"
+                f"COPY (SELECT * FROM read_ndjson({quoted(rows)}, columns = {{{columns}}})) TO "
+                f"{quoted(unfinished)} (FORMAT parquet, COMPRESSION zstd, KV_METADATA {{avex_serve: {about}}})"
             )
-        unfinished.replace(target)
+            unfinished.replace(target)
     finally:
         rows.unlink(missing_ok=True)
         unfinished.unlink(missing_ok=True)
@@ -78,10 +79,6 @@ def _row(recording: Recording, one: Annotation) -> tuple[Any, ...]:
     place = (one.bundle, one.version, one.probe, recording.digest)
     score = float(f"{one.score:.9g}")
     return (recording.path, *times, one.label, score, absolute_time(recording, one.start) or None, *place)
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 FORMATS = (

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
 from avex_serve.bundles.sealing import atomic_directory
-from avex_serve.errors import InputError, StorageError
+from avex_serve.errors import InputError, StorageError, report_full_disk
 
 BREAKS: Final = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 
@@ -105,10 +105,8 @@ class Format:
                 target = Path(folder) / self.target
                 self.write(table, target)
                 return target.read_bytes()
-        except OSError as error:
-            raise StorageError(
-                f"the table can't be written to disk ({error.strerror}); choose a format of text, such as csv"
-            ) from None
+        except (OSError, StorageError):
+            raise StorageError("the table can't be written to disk; choose a format of text, such as csv") from None
 
 
 def text_format(name: str, target: str, media_type: str, text: Callable[[Table, TextIO], None]) -> Format:
@@ -134,17 +132,19 @@ def new_file(target: Path) -> Iterator[TextIO]:
 
     Raises:
         InputError: the target is a folder.
+        StorageError: the disk is full, or can't be written.
     """
     if target.is_dir():
         raise InputError(f"{target} is a folder; this format is one file: name it, such as {target / 'table'}")
-    target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with report_full_disk():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with unfinished.open("w", encoding="utf-8", newline="") as file:
+                yield file
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -153,12 +153,14 @@ def new_folder(target: Path, marker: str) -> Iterator[Path]:
 
     Raises:
         InputError: the target is something else than a folder with the file `marker`, or an empty one.
+        StorageError: the disk is full, or can't be written.
     """
-    try:
-        with atomic_directory(target, marker=marker) as folder:
-            yield folder
-    except FileExistsError as error:
-        raise InputError(str(error)) from None
+    with report_full_disk():
+        try:
+            with atomic_directory(target, marker=marker) as folder:
+                yield folder
+        except FileExistsError as error:
+            raise InputError(str(error)) from None
 
 
 def one_line(text: str) -> str:

@@ -13,14 +13,15 @@ from msgspec.structs import replace
 
 from avex_serve.annotations.reading import Recordings
 from avex_serve.annotations.reviews import Review, agreed, read_reviews
-from avex_serve.archive.store import Store, connect, quoted
+from avex_serve.archive.store import Store
 from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.reading import Bundle, read_bundle
 from avex_serve.bundles.remote import is_remote, local_bundle
 from avex_serve.bundles.sealing import recalibrate
 from avex_serve.calibration.fit import RECORDINGS, TARGET, WITH_SOUND, WITHOUT_SOUND, calibrate
 from avex_serve.calibration.scales import Calibration, LabelCalibration, log_odds
-from avex_serve.errors import AudioError, InputError, NotFoundError, TensorError
+from avex_serve.database import connect, quoted
+from avex_serve.errors import AudioError, InputError, NotFoundError, TensorError, report_full_disk
 from avex_serve.inference import pipeline
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
@@ -100,10 +101,11 @@ def calibrate_bundle(request: CalibrationRequest, say: Callable[[str], None] = p
     if not any(each.scale is not None for each in found.labels):
         raise InputError(f"no label can be calibrated {_needed()}; the lines above say what is missing")
     merged = _merged(labels, head.calibration, found)
-    try:
-        return recalibrate(bundle, output, version, {head.name: merged})
-    except FileExistsError as error:
-        raise InputError(f"--output {error}") from None
+    with report_full_disk():
+        try:
+            return recalibrate(bundle, output, version, {head.name: merged})
+        except FileExistsError as error:
+            raise InputError(f"--output {error}") from None
 
 
 def _needed() -> str:

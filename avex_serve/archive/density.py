@@ -14,9 +14,10 @@ from avex_serve.annotations.reading import Recordings, read_annotations
 from avex_serve.annotations.reviews import Decision, Review, Subject, agreed
 from avex_serve.archive.files import sites_of
 from avex_serve.archive.plan import ResultSet
-from avex_serve.archive.store import Entry, Store, connect, quoted
+from avex_serve.archive.store import Entry, Store
 from avex_serve.archive.tables import chunks
 from avex_serve.calibration.density import BANDS, Densities, Density, call_density
+from avex_serve.database import connect, quoted
 from avex_serve.errors import InputError, NotFoundError
 
 ALL: Final = "(all)"  # in place of a site

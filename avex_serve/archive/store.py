@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, Self
 
-import duckdb
 import msgspec
 import numpy as np
 
@@ -22,7 +21,8 @@ from avex_serve.archive.cloud import Remote, find_folders
 from avex_serve.archive.parquet import ParquetWriter, cycles, lists, plain, runs
 from avex_serve.archive.plan import ResultSet
 from avex_serve.bundles.remote import is_remote
-from avex_serve.errors import InputError, NotFoundError, StorageError
+from avex_serve.database import connect, quoted
+from avex_serve.errors import InputError, NotFoundError, report_full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -452,34 +452,7 @@ def _copied(url: str) -> Iterator[tuple[Path, Remote]]:
         yield folder, remote
 
 
-# -- files and the database -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def connect(threads: int = 1) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A database in memory. With one thread, rows keep their order and files their bytes."""
-    database = duckdb.connect(config={"threads": threads, "memory_limit": "1GB"})
-    try:
-        yield database
-    finally:
-        database.close()
-
-
-def quoted(text: str | os.PathLike[str]) -> str:
-    """A string of SQL."""
-    return "'" + str(text).replace("'", "''") + "'"
-
-
-@contextlib.contextmanager
-def report_full_disk() -> Iterator[None]:
-    """Turn errors of a disk that is full or can't be written into StorageError."""
-    try:
-        yield
-    except (OSError, duckdb.IOException) as error:
-        raise StorageError(
-            f"the results can't be written: {error}; make room, and start the same command again: it computes only "
-            "what is missing"
-        ) from error
+# -- files --------------------------------------------------------------------------------------------------------
 
 
 def _document(struct: msgspec.Struct) -> bytes:

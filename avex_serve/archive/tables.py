@@ -13,8 +13,9 @@ from avex_serve.annotations.table import Annotation, Recording, Table
 from avex_serve.archive.choice import Choice as Choice
 from avex_serve.archive.choice import describe, in_zone
 from avex_serve.archive.plan import Probe, ResultSet
-from avex_serve.archive.store import Entry, Store, connect, quoted
+from avex_serve.archive.store import Entry, Store
 from avex_serve.calibration.scales import Calibrator
+from avex_serve.database import connect, quoted
 from avex_serve.inference.results import Merger, check_gap
 from avex_serve.inference.scores import Selection, check_labels
 from avex_serve.scheduling.cores import usable_cores

@@ -52,6 +52,10 @@ PIECE: Final = 2**20  # bytes that are read at once while a file is searched
 Order = Literal["<", ">"]
 
 
+class DamagedError(AudioError):
+    """The format is known, and the file is damaged or ends too early to be decoded."""
+
+
 # -- where the bytes are --------------------------------------------------------------------------------------------
 
 
@@ -234,9 +238,9 @@ def locate(source: Source) -> tuple[Source, str]:
             zeros = source.read(start, MAX_ZEROS)
             start += len(zeros) - len(zeros.lstrip(b"\0"))
             if start == source.size:
-                raise AudioError("it holds nothing but zeros; the recorder reserved the file and never wrote it")
+                raise DamagedError("it holds nothing but zeros; the recorder reserved the file and never wrote it")
         elif len(head) < 12 and head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM"):
-            raise AudioError("it is truncated: the file ends within its header")
+            raise DamagedError("it is truncated: the file ends within its header")
         else:
             for each in FORMATS:
                 if each.pattern.match(head):
@@ -270,7 +274,7 @@ def read_header(source: Source) -> tuple[Source, Header]:
         if name == "MP3":
             return source, _read_mp3(source)
     except (struct.error, IndexError):
-        raise AudioError("it is truncated: the file ends within its header") from None
+        raise DamagedError("it is truncated: the file ends within its header") from None
     return source, Header(name, 0, 0, None, parts=(Span(0, source.size),))
 
 
@@ -351,7 +355,7 @@ def _read_chunks(source: Source, name: str) -> Header:
             long_size = struct.unpack("<Q", source.read(chunk.start + 8, 8))[0]
         elif chunk.id in (b"data", b"SSND") and data is None:
             if form is None:
-                raise AudioError("its header has no format before the data")
+                raise DamagedError("its header has no format before the data")
             skipped = {"AIFF": 8, "CAF": 4}.get(name, 0)  # offset and size of blocks; the count of edits
             data = _Chunk(chunk.id, chunk.start + skipped, max(0, chunk.size - skipped))
             header = _FORMS[name](form, layout.order, data.start)
@@ -362,7 +366,7 @@ def _read_chunks(source: Source, name: str) -> Header:
         position = _next(source, end, layout)
     if header is None or data is None or extent is None:
         reason = "the file ends within its header" if position >= source.size else "its header has no data"
-        raise AudioError(f"it is truncated: {reason}")
+        raise DamagedError(f"it is truncated: {reason}")
     header.format, header.metadata = name, metadata
     header.warnings += extent.warnings
     header.cut = extent.cut
@@ -442,7 +446,7 @@ def _form(
     name: str, rate: int, channels: int, kind: Literal["u", "i", "f"] | None, width: int, order: Order, start: int
 ) -> Header:
     if channels == 0:
-        raise AudioError("its header says that it has no channels")
+        raise DamagedError("its header says that it has no channels")
     if kind is None or width not in _WIDTHS[kind]:
         return Header(name, rate, channels, None)
     return Header(name, rate, channels, None, Pcm(start, kind, width, order), rate * channels * width)
@@ -569,7 +573,7 @@ def _read_flac(source: Source) -> Header:
     packed = int.from_bytes(info[18:26], "big")  # 20 bits rate, 3 channels, 5 sample size, 36 total
     total = packed & (2**36 - 1)
     if len(info) < 42:
-        raise AudioError("it is truncated: the file ends within its header")
+        raise DamagedError("it is truncated: the file ends within its header")
     metadata: dict[str, bytes] = {}
     position, last = 4, False
     for _ in range(MAX_CHUNKS):

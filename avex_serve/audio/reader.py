@@ -23,7 +23,16 @@ import numpy as np
 import soundfile
 import soxr
 
-from avex_serve.audio.containers import Header, Source, View, ends_with_tag, mp3_frames, ogg_links, read_header
+from avex_serve.audio.containers import (
+    DamagedError,
+    Header,
+    Source,
+    View,
+    ends_with_tag,
+    mp3_frames,
+    ogg_links,
+    read_header,
+)
 from avex_serve.errors import AudioError, InputError, NotFoundError, quoted
 from avex_serve.scheduling.request import DECODE, RESAMPLE, current, stage
 
@@ -39,6 +48,8 @@ AV_SLACK: Final = 4096  # samples of a frame or two, by which lengths in their h
 AV_BYTES: Final = 2**25  # of a table: that of eight hours of AAC at 48 kHz
 AV_CODECS: Final = ("aac", "alac", "mp3", "mp3float", "opus", "libopus", "vorbis", "flac")
 READABLE: Final = "WAV, FLAC, OGG (Vorbis, Opus), MP3, or another format that docs/recordings.md lists"
+CONVERT: Final = ". Convert it, e.g. with `ffmpeg -i FILE out.wav`"
+UNKNOWN_CODES: Final = (1, 4)  # of libsndfile, for formats and encodings that it doesn't know: others are damage
 Wave = np.ndarray[tuple[int], np.dtype[np.float32]]
 # The bytes, the path of a file, or a binary file.
 Encoded = bytes | bytearray | memoryview | str | os.PathLike[str] | IO[bytes]
@@ -108,6 +119,8 @@ def _open_file(source: str | os.PathLike[str] | IO[bytes]) -> Iterator[tuple[IO[
     if not isinstance(source, str | os.PathLike):
         given = getattr(source, "name", None)
         name = quoted(given) if isinstance(given, str) else "the audio"
+        if given == "<stdin>":
+            name = "standard input"
         with _on_disk(source, name) as file:
             yield file, name
         return
@@ -192,11 +205,13 @@ def _opened(source: Source, name: str, channel: Channel) -> Iterator[AudioStream
                     blocks = _read_pcm(source, header, stream)
                 else:
                     blocks = _open_sound(source, header, stream, files)
-            except AudioError as error:
+            except DamagedError as error:
                 raise AudioError(
-                    f"{name} can't be decoded ({error}); expected {READABLE}. Convert it, e.g. with "
-                    "`ffmpeg -i FILE out.wav`"
+                    f"{name} can't be decoded ({error}); it is damaged or incomplete: copy or download it again, "
+                    "or convert it if other programs play it"
                 ) from None
+            except AudioError as error:
+                raise AudioError(f"{name} can't be decoded ({error}); expected {READABLE}{CONVERT}") from None
         try:
             _check_rate(header.sample_rate)
         except AudioError as error:
@@ -302,8 +317,8 @@ def _open_sound(source: Source, header: Header, stream: AudioStream, files: Exit
         declared = None
     try:
         first = files.enter_context(_Sound(_buffered(views[0])))
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise AudioError(_reason(error)) from None
+    except soundfile.LibsndfileError as error:
+        raise (AudioError if error.code in UNKNOWN_CODES else DamagedError)(_reason(error)) from None
     header.sample_rate, header.channels = first.samplerate, first.channels
 
     def read() -> Iterator[np.ndarray]:
@@ -394,7 +409,7 @@ def _open_av(source: Source, header: Header, stream: AudioStream, files: ExitSta
             av.open(View(source, header.parts), "r", format=AV_FORMATS[header.format], metadata_errors="replace")
         )
     except (av.error.FFmpegError, ValueError) as error:
-        raise AudioError(_reason(error)) from None
+        raise DamagedError(_reason(error)) from None
     track = next((each for each in container.streams.audio if each.codec_context.name in AV_CODECS), None)
     if track is None or track.codec_context.sample_rate <= 0 or track.codec_context.channels <= 0:
         raise AudioError(f"{header.format} without audio of {', '.join(AV_CODECS)}")

@@ -27,6 +27,7 @@ SCHEMA_VERSION: Final = 3  # since 3: calibrations and evaluations of heads
 READABLE: Final = (2, 3)  # schema versions
 MANIFEST = "manifest.json"
 LABELS = "labels.json"
+PROBE = "probe.yml"  # of a saved probe, from which a bundle is made
 ONNX = "model.onnx"
 ONNX_INT8 = "model_int8.onnx"
 TORCHSCRIPT = "model.torchscript.pt"

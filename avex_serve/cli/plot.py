@@ -42,7 +42,6 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Draw it, and print where the picture is."""
     from avex_serve.annotations.table import new_file
-    from avex_serve.archive.store import report_full_disk
     from avex_serve.seeing import clips, pictures
 
     pictures.check_installed()
@@ -64,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         if mark.end > first and mark.start < last and (arguments.label is None or mark.label in arguments.label)
     ]
     picture = pictures.draw_recording(spectrogram, marks, Path(path).name, kind[1:])
-    with report_full_disk(), new_file(target) as file:
+    with new_file(target) as file:
         file.buffer.write(picture)
     print(target)
     return 0

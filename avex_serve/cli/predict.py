@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from avex_serve.cli.output import add_shown, fail, note, parse_channel, read_labels, read_threshold
+from avex_serve.cli.output import add_device, add_shown, fail, note, parse_channel, read_labels, read_threshold
 from avex_serve.errors import AudioError, AvexServeError, NotFoundError, naming, quoted
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def add_parser(commands: Any) -> None:
         metavar="LABEL",
         help="report this label in the table, although its name is background, noise or silence",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
+    add_device(parser)
     parser.add_argument(
         "--json",
         action="store_true",
@@ -122,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
                 continue
             for warning in prediction.warnings:
                 if warning not in about_all:
-                    note(f"{quoted(path)}: {warning}")
+                    note(f"{_name(path)}: {warning}")
             kept = [each for each in prediction.detections if each.label not in hidden]
             count = len(prediction.detections) - len(kept)
             prediction.detections = kept
@@ -160,8 +159,15 @@ def _predict(engine: "Engine", path: str, query: "Query") -> "Prediction":
 
     if path == STDIN and sys.stdin.isatty():
         raise AudioError("standard input is a terminal; send a recording through a pipe, or name a file")
-    with naming(quoted(path)):
+    with naming(_name(path)):
         return pipeline.predict(engine, partial(open_audio, sys.stdin.buffer if path == STDIN else path), query)
+
+
+def _name(path: str) -> str:
+    """What messages and the table call a recording."""
+    from avex_serve.archive.files import STDIN
+
+    return "standard input" if path == STDIN else quoted(path)
 
 
 def _json(path: str, prediction: "Prediction") -> str:
@@ -174,7 +180,7 @@ def _json(path: str, prediction: "Prediction") -> str:
 
 def _table(path: str, prediction: "Prediction", hidden: int) -> str:
     others = f", and {hidden} of hidden labels" if hidden else ""
-    lines = [f"{quoted(path)}: {prediction.duration:.1f} s, {len(prediction.detections)} detections{others}"]
+    lines = [f"{_name(path)}: {prediction.duration:.1f} s, {len(prediction.detections)} detections{others}"]
     calibrated = any(each.probability is not None for each in prediction.detections)
     for each in prediction.detections:
         known = "     –" if each.probability is None else f"{each.probability:5.0%} "

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the page, and print where it is."""
     from avex_serve.annotations.table import new_file
     from avex_serve.archive.report import MOST_EXAMPLES, PAGE, make_report
-    from avex_serve.archive.store import Store, report_full_disk
+    from avex_serve.archive.store import Store
     from avex_serve.seeing.pictures import check_installed
 
     check_installed()
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     store = Store(arguments.store)
     target = arguments.output or store.folder / PAGE
     text = make_report(store, read_choice(arguments), arguments.examples)
-    with report_full_disk(), new_file(target) as file:
+    with new_file(target) as file:
         file.write(text)
     print(target)
     return 0

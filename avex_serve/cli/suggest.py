@@ -98,7 +98,7 @@ def add_queue(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the table, and print where it is."""
-    from avex_serve.archive.store import Store, report_full_disk
+    from avex_serve.archive.store import Store
     from avex_serve.review.pool import suggest
     from avex_serve.review.sources import read_pool
     from avex_serve.review.suggestions import new_target, write_suggestions
@@ -111,9 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
     found = suggest(pool, queue, arguments.count, arguments.label, _read_reviewed(arguments.reviewed, store))
     if not found:
         raise NotFoundError("nothing is left to review here; choose other labels, scores, sites or times")
-    with report_full_disk():
-        target = arguments.output or new_target(store, arguments.format)
-        write_suggestions(found, pool, results, arguments.format, target)
+    target = arguments.output or new_target(store, arguments.format)
+    write_suggestions(found, pool, results, arguments.format, target)
     print(target)
     return 0
 

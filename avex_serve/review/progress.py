@@ -130,13 +130,14 @@ def describe_label(
     result: dict[str, Any] = {"label": label, "bins": [], "curve": [], "threshold": None, "reason": None}
     result["density"], result["density_reason"] = None, None
     if label not in labels:
-        return result | {"reason": "no decisions yet"}
+        return result | dict.fromkeys(("reason", "density_reason"), "no decisions yet")
     scores = np.stack([pool.scores_of(pool.label_index(each), windows) for each in labels], axis=1)
     targets[~np.isfinite(scores)] = -1
     place = labels.index(label)
     known = targets[:, place] >= 0
     if not known.any():
-        return result | {"reason": "no decisions about windows with a score yet"}
+        reason = "no decisions about windows with a score yet"
+        return result | dict.fromkeys(("reason", "density_reason"), reason)
     result |= _shown_density(_density(pool, label, windows[known], targets[known, place]))
     result["bins"] = [each._asdict() for each in reliability(scores[known, place], targets[known, place] == 1)]
     found = calibrate(

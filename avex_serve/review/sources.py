@@ -11,10 +11,11 @@ import numpy as np
 from avex_serve.annotations.reading import Annotation, read_annotations, recording_of
 from avex_serve.archive.files import sites_of
 from avex_serve.archive.plan import Probe, ResultSet
-from avex_serve.archive.store import Entry, Store, connect, quoted
+from avex_serve.archive.store import Entry, Store
 from avex_serve.archive.tables import chunks
 from avex_serve.audio.reader import describe
 from avex_serve.audio.recorder import find_origin
+from avex_serve.database import connect, quoted
 from avex_serve.errors import AvexServeError, InputError, NotFoundError
 from avex_serve.inference.scores import Selection
 from avex_serve.review.pool import Pool, Sound

@@ -7,13 +7,14 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from functools import cache
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import numpy as np
 
-from avex_serve.audio.reader import AudioStream, Channel, open_audio
+from avex_serve.audio.reader import CONVERT, AudioStream, Channel, open_audio
 from avex_serve.errors import AudioError, InputError, TensorError, TooLargeError, naming
 from avex_serve.inference.pipeline import Query
 from avex_serve.scheduling.request import current
@@ -100,7 +101,7 @@ def value(name: str, given: object, kind: Any) -> Any:
     try:
         return msgspec.convert(number, kind, strict=False)
     except msgspec.ValidationError as error:
-        expected = _plain(error).partition(", got")[0]
+        expected = _plain(error).partition(", got")[0].removesuffix(" or null")  # which stands for the default
         if words := [each for part in (kind, *get_args(kind)) for each in get_args(part) if isinstance(each, str)]:
             expected = f"expected {', '.join([*['a whole number'] * (int in get_args(kind)), *words])}"
         raise InputError(f"{name[:QUOTED]} is {_shortened(given)}; {expected}") from None
@@ -118,7 +119,9 @@ def query(given: Mapping[str, object], names: Collection[str]) -> Query:
     """
     for name in given:
         if name not in names:
-            raise InputError(f"unknown option {name[:QUOTED]!r}; known: {', '.join(names)}")
+            nearest = get_close_matches(name[:QUOTED], names, 1)
+            hint = f"did you mean {nearest[0]}? " if nearest else ""
+            raise InputError(f"unknown option {name[:QUOTED]!r}; {hint}known: {', '.join(names)}")
     listed = {name: _listed(text) for name, text in given.items() if name in SEVERAL and isinstance(text, str)}
     return Query(**{name: value(name, each, _query_types()[name]) for name, each in {**given, **listed}.items()})
 
@@ -206,6 +209,7 @@ _KINDS: Final = (  # what bytes begin with
     (re.compile(rb"--[^\r\n]{1,70}\r?\nContent-Disposition:", re.IGNORECASE), FORM),
     (re.compile(rb"\s*[\[{]\s*([\[{\"\-\d\]}]|null|true|false)"), JSON),
     (re.compile(rb"[\w.%+-]+="), "a form as text"),
+    (re.compile(rb"\s*(\w+://\S+|[^\r\n\0]+\.\w{2,4})\s*\Z"), "a path or a URL"),
     # Of RIFF, fLaC, OggS and ID3.
     (re.compile(rb"\s*\"?(UklGR|ZkxhQ|T2dnU|SUQz)"), "base64"),
 )
@@ -237,7 +241,8 @@ def open_recording(
             if (kind := kind_of(data)) in (None, RECORDING):
                 raise
             found = f"{kind} without its Content-Type" if kind == FORM else kind
-            raise AudioError(f"{error}; {remedy if kind == EMPTY else f'this is {found}, so {remedy}'}") from None
+            fault = str(error).removesuffix(CONVERT)
+            raise AudioError(f"{fault}; {remedy if kind == EMPTY else f'this is {found}, so {remedy}'}") from None
 
 
 # -- tensors --------------------------------------------------------------------------------------------------------

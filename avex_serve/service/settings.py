@@ -40,6 +40,8 @@ REDACTED: Final = "(set)"  # in place of a secret
 OF_TOOLS: Final = frozenset(
     {"AVEX_SHARED", "AVEX_FUZZ_FACTOR", "AVEX_FUZZ_SEED", "AVEX_SOAK_ANSWERS", "AVEX_SOAK_SECONDS"}
 )
+# What people look for among the settings, and BentoML has.
+OF_BENTOML: Final = re.compile(r"AVEX_(?:HTTP_)?(HOST|PORT)")
 # Kubernetes sets these for each Service whose name begins with avex. AVEX_PORT counts only with Kubernetes' value.
 OF_KUBERNETES: Final = re.compile(
     r"AVEX_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)=.*"
@@ -94,7 +96,8 @@ class Settings(BaseModel):
     )
     bundle_cache: Path = Field(
         default_factory=bundle_cache,
-        description="where bundles of URLs are copied; by default within BENTOML_HOME",
+        description="where bundles of URLs are copied, and several workers write large weights that they share; by "
+        "default within BENTOML_HOME",
     )
     start_empty: bool = Field(
         False, description="whether to start when there is no bundle yet (1), and serve those that come later"
@@ -243,8 +246,10 @@ def _unknown(environment: Mapping[str, str], known: Iterable[str]) -> list[str]:
             continue
         if OF_KUBERNETES.fullmatch(f"{name}={value}"):
             continue
-        nearest = get_close_matches(name, known, 1)
+        nearest = get_close_matches(name.upper(), known, 1)
         remedy = f"did you mean {nearest[0]}?" if nearest else "unset it."
+        if option := OF_BENTOML.fullmatch(name.upper()):
+            remedy = f"where HTTP listens is said by `bentoml serve --{option[1].lower()}`."
         messages.append(f"{name} is no setting; {remedy} `avex-serve settings` lists all settings")
     return messages
 

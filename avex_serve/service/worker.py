@@ -56,6 +56,7 @@ ALL_INTERFACES: Final = {"0.0.0.0", "::"}
 QUEUE_FACTOR: Final = 16  # waiting requests for each at work
 ARENAS: Final = -8, 2  # M_ARENA_MAX of glibc: see `_keep_less_memory`
 DISK_BYTES: Final = 2**16  # for what a start writes
+SHARED: Final = "weights"  # folder of what workers map, next to the copies of URLs
 CHECK_SECONDS: Final = 1.0  # between two looks at the background tasks
 
 
@@ -91,12 +92,18 @@ class AvexService:
     def front(self) -> Front:
         """The parts that requests share. They are made on first use: BentoML's supervisor needs none of them."""
         settings = self.settings
-        threads = settings.threads or threads_of_worker(bento.workers(AvexService.name))
+        workers = bento.workers(AvexService.name)
+        threads = settings.threads or threads_of_worker(workers)
         slots = settings.concurrency or threads
 
         def open_engine(folder: Path) -> Engine:
             engine = open_checked(
-                folder, settings.device, precision=settings.precision, threads=threads, mode=settings.check
+                folder,
+                settings.device,
+                precision=settings.precision,
+                threads=threads,
+                share=settings.bundle_cache / SHARED if workers > 1 else None,
+                mode=settings.check,
             )
             if settings.serves_demo:
                 engine.warnings += (DEMO_WARNING,)
@@ -398,6 +405,8 @@ def check_port_is_free(use: str, host: str, port: int, remedy: str) -> None:
             raise InputError(
                 f"{use} can't listen on {address}: {error.strerror}; stop what listens there, or {remedy}"
             ) from None
+        except OverflowError:
+            raise InputError(f"{use} can't listen on port {port}; expected 1 to 65535: {remedy}") from None
 
 
 def _check_disk() -> None:

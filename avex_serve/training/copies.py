@@ -42,14 +42,15 @@ def find_copies(recordings: Sequence[Recording], parts: Sequence[int]) -> list[C
         recordings: with their lengths.
         parts: of each recording.
     """
-    pairs = list(_candidates(recordings, parts))
-    involved = sorted({i for pair in pairs for i in pair})
-    if len(involved) > MOST:
-        return None
+    involved: set[int] = set()
+    for pair in _candidates(recordings, parts):  # millions, if all recordings have one length
+        involved.update(pair)
+        if len(involved) > MOST:
+            return None
     with ThreadPoolExecutor(usable_cores()) as pool:
         courses = dict(zip(involved, pool.map(_course, (recordings[i] for i in involved)), strict=True))
     found = []
-    for first, second in pairs:
+    for first, second in _candidates(recordings, parts):
         one, other = courses[first], courses[second]
         size = min(len(one), len(other))
         if _correlation(one[:size], other[:size]) < _SAME_COURSE:

@@ -156,7 +156,7 @@ def stored_outputs(
 ) -> list[np.ndarray]:
     """The outputs (N, ...) of a wave (S,) at the engine's rate, stored under a name that determines the wave."""
     path = store / _key(engine, outputs, 0.0) / f"{name}.npz"
-    if not path.is_file():
+    if not _is_stored(path):
         store_outputs(engine, outputs, partial(open_wave, wave, engine.audio_spec.sample_rate), 0.0, path)
     with np.load(path) as stored:
         return [stored[str(i)] for i in range(len(outputs))]
@@ -194,6 +194,11 @@ def _file(folder: Path, recording: Recording) -> Path:
     return folder / recording.digest[:2] / f"{recording.digest}.npz"
 
 
+def _is_stored(path: Path) -> bool:
+    """Whether the outputs are there; after a power cut, a file may have lost its content."""
+    return path.is_file() and path.stat().st_size > 0
+
+
 def _run_missing(
     engine: Engine,
     outputs: Sequence[str],
@@ -204,7 +209,7 @@ def _run_missing(
     say: Callable[[str], None],
 ) -> dict[str, str]:
     """Run the recordings that are not stored yet; a sentence for each that can't be used, by its name."""
-    missing = {r.digest: r for r in recordings if not _file(folder, r).is_file()}
+    missing = {r.digest: r for r in recordings if not _is_stored(_file(folder, r))}
     for recording in list(missing.values()):
         found = None if known is None else known(recording)
         if found is not None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from avex_serve.archive.store import report_full_disk
 from avex_serve.bundles.manifest import Activation
 from avex_serve.calibration.scales import log_odds
+from avex_serve.errors import report_full_disk
 from avex_serve.evidence.first import open_checked
 from avex_serve.inference.scores import activate
 from avex_serve.training.dataset import MIN_OVERLAP, read_dataset
@@ -24,7 +24,7 @@ class EvaluationRequest:
     """The options of ``avex-serve evaluate``; see its ``--help``."""
 
     bundle: Path | str  # a folder or a URL
-    data: Path
+    data: Path | tuple[Path, ...]
     output: Path | None = None  # folder of the report
     probe: str | None = None
     seed: int = 0

@@ -14,10 +14,10 @@ from typing import Final
 import numpy as np
 import yaml
 
+from avex_serve.annotations.table import new_folder
 from avex_serve.archive.store import Store
 from avex_serve.audio.windows import plan_windows
-from avex_serve.bundles.manifest import MANIFEST
-from avex_serve.bundles.sealing import atomic_directory
+from avex_serve.bundles.manifest import MANIFEST, PROBE
 from avex_serve.calibration.fit import TARGET
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import AvexServeError, DependencyError, InputError, NotFoundError
@@ -25,7 +25,7 @@ from avex_serve.evidence.first import open_checked
 from avex_serve.models.base_model import ModelBase
 from avex_serve.models.checkpoints import fingerprint
 from avex_serve.models.probes import build_probe_from_config, load_probe_config, save_probe
-from avex_serve.models.probes.storage import PROBE, load_head
+from avex_serve.models.probes.storage import load_head
 from avex_serve.models.utils.load import find_entry, load_model
 from avex_serve.training import report
 from avex_serve.training.copies import MOST, find_copies
@@ -69,6 +69,7 @@ def check_data(request: FitRequest) -> str:
     Raises:
         AvexServeError: as of `fit_probe`.
     """
+    _check_options(request)
     dataset = _dataset(request)
     windows = _planned(request, dataset)
     parts = _split(windows, request.seed)
@@ -113,10 +114,8 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
         UnsupportedError: `store` has no embeddings that the probe reads.
         AvexServeError: the embeddings bundle can't be made, or answers otherwise than its evidence.
     """
-    config = probe_config(request.probe)
+    config = _check_options(request)
     output = request.output
-    if output.exists() and not (output.is_dir() and ((output / PROBE).is_file() or not any(output.iterdir()))):
-        raise InputError(f"--output {output} exists and holds no {PROBE}: not replaced; choose another folder")
     page = can_make_page(say)
     dataset = _dataset(request)
     base = _load(request.model)
@@ -157,13 +156,10 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
     )
     probe = build_probe_from_config(config, len(dataset.labels), "cpu", base_model=base)
     load_head(probe, fitted.head.state, "the trained head")
-    try:
-        with atomic_directory(output, marker=PROBE) as folder:
-            save_probe(probe, folder, labels=dataset.labels, model=request.model, activation="sigmoid")
-            fitted.head.calibration.write(folder)
-            write_report(folder, evaluation, fitted.windows, fitted.predictions, page=page)
-    except FileExistsError as error:
-        raise InputError(f"--output {error}") from error
+    with new_folder(output, PROBE) as folder:
+        save_probe(probe, folder, labels=dataset.labels, model=request.model, activation="sigmoid")
+        fitted.head.calibration.write(folder)
+        write_report(folder, evaluation, fitted.windows, fitted.predictions, page=page)
     return evaluation
 
 
@@ -310,6 +306,15 @@ def _recipes() -> Path:
 
 
 # -- parts of a fit -----------------------------------------------------------------------------------------------
+
+
+def _check_options(request: FitRequest) -> ProbeConfig:
+    """The configuration of the probe; InputError also for an output that can't be replaced."""
+    config = probe_config(request.probe)
+    output = request.output
+    if output.exists() and not (output.is_dir() and ((output / PROBE).is_file() or not any(output.iterdir()))):
+        raise InputError(f"--output {output} exists and holds no {PROBE}: not replaced; choose another folder")
+    return config
 
 
 def _dataset(request: FitRequest) -> Dataset:

@@ -10,8 +10,8 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from avex_serve.archive.parquet import ParquetWriter, cycles, plain, runs
-from avex_serve.archive.store import connect, quoted, report_full_disk
-from avex_serve.errors import InputError, NotFoundError
+from avex_serve.database import connect, quoted
+from avex_serve.errors import InputError, NotFoundError, report_full_disk
 from avex_serve.training.embed import Windows
 from avex_serve.training.report import Predictions, join
 
@@ -89,7 +89,7 @@ def read_scores(path: Path) -> Scores:
         with connect() as database:
             query = 'SELECT recording, "group", start, "end", label, target, logit, detected, probability FROM '
             columns = database.execute(f"{query} read_parquet({quoted(path)})").fetchnumpy()
-    except duckdb.Error as error:
+    except (OSError, duckdb.Error) as error:
         raise InputError(f"{path} holds no scores of a report: {error}") from None
     names = columns["label"]
     later = np.flatnonzero(names[1:] == names[0])

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avex_export.architectures import names
+from avex_serve.bundles.manifest import PROBE
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import NotFoundError
 from avex_serve.models.files import find_local
 from avex_serve.models.probes import load_probe_config
-from avex_serve.models.probes.storage import PROBE, SavedProbe, read_saved
+from avex_serve.models.probes.storage import SavedProbe, read_saved
 from avex_serve.models.utils.registry import get_entry, list_models
 
 _FOLDER = Path(__file__).parent / "recipes"

@@ -4,6 +4,7 @@ import csv
 import json
 import warnings
 from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
 
 import duckdb
 import pandas
@@ -12,7 +13,7 @@ import pytest
 from avex_serve.annotations.formats import FORMATS
 from avex_serve.annotations.table import Annotation, Recording, Table
 from avex_serve.cli.tables import FORMATS as OFFERED
-from avex_serve.errors import InputError
+from avex_serve.errors import InputError, StorageError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -128,6 +129,20 @@ def test_audacity_replaces_no_other_folder(tmp_path):
     (tmp_path / "audacity" / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match=r"not replaced; choose another folder"):
         FORMATS["audacity"].write(make_table(), tmp_path / "audacity")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_place_that_can_not_be_written_is_an_error(table, name):
+    with pytest.raises(StorageError, match="can't be written"):
+        FORMATS[name].write(table, Path("/proc/avex/table"))
+
+
+def test_camtrap_dp_names_the_type_of_each_file(tmp_path):
+    types = {"a.WAV": "wav", "b.m4a": "mp4", "c.webm": "webm", "d.aac": "aac", "e.aif": "aiff", "f.oga": "ogg"}
+    recordings = [recording(f"/data/{name}", 1.0) for name in types]
+    folder = write("camtrap-dp", Table(recordings, [(each, []) for each in recordings], {}), tmp_path)
+    media = csv.DictReader((folder / "media.csv").read_text("utf-8").splitlines())
+    assert [each["fileMediatype"] for each in media] == [f"audio/{kind}" for kind in types.values()]
 
 
 def test_birdnet(table, tmp_path):
@@ -259,8 +274,8 @@ def test_an_error_leaves_the_old_table(name, tmp_path):
 
     def failing():
         yield RECORDINGS[0], [annotation(0, 1, "a", 0.5)]
-        raise OSError("the store can't be read")
+        raise ArithmeticError("a fault")
 
-    with pytest.raises(OSError, match="the store can't be read"):
+    with pytest.raises(ArithmeticError, match="a fault"):
         FORMATS[name].write(Table(RECORDINGS, failing(), {}), target)
     assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -22,6 +22,7 @@ import avex_serve.archive.run
 from avex_serve import open_bundle
 from avex_serve.archive import store as stores
 from avex_serve.audio.reader import decode
+from avex_serve.evidence import first
 from avex_serve.inference.engine import Engine
 from tests.bundles import LABELS, NOISES, make_slow_bundle
 
@@ -57,8 +58,9 @@ def found(rows, path):
 
 @pytest.fixture
 def count_inference(monkeypatch):
-    """The number of windows that were run since the last question."""
+    """The number of windows of recordings that were run since the last question."""
     batches = []
+    monkeypatch.setattr(first, "_answer_silence", lambda engine: None)
     job = Engine._job
     monkeypatch.setattr(Engine, "_job", lambda *arguments: batches.append(1) or job(*arguments))
 
@@ -317,7 +319,7 @@ def test_a_probe_added_later_is_answered_from_stored_embeddings(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{archive}",), "is no bundle: it has no manifest.json"),
+        (("{archive}",), "holds no manifest.json; make a bundle with avex-export. The bundles come first"),
         (("{plain}",), "no recordings are named"),
         (("{plain}", "{archive}/nothing.wav"), "no such file"),
         (("{backbone}", "{archive}"), "has no probe, and no other bundle here reads its embeddings"),

@@ -172,12 +172,17 @@ BAD = {
     "text": (b"this is no audio", "can't be decoded"),
     "long text": (b"no audio here either, only words. " * 1000, "can't be decoded"),
     "json": (b'{"audio": [0, 1]}', "can't be decoded"),
-    "null bytes": (bytes(5000), "can't be decoded"),
-    "cut in the RIFF header": (GOOD[:10], "is truncated"),
-    "cut in the format chunk": (GOOD[:20], "is truncated"),
+    "null bytes": (bytes(5000), "holds nothing but zeros"),
+    "cut in the RIFF header": (
+        GOOD[:10],
+        "is truncated: the file ends within its header); it is damaged or incomplete",
+    ),
+    "cut in the format chunk": (GOOD[:20], "copy or download it again"),
     "cut before the samples": (GOOD[:44], "is truncated"),
     "cut in the last sample": (GOOD[:-1], "is truncated"),
-    "flac cut in the header": (FLAC[:20], "can't be decoded"),
+    "flac cut in the header": (FLAC[:20], "copy or download it again"),
+    "flac cut before the samples": (FLAC[:50], "copy or download it again"),
+    "ogg cut in the header": (encode(tone(0.1, 16000, 1), 16000, "OGG")[:40], "copy or download it again"),
     "aiff cut in the header": (encode(tone(0.1, 16000, 1), 16000, "AIFF")[:30], "is truncated"),
     "no samples": (encode(np.zeros((0, 1)), 16000), "has no samples"),
     "no samples in flac": (encode(np.zeros((0, 1)), 16000, "FLAC"), ""),
@@ -187,7 +192,7 @@ BAD = {
     "a sum beyond float32": (wav(np.array([3e38, 3e38], "<f4").tobytes(), channels=2), "NaN or infinite"),
     "beyond float32": (wav(np.array([1e300], "<f8").tobytes(), bits=64), "NaN or infinite"),
     "no channels": (wav(bytes(100), channels=0), "can't be decoded"),
-    "codec unknown": (wav(bytes(100), code=0x7777), "can't be decoded"),
+    "codec unknown": (wav(bytes(100), code=0x7777), "or convert it if other programs play it"),
 }
 
 

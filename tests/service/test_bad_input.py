@@ -66,7 +66,7 @@ BAD_OPTIONS = [
     (
         {"topk": "1"},
         400,
-        "unknown option 'topk'; known: threshold, top_k, label,",
+        "unknown option 'topk'; did you mean top_k? known: threshold, top_k, label,",
     ),
 ]
 

@@ -91,6 +91,21 @@ def test_http_port_that_is_taken(tmp_path, audio_bundle, audio_server):
     )
 
 
+def test_http_port_that_is_none(tmp_path, audio_bundle):
+    message = refused_start(tmp_path, http_port=80_000, AVEX_BUNDLE=str(audio_bundle))
+    assert message == "avex-serve: HTTP can't listen on port 80000; expected 1 to 65535: choose another --port\n"
+
+
+def test_a_saved_probe_is_no_bundle(tmp_path):
+    folder = tmp_path / "my probe"
+    shutil.copytree(CHECKOUT / "avex_serve" / "demo" / "probes" / "linear_last", folder)
+    message = refused_start(tmp_path, AVEX_BUNDLE=str(folder))
+    assert (
+        f"holds no manifest.json; it is a saved probe: make a bundle of it with avex-export --probe '{folder}'"
+        in message
+    )
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [

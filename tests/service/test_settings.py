@@ -100,11 +100,17 @@ def test_a_value_in_another_unit_is_named(name, value, remedy):
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("AVEX_API_KEY", "AVEX_API_KEYS"), ("AVEX_BUNDLES", "AVEX_BUNDLE"), ("AVEX_PORT", "AVEX_GRPC_PORT"),
+    [("AVEX_API_KEY", "AVEX_API_KEYS"), ("AVEX_BUNDLES", "AVEX_BUNDLE"), ("AVEX_Bundle", "AVEX_BUNDLE"),
      ("AVEX_MAX_BODY_SIZE", "AVEX_MAX_BODY_BYTES")],
 )  # fmt: skip
 def test_a_variable_that_is_no_setting_is_refused_with_the_nearest_name(name, nearest):
     with pytest.raises(InputError, match=rf"^{name} is no setting; did you mean {nearest}\?"):
+        Settings.from_environment({name: "8080"})
+
+
+@pytest.mark.parametrize(("name", "option"), [("AVEX_PORT", "--port"), ("AVEX_HTTP_HOST", "--host")])
+def test_where_http_listens_is_no_setting(name, option):
+    with pytest.raises(InputError, match=rf"^{name} is no setting; .* `bentoml serve {option}`"):
         Settings.from_environment({name: "8080"})
 
 

@@ -55,6 +55,13 @@ BODIES = {
     "a data URL": (b"data:audio/wav;base64," + base64.b64encode(WAV), "text/plain", "this is a data URL"),
     "a web page": (b"<!DOCTYPE html><html>", "audio/wav", "this is a web page"),
     "a zip": (b"PK\x03\x04" + bytes(30), "audio/wav", "this is a compressed file"),
+    "a path": (b"recordings/dawn 1.wav\n", "audio/wav", "this is a path or a URL, so send the file itself"),
+    "a URL": (b"https://example.org/a?b=c", "audio/wav", "this is a path or a URL"),
+    "another kind of multipart": (
+        b"--b\r\n\r\nx\r\n--b--\r\n",
+        "multipart/mixed; boundary=b",
+        "multipart/form-data",
+    ),
     "nothing": (b"", "audio/wav", "is empty"),
     "curl -d": (WAV.translate(None, b"\0\r\n"), URLENCODED, "--data-binary @FILE"),
     "curl -d of a FLAC": (encode(2, 44100, 1, "FLAC").translate(None, b"\0\r\n"), URLENCODED, "--data-binary @FILE"),
@@ -65,8 +72,9 @@ BODIES = {
 @pytest.mark.parametrize(("body", "content_type", "expected"), BODIES.values(), ids=BODIES)
 def test_what_is_no_recording_is_named_with_the_remedy(audio_server, body, content_type, expected):
     for path in ("/predict", "/embed"):
-        answer = audio_server.post(path, content=body, headers={"Content-Type": content_type})
-        assert expected in error(answer)
+        said = error(audio_server.post(path, content=body, headers={"Content-Type": content_type}))
+        assert expected in said
+        assert "Convert it" not in said, "no remedy for what is no recording"
 
 
 def test_a_recording_of_any_declared_type_is_read(audio_server):
@@ -127,6 +135,11 @@ def test_numbers_that_json_lacks(audio_server, number):
         ("GET", "/nothing/of/this/kind", 404, "no /nothing/of/this/kind here; /docs.json has all paths, and / the"),
         ("GET", "/v2/models", 404, "did you mean /v2/models/{name};"),
         ("POST", "/predict/a.wav", 404, "no /predict/a.wav here"),
+        ("POST", "/PREDICT", 404, "did you mean /predict;"),
+        ("GET", "/labels", 404, "did you mean /models/{name};"),
+        ("GET", "/v2/models/tiny/labels", 404, "did you mean /models/{name};"),
+        ("GET", "/openapi.json", 404, "did you mean /docs.json;"),
+        ("GET", "/swagger/index.html", 404, "did you mean /docs.json;"),
     ],
 )
 def test_another_method_or_path(audio_server, method, path, status, expected):
@@ -134,6 +147,22 @@ def test_another_method_or_path(audio_server, method, path, status, expected):
     assert expected in error(answer, status)
     if status == 405:
         assert f"takes {answer.headers['Allow']}, not {method}" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "gzip, identity"])
+def test_a_compressed_body(audio_server, encoding):
+    said = error(audio_server.post("/predict", content=WAV, headers={"Content-Encoding": encoding}), 415)
+    assert "without Content-Encoding: FLAC makes recordings smaller" in said
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", ""])
+def test_an_encoding_that_is_none(audio_server, encoding):
+    assert audio_server.post("/predict", content=WAV, headers={"Content-Encoding": encoding}).status_code == 200
+
+
+def test_a_misspelt_option(audio_server):
+    said = error(audio_server.post("/predict", content=WAV, params={"treshold": 0.3}))
+    assert said.startswith("unknown option 'treshold'; did you mean threshold? known: ")
 
 
 def test_a_put_to_what_is_only_read(audio_server):

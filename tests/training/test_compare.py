@@ -124,4 +124,6 @@ def test_the_command(windows, tmp_path, capsys):
     assert row.endswith("*")
     document = json.loads(target.read_text())
     assert f"{document['macro']['average_precision']['a']:.3f}" in row
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(target / "x.json")]) == 6
+    assert "the results can't be written" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "none")]) == 2

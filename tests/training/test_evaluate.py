@@ -17,6 +17,7 @@ from avex_serve.inference.backend import open_bundle
 from avex_serve.training.evaluate import EvaluationRequest, evaluate_bundle
 from tests.bundles import LABELS, SAMPLE_RATE, make_audio_bundle
 from tests.test_imports import BLOCKER
+from tests.training.reports import make_windows, write
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +68,25 @@ def test_the_command_needs_no_torch(audio_bundle, data, tmp_path):
     assert (tmp_path / "report" / "evaluation.csv").read_text("utf-8").count("\n") == 5
 
 
+def test_outputs_that_lost_their_content_are_computed_again(audio_bundle, data, tmp_path):
+    request = EvaluationRequest(audio_bundle, data, cache=tmp_path)
+    first = evaluate_bundle(request, lambda text: None)
+    for path in list(tmp_path.rglob("*.npz"))[::2]:  # as after a power cut
+        path.write_bytes(b"")
+    assert evaluate_bundle(request, lambda text: None) == first
+
+
 def test_a_bundle_that_takes_embeddings_is_refused(embedding_bundle, data, tmp_path, capsys):
     with pytest.raises(UnsupportedError):
         evaluate_bundle(EvaluationRequest(embedding_bundle, data, cache=tmp_path))
     assert main(["evaluate", str(embedding_bundle), str(data)]) == 2
     assert "takes embeddings, not audio" in capsys.readouterr().err
+
+
+def test_a_label_of_noise_is_no_detection_in_noise(tmp_path):
+    """Heads that were trained with cross entropy have such a label; it is right in noise."""
+    windows = make_windows(tmp_path / "recordings", ["owl", "Noise"])
+    windows.targets[:, 1] = windows.targets[:, 0] == 0  # every window without an owl has noise
+    found, _ = write(tmp_path / "report", windows, ["owl", "Noise"], skill=0.0, noise={"hum": np.full((60, 2), 9.0)})
+    assert found.noise["hum"].per_hour == {"owl": 3600.0}
+    assert set(found.noise["the background of the data"].per_hour) == {"owl"}

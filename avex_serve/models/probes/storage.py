@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import save_file
 from torch import nn
 
-from avex_serve.bundles.manifest import LABELS, Activation
+from avex_serve.bundles.manifest import LABELS, PROBE, Activation
 from avex_serve.bundles.reading import check_labels, parse_labels
 from avex_serve.bundles.sealing import atomic_directory, dump_labels
 from avex_serve.configs import ModelSpec, ProbeConfig
@@ -41,7 +41,6 @@ from avex_serve.models.utils.registry import ModelEntry, build_model_from_spec, 
 
 logger = logging.getLogger(__name__)
 
-PROBE = "probe.yml"
 WEIGHTS = "model.safetensors"
 # What turns logits into the scores that a loss trains, by the names of torch's losses.
 ACTIVATIONS: Final[Mapping[str, Activation]] = {

@@ -16,6 +16,7 @@ docs/decisions/serving-own-routes.md.
 import io
 import logging
 import math
+import re
 from collections.abc import Awaitable, Callable, Collection
 from difflib import get_close_matches
 from functools import cache, partial
@@ -120,9 +121,18 @@ def _route(endpoint: Endpoint, front: Callable[[], Front], bentoml: ASGIApp) -> 
     return Route(endpoint.path, answer, methods=endpoint.methods)
 
 
+# Words of paths that other services have, and the path here.
+ELSEWHERE: Final = (
+    (re.compile(r"(labels?|classes|species)$"), pages.DESCRIPTION),
+    (re.compile(r"openapi|swagger|redoc|^/docs"), "/docs.json"),
+)
+
+
 async def _refuse_path(scope: Scope, _: Receive, __: Send) -> None:
     path = scope["path"][: parsing.QUOTED]
-    nearest = get_close_matches(path, [each.path for each in ENDPOINTS if each.operation is not None], 1)
+    named = [known for words, known in ELSEWHERE if words.search(path.lower())]
+    paths = [each.path for each in ENDPOINTS if each.operation is not None]
+    nearest = named or get_close_matches(path.lower(), paths, 1)
     hint = f"; did you mean {nearest[0]}" if nearest else ""
     raise NotFoundError(f"no {path} here{hint}; /docs.json has all paths, and / the models")
 
@@ -153,6 +163,7 @@ def _json(document: object, status: int = 200) -> Response:
 # -- what requests carry --------------------------------------------------------------------------------------------
 
 AUDIO_FIELD: Final = "audio"
+FORM_TYPE: Final = "multipart/form-data"
 SEND_FILE: Final = f"send it with one: -F {AUDIO_FIELD}=@FILE, in Python files={{'{AUDIO_FIELD}': open(FILE, 'rb')}}"
 SEND_BODY: Final = (
     f"send the file itself: as the body (curl --data-binary @FILE) or in a form (-F {AUDIO_FIELD}=@FILE)"
@@ -178,8 +189,12 @@ async def _read_recording(request: Request) -> _Sent:
         StorageError: a large file has no room on disk.
     """
     pairs = request.query_params.multi_items()
-    if _content_type(request) != "multipart/form-data":
+    if _content_type(request) != FORM_TYPE:
         body = await _read_body(request)
+        if _content_type(request).startswith("multipart/"):
+            raise InputError(
+                f"the body is {_content_type(request)[: parsing.QUOTED]}; expected {FORM_TYPE}, or {SEND_BODY}"
+            )
         if _content_type(request) == "application/x-www-form-urlencoded":
             _check_urlencoded(body)
         return _Sent(body, pairs)
@@ -262,8 +277,12 @@ async def _read_small_body(request: Request) -> bytes:
 
 
 def _refuse_encoding(request: Request) -> None:
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise HTTPException(415, "compressed requests are not supported; send the body without Content-Encoding")
+    if request.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+        raise HTTPException(
+            415,
+            "compressed requests are not supported; send the body without Content-Encoding: FLAC makes recordings "
+            "smaller",
+        )
 
 
 # -- recordings and embeddings --------------------------------------------------------------------------------------

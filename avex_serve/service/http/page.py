@@ -9,12 +9,10 @@ The service keeps nothing between them. A table is made from what the page sends
 holds the detections that pass the thresholds that the user sees.
 """
 
-import errno
 import io
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from datetime import timezone
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -49,6 +47,7 @@ WAV_TYPE: Final = "audio/wav"
 TABLES: Final = "/tables"
 ROW_BYTES: Final = 1024  # memory for a row of a table until it is sent; measured, rounded up
 FOLDER: Final = "/recordings"  # of recordings whose folder is not known, where a format writes paths below it
+NAME_BYTES: Final = 251  # of a recording, after which a file is named: Linux allows 255
 EARLIEST: Final = (1980, 1, 1, 0, 0, 0)  # of a file in a ZIP: the same table has the same bytes
 
 Number = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
@@ -173,17 +172,16 @@ def write_table(repository: Repository, asked: TableRequest) -> tuple[bytes, str
     if one:
         name = f"{described[0][1].name}.txt" if "." not in form.target else form.target
         return form.content(table), name
+    is_folder = "." not in form.target
+    if is_folder and (long := next((name for name in names if len(name.encode()) > NAME_BYTES), None)):
+        raise InputError(f"{long[:80]} is too long for a file that is named after it; choose CSV")
     with tempfile.TemporaryDirectory(prefix="avex-table-") as place:
         target = Path(place) / form.target
         try:
             form.write(table, target)
             return (_zipped(target), f"{form.target}.zip") if target.is_dir() else (target.read_bytes(), form.target)
-        except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                raise InputError(
-                    "a recording's name is too long for a file that is named after it; choose CSV"
-                ) from None
-            raise StorageError(f"the table can't be written to disk ({error.strerror}); choose CSV") from None
+        except (OSError, StorageError):
+            raise StorageError("the table can't be written to disk; choose CSV") from None
 
 
 def _path(pair: tuple[Recording, Described]) -> str:
@@ -193,9 +191,6 @@ def _path(pair: tuple[Recording, Described]) -> str:
 def _recording(described: Described, folder: str) -> Recording:
     header = _header(described.head)
     origin = find_origin(described.name, header.metadata, described.duration)
-    start = origin.start
-    if start is not None and origin.offset is not None:
-        start = start.replace(tzinfo=timezone(origin.offset))
     path = f"{folder.rstrip('/')}/{described.name}" if folder else described.name
     return Recording(
         path=path,
@@ -203,7 +198,7 @@ def _recording(described: Described, folder: str) -> Recording:
         duration=described.duration,
         sample_rate=header.sample_rate,
         channels=header.channels,
-        start=start,
+        start=origin.moment,
         latitude=origin.latitude,
         longitude=origin.longitude,
     )

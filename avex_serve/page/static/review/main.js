@@ -3,7 +3,7 @@
 import { labelled, make, statusLine } from "../dom.js";
 import { clock, say } from "../strings.js";
 import { ask } from "./api.js";
-import { Filters } from "./filters.js";
+import { Filters, NAMED } from "./filters.js";
 import { Listening } from "./listening.js";
 import { Progress } from "./progress.js";
 import { ReviewQueue } from "./queue.js";
@@ -165,7 +165,7 @@ class Page {
     query.set("annotator", this.filters.annotator.value.trim());
     query.set("label", this.filters.label.value);
     const item = await ask(`api/item?${query}`);
-    for (const name of ["file", "start"]) {
+    for (const name of NAMED) {
       query.delete(name);
     }
     history.replaceState(null, "", `?${query}`);
