@@ -1,6 +1,6 @@
 """The passes of BEATs."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from avex_serve.models.beats_model import BEATsModel, Encoder, SelfAttention, re
 from avex_serve.models.layers import BACKBONE, Taps
 
 POSITIONS = Pass("position-bias", "bake the relative position bias and the positional convolution's norm")
-CONVOLUTION = Pass("position-conv", "compute the positional convolution with half of the products")
 
 _ENCODER = "backbone.encoder"
 _BLOCKS = Blocks(
@@ -55,81 +54,6 @@ def _plain_convolution(normed: nn.Module) -> nn.Conv1d:
     plain = nn.Conv1d(normed.in_channels, normed.out_channels, kernel, padding=kernel // 2, groups=normed.groups)
     plain.load_state_dict({"weight": normed.weight, "bias": normed.bias})
     return plain
-
-
-def _halve_products(target: Target) -> bool:
-    """Replace the positional convolution, if its lengths are multiples of what `FastConvolution` needs."""
-    backbone = target.model_as(BEATsModel).backbone
-    encoder, cfg = backbone.encoder, backbone.cfg
-    bands = cfg.num_mel_bins // cfg.input_patch_size  # tokens of a time step
-    if bands % FastConvolution.WAYS or cfg.conv_pos % (2 * FastConvolution.WAYS):
-        return False
-    convolution, _, activation = encoder.pos_conv
-    if type(convolution) is not nn.Conv1d:  # its norm was not baked
-        convolution = _plain_convolution(convolution)
-    encoder.pos_conv = nn.Sequential(FastConvolution(convolution), activation)
-    return True
-
-
-class FastConvolution(nn.Module):
-    """A convolution that keeps the length, with 9 products of a quarter of its size each instead of 16.
-
-    Two neighbouring steps of a convolution by a kernel of two parts, y0 = w0 x0 + w1 x1 and y1 = w0 x1 + w1 x2, need
-    three products instead of four: m = (w0 + w1) x1, y0 = w0 (x0 - x1) + m and y1 = w1 (x2 - x1) + m. Here parts are
-    every other step of kernel and input, twice. Source: Winograd, "Arithmetic Complexity of Computations" (1980).
-    """
-
-    WAYS: ClassVar = 4  # steps that are computed together; the input's length and half the kernel's are multiples
-    weight: Tensor  # (9 * D, D / groups, kernel / 4)
-    bias: Tensor  # (4 * D,)
-
-    def __init__(self, convolution: nn.Conv1d) -> None:
-        super().__init__()
-        (kernel,) = convolution.kernel_size
-        assert convolution.bias is not None
-        self.padding = kernel // 2
-        weight = convolution.weight.detach().double()
-        sums = _sums([weight[..., i :: self.WAYS] for i in range(self.WAYS)])
-        self.groups = len(sums) * convolution.groups
-        self.register_buffer("weight", torch.cat(sums).float())
-        self.register_buffer("bias", convolution.bias.detach().repeat(self.WAYS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D, T) → (B, D, T)."""
-        width, ways = x.shape[1], self.WAYS
-        padded = nn.functional.pad(x.transpose(1, 2), (0, 0, self.padding, self.padding))
-        steps = padded.reshape(x.shape[0], -1, ways * width)
-        # The input from 7 successive steps on, side by side.
-        steps = torch.cat([steps[:, :-1], steps[:, 1:, : (ways - 1) * width]], dim=-1)
-        inputs = torch.cat(_differences(steps, ways), dim=-1).transpose(1, 2)
-        products = nn.functional.conv1d(inputs, self.weight, groups=self.groups).transpose(1, 2)
-        outputs = _merged(products, ways) + self.bias  # (B, T / 4, 4 * D)
-        return outputs.reshape(x.shape[0], -1, width).transpose(1, 2)
-
-
-def _sums(parts: list[Tensor]) -> list[Tensor]:
-    """The kernels of the products, see `FastConvolution`, from the parts of the kernel."""
-    if len(parts) == 1:
-        return parts
-    first, last = parts[: len(parts) // 2], parts[len(parts) // 2 :]
-    return [*_sums(first), *_sums(last), *_sums([a + b for a, b in zip(first, last, strict=True)])]
-
-
-def _differences(steps: Tensor, ways: int) -> list[Tensor]:
-    """The inputs of the products, see `FastConvolution`, from 2 * ways - 1 steps (…, (2 * ways - 1) * D)."""
-    if ways == 1:
-        return [steps]
-    width = steps.shape[-1] // (2 * ways - 1)
-    first, middle, last = (steps[..., i * width : (i + ways - 1) * width] for i in (0, ways // 2, ways))
-    return [part for each in (first - middle, last - middle, middle) for part in _differences(each, ways // 2)]
-
-
-def _merged(products: Tensor, ways: int) -> Tensor:
-    """The outputs of so many steps, see `FastConvolution`, from the products."""
-    if ways == 1:
-        return products
-    first, last, both = (_merged(part, ways // 2) for part in products.chunk(3, dim=-1))
-    return torch.cat([first + both, last + both], dim=-1)
 
 
 class BakedBias(nn.Module):
@@ -219,7 +143,6 @@ BEATS = Architecture(
         DEAD_LAYERS: _drop_dead_layers,
         **FRONT_ENDS,
         POSITIONS: _bake_positions,
-        CONVOLUTION: _halve_products,
         PROJECTIONS: lambda target: _BLOCKS.merge_projections(target, BEATsAttention),
         NORMS: _fold_norms,
         POOLING: _pool,
