@@ -82,8 +82,6 @@ class BakedBias(nn.Module):
 class BEATsAttention(MergedAttention):
     """BEATs' attention. Each gate is the sum of four outputs of a linear map that all heads share."""
 
-    gate: Tensor | None  # (heads,)
-
     def __init__(self, attention: SelfAttention) -> None:
         query, key, value = rows_of(attention.q_proj), rows_of(attention.k_proj), rows_of(attention.v_proj)
         rows = [rows_of(attention.q_proj, attention.head_dim**-0.5), key, value]
@@ -97,17 +95,22 @@ class BEATsAttention(MergedAttention):
             rows.append((gates, shifts.flatten()))
         super().__init__(rows, attention.out_proj, attention.heads)
         self.relative_attention_bias = attention.relative_attention_bias
-        self.register_buffer("gate", attention.grep_a.detach().flatten() if attention.gated else None)
+        self.gate = attention.grep_a if attention.gated else None  # (1, heads, 1, 1)
 
     def forward(
         self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None, taps: Taps, name: str
     ) -> Tensor:
         """As `avex_serve.models.beats_model.SelfAttention.forward`."""
-        projected, gate = self.projection(x), None
-        if self.gate is not None:
-            update, reset = projected[..., -2 * self.heads :].sigmoid().chunk(2, dim=-1)  # (B, T, heads)
-            gate = update * (reset * self.gate - 1.0) + 2.0
-        output = self.out(self.attend(projected, position_bias, gate, padding))
+        query, key, value, gates = self.project(x)
+        bias = position_bias
+        if bias is not None and self.gate is not None:
+            update, reset = gates.sigmoid().transpose(1, 2)[..., None].chunk(2, dim=1)  # (B, heads, T, 1)
+            bias = (update * (reset * self.gate - 1.0) + 2.0) * bias
+        if padding is not None:
+            hidden = torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, -torch.inf)
+            hidden = hidden[:, None, None, :]
+            bias = hidden if bias is None else bias + hidden
+        output = self.out(self.attend(query, key, value, bias))
         taps(f"{name}.out_proj", output)
         taps(name, output)
         return output
