@@ -48,6 +48,12 @@ class Measure(Struct, frozen=True, kw_only=True):
     windows: int  # with the sound
     recordings: int  # with the sound
 
+    def __str__(self) -> str:
+        if self.value is None:
+            return "–"
+        interval = "" if self.low is None or self.high is None else f" ({self.low:.3f}–{self.high:.3f})"
+        return f"{self.value:.3f}{interval}"
+
 
 class Figures(Struct, frozen=True, kw_only=True):
     """The figures of one label, or their means over labels."""
@@ -348,16 +354,21 @@ def summary(evaluation: Evaluation) -> str:
             threshold = figures.threshold_score if isinstance(figures, LabelFigures) else None
             lines.append(
                 f"{name[:24]:24} {figures.auroc.windows:8} {figures.auroc.recordings:10}  "
-                f"{_text(figures.average_precision):20}  {_text(figures.auroc):20}  "
+                f"{figures.average_precision!s:20}  {figures.auroc!s:20}  "
                 f"{'–' if threshold is None else f'{threshold:.3f}'}"
             )
-    for kind, noise in evaluation.noise.items():
-        lines += [
-            f"WARNING: {rate:.0f} detections of {label} an hour in {kind}"
-            for label, rate in noise.per_hour.items()
-            if rate > MOST_PER_HOUR
-        ]
+    lines += [f"WARNING: {alarm}" for alarm in alarms(evaluation)]
     return "\n".join([*lines, *(f"note: {problem}" for problem in evaluation.problems)])
+
+
+def alarms(evaluation: Evaluation) -> list[str]:
+    """A line for each label that is detected too often where there is no animal."""
+    return [
+        f"{label}: {rate:.0f} detections an hour in {kind}"
+        for kind, noise in evaluation.noise.items()
+        for label, rate in noise.per_hour.items()
+        if rate > MOST_PER_HOUR
+    ]
 
 
 def _noise(
@@ -472,9 +483,3 @@ def _warning(with_sound: int, recordings: int, without: int) -> str | None:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _text(measure: Measure) -> str:
-    if measure.value is None or measure.low is None or measure.high is None:
-        return "–"
-    return f"{measure.value:.3f} ({measure.low:.3f}–{measure.high:.3f})"

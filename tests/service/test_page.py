@@ -449,6 +449,16 @@ def test_tables_that_can_not_be(audio_server, change, fault):
     assert fault in answer.json()["error"]
 
 
+def test_a_name_that_no_file_can_have(audio_server):
+    """Audacity's tables are files that are named after the recordings."""
+    recording = {"digest": "0" * 64, "duration": 1.0, "labels": ["x"], "label": [0], "start": [0.0], "end": [1.0],
+                 "score": [0.5]}  # fmt: skip
+    recordings = [recording | {"name": name} for name in ("é" * 200, "b.wav")]
+    answer = audio_server.post("/tables", json={"format": "audacity", "model": "tiny", "recordings": recordings})
+    assert answer.status_code == 400, answer.text
+    assert "too long" in answer.json()["error"]
+
+
 def test_a_recording_as_wav(audio_server):
     samples = np.random.default_rng(0).integers(-(2**15), 2**15, (6000, 2), np.int16)
     flac = io.BytesIO()

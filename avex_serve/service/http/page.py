@@ -47,6 +47,7 @@ WAV_TYPE: Final = "audio/wav"
 TABLES: Final = "/tables"
 ROW_BYTES: Final = 1024  # memory for a row of a table until it is sent; measured, rounded up
 FOLDER: Final = "/recordings"  # of recordings whose folder is not known, where a format writes paths below it
+NAME_BYTES: Final = 251  # of a recording, after which a file is named: Linux allows 255
 EARLIEST: Final = (1980, 1, 1, 0, 0, 0)  # of a file in a ZIP: the same table has the same bytes
 
 Number = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
@@ -171,6 +172,9 @@ def write_table(repository: Repository, asked: TableRequest) -> tuple[bytes, str
     if one:
         name = f"{described[0][1].name}.txt" if "." not in form.target else form.target
         return form.content(table), name
+    is_folder = "." not in form.target
+    if is_folder and (long := next((name for name in names if len(name.encode()) > NAME_BYTES), None)):
+        raise InputError(f"{long[:80]} is too long for a file that is named after it; choose CSV")
     with tempfile.TemporaryDirectory(prefix="avex-table-") as place:
         target = Path(place) / form.target
         try:

@@ -50,8 +50,7 @@ class EATAttention(MergedAttention):
 
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
         """As `avex_serve.models.eat_hf.SelfAttention.forward`."""
-        query, key, value, _ = self.project(x)
-        output = self.out(self.attend(query, key, value, None))
+        output = self.out(self.attend(self.projection(x)))
         taps(f"{name}.proj", output)
         taps(name, output)
         return output
