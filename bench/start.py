@@ -2,9 +2,10 @@
 
     python bench/start.py [--rounds 9] [--only beats] [--workers 4]
 
-Servers with `AVEX_CHECK=on` and `off` start in turns, files in memory; a figure is the time from the command to the
-moment at which it is ready. Memory is the proportional set size (PSS) of the workers once each has answered: a page
-that several processes share counts for each of them in part.
+Servers with `AVEX_CHECK=on` and `off` start in turns, files in memory. A figure is the time from the command to the
+moment at which it is ready, on the clock and of CPU; the latter suffers less from what else the machine does. Memory
+is the proportional set size (PSS) of the workers once each has answered: a page that several processes share counts
+for each of them in part.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from overhead import family
+from overhead import cpu_seconds, family
 from run import HERE, INT8, Ratio, cpu, export
 
 from avex_serve.demo.run import running_server
@@ -25,21 +26,24 @@ MODELS = (("efficientnet", "float32"), ("beats", "float32"), ("beats", "int8"))
 POLL_SECONDS = 0.005
 
 
-def start_seconds(bundle: Path, precision: str, check: str) -> float:
-    """From the command to readiness."""
+def start_seconds(bundle: Path, precision: str, check: str) -> tuple[float, float]:
+    """From the command to readiness: on the clock, and of CPU."""
     with tempfile.TemporaryDirectory() as scratch:
         variables = {"AVEX_PRECISION": precision, "AVEX_CHECK": check}
         began = time.perf_counter()
-        with running_server(bundle, Path(scratch), poll_seconds=POLL_SECONDS, **variables):
-            return time.perf_counter() - began
+        with running_server(bundle, Path(scratch), poll_seconds=POLL_SECONDS, **variables) as server:
+            return time.perf_counter() - began, sum(cpu_seconds(pid) for pid in family(server.pid))
 
 
-def compare_starts(bundle: Path, precision: str, rounds: int) -> tuple[Ratio, list[float]]:
-    """Time with the check over time without, taking turns; and the median of each."""
-    turns = [[start_seconds(bundle, precision, check) for check in ("on", "off")] for _ in range(rounds + 1)][
-        1:
-    ]  # the first round warms up
-    return Ratio([on / off for on, off in turns]), [statistics.median(each) for each in zip(*turns, strict=True)]
+def compare_starts(bundle: Path, precision: str, rounds: int) -> list[str]:
+    """Time with the check over time without, taking turns, and the median of each: on the clock, and of CPU."""
+    turns = [[start_seconds(bundle, precision, check) for check in ("on", "off")] for _ in range(rounds + 1)]
+    texts = []
+    for kind in (0, 1):
+        times = [(on[kind], off[kind]) for on, off in turns[1:]]  # the first round warms up
+        on, off = (statistics.median(each) for each in zip(*times, strict=True))
+        texts.append(f"{Ratio([on / off for on, off in times])}, {on:.2f} s / {off:.2f} s")
+    return texts
 
 
 def memory(bundle: Path, precision: str, workers: int) -> float:
@@ -69,10 +73,10 @@ def main() -> None:
         bundle = home / name / "bundle_last"
         if not bundle.is_dir():
             export(home / name / "last", bundle, ["--quantize", "int8"] if name in INT8 else [])
-        ratio, (checked, unchecked) = compare_starts(bundle, precision, arguments.rounds)
+        clock, processor = compare_starts(bundle, precision, arguments.rounds)
         one, several = (memory(bundle, precision, count) for count in (1, arguments.workers))
         print(
-            f"{name} {precision}: start checked / not {ratio}, {checked:.2f} s / {unchecked:.2f} s; "
+            f"{name} {precision}: start checked / not {clock}; of CPU {processor}; "
             f"1 worker {one:.0f} MB, {arguments.workers} workers {several:.0f} MB: {several / one:.2f} ×",
             flush=True,
         )

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -240,6 +241,27 @@ def test_a_folder_that_is_no_bundle(tmp_path, files):
         assert (result.returncode, result.stdout) == (3, "")
         assert result.stderr.startswith(f"avex-serve: {folder} ")
         assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("command", "code"), [("predict", 3), ("run", 2)])
+def test_a_probe_in_place_of_its_bundle(tmp_path, files, command, code, monkeypatch, capsys):
+    """What fit writes first, and what people try first."""
+    (tmp_path / "my probe").mkdir()
+    (tmp_path / "my probe" / "probe.yml").write_text("format: 1\n")
+    monkeypatch.chdir(tmp_path)
+    more = ["--out", "results"] if command == "run" else []
+    assert main([command, "my probe", str(files[0]), *more]) == code
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "avex-serve: my probe holds no manifest.json; it is a saved probe: make a bundle of it with "
+    )
+    assert "avex-export --probe 'my probe'" in said
+
+
+def test_an_interrupted_command_says_so(monkeypatch, capsys):
+    monkeypatch.setattr("avex_serve.cli.settings.run", lambda _: signal.raise_signal(signal.SIGINT))
+    assert main(["settings"]) == 130
+    assert capsys.readouterr().err == "avex-serve: interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,17 @@ from avex_serve.annotations.table import Annotation, Format, Recording, Table, a
 SPECIES: Final = re.compile(r"[A-Z][a-z-]+ [a-z-]+(?: [a-z-]+)?")  # genus, species and perhaps subspecies
 PACKAGE: Final = "datapackage.json"
 PROFILE: Final = "https://raw.githubusercontent.com/tdwg/camtrap-dp/1.0.1/camtrap-dp-profile.json"
-MEDIA_TYPES: Final = {".flac": "audio/flac", ".mp3": "audio/mpeg", ".ogg": "audio/ogg", ".opus": "audio/ogg"}
+MEDIA_TYPES: Final = {
+    ".flac": "audio/flac",
+    ".mp3": "audio/mpeg",
+    **dict.fromkeys((".ogg", ".oga", ".opus"), "audio/ogg"),
+    **dict.fromkeys((".aif", ".aiff", ".aifc"), "audio/aiff"),
+    **dict.fromkeys((".au", ".snd"), "audio/basic"),
+    ".caf": "audio/x-caf",
+    ".m4a": "audio/mp4",
+    ".aac": "audio/aac",
+    ".webm": "audio/webm",
+}
 KEY: Final = {"type": "string", "constraints": {"required": True, "unique": True}}
 REFERENCE: Final = {"type": "string", "constraints": {"required": True}}
 TEXT: Final = {"type": "string"}

@@ -5,9 +5,11 @@ table has it. A table without a column of files is about the recording that it i
 `dawn.Table.1.selections.txt`, `dawn.BirdNET.results.csv`, `dawn.txt` and `dawn.csv` belong to `dawn.wav`.
 """
 
+import codecs
 import csv
 import io
 import math
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
@@ -30,6 +32,15 @@ LABELS: Final = (
     "species code",
     "class",
 )
+_UNREADABLE: Final = "\ufffd"  # stands for a byte that the encoding doesn't have
+
+
+class TableError(InputError):
+    """A file that is no table of annotations, since it has no labels."""
+
+    def __init__(self, message: str, *, has_times: bool = False) -> None:
+        super().__init__(message)
+        self.has_times = has_times  # it may be a table of annotations whose labels are in another column
 
 
 class Annotation(NamedTuple):
@@ -56,17 +67,29 @@ def read_annotations(path: Path, label_column: str | None = None) -> list[Annota
 
     Raises:
         NotFoundError: no such file.
-        InputError: not a table of annotations, or a row without numbers where times are expected.
+        TableError: not a table of annotations.
+        InputError: a row without numbers where times are expected, or letters in another encoding than Unicode.
     """
     try:
-        text = path.read_text("utf-8-sig")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} can't be read as text: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from None
+    # Excel writes "Unicode text" as UTF-16 with a byte order mark, and "CSV" in the code page of the computer.
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    text = data.decode(encoding, errors="replace")
+    if "\0" in text:
+        raise TableError(f"{path} is no table of annotations: it isn't text; expected CSV (in Excel: CSV UTF-8)")
     if _is_number(text.partition("\n")[0].split("\t")[0]):
-        return read_audacity(text.split("\n"), path)
-    return _read_columns(text, path, label_column)
+        annotations = read_audacity(text.split("\n"), path)
+    else:
+        annotations = _read_columns(text, path, label_column)
+    if _UNREADABLE in text and _UNREADABLE.encode() not in data:
+        raise InputError(
+            f"{path} is not in UTF-8, so its letters can't be told; save it again as UTF-8 (in Excel: CSV UTF-8)"
+        )
+    return annotations
 
 
 def recording_of(table: Path) -> str:
@@ -74,18 +97,26 @@ def recording_of(table: Path) -> str:
     return table.stem.removesuffix(".selections").partition(".Table.")[0].partition(".BirdNET.")[0]
 
 
+def composed(text: str) -> str:
+    """The text with one character for each letter with an accent (Unicode's form NFC)."""
+    return unicodedata.normalize("NFC", text)
+
+
 class Recordings:
-    """Recordings by what tables call them: the name of the file in any folder, with or without its suffix."""
+    """Recordings by what tables call them: the name of the file in any folder, with or without its suffix.
+
+    Names are compared as they look: macOS and other systems store letters with accents differently.
+    """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._by_name: dict[str, list[Path]] = defaultdict(list)
         for path in paths:
             for name in {path.name, path.stem}:
-                self._by_name[name].append(path)
+                self._by_name[composed(name)].append(path)
 
     def named(self, name: str) -> list[Path]:
         """Those of that name, or that the last part of a path names; it may have either kind of slash."""
-        return self._by_name.get(PureWindowsPath(name).name, [])
+        return self._by_name.get(composed(PureWindowsPath(name).name), [])
 
     def find(self, name: str, folder: Path) -> Path | None:
         """The recording that a table in a folder means; of several with that name, the one in the same folder.
@@ -122,7 +153,10 @@ def _read_columns(text: str, path: Path, label_column: str | None) -> list[Annot
     label = _first(names, LABELS if label_column is None else (label_column.lower(),))
     if label is None and (label_column is not None or file is None):
         expected = label_column or " or ".join(LABELS)
-        raise InputError(f"{path} is no table of annotations: no column {expected}; it has {', '.join(names)}")
+        raise TableError(
+            f"{path} is no table of annotations: no column {expected}; it has {', '.join(names)}",
+            has_times=start is not None and end is not None,
+        )
     if (start is None) != (end is None):
         raise InputError(f"{path} has a column {start or end}, but none for the other end of an annotation")
     rows = []
@@ -132,6 +166,8 @@ def _read_columns(text: str, path: Path, label_column: str | None) -> list[Annot
             continue
         fields = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
         first, last = 0.0, math.inf
+        if delimiter == ";":  # where Excel separates columns so, it writes 0,5
+            fields |= {name: fields[name].replace(",", ".") for name in (*STARTS, *ENDS) if name in fields}
         if start is not None and end is not None and (fields.get(start) or fields.get(end)):
             first, last = _seconds(fields[start], path, number), _seconds(fields.get(end, ""), path, number)
         if offset := fields.get("file offset (s)"):  # Raven's Begin Time counts on the whole sequence of files

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
-from avex_serve.annotations.reading import TABLES, Annotation, read_annotations, recording_of
+from avex_serve.annotations.reading import TABLES, Annotation, TableError, read_annotations, recording_of
 from avex_serve.errors import InputError, NotFoundError
 
 Decision = Literal["present", "absent", "unsure"]
@@ -73,9 +73,7 @@ def read_reviews(path: Path) -> list[Review]:
     for table in sorted(each for each in path.iterdir() if each.suffix.lower() in TABLES and each.is_file()):
         try:
             annotations = read_annotations(table)
-        except InputError as error:
-            if "no table of annotations" not in str(error):
-                raise
+        except TableError:
             continue
         if is_reviewed(annotations):
             tables += 1

@@ -108,11 +108,11 @@ def _add_objects(url: str, found: Found) -> None:
         reason = error
     any_name = "*." in url.rpartition("/")[2]
     matches = [path for path in objects if path == url or any_name or path.lower().endswith(SUFFIXES)]
-    shown = [path for path in matches if _hidden_parts(path) <= _hidden_parts(url)]
-    found.hidden.extend(sorted(set(matches) - set(shown)))
-    if not shown:
+    listed = [path for path in matches if _hidden_parts(path) <= _hidden_parts(url)]
+    found.hidden.extend(sorted(set(matches) - set(listed)))
+    if not listed:
         found.recordings.setdefault(url, reason)
-    for path in shown:
+    for path in listed:
         found.recordings.setdefault(path, None)
         found.objects[path] = objects[path]
 
@@ -160,6 +160,11 @@ def _walk(folder: str, found: Found) -> list[str]:
                 path = os.path.join(root, name)  # noqa: PTH118
                 (found.hidden if name.startswith(".") else recordings).append(path)
     return recordings
+
+
+def shown(path: str) -> str:
+    """A path as text; bytes that are no UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def sites_of(paths: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from datetime import tzinfo
 from typing import NamedTuple
 
+from avex_serve.archive.files import shown
 from avex_serve.audio.reader import describe
 from avex_serve.audio.recorder import find_origin, format_offset
 from avex_serve.errors import AvexServeError
@@ -39,14 +40,14 @@ def list_recordings(recordings: Mapping[str, AvexServeError | None], zone: tzinf
 
 
 def _row(path: str, error: AvexServeError | None, zone: tzinfo | None) -> Row:
-    shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+    text = shown(path)
     header = None
     if error is None:
         try:
             header = describe(path)
         except AvexServeError as raised:
             error = raised
-    name = os.path.basename(shown)  # noqa: PTH119 - a Path for each of 100,000 names is slow
+    name = os.path.basename(text)  # noqa: PTH119 - a Path for each of 100,000 names is slow
     duration = header.duration if header is not None else None
     origin = find_origin(name, header.metadata if header is not None else {}, duration, zone)
     warnings = list(origin.warnings)
@@ -56,7 +57,7 @@ def _row(path: str, error: AvexServeError | None, zone: tzinfo | None) -> Row:
             warnings.append("its header does not say how long it is")
     start = origin.start.isoformat() if origin.start is not None else None
     return Row(
-        path=shown,
+        path=text,
         duration=duration if duration is None else round(duration, 6),
         sample_rate=header.sample_rate if header is not None else None,
         channels=header.channels if header is not None else None,

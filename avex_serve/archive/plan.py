@@ -15,7 +15,7 @@ from avex_serve.errors import InputError, UnsupportedError
 from avex_serve.evidence.first import Mode, open_checked
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query, links, with_overlap
-from avex_serve.inference.scores import activate, score_scale
+from avex_serve.inference.scores import ScoreScale, activate, score_scale
 
 
 class Probe(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -23,7 +23,7 @@ class Probe(msgspec.Struct, frozen=True, omit_defaults=True):
 
     name: str
     labels: tuple[str, ...]  # in the order of its logits
-    scale: Literal["sigmoid", "softmax", "logits"]  # of its scores
+    scale: ScoreScale  # of its scores
     trained: bool
     calibration: Calibration | None = None  # of the bundle that ran last; probabilities are derived, not stored
 

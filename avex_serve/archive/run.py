@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from avex_serve.archive.cloud import Look, local_copy, look
+from avex_serve.archive.files import shown
 from avex_serve.archive.plan import Pass, ResultSet, read_stored
 from avex_serve.archive.store import Entry, Part, ResultFile, Store
 from avex_serve.audio.reader import describe, open_audio
@@ -429,8 +430,8 @@ def _look(path: str, listed: Look | None = None) -> Entry:
     try:
         path.encode()
     except UnicodeEncodeError:
-        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-        return Entry(shown, 0, 0, error=f"{shown}: the name is not UTF-8; rename the file")
+        name = shown(path)
+        return Entry(name, 0, 0, error=f"{name}: the name is not UTF-8; rename the file")
     try:
         status = os.stat(path)  # noqa: PTH116 - a Path for each of 100,000 names is slow
     except OSError as error:

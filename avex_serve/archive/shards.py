@@ -5,12 +5,12 @@ every recording in its shard.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from avex_serve.archive.files import shown
 from avex_serve.archive.store import Entry, Part, Store, list_stores
 from avex_serve.errors import InputError
 
@@ -50,11 +50,6 @@ class Shard:
         own = {path: reason for path, reason in recordings.items() if self.holds(path)}
         digest = hashlib.sha256("\0".join(sorted(map(shown, recordings))).encode()).hexdigest()
         return own, Part(self.index, self.count, len(own), len(recordings), digest)
-
-
-def shown(path: str) -> str:
-    """A path as text; bytes that are no UTF-8 are escaped."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def find_shard(text: str | None, environment: Mapping[str, str]) -> tuple[Shard, str] | None:

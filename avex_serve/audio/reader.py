@@ -5,14 +5,17 @@ Channels are mixed down by their mean, or one is chosen, and soxr resamples. Wha
 and what is in the file are compared; a stream's `warnings` report a difference.
 """
 
+import ctypes
 import io
+import math
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import IO, Final, Literal, NamedTuple
 
@@ -42,6 +45,7 @@ CANCELLED: Final = 0.01  # power of the mix, of that of the channels, below whic
 SAMPLED: Final = 16  # every how many samples that is measured
 AV_FORMATS: Final = {"M4A": "mov", "AAC": "aac", "WebM": "matroska"}  # and what FFmpeg calls them
 AV_SLACK: Final = 4096  # samples of a frame or two, by which lengths in their headers may be wrong
+AV_BYTES: Final = 2**25  # of a table: that of eight hours of AAC at 48 kHz
 AV_CODECS: Final = ("aac", "alac", "mp3", "mp3float", "opus", "libopus", "vorbis", "flac")
 READABLE: Final = "WAV, FLAC, OGG (Vorbis, Opus), MP3, or another format that docs/recordings.md lists"
 CONVERT: Final = ". Convert it, e.g. with `ffmpeg -i FILE out.wav`"
@@ -382,12 +386,23 @@ def _early(decoded: int, header: Header, reason: str | None, declared: int | Non
     return f"{text}: {reason}" if reason else text
 
 
+@cache
+def _bound_ffmpeg() -> None:
+    """Let FFmpeg allocate `AV_BYTES` at once, no more: a kilobyte may declare a table of 80 million packets."""
+    import av
+
+    with suppress(AttributeError, OSError):  # other systems than Linux don't find it behind PyAV's own library
+        ctypes.CDLL(av._core.__file__).av_max_alloc(ctypes.c_size_t(AV_BYTES))
+
+
 def _open_av(source: Source, header: Header, stream: AudioStream, files: ExitStack) -> Iterator[np.ndarray]:
     """Decode by PyAV, and complete the header."""
     try:
         import av
     except ImportError:
         raise AudioError(f"{header.format} needs PyAV: install it by `pip install 'avex-serve[formats]'`") from None
+    if current().limits.seconds < math.inf:
+        _bound_ffmpeg()
     try:
         # Only the format that was found: FFmpeg would try hundreds.
         container = files.enter_context(

@@ -42,6 +42,13 @@ class Origin:
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def moment(self) -> datetime | None:
+        """The start with its offset, where that is known."""
+        if self.start is None or self.offset is None:
+            return self.start
+        return self.start.replace(tzinfo=timezone(self.offset))
+
+    @property
     def utc(self) -> datetime | None:
         """The start in UTC."""
         if self.start is None or self.offset is None:

@@ -5,6 +5,7 @@ import csv
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from avex_serve.bundles.reading import check_labels, parse_labels
 from avex_serve.errors import BundleError, InputError, NotFoundError
 
 _EXPECTED = (
-    "expected one label on each line (.txt), a table of labels or of labels and indices (.csv, .tsv), or a list or "
-    "{label: index} (.json, .yml)"
+    "expected one label on each line (.txt), a table of labels or of labels and indices (.csv, .tsv), or a list, "
+    "{label: index} or {index: label} (.json, .yml)"
 )
-# First cells of the title row of a table.
+_ENDINGS = ("", ".txt", ".csv", ".tsv", ".json", ".yml", ".yaml")
+# First cells of the title row of a table; pandas leaves that of its index empty.
 _TITLES = {
+    "",
     "class",
     "classes",
     "label",
@@ -43,8 +46,8 @@ def read_label_file(path: Path) -> tuple[str, ...]:
         NotFoundError: no such file.
         InputError: the file can't be read, has another format, or no labels, empty ones or one twice.
     """
-    text = _text(path)
     kind = path.suffix.lower()
+    text = _text(path)
     try:
         if kind == ".json" or (kind in ("", ".txt") and _is_json(text)):
             labels = _from_json(text, path)
@@ -53,10 +56,8 @@ def read_label_file(path: Path) -> tuple[str, ...]:
         elif kind in (".csv", ".tsv"):
             delimiter = max("\t" if kind == ".tsv" else ",;\t", key=text.partition("\n")[0].count)
             labels = _from_table(list(csv.reader(text.splitlines(), delimiter=delimiter, strict=True)))
-        elif kind in ("", ".txt"):
-            labels = _from_lines([line.strip() for line in text.splitlines() if line.strip()])
         else:
-            raise ValueError(f"the ending {path.suffix} is not known; {_EXPECTED}")
+            labels = _from_lines([line.strip() for line in text.splitlines() if line.strip()])
         if not labels:
             raise ValueError(f"it holds no labels; {_EXPECTED}")
     except (ValueError, RecursionError, csv.Error, yaml.YAMLError) as error:
@@ -75,12 +76,14 @@ def _text(path: Path) -> str:
         raise NotFoundError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}") from None
+    if path.suffix.lower() not in _ENDINGS:
+        raise InputError(f"{path}: the ending {path.suffix} is not known; {_EXPECTED}")
     # Editors on Windows write a byte order mark, some of them UTF-16.
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from None
+        raise InputError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
     if "\0" in text or "\ufeff" in text:
         raise InputError(f"{path} is not plain text; save it as UTF-8 text. {_EXPECTED.capitalize()}")
     return text
@@ -97,6 +100,10 @@ def _is_json(text: str) -> bool:
 def _from_json(text: str, path: Path) -> tuple[str, ...]:
     if text.lstrip().startswith("["):
         return _listed(json.loads(text))
+    with suppress(ValueError, RecursionError):  # {index: label}, as id2label of Hugging Face's configurations
+        pairs = json.loads(text, object_pairs_hook=list)
+        if isinstance(pairs, list) and all(isinstance(label, str) for _, label in pairs):
+            return _ordered(pairs)
     try:
         return parse_labels(text, source=str(path))
     except BundleError as error:
@@ -107,7 +114,11 @@ def _from_yaml(text: str) -> tuple[str, ...]:
     # This loader makes text, lists and mappings alone; by others, "no" and "1" would be of another type.
     content = yaml.load(text, yaml.BaseLoader)
     if isinstance(content, Mapping):
-        return _ordered([(str(index), str(label)) for label, index in content.items()])
+        indices = sorted(map(str, range(len(content))))
+        by_label = sorted(content) != indices or sorted(map(str, content.values())) == indices
+        return _ordered(
+            [(str(index), str(label)) if by_label else (label, str(index)) for label, index in content.items()]
+        )
     if not isinstance(content, list):
         raise ValueError(f"it is no list; {_EXPECTED}")
     return _listed(content)

@@ -107,16 +107,21 @@ def _read(root: Path) -> Bundle:
     try:
         text = _json(root / MANIFEST)
     except FileNotFoundError:
-        remedy = "make a bundle with avex-export"
-        if (root / PROBE).is_file():
-            remedy = f"it is a saved probe: make a bundle of it with avex-export --probe {quoted(root)}"
-        raise BundleError(f"{root} holds no {MANIFEST}; {remedy}") from None
+        raise BundleError(f"{root} {no_manifest(root)}") from None
     manifest = decode_manifest(text, source=str(root / MANIFEST))
     for name in manifest.files:
         if not (root / name).is_file():
             raise BundleError(f"{root} lacks {name}, which its manifest lists; copy the bundle again")
     labels = {probe.name: _probe_labels(root, manifest, probe) for probe in manifest.probes}
     return Bundle(directory=root, manifest=manifest, labels=labels, digest=hashlib.sha256(text).hexdigest())
+
+
+def no_manifest(folder: Path) -> str:
+    """What is wrong with a folder without a manifest, for messages: some give the probe in place of its bundle."""
+    remedy = "make a bundle with avex-export"
+    if (folder / PROBE).is_file():
+        remedy = f"it is a saved probe: make a bundle of it with avex-export --probe {quoted(folder)}"
+    return f"holds no {MANIFEST}; {remedy}"
 
 
 def decode_manifest(text: bytes, *, source: str) -> Manifest:

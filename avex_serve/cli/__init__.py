@@ -31,7 +31,7 @@ from avex_serve.cli import (
     tables,
     verify,
 )
-from avex_serve.cli.output import drop_output, escape_unprintable, fail
+from avex_serve.cli.output import drop_output, escape_unprintable, fail, note
 from avex_serve.errors import AvexServeError
 
 COMMANDS = (
@@ -67,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except AvexServeError as error:
         return fail(error)
+    except KeyboardInterrupt:  # Ctrl-C where a command has nothing to add
+        note("interrupted")
+        return run.INTERRUPTED
     except BrokenPipeError:  # `avex-serve predict … | head`: the reader has what it wanted
         drop_output()
         return 1

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from avex_serve.cli.fit import add_data_options, given_options
+from avex_serve.cli.fit import add_data, add_data_options, given_options
 
 
 def add_parser(commands: Any) -> None:
@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("bundle", help="made by avex-export: a folder or a URL, such as hf://owner/name")
-    parser.add_argument("data", type=Path, metavar="DATA", help="labelled recordings")
+    add_data(parser)
     parser.add_argument("--probe", help="which head of the bundle (default: the first)")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where to write the report: report.html and tables"

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
         "the columns file, start, end, label), or such a table.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("data", type=Path, nargs="+", metavar="DATA", help="labelled recordings; several are joined")
+    add_data(parser)
     parser.add_argument("--output", type=Path, required=True, help="folder of the probe and its report")
     parser.add_argument("--model", help="backbone: a registered name or a YAML file (default: avex_demo)")
     parser.add_argument("--probe", help="a named variant or a YAML file (default: linear_last)")
@@ -44,6 +44,13 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--target-precision", type=float, metavar="SHARE", help="of the detections above thresholds (default: 0.9)"
+    )
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of labelled recordings, for the commands that read them."""
+    parser.add_argument(
+        "data", type=Path, nargs="+", metavar="DATA", help="labelled recordings; several are joined, such as reviews"
     )
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from avex_serve.cli.output import add_timezone, note, read_timezone
+
 if TYPE_CHECKING:
     from avex_serve.archive.inventory import Row
 
@@ -26,32 +28,23 @@ def add_parser(commands: Any) -> None:
         "paths", nargs="+", metavar="PATH", help="files, folders, patterns, @list.txt, or @- for standard input"
     )
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
-    parser.add_argument(
-        "--timezone",
-        metavar="ZONE",
-        help="of times without an offset, such as Australia/Brisbane or +10:00 (default: they stay without one)",
-    )
+    add_timezone(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a row for each recording as soon as it is read."""
     from avex_serve.archive.files import find_recordings
     from avex_serve.archive.inventory import list_recordings
-    from avex_serve.audio.recorder import parse_zone
-    from avex_serve.errors import InputError
 
-    try:
-        zone = parse_zone(arguments.timezone) if arguments.timezone is not None else None
-    except ValueError as error:
-        raise InputError(f"--timezone: {error}") from None
+    zone = read_timezone(arguments)
     found = find_recordings(arguments.paths)
-    if note := found.note():
-        print(f"avex-serve: {note}", file=sys.stderr)
+    if (hidden := found.note()) is not None:
+        note(hidden)
     counts = {True: 0, False: 0}
     write = {"table": _write_table, "csv": _write_csv, "json": _write_json}[arguments.format]
     write(_counted(list_recordings(found.recordings, zone), counts))
     if counts[False]:
-        print(f"avex-serve: {counts[False]} of {sum(counts.values())} can't be read", file=sys.stderr)
+        note(f"{counts[False]} of {sum(counts.values())} can't be read")
     return SOME_UNREADABLE if counts[False] else 0
 
 

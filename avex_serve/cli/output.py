@@ -6,6 +6,7 @@ import io
 import math
 import os
 import sys
+from datetime import tzinfo
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,31 @@ def parse_channel(text: str) -> int | Literal["mix"]:
     if text == "mix" or (text.isdecimal() and int(text)):
         return "mix" if text == "mix" else int(text)
     raise argparse.ArgumentTypeError(f"{text!r} is no channel; expected a number from 1, or mix")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the options of where a bundle runs, and which of its graphs."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
+
+
+def add_timezone(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """Add the option that `read_timezone` reads."""
+    parser.add_argument(
+        "--timezone",
+        metavar="ZONE",
+        help="of times without an offset, such as Australia/Brisbane or +10:00 (default: they stay without one)",
+    )
+
+
+def read_timezone(arguments: argparse.Namespace) -> tzinfo | None:
+    """The zone of times without an offset, None if it stays unknown; InputError for another text."""
+    from avex_serve.audio.recorder import parse_zone
+
+    try:
+        return None if arguments.timezone is None else parse_zone(arguments.timezone)
+    except ValueError as error:
+        raise InputError(f"--timezone: {error}") from None
 
 
 def add_shown(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:

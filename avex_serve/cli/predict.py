@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from avex_serve.cli.output import add_shown, fail, note, parse_channel, read_labels, read_threshold
+from avex_serve.cli.output import add_device, add_shown, fail, note, parse_channel, read_labels, read_threshold
 from avex_serve.errors import AudioError, AvexServeError, NotFoundError, naming, quoted
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def add_parser(commands: Any) -> None:
         metavar="LABEL",
         help="report this label in the table, although its name is background, noise or silence",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
+    add_device(parser)
     parser.add_argument(
         "--json",
         action="store_true",

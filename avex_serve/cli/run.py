@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avex_serve.cli.output import note
+from avex_serve.cli.output import add_device, note
 from avex_serve.cli.predict import add_reading, read_cut
 from avex_serve.cli.progress import reporting, summary
 from avex_serve.cli.tables import add_choice, read_choice, write_tables
@@ -55,8 +56,7 @@ def add_parser(commands: Any) -> None:
         help="ray: on the Ray cluster of this machine or of RAY_ADDRESS, or else on a new one of this machine",
     )
     parser.add_argument("--embeddings", action="store_true", help="keep the embeddings, for classify and training")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
+    add_device(parser)
     add_progress(parser)
     add_choice(parser)
 
@@ -188,13 +188,13 @@ def _absolute(path: str) -> str:
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """The bundles, which come first, and the paths of recordings."""
-    from avex_serve.bundles.manifest import MANIFEST
+    from avex_serve.bundles.reading import no_manifest
     from avex_serve.bundles.remote import is_bundle
 
     count = next((i for i, each in enumerate(arguments) if not is_bundle(each)), len(arguments))
     if count == 0:
         raise InputError(
-            f"{arguments[0]} is no bundle: it has no {MANIFEST}; name the bundles first, then recordings"
+            f"{arguments[0]} {no_manifest(Path(arguments[0]))}. The bundles come first, then the recordings"
         )
     if count == len(arguments):
         raise InputError("no recordings are named; add files, folders, patterns, @list.txt or -")

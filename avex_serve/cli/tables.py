@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avex_serve.cli.output import add_shown, read_labels, read_threshold
+from avex_serve.cli.output import add_shown, add_timezone, read_labels, read_threshold, read_timezone
 from avex_serve.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,11 +43,7 @@ def add_selection(parser: argparse.ArgumentParser) -> "argparse._ArgumentGroup":
     )
     group.add_argument("--top-k", type=int, help="show at most this number of labels for each window")
     add_shown(group)
-    group.add_argument(
-        "--timezone",
-        metavar="ZONE",
-        help="of times without an offset, such as Australia/Brisbane or +10:00 (default: they stay without one)",
-    )
+    add_timezone(group)
     return group
 
 
@@ -87,17 +83,12 @@ def read_choice(arguments: argparse.Namespace) -> "Choice":
         NotFoundError: no such file.
     """
     from avex_serve.archive.tables import Choice
-    from avex_serve.audio.recorder import parse_zone
 
-    try:
-        zone = parse_zone(arguments.timezone) if arguments.timezone is not None else None
-    except ValueError as error:
-        raise InputError(f"--timezone: {error}") from None
     return Choice(
         threshold=read_threshold(arguments.threshold),
         top_k=arguments.top_k,
         labels=read_labels(arguments.label),
         merge_gap=arguments.merge,
-        zone=zone,
+        zone=read_timezone(arguments),
         merge_mean=arguments.merge_score == "mean",
     )

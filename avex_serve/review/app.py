@@ -33,6 +33,7 @@ from avex_serve.archive.density import densities_table
 from avex_serve.archive.report import REVIEW
 from avex_serve.audio.reader import Channel
 from avex_serve.errors import AvexServeError, InputError, NotFoundError, TooLargeError
+from avex_serve.inference.scores import ScoreScale
 from avex_serve.page.assets import HEADERS, assets
 from avex_serve.page.waves import WaveFile, find_range
 from avex_serve.review import progress
@@ -70,7 +71,7 @@ class Scored(NamedTuple):
     """Windows with the scores of a head, which have the same numbers whatever the head."""
 
     pool: Pool
-    scale: progress.Scoring = "sigmoid"  # of the scores
+    scale: ScoreScale = "sigmoid"  # of the scores
     probe: str = ""  # empty: they are of a table
 
 

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -12,15 +12,14 @@ from avex_serve.annotations.reviews import DECISIONS, Decision, Review, Subject,
 from avex_serve.archive.density import LabelDensity, band_notes
 from avex_serve.calibration.density import call_density
 from avex_serve.calibration.fit import calibrate
-from avex_serve.calibration.scales import LabelCalibration, Scale, sigmoid
+from avex_serve.calibration.scales import LabelCalibration, Scale, log_odds, sigmoid
 from avex_serve.errors import InputError
+from avex_serve.inference.scores import ScoreScale
 from avex_serve.review.pool import Pool
 
-Scoring = Literal["sigmoid", "softmax", "logits"]
 BINS: Final = 10  # of scores
 POINTS: Final = 41  # of the fitted curve
 Z: Final = 1.96  # standard deviations of an interval of 95 %
-_EDGE: Final = 1e-7  # scores nearer to 0 or 1 count as this
 
 
 class Kappa(NamedTuple):
@@ -115,7 +114,7 @@ def _wilson(k: int, n: int) -> tuple[float, float]:
 
 
 def describe_label(
-    pool: Pool, scale: Scoring, label: str, reviews: Sequence[Review], target_precision: float
+    pool: Pool, scale: ScoreScale, label: str, reviews: Sequence[Review], target_precision: float
 ) -> dict[str, Any]:
     """What the reviews say about the scores of a label; without scores, only counts.
 
@@ -130,13 +129,14 @@ def describe_label(
     result: dict[str, Any] = {"label": label, "bins": [], "curve": [], "threshold": None, "reason": None}
     result["density"], result["density_reason"] = None, None
     if label not in labels:
-        return result | {"reason": "no decisions yet"}
+        return result | dict.fromkeys(("reason", "density_reason"), "no decisions yet")
     scores = np.stack([pool.scores_of(pool.label_index(each), windows) for each in labels], axis=1)
     targets[~np.isfinite(scores)] = -1
     place = labels.index(label)
     known = targets[:, place] >= 0
     if not known.any():
-        return result | {"reason": "no decisions about windows with a score yet"}
+        reason = "no decisions about windows with a score yet"
+        return result | dict.fromkeys(("reason", "density_reason"), reason)
     result |= _shown_density(_density(pool, label, windows[known], targets[known, place]))
     result["bins"] = [each._asdict() for each in reliability(scores[known, place], targets[known, place] == 1)]
     found = calibrate(
@@ -204,14 +204,11 @@ def _targets(pool: Pool, decisions: Mapping[Subject, Decision]) -> tuple[np.ndar
     return np.fromiter(rows, np.int64, len(rows)), targets, labels
 
 
-def _logits(scores: np.ndarray, scale: Scoring) -> np.ndarray:
-    if scale == "logits":
-        return np.asarray(scores, np.float64)
-    inside = np.clip(np.asarray(scores, np.float64), _EDGE, 1 - _EDGE)
-    return np.asarray(np.log(inside) - np.log1p(-inside))
+def _logits(scores: np.ndarray, scale: ScoreScale) -> np.ndarray:
+    return log_odds(scores, "none" if scale == "logits" else scale)
 
 
-def _shown(found: LabelCalibration, scale: Scoring, scores: np.ndarray) -> dict[str, Any]:
+def _shown(found: LabelCalibration, scale: ScoreScale, scores: np.ndarray) -> dict[str, Any]:
     """The curve and the threshold of a calibration, on the scale of the scores."""
     if found.scale is None:
         return {"reason": found.reason}
@@ -226,6 +223,6 @@ def _shown(found: LabelCalibration, scale: Scoring, scores: np.ndarray) -> dict[
     return {"curve": curve, "threshold": shown, "reason": None}
 
 
-def _chances(scores: np.ndarray, scale: Scoring, fitted: Scale) -> list[float]:
+def _chances(scores: np.ndarray, scale: ScoreScale, fitted: Scale) -> list[float]:
     chances: list[float] = sigmoid(_logits(scores, scale) * fitted.slope + fitted.offset).tolist()
     return chances

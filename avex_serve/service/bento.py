@@ -12,6 +12,7 @@ import signal
 import tempfile
 from collections import deque
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from functools import cached_property, partial
 from typing import Any, Final, NamedTuple
 
@@ -62,10 +63,10 @@ class _Line:
     def __init__(self) -> None:
         self._waiting: deque[Callable[[], None]] = deque()
 
-    def add(self, begin: Callable[[], None], *, first: bool) -> None:
-        """Call it in one of the next turns, before or after those that wait."""
+    def add(self, begin: Callable[[], None], context: Context, *, first: bool) -> None:
+        """Call it in one of the next turns, before or after those that wait, in a context of no request."""
         if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._begin)
+            asyncio.get_running_loop().call_soon(self._begin, context=context)
         (self._waiting.appendleft if first else self._waiting.append)(begin)
 
     def _begin(self) -> None:
@@ -102,6 +103,7 @@ class BoundedHttp(HttpToolsProtocol):
     _lingering: asyncio.TimerHandle | None = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._context = copy_context()  # of the server, not of the request before
         self._pieces: list[bytes] = []  # of the body, in the data that are parsed
         # The parser calls this for each chunk, of which a client may send two million in a second.
         self.on_body = self._pieces.append  # type: ignore[method-assign, assignment]
@@ -196,7 +198,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._working = cycle
-        _line.add(partial(super()._start_asgi_task, cycle, app), first=cycle.scope["path"] in HEALTH)
+        begin = partial(super()._start_asgi_task, cycle, app)
+        _line.add(begin, self._context, first=cycle.scope["path"] in HEALTH)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let the application know, and forget the connection."""

@@ -25,6 +25,8 @@ import logging
 import os
 import socket
 import threading
+from bisect import bisect_left
+from collections import Counter as Counts
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -137,20 +139,28 @@ class Metrics:
         with self._in_progress[transport].track_inprogress():
             yield
 
-    def observe(self, transport: str, route: str, status: str, seconds: float, request: Request) -> None:
-        """Count a request that was answered."""
+    def observe(
+        self,
+        transport: str,
+        route: str,
+        status: str,
+        seconds: float,
+        request: Request,
+        stages: Mapping[str, float],
+    ) -> None:
+        """Count a request that was answered, with its seconds in each stage."""
         work = request.timings
         shown = f"{status[0]}xx" if status.isdecimal() else status
         self._requests.labels(transport, route, shown).inc()
         self._durations.labels(transport, route).observe(seconds)
         if status in REFUSALS:
             self._rejections.labels(transport, status).inc()
-        for stage, part in work.totals().items():
+        for stage, part in stages.items():
             self._stages[stage].observe(part)
         for stage, part in work.cpu().items():
             self._cpu[stage].inc(part)
-        for rows in work.batches:
-            self._batches.observe(rows)
+        for rows, count in Counts(work.batches).items():
+            _observe(self._batches, rows, count)
         for model in set(work.models):
             self._model_durations.labels(*self._bounded(model)).observe(seconds)
         for model, part in work.audio:
@@ -225,6 +235,12 @@ class MetricsServer:
         """Answer no more."""
         self._server.shutdown()
         self._server.server_close()
+
+
+def _observe(histogram: Histogram, value: float, count: int) -> None:
+    """Observe a value that often, at once: a long recording has thousands of batches."""
+    histogram._sum.inc(value * count)
+    histogram._buckets[bisect_left(histogram._upper_bounds, value)].inc(count)
 
 
 def _reserve_files(directory: Path) -> None:

@@ -80,10 +80,11 @@ class Telemetry:
                 yield
             finally:
                 seconds = perf_counter() - start
-                self.metrics.observe(exchange.transport, exchange.route, exchange.status, seconds, request)
-                _complete(span, exchange, request)
+                stages = request.timings.totals()
+                self.metrics.observe(exchange.transport, exchange.route, exchange.status, seconds, request, stages)
+                _complete(span, exchange, request, stages)
                 if not (exchange.quiet and exchange.status in ("200", "OK")):
-                    _log(exchange, request, seconds)
+                    _log(exchange, request, seconds, stages)
 
     def close(self) -> None:
         """Send the spans that are not sent yet."""
@@ -148,8 +149,8 @@ def _add_ids(record: logging.LogRecord) -> bool:
     return True
 
 
-def _log(exchange: Exchange, request: Request, seconds: float) -> None:
-    timings = request.timings
+def _log(exchange: Exchange, request: Request, seconds: float, stages: Mapping[str, float]) -> None:
+    timings, models = request.timings, set(request.timings.models)
     fields: dict[str, Any] = {
         "transport": exchange.transport,
         "method": exchange.method,
@@ -158,11 +159,11 @@ def _log(exchange: Exchange, request: Request, seconds: float) -> None:
         "status": exchange.status,
         "duration_ms": round(1000 * seconds, 3),
         "key": request.key,
-        "model": ",".join(sorted({model.name for model in timings.models})),
-        "version": ",".join(sorted({model.version for model in timings.models})),
+        "model": ",".join(sorted({model.name for model in models})),
+        "version": ",".join(sorted({model.version for model in models})),
         "batches": len(timings.batches),
         "audio_s": round(sum(part for _, part in timings.audio), 3),
-        **{f"{stage}_ms": round(1000 * part, 3) for stage, part in timings.totals().items()},
+        **{f"{stage}_ms": round(1000 * part, 3) for stage, part in stages.items()},
         "cpu_ms": round(1000 * sum(timings.cpu().values()), 3),
     }
     asked = f"{exchange.method} {exchange.path[:MAX_PATH]}".lstrip()
@@ -242,7 +243,7 @@ class Spans:
             self._provider.shutdown()
 
 
-def _complete(span: Span, exchange: Exchange, request: Request) -> None:
+def _complete(span: Span, exchange: Exchange, request: Request, stages: Mapping[str, float]) -> None:
     """Add the status, the id and the seconds of each stage to the span."""
     if not span.is_recording():
         return
@@ -250,7 +251,7 @@ def _complete(span: Span, exchange: Exchange, request: Request) -> None:
     name = "http.response.status_code" if exchange.transport == "http" else "rpc.response.status_code"
     span.set_attribute(name, int(status) if status.isdecimal() else status)
     span.set_attribute("avex.request_id", request.id)
-    for stage, seconds in request.timings.totals().items():
+    for stage, seconds in stages.items():
         span.set_attribute(f"avex.{stage}.seconds", seconds)
     if status.startswith("5") or status in ("INTERNAL", "UNKNOWN", "UNAVAILABLE", "DEADLINE_EXCEEDED"):
         span.set_status(StatusCode.ERROR)

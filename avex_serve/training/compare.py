@@ -7,20 +7,24 @@ the figures.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 
 from avex_serve.errors import InputError, NotFoundError
 from avex_serve.training.metrics import interval
-from avex_serve.training.report import EVALUATION, FIGURES, Evaluation, Predictions, figures_of, mean
+from avex_serve.training.report import (
+    EVALUATION,
+    FIGURES,
+    Predictions,
+    figures_of,
+    mean,
+    read_evaluation,
+    resampled,
+    resamples_of,
+)
 from avex_serve.training.scores import SCORES, Scores, read_scores
-
-RESAMPLES: Final = 1000
-_LARGE: Final = 20_000  # windows, above which there are fewer resamples
-_WEIGHTS: Final = 2**22  # in memory at once
 
 
 class Difference(Struct, frozen=True, kw_only=True):
@@ -85,7 +89,9 @@ def compare_reports(first: Path, second: Path, seed: int = 0, *, shared: bool = 
     sides = [_side(name, each, labels) for name, each in zip(names, scores, strict=True)]
     notes = _notes(sides, labels)
     values = [figures_of(side.predictions, side.targets, np.ones((1, len(side.targets))))[..., 0] for side in sides]
-    drawn = _resampled(sides, groups, seed)  # (metrics, C, B) each
+    count = resamples_of(max(len(side.targets) for side in sides))
+    # The groups are the same, so each side meets the same resamples of them.
+    drawn = [resampled(side.predictions, side.targets, side.scores.groups, seed, count) for side in sides]
     return Comparison(
         a=names[0],
         b=names[1],
@@ -122,12 +128,9 @@ def table(comparison: Comparison) -> str:
 
 def _read(path: Path) -> tuple[str, Scores]:
     folder = path.parent if path.name == EVALUATION else path
-    try:
-        evaluation = msgspec.json.decode((folder / EVALUATION).read_bytes(), type=Evaluation)
-    except OSError:
-        raise NotFoundError(f"{folder} holds no {EVALUATION}; expected the folder of a report") from None
-    except msgspec.MsgspecError as error:
-        raise InputError(f"{folder / EVALUATION} is no report of this version: {error}; evaluate again") from None
+    evaluation = read_evaluation(folder)
+    if evaluation is None:
+        raise NotFoundError(f"{folder} holds no {EVALUATION}; expected the folder of a report")
     return f"{path} ({evaluation.probe} on {evaluation.model})", read_scores(folder / SCORES)
 
 
@@ -190,23 +193,6 @@ def _notes(sides: Sequence[_Side], labels: Sequence[str]) -> tuple[str, ...]:
 def _by_window(side: _Side) -> dict[tuple[str, float, float], np.ndarray]:
     starts, ends = np.round(side.scores.spans, 6).T.tolist()
     return dict(zip(zip(side.scores.recordings.tolist(), starts, ends, strict=True), side.targets, strict=True))
-
-
-def _resampled(sides: Sequence[_Side], groups: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Figures of both sides (metrics, C, B) in the same resamples of the groups."""
-    most = max(len(side.targets) for side in sides)
-    count = RESAMPLES if most <= _LARGE else RESAMPLES // 5
-    drawn = np.random.default_rng(seed).multinomial(groups.size, np.full(groups.size, 1 / groups.size), size=count)
-    step = max(1, _WEIGHTS // most)
-    found = []
-    for side in sides:
-        member = np.searchsorted(groups, side.scores.groups)
-        blocks = [
-            figures_of(side.predictions, side.targets, drawn[i : i + step, member].astype(float))
-            for i in range(0, count, step)
-        ]
-        found.append(np.concatenate(blocks, axis=-1))
-    return found
 
 
 def _mean_of(figures: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 A folder without tables has a folder for each class; `A,B` stands for both classes, and folders inside it (sites,
 dates) are part of the class. Folders `train` and `test` around the classes are a split. A folder with tables of
-annotations, or a table, has its labels from there.
+annotations, or a table, has its labels from there. Several of them are read one by one and joined.
 """
 
 import math
@@ -10,14 +10,23 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from avex_serve.annotations.reading import TABLES, Annotation, Recordings, read_annotations, recording_of
+from avex_serve.annotations.reading import (
+    TABLES,
+    Annotation,
+    Recordings,
+    TableError,
+    composed,
+    read_annotations,
+    recording_of,
+)
 from avex_serve.annotations.reviews import current_reviews, is_reviewed
-from avex_serve.archive.files import SUFFIXES
+from avex_serve.archive.files import SUFFIXES, find_recordings
 from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.reading import sha256_of
 from avex_serve.errors import AudioError, AvexServeError, InputError, NotFoundError, naming
@@ -32,6 +41,7 @@ SPLITS: Final = {
 _ABSENT: Final = "-"  # in front of a label: the sound is known to be absent
 _SAME: Final = 0.05  # seconds: spans of reviews may be rounded
 _UNREVIEWED: Final = -2
+_MISSPELLED: Final = 0.85  # how alike labels are, from 0 to 1, of which one may be a misspelling of the other
 _DECIDED: Final = {"present": 1, "absent": 0, "unsure": -1}
 
 
@@ -128,14 +138,15 @@ def read_dataset(
     problems: list[str] = []
     places = [data] if isinstance(data, Path) else data
     read = [_read_place(place, label_column, problems, fully_annotated=fully_annotated) for place in places]
-    recordings = read[0] if len(read) == 1 else _merged(read)
+    recordings = [_spelled(each, labels or ()) for each in (read[0] if len(read) == 1 else _merged(read))]
     ignored = frozenset(name.lower() for name in (*NEGATIVES, *negatives))
     known = tuple(labels) if labels is not None else _labels_of(recordings, ignored)
     if not known:
-        raise InputError(
-            f"{', '.join(map(str, places))} has no labels: expected a folder for each class with recordings in it, "
-            "or tables of annotations (Raven, Audacity, CSV with the columns file, start, end, label)"
+        expected = (
+            "expected a folder for each class with recordings in it, or tables of annotations (Raven, Audacity, CSV "
+            "with the columns file, start, end, label)"
         )
+        raise InputError("; ".join((f"{', '.join(map(str, places))} has no labels: {expected}", *problems)))
     recordings = _scanned(recordings, problems)
     recordings = [_grouped(recording, group_by) for recording in recordings]
     recordings = _joined(recordings, problems)
@@ -173,18 +184,28 @@ def _read_place(
     """The recordings of a folder or table; errors as of `read_dataset`."""
     if not data.exists():
         raise NotFoundError(f"{data}: no such file or folder")
+    if data.is_file() and data.suffix.lower() in SUFFIXES:
+        raise InputError(f"{data} is a recording; give a table of its annotations, or the folder of the classes")
     root = data if data.is_dir() else data.parent
-    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    found = find_recordings([str(root)])
+    files = sorted(Path(path) for path, fault in found.recordings.items() if fault is None)
+    problems += [str(fault) for fault in found.recordings.values() if isinstance(fault, InputError)]
+    if (hidden := found.note()) is not None:
+        problems.append(hidden)
     rows = _read_tables(data, files, label_column, problems)
-    labelled = any(annotation.label for found in rows.values() for annotation in found)
-    if data.is_file() and not labelled:
-        raise InputError(
-            f"{data} has no labels of recordings that are there; expected rows of file, start, end, label"
-        )
-    return [
-        _from_tables(path, root, rows.get(path, [])) if labelled else _from_folders(path, root, rows.get(path, []))
-        for path in (sorted(rows) if labelled and not fully_annotated else files)
-    ]
+    if not any(annotation.label for annotations in rows.values() for annotation in annotations):
+        if data.is_file():
+            without = f"{data} has no labels of recordings that are there; expected rows of file, start, end, label"
+            raise InputError("; ".join((without, *problems)))
+        return [_from_folders(path, root, rows.get(path, [])) for path in files]
+    if not fully_annotated:
+        if left_out := [path for path in files if path not in rows]:
+            problems.append(
+                f"left out: {len(left_out)} of {len(files)} recordings in {root}, which its tables don't annotate, "
+                f"such as {_relative(left_out[0], root)}; where tables have labels, folders are no classes"
+            )
+        files = sorted(rows)
+    return [_from_tables(path, root, rows.get(path, [])) for path in files]
 
 
 def _merged(read: Iterable[Iterable[Recording]]) -> list[Recording]:
@@ -192,13 +213,16 @@ def _merged(read: Iterable[Iterable[Recording]]) -> list[Recording]:
     found: dict[Path, Recording] = {}
     for each in (recording for recordings in read for recording in recordings):
         twin = found.setdefault(each.path.resolve(), each)
-        if twin is not each:
-            found[each.path.resolve()] = replace(
-                twin,
-                annotations=(*twin.annotations, *each.annotations),
-                fields={**each.fields, **twin.fields},
-                split=twin.split or each.split,
-            )
+        if twin is each:
+            continue
+        if twin.split and each.split and twin.split != each.split:
+            raise InputError(f"{twin.path} is in several splits; a recording belongs to one: its windows are alike")
+        found[each.path.resolve()] = replace(
+            twin,
+            annotations=(*twin.annotations, *each.annotations),
+            fields={**each.fields, **twin.fields},
+            split=twin.split or each.split,
+        )
     names = Counter(recording.name for recording in found.values())
     return [
         recording if names[recording.name] == 1 else replace(recording, name=path.as_posix())
@@ -206,19 +230,40 @@ def _merged(read: Iterable[Iterable[Recording]]) -> list[Recording]:
     ]
 
 
+def _spelled(recording: Recording, labels: Sequence[str]) -> Recording:
+    """The recording with labels that look the same spelled the same: as the head does, else composed."""
+    spelling = {composed(label): label for label in labels}
+    return replace(
+        recording,
+        annotations=tuple(
+            row._replace(label=spelling.get(composed(row.label), composed(row.label)))
+            for row in recording.annotations
+        ),
+    )
+
+
 def _read_tables(
     data: Path, files: Sequence[Path], label_column: str | None, problems: list[str]
 ) -> dict[Path, list[Annotation]]:
     """The rows of the tables by recording."""
-    tables = [data] if data.is_file() else [p for p in sorted(data.rglob("*")) if p.suffix.lower() in TABLES]
+    tables = [data]
+    if data.is_dir():
+        tables = [
+            path
+            for path in sorted(data.rglob("*"))
+            if path.suffix.lower() in TABLES
+            and not any(part.startswith(".") for part in path.relative_to(data).parts)
+        ]
     known, by_place = Recordings(files), {path.resolve(): path for path in files}
     rows: dict[Path, list[Annotation]] = defaultdict(list)
     for table in tables:
         try:
             annotations = read_annotations(table, label_column)
-        except InputError as error:
-            if data.is_file() or "no table of annotations" not in str(error):
+        except TableError as error:
+            if data.is_file():
                 raise
+            if error.has_times:
+                problems.append(f"left out: {error}; --label-column names the column with the labels")
             continue  # a text of another kind, such as a README
         if is_reviewed(annotations):
             annotations = [
@@ -230,7 +275,7 @@ def _read_tables(
             name = annotation.file or recording_of(table)
             path = table.parent / name
             if path.suffix.lower() in SUFFIXES and path.is_file():
-                found: Path | None = by_place.get(path.resolve(), path)
+                found: Path | None = by_place.get(path.resolve(), path.resolve())
             else:
                 with naming(str(table)):
                     found = known.find(name, table.parent)
@@ -314,7 +359,8 @@ def _grouped(recording: Recording, column: str | None) -> Recording:
     value = recording.fields.get(column.lower())
     if not value:
         raise InputError(
-            f"{recording.name} has no single value in the column {column!r} of --group-by; give it in each row"
+            f"{recording.name} has no single value in the column {column!r} of --group-by; give it in each row of "
+            f"the tables; for folders of classes, in a CSV of file,{column} in the same folder"
         )
     return replace(recording, group=value)
 
@@ -382,7 +428,11 @@ def _label_problems(
         if len(groups[label]) == 0 and not foreign:
             problems.append(f"{label}: no recording of it can be read")
         elif len(groups[label]) == 1:
-            problems.append(f"{label}: one recording (or group) only, so nothing can be said about new recordings")
+            close = get_close_matches(label, [other for other in labels if other != label], 1, _MISSPELLED)
+            meant = f"; did you mean {close[0]!r}?" if close and not foreign else ""
+            problems.append(
+                f"{label}: one recording (or group) only, so nothing can be said about new recordings{meant}"
+            )
     for label in sorted(groups):
         if label.startswith(_ABSENT) and label[1:] not in labels:
             problems.append(f"{label}: says that {label[1:]} is absent, which is no label here")

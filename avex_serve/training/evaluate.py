@@ -24,7 +24,7 @@ class EvaluationRequest:
     """The options of ``avex-serve evaluate``; see its ``--help``."""
 
     bundle: Path | str  # a folder or a URL
-    data: Path
+    data: Path | tuple[Path, ...]
     output: Path | None = None  # folder of the report
     probe: str | None = None
     seed: int = 0
@@ -108,4 +108,5 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
 
 def _logits(logits: np.ndarray, activation: Activation) -> np.ndarray:
     """Logits whose sigmoid is the score (N, C) that the bundle reports; raw logits as they are."""
-    return log_odds(activate(logits, "softmax"), "softmax") if activation == "softmax" else np.array(logits)
+    as_they_are = activation in ("sigmoid", "none")
+    return np.array(logits) if as_they_are else log_odds(activate(logits, activation), activation)

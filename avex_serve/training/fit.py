@@ -69,6 +69,7 @@ def check_data(request: FitRequest) -> str:
     Raises:
         AvexServeError: as of `fit_probe`.
     """
+    _check_options(request)
     dataset = _dataset(request)
     windows = _planned(request, dataset)
     parts = _split(windows, request.seed)
@@ -113,10 +114,8 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
         UnsupportedError: `store` has no embeddings that the probe reads.
         AvexServeError: the embeddings bundle can't be made, or answers otherwise than its evidence.
     """
-    config = probe_config(request.probe)
+    config = _check_options(request)
     output = request.output
-    if output.exists() and not (output.is_dir() and ((output / PROBE).is_file() or not any(output.iterdir()))):
-        raise InputError(f"--output {output} exists and holds no {PROBE}: not replaced; choose another folder")
     page = can_make_page(say)
     dataset = _dataset(request)
     base = _load(request.model)
@@ -307,6 +306,15 @@ def _recipes() -> Path:
 
 
 # -- parts of a fit -----------------------------------------------------------------------------------------------
+
+
+def _check_options(request: FitRequest) -> ProbeConfig:
+    """The configuration of the probe; InputError also for an output that can't be replaced."""
+    config = probe_config(request.probe)
+    output = request.output
+    if output.exists() and not (output.is_dir() and ((output / PROBE).is_file() or not any(output.iterdir()))):
+        raise InputError(f"--output {output} exists and holds no {PROBE}: not replaced; choose another folder")
+    return config
 
 
 def _dataset(request: FitRequest) -> Dataset:

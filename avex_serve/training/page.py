@@ -11,7 +11,7 @@ from avex_serve.audio.reader import open_audio
 from avex_serve.errors import AvexServeError
 from avex_serve.seeing import clips, page, pictures
 from avex_serve.training.noise import MOST_PER_HOUR
-from avex_serve.training.report import HOW, NOTHING, Evaluation, LabelFigures, Measure
+from avex_serve.training.report import HOW, NOTHING, Evaluation, LabelFigures, alarms
 
 PAGE: Final = "report.html"
 TEMPLATE: Final = Path(__file__).with_name("report.html.j2")
@@ -43,12 +43,12 @@ def make_page(evaluation: Evaluation, recordings: Mapping[str, Path]) -> str:
         title=f"{evaluation.probe} on {evaluation.model}",
         headline=_headline(evaluation),
         how=f"Evaluated on {HOW.get(evaluation.evaluated, evaluation.evaluated)}; intervals are 95 % over groups.",
-        alarms=_alarms(evaluation),
+        alarms=alarms(evaluation),
         most=f"{MOST_PER_HOUR:g}",
         noise=_noise(evaluation),
         columns=list(_COLUMNS),
         rows=[_row(name, figures) for name, figures in evaluation.labels.items()],
-        mean=None if evaluation.macro is None else [_text(getattr(evaluation.macro, f)) for f in _COLUMNS.values()],
+        mean=None if evaluation.macro is None else [str(getattr(evaluation.macro, f)) for f in _COLUMNS.values()],
         charts=_charts(evaluation),
         confusion=_confusion(evaluation),
         mistakes=[_mistake(each, recordings) for each in evaluation.worst[:MOST_MISTAKES]],
@@ -61,8 +61,8 @@ def _headline(evaluation: Evaluation) -> dict[str, str]:
     found = {}
     if evaluation.macro is not None:
         found = {
-            "mean average precision": _text(evaluation.macro.average_precision),
-            "mean AUROC": _text(evaluation.macro.auroc),
+            "mean average precision": str(evaluation.macro.average_precision),
+            "mean AUROC": str(evaluation.macro.auroc),
         }
     counts = {
         "labels": len(evaluation.labels),
@@ -71,15 +71,6 @@ def _headline(evaluation: Evaluation) -> dict[str, str]:
         "groups": evaluation.groups,
     }
     return found | {name: str(count) for name, count in counts.items()}
-
-
-def _alarms(evaluation: Evaluation) -> list[str]:
-    return [
-        f"{label}: {rate:.0f} detections an hour in {kind}"
-        for kind, noise in evaluation.noise.items()
-        for label, rate in noise.per_hour.items()
-        if rate > MOST_PER_HOUR
-    ]
 
 
 def _noise(evaluation: Evaluation) -> list[dict[str, str]]:
@@ -100,7 +91,7 @@ def _row(name: str, figures: LabelFigures) -> dict[str, Any]:
         "without": figures.windows_without,
         "recordings": figures.average_precision.recordings,
         "threshold": "–" if figures.threshold_score is None else f"{figures.threshold_score:.3f}",
-        "figures": [_text(getattr(figures, field)) for field in _COLUMNS.values()],
+        "figures": [str(getattr(figures, field)) for field in _COLUMNS.values()],
         "warning": figures.warning,
     }
 
@@ -128,9 +119,9 @@ def _chart(figures: LabelFigures) -> str:
 
 
 def _caption(figures: LabelFigures) -> str:
-    text = f"average precision {_text(figures.average_precision)}"
+    text = f"average precision {figures.average_precision!s}"
     if figures.calibration_error.value is not None:
-        text += f", calibration error {_text(figures.calibration_error)}"
+        text += f", calibration error {figures.calibration_error!s}"
     return text
 
 
@@ -171,11 +162,3 @@ def _about(evaluation: Evaluation) -> dict[str, str]:
     if evaluation.target_precision is not None:
         rows["target precision of thresholds"] = f"{evaluation.target_precision:g}"
     return rows
-
-
-def _text(measure: Measure) -> str:
-    if measure.value is None:
-        return "–"
-    if measure.low is None or measure.high is None:
-        return f"{measure.value:.3f}"
-    return f"{measure.value:.3f} ({measure.low:.3f}–{measure.high:.3f})"

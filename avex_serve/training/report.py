@@ -15,9 +15,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from avex_serve.calibration.scales import Activation, Calibration, Calibrator, sigmoid
+from avex_serve.errors import InputError
 from avex_serve.inference.scores import activate
 from avex_serve.training import metrics
-from avex_serve.training.dataset import Recording
+from avex_serve.training.dataset import NEGATIVES, Recording
 from avex_serve.training.embed import Windows
 from avex_serve.training.noise import MOST_PER_HOUR, per_hour
 
@@ -26,6 +27,7 @@ TABLE: Final = "evaluation.csv"
 FEW: Final = 5  # recordings with a sound, below which its figures say little
 WORST: Final = 30  # mistakes to list
 BACKGROUND: Final = "the background of the data"  # windows that hold none of the sounds
+_NO_SOUND: Final = frozenset({*NEGATIVES, "silence"})  # labels that a head may have for it
 NOTHING: Final = "(none)"  # in the confusion: no sound, and no detection
 HOW: Final = {  # by `Evaluation.evaluated`
     "hold-out": "groups that were held out",
@@ -45,6 +47,12 @@ class Measure(Struct, frozen=True, kw_only=True):
     high: float | None
     windows: int  # with the sound
     recordings: int  # with the sound
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "–"
+        interval = "" if self.low is None or self.high is None else f" ({self.low:.3f}–{self.high:.3f})"
+        return f"{self.value:.3f}{interval}"
 
 
 class Figures(Struct, frozen=True, kw_only=True):
@@ -112,6 +120,17 @@ class Evaluation(Struct, frozen=True, kw_only=True):
         """Write ``evaluation.json`` and ``evaluation.csv`` into a folder."""
         (folder / EVALUATION).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
         (folder / TABLE).write_text(table(self), "utf-8")
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """The ``evaluation.json`` of a folder, or None if it has none; InputError for another file of that name."""
+    path = folder / EVALUATION
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Evaluation)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise InputError(f"{path} can't be read: {error}; fit or evaluate again, or remove the file") from None
 
 
 class Predictions(NamedTuple):
@@ -217,7 +236,7 @@ def evaluate(
     joined = join(predictions)
     groups, targets = windows.groups[joined.rows], windows.targets[joined.rows]
     values = _point(joined, targets)
-    drawn = _resampled(joined, targets, groups, seed)  # (metrics, C, B)
+    drawn = resampled(joined, targets, groups, seed, resamples_of(len(targets)))  # (metrics, C, B)
     counts = [
         ((targets[:, i] == 1).sum(), np.unique(groups[targets[:, i] == 1]).size, (targets[:, i] == 0).sum())
         for i in range(len(labels))
@@ -237,7 +256,8 @@ def evaluate(
             reliability=tuple(metrics.reliability(has[calibrated], joined.probabilities[known, i][calibrated])),
             warning=_warning(with_sound, recordings, without),
         )
-    windows_with, recordings_with = int((targets == 1).any(axis=1).sum()), np.unique(groups).size
+    with_any = (targets == 1).any(axis=1)
+    windows_with, recordings_with = int(with_any.sum()), np.unique(groups[with_any]).size
     macro = [_measure(mean(values[m]), mean(drawn[m]), windows_with, recordings_with) for m in range(len(FIGURES))]
     return Figures(**dict(zip(FIGURES, macro, strict=True))), found
 
@@ -334,16 +354,21 @@ def summary(evaluation: Evaluation) -> str:
             threshold = figures.threshold_score if isinstance(figures, LabelFigures) else None
             lines.append(
                 f"{name[:24]:24} {figures.auroc.windows:8} {figures.auroc.recordings:10}  "
-                f"{_text(figures.average_precision):20}  {_text(figures.auroc):20}  "
+                f"{figures.average_precision!s:20}  {figures.auroc!s:20}  "
                 f"{'–' if threshold is None else f'{threshold:.3f}'}"
             )
-    for kind, noise in evaluation.noise.items():
-        lines += [
-            f"WARNING: {rate:.0f} detections of {label} an hour in {kind}"
-            for label, rate in noise.per_hour.items()
-            if rate > MOST_PER_HOUR
-        ]
+    lines += [f"WARNING: {alarm}" for alarm in alarms(evaluation)]
     return "\n".join([*lines, *(f"note: {problem}" for problem in evaluation.problems)])
+
+
+def alarms(evaluation: Evaluation) -> list[str]:
+    """A line for each label that is detected too often where there is no animal."""
+    return [
+        f"{label}: {rate:.0f} detections an hour in {kind}"
+        for kind, noise in evaluation.noise.items()
+        for label, rate in noise.per_hour.items()
+        if rate > MOST_PER_HOUR
+    ]
 
 
 def _noise(
@@ -355,6 +380,9 @@ def _noise(
 ) -> dict[str, Noise]:
     """Detections of the saved head in noise, and of the evaluated heads in the background of the data."""
     thresholds = np.zeros(len(labels)) if calibration is None else calibration.thresholds()
+    # A label of noise is right there.
+    sounds = np.array([label.casefold() not in _NO_SOUND for label in labels])
+    thresholds = np.where(sounds, thresholds, np.inf)
     seconds = float((windows.spans[:, 1] - windows.spans[:, 0]).max())
     found = {
         name: Noise(seconds=len(logits) * seconds, per_hour=per_hour(logits, thresholds, labels, seconds))
@@ -362,10 +390,10 @@ def _noise(
     }
     if predictions:
         joined = join(predictions)
-        empty = (windows.targets[joined.rows] == 0).all(axis=1)
+        empty = (windows.targets[joined.rows][:, sounds] == 0).all(axis=1)
         if empty.any():
             detected = np.where(np.isnan(joined.detected), joined.logits >= 0, joined.detected)[empty]
-            rates = per_hour(detected, np.full(len(labels), 0.5), labels, seconds)
+            rates = per_hour(detected, np.where(sounds, 0.5, np.inf), labels, seconds)
             found[BACKGROUND] = Noise(seconds=len(detected) * seconds, per_hour=rates)
     return found
 
@@ -379,8 +407,13 @@ def _point(joined: Predictions, targets: np.ndarray) -> np.ndarray:
     return figures_of(joined, targets, np.ones((1, len(targets))))[..., 0]
 
 
-def _resampled(joined: Predictions, targets: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
-    resamples = metrics.RESAMPLES if len(targets) <= _LARGE else metrics.RESAMPLES // 5
+def resamples_of(windows: int) -> int:
+    """How often that number of windows is resampled."""
+    return metrics.RESAMPLES if windows <= _LARGE else metrics.RESAMPLES // 5
+
+
+def resampled(joined: Predictions, targets: np.ndarray, groups: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """Figures (metrics, C, B) in resamples of the groups (N,); the same groups and seed give the same resamples."""
     blocks = metrics.resample(groups, seed, resamples)
     return np.concatenate([figures_of(joined, targets, weights) for weights in blocks], axis=-1)
 
@@ -450,9 +483,3 @@ def _warning(with_sound: int, recordings: int, without: int) -> str | None:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _text(measure: Measure) -> str:
-    if measure.value is None or measure.low is None or measure.high is None:
-        return "–"
-    return f"{measure.value:.3f} ({measure.low:.3f}–{measure.high:.3f})"

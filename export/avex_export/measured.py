@@ -2,17 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NamedTuple
-
-import msgspec
+from typing import NamedTuple
 
 from avex_export.graph import Assembly, Head
 from avex_export.request import ProbeSource
 from avex_serve.bundles.manifest import EvaluationInfo
 from avex_serve.calibration.scales import CALIBRATION, Calibration, read_calibration
 from avex_serve.errors import InputError
-
-_EVALUATION: Final = "evaluation.json"
+from avex_serve.training.report import read_evaluation
 
 
 class Measured(NamedTuple):
@@ -20,25 +17,6 @@ class Measured(NamedTuple):
 
     calibration: Calibration | None = None
     evaluation: EvaluationInfo | None = None
-
-
-class _Measure(msgspec.Struct):
-    value: float | None
-    low: float | None
-    high: float | None
-
-
-class _Figures(msgspec.Struct):
-    average_precision: _Measure
-
-
-class _Evaluation(msgspec.Struct):
-    """The fields of ``evaluation.json`` that make the headline."""
-
-    evaluated: str
-    windows: int
-    recordings: int
-    macro: _Figures | None
 
 
 def measured(source: ProbeSource, assembly: Assembly, head: Head, say: Callable[[str], None]) -> Measured:
@@ -74,14 +52,8 @@ def measured(source: ProbeSource, assembly: Assembly, head: Head, say: Callable[
 
 
 def _read_evaluation(folder: Path) -> EvaluationInfo | None:
-    path = folder / _EVALUATION
-    if not path.is_file():
-        return None
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=_Evaluation)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise InputError(f"{path} can't be read: {error}; fit the probe again, or remove the file") from None
-    if found.macro is None or found.macro.average_precision.value is None:
+    found = read_evaluation(folder)
+    if found is None or found.macro is None or found.macro.average_precision.value is None:
         return None
     precision = found.macro.average_precision
     low, high = precision.low, precision.high

@@ -137,6 +137,14 @@ def test_a_place_that_can_not_be_written_is_an_error(table, name):
         FORMATS[name].write(table, Path("/proc/avex/table"))
 
 
+def test_camtrap_dp_names_the_type_of_each_file(tmp_path):
+    types = {"a.WAV": "wav", "b.m4a": "mp4", "c.webm": "webm", "d.aac": "aac", "e.aif": "aiff", "f.oga": "ogg"}
+    recordings = [recording(f"/data/{name}", 1.0) for name in types]
+    folder = write("camtrap-dp", Table(recordings, [(each, []) for each in recordings], {}), tmp_path)
+    media = csv.DictReader((folder / "media.csv").read_text("utf-8").splitlines())
+    assert [each["fileMediatype"] for each in media] == [f"audio/{kind}" for kind in types.values()]
+
+
 def test_birdnet(table, tmp_path):
     frame = pandas.read_csv(write("birdnet", table, tmp_path))
     assert list(frame) == ["Start (s)", "End (s)", "Scientific name", "Common name", "Confidence", "File"]

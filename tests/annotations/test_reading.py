@@ -105,6 +105,24 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path, text, reason):
 def test_a_file_that_is_absent_or_no_text(tmp_path):
     with pytest.raises(NotFoundError):
         read_annotations(tmp_path / "none.csv")
-    (tmp_path / "x.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="can't be read as text"):
+    (tmp_path / "x.csv").write_bytes(b"PK\x03\x04\x14\0\x06\0")  # a workbook of Excel
+    with pytest.raises(InputError, match="it isn't text; expected CSV"):
+        read_annotations(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_what_excel_saves(tmp_path, encoding, separator):
+    text = "file;start;end;label;site\r\na b.wav;0,5;2;Zaunkönig;Nord, 1\r\n".replace(";", separator)
+    if separator == "\t":
+        text = text.replace("0,5", "0.5")
+    (tmp_path / "x.csv").write_bytes(text.encode(encoding))
+    (found,) = read_annotations(tmp_path / "x.csv")
+    assert found[:4] == ("a b.wav", 0.5, 2.0, "Zaunkönig")
+    assert found.fields["site"] == "Nord, 1"
+
+
+def test_letters_of_another_code_page_are_refused(tmp_path):
+    (tmp_path / "x.csv").write_bytes("file;start;end;label\r\na.wav;0;2;Zaunkönig\r\n".encode("cp1252"))
+    with pytest.raises(InputError, match=r"x\.csv is not in UTF-8.*in Excel: CSV UTF-8"):
         read_annotations(tmp_path / "x.csv")

@@ -319,7 +319,7 @@ def test_a_probe_added_later_is_answered_from_stored_embeddings(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{archive}",), "is no bundle: it has no manifest.json"),
+        (("{archive}",), "holds no manifest.json; make a bundle with avex-export. The bundles come first"),
         (("{plain}",), "no recordings are named"),
         (("{plain}", "{archive}/nothing.wav"), "no such file"),
         (("{backbone}", "{archive}"), "has no probe, and no other bundle here reads its embeddings"),

@@ -4,6 +4,8 @@ import builtins
 import io
 import os
 import struct
+import subprocess
+import sys
 import weakref
 import zlib
 
@@ -365,6 +367,33 @@ def test_m4a_and_aac(tmp_path, name, kind, codec):
     else:
         with pytest.raises(AudioError, match="can't be decoded"):
             decode(data[: len(data) // 2])
+
+
+def test_a_table_of_m4a_takes_no_more_than_a_request_may(tmp_path):
+    """A kilobyte that says that there are 80 million packets, of a byte each."""
+    m4a(tmp_path / "a.m4a", seconds=0.2)
+    data = bytearray((tmp_path / "a.m4a").read_bytes())
+    at = data.find(b"stsz")
+    data[at + 8 : at + 16] = struct.pack(">II", 1, 80_000_000)
+    (tmp_path / "a.m4a").write_bytes(data)
+    code = """
+import resource, sys
+from avex_serve.audio.reader import open_audio
+from avex_serve.errors import AudioError
+from avex_serve.scheduling.request import Limits, Request, answering
+memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import av
+before = memory()
+with answering(Request("", Limits(seconds=3600))):
+    try:
+        with open_audio(sys.argv[1]) as stream:
+            list(stream)
+    except AudioError:
+        print(memory() - before)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "a.m4a")]
+    grown = subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
+    assert int(grown) < 64 * 1024, "KiB"
 
 
 def test_without_the_extra_its_name_is_told(tmp_path, monkeypatch):

@@ -136,6 +136,15 @@ def test_options_of_embed(audio_server):
     assert refused(audio_server.post("/embed", content=WAV, params={"top_k": "1"}), 400, "unknown option 'top_k'")
 
 
+@pytest.mark.parametrize("place", ["inputs", "outputs"])
+def test_names_of_megabytes_are_not_repeated(audio_server, place):
+    document = {"inputs": [{"name": "waveform", "shape": [1], "datatype": "FP32", "data": [0]}], "outputs": []}
+    document[place] = [{"name": "\u0378" * 2**20, "shape": [1], "datatype": "FP32", "data": [0]}]
+    answer = audio_server.post(INFER, content=json.dumps(document, ensure_ascii=False))
+    assert refused(answer, 400, f"{place}[0].name: expected text of length <= 1000")
+    assert len(answer.content) < 1000
+
+
 @pytest.mark.parametrize(
     ("name", "value", "status", "code"),
     [

@@ -50,7 +50,7 @@ from avex_serve.service.metrics import Metrics
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # as if the disk were full
 metrics = Metrics(lambda: contextlib.nullcontext([]))
 for number in range(1000):
-    metrics.observe("http", f"/{number}", "200", 0.1, Request())
+    metrics.observe("http", f"/{number}", "200", 0.1, Request(), {})
 print(metrics.text().decode())
 """
 

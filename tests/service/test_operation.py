@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import re
+import socket
 import threading
 
 import grpc
@@ -273,6 +274,21 @@ def test_traces(server, collector, wav):
     assert {each.key: each.value.string_value for each in resource.attributes}["service.name"] == "bioacoustics"
     (line,) = line_of(server, "traced")
     assert line["trace_id"] == trace
+
+
+def test_requests_of_a_connection_have_spans_of_their_own(server, collector):
+    ask = "GET /models/tiny HTTP/1.1\r\nHost: a\r\nX-Request-ID: piped-{}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.http_port), PATIENCE) as connection:
+        connection.sendall("".join(map(ask.format, range(8))).encode())
+        until(lambda: len(line_of(server, "piped-7")) == 1)
+
+    def spans():
+        found = [span for span, _ in collector.spans if "piped-" in str(span.attributes)]
+        return found if len(found) == 8 else None
+
+    found = until(spans)
+    assert not any(span.parent_span_id for span in found)
+    assert len({span.trace_id for span in found}) == 8
 
 
 def test_traces_as_bentoml_is_configured(tmp_path, audio_bundle, collector, wav):

@@ -12,7 +12,7 @@ import soundfile
 from avex_serve.annotations.formats import FORMATS
 from avex_serve.cli import main
 from tests.browsing import check_accessible, check_width, opened, wait_until
-from tests.bundles import make_audio_bundle
+from tests.bundles import calibrated_copy, make_audio_bundle
 from tests.service.conftest import encode, running_server
 
 KEY = "page-key"
@@ -27,7 +27,12 @@ MODES = {"light": {"viewport": {"width": 1280, "height": 900}, "color_scheme": "
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
-    return [make_audio_bundle(folder / "tiny"), make_audio_bundle(folder / "hostile", "hostile", labels=HOSTILE)]
+    plain = make_audio_bundle(tmp_path_factory.mktemp("plain") / "calibrated", "calibrated")
+    return [
+        make_audio_bundle(folder / "tiny"),
+        make_audio_bundle(folder / "hostile", "hostile", labels=HOSTILE),
+        calibrated_copy(plain, folder / "calibrated", version="1"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +128,22 @@ def test_thresholds_count_at_once(page, bundles, recording, capsys):
     slider.focus()
     page.keyboard.press("End")
     assert count.inner_text().startswith("0 of")
+
+
+def test_thresholds_begin_with_those_of_the_calibration(page, server, bundles, recording, capsys):
+    visit(page, server, "calibrated")
+    send(page, recording)
+    detections = from_command_line(capsys, bundles[2], recording)
+    assert shown_as(detections) != shown_as(from_command_line(capsys, bundles[2], recording, "--threshold", "0.5"))
+    assert rows(page) == shown_as(detections)
+    url = re.search(r"'(http[^']+)'$", page.locator("pre code").inner_text())[1]
+    answer = server.post(url, content=recording.read_bytes(), headers={"Authorization": f"Bearer {KEY}"}).json()
+    assert shown_as(answer["detections"]) == rows(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Table of this recording").click()
+    assert len(download.value.path().read_text().splitlines()) == 1 + len(detections)
+    set_threshold(page, 0.62)
+    assert rows(page) == shown_as(from_command_line(capsys, bundles[2], recording, "--threshold", "0.62"))
 
 
 def test_the_table_is_sorted_by_its_headings(page, bundles, recording, capsys):
@@ -426,6 +447,16 @@ def test_tables_that_can_not_be(audio_server, change, fault):
     answer = audio_server.post("/tables", content=json.dumps(body).replace("Infinity", "1e400"))
     assert answer.status_code in (400, 404), answer.text
     assert fault in answer.json()["error"]
+
+
+def test_a_name_that_no_file_can_have(audio_server):
+    """Audacity's tables are files that are named after the recordings."""
+    recording = {"digest": "0" * 64, "duration": 1.0, "labels": ["x"], "label": [0], "start": [0.0], "end": [1.0],
+                 "score": [0.5]}  # fmt: skip
+    recordings = [recording | {"name": name} for name in ("é" * 200, "b.wav")]
+    answer = audio_server.post("/tables", json={"format": "audacity", "model": "tiny", "recordings": recordings})
+    assert answer.status_code == 400, answer.text
+    assert "too long" in answer.json()["error"]
 
 
 def test_a_recording_as_wav(audio_server):

@@ -1,6 +1,7 @@
 """From folders and tables to the targets of windows."""
 
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -246,3 +247,82 @@ def test_reviews_change_what_annotations_say(tmp_path):
     (tmp_path / "reviews.csv").write_text("file,start,end,label,decision\na.wav,2,4,x,absent\na.wav,4,6,z,absent\n")
     dataset = read_dataset(tmp_path, fully_annotated=True)
     assert targets_of(dataset, "a.wav") == {"x": [1, 0, 0, 0]}
+
+
+def test_several_sources_are_joined(tmp_path):
+    write(tmp_path / "clips" / "x" / "a.wav")
+    write(tmp_path / "clips" / "y" / "b.wav")
+    write(tmp_path / "season" / "c.wav")
+    (tmp_path / "reviews").mkdir()
+    (tmp_path / "reviews" / "me.csv").write_text(
+        "file,start,end,label,decision\n../season/c.wav,0,2,x,present\n../clips/x/a.wav,2,4,x,absent\n"
+    )
+    dataset = read_dataset((tmp_path / "clips", tmp_path / "reviews"))
+    season = (tmp_path / "season" / "c.wav").resolve().as_posix()
+    assert [r.name for r in dataset.recordings] == ["x/a.wav", "y/b.wav", season]
+    assert targets_of(dataset, "x/a.wav") == {"x": [1, 0, 1, 1], "y": [0] * 4}
+    assert targets_of(dataset, season) == {"x": [1, -1, -1, -1], "y": [-1] * 4}
+
+
+def test_recordings_that_tables_leave_out_are_counted(tmp_path):
+    """A folder of classes with a table of labels in it: the folders would be lost without a word."""
+    for name in ("x/a.wav", "x/b.wav", "y/c.wav"):
+        write(tmp_path / name)
+    table(tmp_path, "x/a.wav,0,2,x\n")
+    (found,) = (problem for problem in read_dataset(tmp_path).problems if problem.startswith("left out"))
+    assert found.startswith("left out: 2 of 3 recordings in ")
+    assert "such as x/b.wav" in found
+
+
+def test_tables_with_labels_in_another_column_are_named(tmp_path):
+    write(tmp_path / "a.wav")
+    write(tmp_path / "b.wav")
+    (tmp_path / "README.txt").write_text("nothing to see\n")
+    (tmp_path / "a.Table.1.selections.txt").write_text("Begin Time (s)\tEnd Time (s)\tcall\n0\t2\trobin\n")
+    with pytest.raises(InputError, match=r"has no labels: .*a\.Table.* it has .*call; --label-column names"):
+        read_dataset(tmp_path)
+    assert read_dataset(tmp_path, label_column="call").labels == ("robin",)
+    (tmp_path / "b.txt").write_text("0\t2\twren\n")
+    assert [problem for problem in read_dataset(tmp_path).problems if "a.Table.1" in problem]
+
+
+def test_labels_and_names_that_look_the_same_are_the_same(tmp_path):
+    """macOS stores accents apart from their letters, and a spreadsheet doesn't."""
+    apart, composed = (unicodedata.normalize(form, "Türkentaube") for form in ("NFD", "NFC"))
+    for name in (f"{apart}/a.wav", f"{composed}/b.wav", f"wren/{apart}.wav"):
+        write(tmp_path / "clips" / name)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "clips" / "sites.csv").write_text(f"file,site\n{composed}.wav,north\n")
+    dataset = read_dataset(tmp_path / "clips")
+    assert dataset.labels == (composed, "wren")
+    assert [r.fields for r in dataset.recordings if "wren" in r.name] == [
+        {"file": f"{composed}.wav", "site": "north"}
+    ]
+    dataset = read_dataset(tmp_path / "clips", labels=(apart,))
+    assert targets_of(dataset, f"{composed}/b.wav") == {apart: [1] * 4}
+
+
+def test_what_systems_leave_in_folders_is_no_data(tmp_path):
+    write(tmp_path / "robin" / "a.wav")
+    (tmp_path / "__MACOSX" / "robin").mkdir(parents=True)
+    for name in ("__MACOSX/robin/._a.wav", "robin/._a.wav", "._sites.csv", ".DS_Store", "robin/.x.txt"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2\xb0\xff")
+    dataset = read_dataset(tmp_path)
+    assert dataset.labels == ("robin",)
+    assert [r.name for r in dataset.recordings] == ["robin/a.wav"]
+    assert "2 hidden files were left out" in dataset.problems[0]
+
+
+def test_a_misspelled_label_is_named(tmp_path):
+    for name in ("Chaffinch/a.wav", "Chaffinch/b.wav", "Chafinch/c.wav", "Wren/d.wav"):
+        write(tmp_path / name)
+    problems = read_dataset(tmp_path).problems
+    assert [
+        problem for problem in problems if problem.startswith("Chafinch") and "did you mean 'Chaffinch'?" in problem
+    ]
+    assert not [problem for problem in problems if problem.startswith("Wren") and "did you mean" in problem]
+
+
+def test_a_recording_is_no_data(tmp_path):
+    with pytest.raises(InputError, match="is a recording; give a table of its annotations"):
+        read_dataset(write(tmp_path / "a.wav"))

@@ -17,6 +17,7 @@ from avex_serve.inference.backend import open_bundle
 from avex_serve.training.evaluate import EvaluationRequest, evaluate_bundle
 from tests.bundles import LABELS, SAMPLE_RATE, make_audio_bundle
 from tests.test_imports import BLOCKER
+from tests.training.reports import make_windows, write
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,12 @@ def test_a_bundle_that_takes_embeddings_is_refused(embedding_bundle, data, tmp_p
         evaluate_bundle(EvaluationRequest(embedding_bundle, data, cache=tmp_path))
     assert main(["evaluate", str(embedding_bundle), str(data)]) == 2
     assert "takes embeddings, not audio" in capsys.readouterr().err
+
+
+def test_a_label_of_noise_is_no_detection_in_noise(tmp_path):
+    """Heads that were trained with cross entropy have such a label; it is right in noise."""
+    windows = make_windows(tmp_path / "recordings", ["owl", "Noise"])
+    windows.targets[:, 1] = windows.targets[:, 0] == 0  # every window without an owl has noise
+    found, _ = write(tmp_path / "report", windows, ["owl", "Noise"], skill=0.0, noise={"hum": np.full((60, 2), 9.0)})
+    assert found.noise["hum"].per_hour == {"owl": 3600.0}
+    assert set(found.noise["the background of the data"].per_hour) == {"owl"}

@@ -314,8 +314,6 @@ def test_a_split_of_the_data_is_used(data, cache, tmp_path):
 
 
 def test_what_can_not_be_fitted_is_refused(data, cache, tmp_path):
-    with pytest.raises(NotFoundError, match="expected one of attention_all, attention_last"):
-        fit_probe(FitRequest(data, tmp_path / "x", probe="linear_first", cache=cache))
     with pytest.raises(NotFoundError, match="--model none"):
         check_data(FitRequest(data, tmp_path / "x", model="none", cache=cache))
     trained = tmp_path / "fine.yml"
@@ -324,8 +322,11 @@ def test_what_can_not_be_fitted_is_refused(data, cache, tmp_path):
         fit_probe(FitRequest(data, tmp_path / "x", probe=str(trained), cache=cache))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
-    with pytest.raises(InputError, match=r"--output .* holds no probe\.yml"):
-        fit_probe(FitRequest(data, tmp_path / "full", cache=cache))
+    for refuses in (fit_probe, check_data):
+        with pytest.raises(InputError, match=r"--output .* holds no probe\.yml"):
+            refuses(FitRequest(data, tmp_path / "full", cache=cache))
+        with pytest.raises(NotFoundError, match="expected one of attention_all"):
+            refuses(FitRequest(data, tmp_path / "x", probe="linear_first", cache=cache))
 
 
 def test_every_variant_is_found():

@@ -55,7 +55,7 @@ export function plainTable(caption, names, rows) {
   const body = rows.map(([first, ...others]) =>
     make("tr", {}, make("th", { scope: "row" }, first), ...others.map((each) => make("td", {}, each))),
   );
-  const table = make("table", {}, make("caption", {}, caption), make("thead", {}, heading), make("tbody", {}, ...body));
+  const table = make("table", { class: "plain" }, make("caption", {}, caption), make("thead", {}, heading), make("tbody", {}, ...body));
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, table);
 }
 

@@ -79,6 +79,7 @@ const STRINGS = {
   "key.cancel": "Cancel",
   "threshold": "Threshold",
   "threshold.exact": "Exactly",
+  "threshold.calibrated": "Labels have the thresholds of the bundle's calibration until you move the threshold.",
   "threshold.count": "{passing} of {all} scores are detections",
   "threshold.of": "{passing} of {all}",
   "threshold.labels": "Thresholds of single labels",

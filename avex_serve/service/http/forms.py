@@ -10,7 +10,7 @@ import os
 from asyncio import timeout
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import timezone, tzinfo
+from datetime import tzinfo
 from functools import partial
 from typing import Annotated, Final, NamedTuple
 
@@ -319,16 +319,13 @@ def _recording(form: Form, data: bytes, stream: AudioStream) -> tuple[Recording,
     duration = stream.samples / stream.sample_rate
     origin = find_origin(os.path.basename(form.file), header.metadata, duration)  # noqa: PTH119 - of a client
     doubts = [warning for warning in origin.warnings if warning != NO_TIME]
-    start = origin.start
-    if start is not None and origin.offset is not None:
-        start = start.replace(tzinfo=timezone(origin.offset))
     recording = Recording(
         path=form.file,
         digest=hashlib.sha256(data).hexdigest(),
         duration=duration,
         sample_rate=stream.sample_rate,
         channels=header.channels,
-        start=in_zone(start, form.zone),
+        start=in_zone(origin.moment, form.zone),
         latitude=origin.latitude,
         longitude=origin.longitude,
     )

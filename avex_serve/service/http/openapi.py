@@ -22,6 +22,7 @@ from avex_serve.inference.results import (
     Prediction,
     Predictions,
 )
+from avex_serve.inference.scores import ScoreScale
 from avex_serve.service.http import forms
 
 Schema = dict[str, Any]
@@ -457,7 +458,7 @@ _PROTOCOL: Final[dict[str, Schema]] = {
         "probes": _list(_object({
             "name": _STRING,
             "labels": {**_STRINGS, "description": "in the order of the scores"},
-            "score_scale": {"enum": ["sigmoid", "softmax", "logits"]},
+            "score_scale": {"enum": list(get_args(ScoreScale))},
             "threshold": {"type": "number", "description": "lowest score that is reported by default"},
             "trained": _BOOLEAN,
         }, {

@@ -13,7 +13,6 @@ import io
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from datetime import timezone
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -48,6 +47,7 @@ WAV_TYPE: Final = "audio/wav"
 TABLES: Final = "/tables"
 ROW_BYTES: Final = 1024  # memory for a row of a table until it is sent; measured, rounded up
 FOLDER: Final = "/recordings"  # of recordings whose folder is not known, where a format writes paths below it
+NAME_BYTES: Final = 251  # of a recording, after which a file is named: Linux allows 255
 EARLIEST: Final = (1980, 1, 1, 0, 0, 0)  # of a file in a ZIP: the same table has the same bytes
 
 Number = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
@@ -172,6 +172,9 @@ def write_table(repository: Repository, asked: TableRequest) -> tuple[bytes, str
     if one:
         name = f"{described[0][1].name}.txt" if "." not in form.target else form.target
         return form.content(table), name
+    is_folder = "." not in form.target
+    if is_folder and (long := next((name for name in names if len(name.encode()) > NAME_BYTES), None)):
+        raise InputError(f"{long[:80]} is too long for a file that is named after it; choose CSV")
     with tempfile.TemporaryDirectory(prefix="avex-table-") as place:
         target = Path(place) / form.target
         try:
@@ -188,9 +191,6 @@ def _path(pair: tuple[Recording, Described]) -> str:
 def _recording(described: Described, folder: str) -> Recording:
     header = _header(described.head)
     origin = find_origin(described.name, header.metadata, described.duration)
-    start = origin.start
-    if start is not None and origin.offset is not None:
-        start = start.replace(tzinfo=timezone(origin.offset))
     path = f"{folder.rstrip('/')}/{described.name}" if folder else described.name
     return Recording(
         path=path,
@@ -198,7 +198,7 @@ def _recording(described: Described, folder: str) -> Recording:
         duration=described.duration,
         sample_rate=header.sample_rate,
         channels=header.channels,
-        start=start,
+        start=origin.moment,
         latitude=origin.latitude,
         longitude=origin.longitude,
     )

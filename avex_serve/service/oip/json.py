@@ -3,7 +3,7 @@
 import base64
 import binascii
 from collections.abc import Collection
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -25,16 +25,20 @@ _PLAIN: Final = {**dict.fromkeys(map(ord, " \t\r\n")), ord("-"): "+", ord("_"): 
 Parameters: TypeAlias = dict[str, msgspec.Raw]
 
 
+# Of inputs, outputs and types: errors repeat them.
+_Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=1000)]
+
+
 class _Input(msgspec.Struct):
-    name: str
+    name: _Name
     shape: msgspec.Raw
-    datatype: str
+    datatype: _Name
     parameters: Parameters = {}
     data: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _Output(msgspec.Struct):
-    name: str
+    name: _Name
     parameters: Parameters = {}
 
 

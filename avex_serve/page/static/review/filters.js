@@ -6,6 +6,7 @@ import { useScores } from "./retraining.js";
 
 const NAME = "avex-serve-annotator"; // where the browser remembers who reviews
 const SKIPS = ["mine", "all", "new", "none"];
+export const NAMED = ["file", "start"]; // a window in the address, until it is shown
 const NUMBERS = ["lowest", "highest", "per_recording", "seed"];
 
 /**
@@ -179,6 +180,12 @@ export class Filters extends EventTarget {
     for (const [name, control] of Object.entries({ ...simple, ...this.fields })) {
       if (control.value !== "") {
         query.set(name, control.value);
+      }
+    }
+    const before = new URLSearchParams(location.search);
+    for (const name of NAMED) {
+      if (before.has(name)) {
+        query.set(name, before.get(name) ?? "");
       }
     }
     history.replaceState(null, "", `?${query}`);

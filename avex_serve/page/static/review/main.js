@@ -3,7 +3,7 @@
 import { labelled, make, statusLine } from "../dom.js";
 import { clock, say } from "../strings.js";
 import { ask } from "./api.js";
-import { Filters } from "./filters.js";
+import { Filters, NAMED } from "./filters.js";
 import { Listening } from "./listening.js";
 import { Progress } from "./progress.js";
 import { ReviewQueue } from "./queue.js";
@@ -109,9 +109,10 @@ class Page {
         this.answerOther(this.other.value.trim());
       }
     });
-    for (const field of [this.other, this.comment]) {
+    // The keys that answer are letters of a name as long as its field has the focus.
+    for (const field of [filters.annotator, this.other, this.comment]) {
       field.addEventListener("keydown", (event) => {
-        if (event.key === "Escape" || (event.key === "Enter" && field === this.comment)) {
+        if (event.key === "Escape" || (event.key === "Enter" && field !== this.other)) {
           field.blur();
         }
       });
@@ -137,6 +138,7 @@ class Page {
   /** Ask for the windows that the filters want, the one that the address names first. */
   async open() {
     this.error.textContent = "";
+    this.status.textContent = "";
     if (this.filters.annotator.value.trim() === "") {
       this.status.textContent = say("review.annotator.missing");
       this.filters.annotator.focus();
@@ -165,7 +167,7 @@ class Page {
     query.set("annotator", this.filters.annotator.value.trim());
     query.set("label", this.filters.label.value);
     const item = await ask(`api/item?${query}`);
-    for (const name of ["file", "start"]) {
+    for (const name of NAMED) {
       query.delete(name);
     }
     history.replaceState(null, "", `?${query}`);

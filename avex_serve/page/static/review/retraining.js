@@ -131,7 +131,7 @@ function compared(name, { recordings, macro, labels, notes }) {
 
 /** @param {Difference} found */
 function figures({ a, b, difference, low, high }) {
-  const shown = (/** @type {number | null} */ value) => (value === null ? "–" : value.toFixed(3));
+  const shown = (/** @type {number | null} */ value) => (value === null ? "–" : value.toFixed(3).replace("-0.000", "0.000"));
   const signed = (/** @type {number | null} */ value) => (value !== null && value > 0 ? `+${shown(value)}` : shown(value));
   const values = { difference: signed(difference), low: signed(low), high: signed(high) };
   return [shown(a), shown(b), difference === null ? "–" : say("review.retrain.difference", values)];

@@ -83,6 +83,12 @@ export class Downloads {
   commandFor(name) {
     const { options, thresholds, api } = this.held;
     const query = predictQuery({ ...options.values, lowest: Number(thresholds.value.toPrecision(4)) });
+    if (thresholds.calibrated.size > 0) {
+      query.delete("threshold"); // each label has that of the calibration, unless another one is given for it
+      if (thresholds.own.size > 0) {
+        query.set("threshold", JSON.stringify(Object.fromEntries(thresholds.own)));
+      }
+    }
     const key = "Authorization" in api.headers ? `-H "Authorization: Bearer $AVEX_KEY" ` : "";
     const file = quoted(name.startsWith("-") ? `./${name}` : name);
     return `curl ${key}--data-binary @${file} ${quoted(`${new URL("predict", document.baseURI)}?${query}`)}`;
@@ -119,7 +125,7 @@ export class Downloads {
       format: this.format.value,
       folder: this.folder.value,
       threshold: thresholds.value,
-      thresholds: Object.fromEntries(thresholds.own),
+      thresholds: Object.fromEntries([...thresholds.calibrated, ...thresholds.own]),
       model: asked.model,
       version: asked.version,
       probe: asked.probe,

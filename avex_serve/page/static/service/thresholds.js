@@ -17,11 +17,14 @@ export class Thresholds extends EventTarget {
     this.value = 0.5;
     /** @type {Map<string, number>} */
     this.own = new Map();
+    /** @type {Map<string, number>} those of the bundle's calibration, until one is set for all labels */
+    this.calibrated = new Map();
     /** @type {Mark[]} */
     this.marks = [];
     this.slider = make("input", { type: "range", input: () => this.set(Number(this.slider.value)) });
     this.exact = make("input", { type: "number", class: "number", step: "any", change: () => this.set(Number(this.exact.value)) });
     this.count = make("p", { class: "status", role: "status" });
+    this.note = make("p", { class: "status", hidden: true }, say("threshold.calibrated"));
     this.search = make("input", { type: "search", input: () => this.list() });
     this.labels = make("ul", { class: "labels" });
     this.more = make("p", { class: "status" });
@@ -31,6 +34,7 @@ export class Thresholds extends EventTarget {
       labelled(say("threshold"), this.slider),
       labelled(say("threshold.exact"), this.exact),
       this.count,
+      this.note,
       make("h2", {}, say("threshold.labels")),
       labelled(say("threshold.search"), this.search),
       this.labels,
@@ -41,20 +45,28 @@ export class Thresholds extends EventTarget {
   /**
    * Begin with the threshold of another probe.
    *
-   * @param {{threshold: number, score_scale: string}} head
+   * @param {{threshold: number, thresholds?: Record<string, number>, score_scale: string}} head
    * @param {number} lowest score that is fetched
    */
-  reset({ threshold, score_scale: scale }, lowest) {
+  reset({ threshold, thresholds = {}, score_scale: scale }, lowest) {
     const top = scale === "logits" ? 10 : 1;
     Object.assign(this.slider, { min: lowest, max: top, step: (top - lowest) / STEPS });
     Object.assign(this.exact, { min: lowest });
     this.own.clear();
-    this.set(Math.max(threshold, lowest));
+    this.calibrated = new Map(Object.entries(thresholds));
+    this.move(Math.max(threshold, lowest));
+  }
+
+  /** @param {number} value for all labels without one of their own */
+  set(value) {
+    this.calibrated.clear();
+    this.move(value);
   }
 
   /** @param {number} value */
-  set(value) {
+  move(value) {
     this.value = value;
+    this.note.hidden = this.calibrated.size === 0;
     this.slider.value = String(value);
     this.exact.value = String(Number(value.toPrecision(4)));
     this.changed();
@@ -72,7 +84,12 @@ export class Thresholds extends EventTarget {
    * @param {Mark} mark
    */
   passes(mark) {
-    return (mark.score ?? 0) >= (this.own.get(mark.label) ?? this.value);
+    return (mark.score ?? 0) >= (this.own.get(mark.label) ?? this.usual(mark.label));
+  }
+
+  /** @param {string} label the threshold that it has if none was set for it */
+  usual(label) {
+    return this.calibrated.get(label) ?? this.value;
   }
 
   changed() {
@@ -103,7 +120,7 @@ export class Thresholds extends EventTarget {
       const line = this.lines.get(label);
       if (line !== undefined) {
         line.count.textContent = say("threshold.of", { passing: passes, all });
-        line.field.placeholder = this.exact.value;
+        line.field.placeholder = String(Number(this.usual(label).toPrecision(4)));
       }
     }
     this.more.textContent =
