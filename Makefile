@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal
 
-.PHONY: help docs demo lint lint-page screenshots test-fast test test-all fuzz bench bench-overhead bench-archive format lock sbom proto train-demo clean
+.PHONY: help docs demo lint lint-page screenshots test-fast test test-all fuzz bench bench-overhead bench-archive bench-engines format lock sbom proto train-demo clean
 
 help:
 	@echo "make demo        export the demo probe, serve it and query it over HTTP and gRPC"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench       speed and memory against avex (installs it: gigabytes)"
 	@echo "make bench-overhead  what HTTP and gRPC cost on top of the engine"
 	@echo "make bench-archive  an archive against its graph, soundfile, soxr and BirdNET (installs it)"
+	@echo "make bench-engines  the graphs of bundles in other engines (installs OpenVINO)"
 	@echo "make docs        the site, from docs/ and the code, into build/site"
 	@echo "make format      rewrite the code in the project's format"
 	@echo "make lock        pin the packages of the image by constraints.txt"
@@ -89,6 +90,15 @@ BIRDNET ?= .bench/birdnet/bin/python
 
 bench-archive: $(INSTALLED) $(BIRDNET)
 	$(BIN)/python bench/archive.py --birdnet $(BIRDNET) --write docs/archive-performance.md
+
+OPENVINO ?= .bench/openvino/bin/python
+
+.bench/openvino/bin/python:
+	$(PYTHON) -m venv .bench/openvino
+	$@ -m pip install --quiet openvino==2026.4.1
+
+bench-engines: $(INSTALLED) $(OPENVINO)
+	$(BIN)/python bench/engines.py --openvino $(OPENVINO) --write docs/engines.md
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

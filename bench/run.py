@@ -28,7 +28,7 @@ ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
 class Worker:
     """A process that answers clips; see `worker.serve`."""
 
-    def __init__(self, command: Sequence[str], clips: Path) -> None:
+    def __init__(self, command: Sequence[str], clips: Path, environment: Mapping[str, str] | None = None) -> None:
         started = time.perf_counter()
         self._process = subprocess.Popen(
             command,
@@ -36,7 +36,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, **(environment or {})},
         )
         self._say(str(clips))
         ready = self._hear().split()

@@ -102,6 +102,7 @@ class Book:
             with path.open("a+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 size = _whole_lines(file)
+                known = size == self._seen.get(path, (0, 0))[0]  # nobody else has written since
                 file.truncate(size)
                 text = io.StringIO()
                 csv.writer(text, lineterminator="\n").writerows(rows if size else [COLUMNS, *rows])
@@ -112,7 +113,8 @@ class Book:
                 except OSError:
                     file.truncate(size)
                     raise
-            status = path.stat()
+                status = os.fstat(file.fileno())
+        if known:
             self._seen[path] = (status.st_size, status.st_mtime_ns)
 
 

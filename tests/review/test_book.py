@@ -65,6 +65,15 @@ def test_what_others_write_is_seen(tmp_path):
     assert {review.annotator for review in book.reviews} == {"al", "bo"}
 
 
+def test_what_others_write_under_the_same_name_is_seen(tmp_path):
+    one, other = Book(tmp_path), Book(tmp_path)
+    one.write("bo", [Answer(WREN, "present")])
+    other.write("bo", [Answer(ROBIN, "absent")])
+    for book in (one, other):
+        book.refresh()
+        assert sorted(decisions(book.reviews)) == [(0, "robin", "bo", "absent"), (0, "wren", "bo", "present")]
+
+
 def test_a_line_that_a_killed_process_left_is_removed(tmp_path):
     book = Book(tmp_path)
     book.write("bo", [Answer(WREN, "present")])
