@@ -111,22 +111,21 @@ def required(extra=None):
     return runpy.run_path(str(ROOT / "scripts" / "lock.py"))["required"](wanted, default_environment())
 
 
-def installed(wheel, folder, names):
-    """The Python of a new environment that has the wheel, and of all other packages those of these names."""
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=folder)
+def with_packages(folder, names, *, pip=False):
+    """A new environment that has the packages of these names and no others: its Python, and where they are."""
+    venv.create(folder, with_pip=pip)
     (packages,) = (folder / "lib").glob("python*/site-packages")
     for name in names:
         for file in importlib.metadata.files(name):
             if ".." not in file.parts and "__pycache__" not in file.parts and not (packages / file).exists():
                 (packages / file).parent.mkdir(parents=True, exist_ok=True)
                 (packages / file).symlink_to(file.locate())
-    return python
+    return folder / "bin" / "python", packages
 
 
 def test_the_base_install_answers(wheel, tmp_path):
-    python = installed(wheel, tmp_path / "bare", required())
+    python, _ = with_packages(tmp_path / "bare", required(), pip=True)
+    run(python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=tmp_path)
     shown = run(python, "-P", ROOT / "tests" / "packaged.py", cwd=tmp_path, timeout=300)
     assert "avex-serve 0.0.0 runs on Python" in shown
 
@@ -137,5 +136,7 @@ def test_an_extra_has_what_it_needs(wheel, tmp_path, extra):
         names = required(extra)
     except importlib.metadata.PackageNotFoundError as error:
         pytest.skip(f"{error.name} is not installed")
-    python = installed(wheel, tmp_path / extra, names)
+    python, packages = with_packages(tmp_path / extra, names)
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(packages)
     run(python, "-P", "-c", f"import {', '.join(MODULES[extra])}", cwd=tmp_path, timeout=300)

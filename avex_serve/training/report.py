@@ -256,7 +256,8 @@ def evaluate(
             reliability=tuple(metrics.reliability(has[calibrated], joined.probabilities[known, i][calibrated])),
             warning=_warning(with_sound, recordings, without),
         )
-    windows_with, recordings_with = int((targets == 1).any(axis=1).sum()), np.unique(groups).size
+    with_any = (targets == 1).any(axis=1)
+    windows_with, recordings_with = int(with_any.sum()), np.unique(groups[with_any]).size
     macro = [_measure(mean(values[m]), mean(drawn[m]), windows_with, recordings_with) for m in range(len(FIGURES))]
     return Figures(**dict(zip(FIGURES, macro, strict=True))), found
 

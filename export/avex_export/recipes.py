@@ -7,7 +7,7 @@ from pathlib import Path
 from avex_export.architectures import names
 from avex_serve.bundles.manifest import PROBE
 from avex_serve.configs import ProbeConfig
-from avex_serve.errors import NotFoundError
+from avex_serve.errors import NotFoundError, quoted
 from avex_serve.models.files import find_local
 from avex_serve.models.probes import load_probe_config
 from avex_serve.models.probes.storage import SavedProbe, read_saved
@@ -49,6 +49,11 @@ def find_recipe(probe: str) -> Recipe:
         saved = read_saved(path)
         return Recipe(path.resolve().name, saved.probe_config, path, saved)
     if path.is_file():
+        if path.suffix.lower() not in (".yml", ".yaml"):
+            raise ValueError(
+                "this file is no YAML. If it holds the weights of a head, name its recipe too: --probe linear_last "
+                f"--weights {quoted(path)}, with --labels and --activation"
+            )
         return Recipe(path.stem, load_probe_config(path))
     close = difflib.get_close_matches(probe, variants(), n=1)
     hint = f"did you mean {close[0]}? " if close else ""

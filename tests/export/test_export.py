@@ -482,6 +482,7 @@ def test_list_names_probes_and_models(export):
         ),
         (["--probe", "linear_last", "--allow-untrained", "--model", "M"], 4, "no labels: give --labels"),
         (["--probe", "linear_last", "--allow-untrained", "--labels", "missing.txt"], 2, "--labels missing.txt"),
+        (["--probe", "L"], 2, "this file is no YAML. If it holds the weights of a head, name its recipe too"),
         (["--probe", "linear_last", "--weights", "missing.pt"], 2, "--weights missing.pt: no such file"),
         (["--probe", "linear_last", "--input-dim", "3"], 2, "--input-dim is for --offline"),
         (["--probe", "lstm_last", "--offline", "--allow-untrained", "--labels", "L"], 4, "needs --input-dim"),

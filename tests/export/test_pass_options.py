@@ -83,10 +83,7 @@ def test_large_weights_are_in_a_file_next_to_the_graph(bundles):
             assert np.isfinite(engine.infer(np.zeros((1, 32000), np.float32))["logits"]).all()
 
 
-APPLIED = [
-    *("dead-layers", "front-end", "position-bias", "position-conv"),
-    *("projections", "norms", "pooling", "constants"),
-]
+APPLIED = ["dead-layers", "front-end", "position-bias", "projections", "norms", "pooling", "constants"]
 
 
 # Each pass costs an export.

@@ -28,8 +28,8 @@ MODELS = {
 # Passes that are about other architectures have nothing to leave out.
 IRRELEVANT = {
     "beats": {"fourier", "image", "batch-norm"},
-    "eat": {"fourier", "image", "batch-norm", "position-bias", "position-conv"},
-    "efficientnet": {"front-end", "position-bias", "position-conv", "projections", "norms"},
+    "eat": {"fourier", "image", "batch-norm", "position-bias"},
+    "efficientnet": {"front-end", "position-bias", "projections", "norms"},
 }
 CASES = [
     (name, without)
@@ -199,14 +199,6 @@ def test_the_mean_is_taken_before_the_last_operator(models, name, fields):
         sum(isinstance(part, transformers.MeanOverTime | efficientnet.MeanOverTime) for part in special.modules())
         == 1
     )
-
-
-@pytest.mark.parametrize("kernel", [16, 12], ids="kernel of {}".format)
-def test_the_positional_convolution_is_halved_where_its_kernel_allows_it(kernel):
-    probe = probe_on(tiny_beats(conv_pos=kernel), ["last_layer"])
-    special, applied = rewritten(probe)
-    assert ("position-conv" in applied) == (kernel % 8 == 0)
-    assert_same(embeddings(special, noise(2)), embeddings(probe, noise(2)))
 
 
 class Seeing(ModelBase):

@@ -1,6 +1,6 @@
 """The passes of BEATs."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from avex_serve.models.beats_model import BEATsModel, Encoder, SelfAttention, re
 from avex_serve.models.layers import BACKBONE, Taps
 
 POSITIONS = Pass("position-bias", "bake the relative position bias and the positional convolution's norm")
-CONVOLUTION = Pass("position-conv", "compute the positional convolution with half of the products")
 
 _ENCODER = "backbone.encoder"
 _BLOCKS = Blocks(
@@ -57,81 +56,6 @@ def _plain_convolution(normed: nn.Module) -> nn.Conv1d:
     return plain
 
 
-def _halve_products(target: Target) -> bool:
-    """Replace the positional convolution, if its lengths are multiples of what `FastConvolution` needs."""
-    backbone = target.model_as(BEATsModel).backbone
-    encoder, cfg = backbone.encoder, backbone.cfg
-    bands = cfg.num_mel_bins // cfg.input_patch_size  # tokens of a time step
-    if bands % FastConvolution.WAYS or cfg.conv_pos % (2 * FastConvolution.WAYS):
-        return False
-    convolution, _, activation = encoder.pos_conv
-    if type(convolution) is not nn.Conv1d:  # its norm was not baked
-        convolution = _plain_convolution(convolution)
-    encoder.pos_conv = nn.Sequential(FastConvolution(convolution), activation)
-    return True
-
-
-class FastConvolution(nn.Module):
-    """A convolution that keeps the length, with 9 products of a quarter of its size each instead of 16.
-
-    Two neighbouring steps of a convolution by a kernel of two parts, y0 = w0 x0 + w1 x1 and y1 = w0 x1 + w1 x2, need
-    three products instead of four: m = (w0 + w1) x1, y0 = w0 (x0 - x1) + m and y1 = w1 (x2 - x1) + m. Here parts are
-    every other step of kernel and input, twice. Source: Winograd, "Arithmetic Complexity of Computations" (1980).
-    """
-
-    WAYS: ClassVar = 4  # steps that are computed together; the input's length and half the kernel's are multiples
-    weight: Tensor  # (9 * D, D / groups, kernel / 4)
-    bias: Tensor  # (4 * D,)
-
-    def __init__(self, convolution: nn.Conv1d) -> None:
-        super().__init__()
-        (kernel,) = convolution.kernel_size
-        assert convolution.bias is not None
-        self.padding = kernel // 2
-        weight = convolution.weight.detach().double()
-        sums = _sums([weight[..., i :: self.WAYS] for i in range(self.WAYS)])
-        self.groups = len(sums) * convolution.groups
-        self.register_buffer("weight", torch.cat(sums).float())
-        self.register_buffer("bias", convolution.bias.detach().repeat(self.WAYS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D, T) → (B, D, T)."""
-        width, ways = x.shape[1], self.WAYS
-        padded = nn.functional.pad(x.transpose(1, 2), (0, 0, self.padding, self.padding))
-        steps = padded.reshape(x.shape[0], -1, ways * width)
-        # The input from 7 successive steps on, side by side.
-        steps = torch.cat([steps[:, :-1], steps[:, 1:, : (ways - 1) * width]], dim=-1)
-        inputs = torch.cat(_differences(steps, ways), dim=-1).transpose(1, 2)
-        products = nn.functional.conv1d(inputs, self.weight, groups=self.groups).transpose(1, 2)
-        outputs = _merged(products, ways) + self.bias  # (B, T / 4, 4 * D)
-        return outputs.reshape(x.shape[0], -1, width).transpose(1, 2)
-
-
-def _sums(parts: list[Tensor]) -> list[Tensor]:
-    """The kernels of the products, see `FastConvolution`, from the parts of the kernel."""
-    if len(parts) == 1:
-        return parts
-    first, last = parts[: len(parts) // 2], parts[len(parts) // 2 :]
-    return [*_sums(first), *_sums(last), *_sums([a + b for a, b in zip(first, last, strict=True)])]
-
-
-def _differences(steps: Tensor, ways: int) -> list[Tensor]:
-    """The inputs of the products, see `FastConvolution`, from 2 * ways - 1 steps (…, (2 * ways - 1) * D)."""
-    if ways == 1:
-        return [steps]
-    width = steps.shape[-1] // (2 * ways - 1)
-    first, middle, last = (steps[..., i * width : (i + ways - 1) * width] for i in (0, ways // 2, ways))
-    return [part for each in (first - middle, last - middle, middle) for part in _differences(each, ways // 2)]
-
-
-def _merged(products: Tensor, ways: int) -> Tensor:
-    """The outputs of so many steps, see `FastConvolution`, from the products."""
-    if ways == 1:
-        return products
-    first, last, both = (_merged(part, ways // 2) for part in products.chunk(3, dim=-1))
-    return torch.cat([first + both, last + both], dim=-1)
-
-
 class BakedBias(nn.Module):
     """The bias of the attention: a constant for clips of one length, else a table by the distance between tokens."""
 
@@ -158,8 +82,6 @@ class BakedBias(nn.Module):
 class BEATsAttention(MergedAttention):
     """BEATs' attention. Each gate is the sum of four outputs of a linear map that all heads share."""
 
-    gate: Tensor | None  # (heads,)
-
     def __init__(self, attention: SelfAttention) -> None:
         query, key, value = rows_of(attention.q_proj), rows_of(attention.k_proj), rows_of(attention.v_proj)
         rows = [rows_of(attention.q_proj, attention.head_dim**-0.5), key, value]
@@ -173,17 +95,22 @@ class BEATsAttention(MergedAttention):
             rows.append((gates, shifts.flatten()))
         super().__init__(rows, attention.out_proj, attention.heads)
         self.relative_attention_bias = attention.relative_attention_bias
-        self.register_buffer("gate", attention.grep_a.detach().flatten() if attention.gated else None)
+        self.gate = attention.grep_a if attention.gated else None  # (1, heads, 1, 1)
 
     def forward(
         self, x: Tensor, position_bias: Tensor | None, padding: Tensor | None, taps: Taps, name: str
     ) -> Tensor:
         """As `avex_serve.models.beats_model.SelfAttention.forward`."""
-        projected, gate = self.projection(x), None
-        if self.gate is not None:
-            update, reset = projected[..., -2 * self.heads :].sigmoid().chunk(2, dim=-1)  # (B, T, heads)
-            gate = update * (reset * self.gate - 1.0) + 2.0
-        output = self.out(self.attend(projected, position_bias, gate, padding))
+        query, key, value, gates = self.project(x)
+        bias = position_bias
+        if bias is not None and self.gate is not None:
+            update, reset = gates.sigmoid().transpose(1, 2)[..., None].chunk(2, dim=1)  # (B, heads, T, 1)
+            bias = (update * (reset * self.gate - 1.0) + 2.0) * bias
+        if padding is not None:
+            hidden = torch.zeros_like(padding, dtype=x.dtype).masked_fill(padding, -torch.inf)
+            hidden = hidden[:, None, None, :]
+            bias = hidden if bias is None else bias + hidden
+        output = self.out(self.attend(query, key, value, bias))
         taps(f"{name}.out_proj", output)
         taps(name, output)
         return output
@@ -219,7 +146,6 @@ BEATS = Architecture(
         DEAD_LAYERS: _drop_dead_layers,
         **FRONT_ENDS,
         POSITIONS: _bake_positions,
-        CONVOLUTION: _halve_products,
         PROJECTIONS: lambda target: _BLOCKS.merge_projections(target, BEATsAttention),
         NORMS: _fold_norms,
         POOLING: _pool,

@@ -50,7 +50,8 @@ class EATAttention(MergedAttention):
 
     def forward(self, x: Tensor, taps: Taps, name: str) -> Tensor:
         """As `avex_serve.models.eat_hf.SelfAttention.forward`."""
-        output = self.out(self.attend(self.projection(x)))
+        query, key, value, _ = self.project(x)
+        output = self.out(self.attend(query, key, value, None))
         taps(f"{name}.proj", output)
         taps(name, output)
         return output

@@ -154,59 +154,26 @@ class MergedAttention(nn.Module):
     def __init__(self, rows: list["Rows"], out: nn.Linear, heads: int) -> None:
         """Merge the rows of queries, keys and values, D each, and 2 * heads of gates; `out` is D → D."""
         super().__init__()
-        self.projection, self.out, self.heads, self.width = _linear(rows), out, heads, out.in_features
+        self.projection, self.out, self.heads = _linear(rows), out, heads
 
-    def attend(
-        self,
-        projected: Tensor,
-        bias: Tensor | None = None,
-        gate: Tensor | None = None,
-        padding: Tensor | None = None,
-    ) -> Tensor:
-        """Attention of projected rows (B, T, 3 * D + …) to (B, T, D).
-
-        Args:
-            projected: queries, which are scaled, keys and values.
-            bias: of the scores (1, heads, T, T).
-            gate: factors of the bias (B, T, heads).
-            padding: (B, T) bool, True for tokens to ignore.
-        """
-        hidden = None
-        if padding is not None:
-            hidden = torch.zeros_like(padding, dtype=projected.dtype).masked_fill(padding, -torch.inf)[:, None]
-        parts = [projected[..., i * self.width : (i + 1) * self.width] for i in range(3)]
-        if torch.onnx.is_in_onnx_export():
-            return self._attend_by_head(parts, bias, gate, hidden)
-        query, key, value = (part.reshape(*part.shape[:2], self.heads, -1).transpose(1, 2) for part in parts)
-        if bias is not None and gate is not None:
-            bias = gate.transpose(1, 2)[..., None] * bias
-        if hidden is not None:
-            bias = hidden[:, None] if bias is None else bias + hidden[:, None]
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
-        return attended.transpose(1, 2).flatten(2)
-
-    def _attend_by_head(
-        self, parts: Sequence[Tensor], bias: Tensor | None, gate: Tensor | None, hidden: Tensor | None
-    ) -> Tensor:
-        # onnxruntime computes an operator for all heads before the next operator. The scores of one head stay in the
-        # processor's caches, those of all heads don't.
-        query, key, value = parts
-        heads = zip(
-            query.chunk(self.heads, dim=-1),  # (B, T, head_dim) each
-            key.transpose(1, 2).chunk(self.heads, dim=1),  # (B, head_dim, T) each
-            value.chunk(self.heads, dim=-1),
-            strict=True,
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(B, T, D) → queries, keys and values (B, heads, T, head_dim), and the remaining rows (B, T, …)."""
+        width = x.shape[-1]
+        projected = self.projection(x)
+        query, key, value = (
+            projected[..., i * width : (i + 1) * width].reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
+            for i in range(3)
         )
-        gates = None if gate is None else gate.chunk(self.heads, dim=-1)  # (B, T, 1) each
-        attended = []
-        for i, (queries, keys, values) in enumerate(heads):
-            scores = queries @ keys  # (B, T, T)
-            if bias is not None:
-                scores = scores + (bias[:, i] if gates is None else gates[i] * bias[:, i])
-            if hidden is not None:
-                scores = scores + hidden
-            attended.append(scores.softmax(dim=-1) @ values)
-        return torch.cat(attended, dim=-1)
+        return query, key, value, projected[..., 3 * width :]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """Attention of scaled queries, (B, heads, T, head_dim) each, to (B, T, heads * head_dim)."""
+        if torch.onnx.is_in_onnx_export():  # onnxruntime is faster with the parts than with one operator
+            scores = query @ key.transpose(-1, -2)
+            attended = (scores if bias is None else scores + bias).softmax(dim=-1) @ value
+        else:
+            attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+        return attended.transpose(1, 2).flatten(2)
 
 
 Rows = tuple[Tensor, Tensor]  # weight (out, in) and bias (out,) of a linear map, float64

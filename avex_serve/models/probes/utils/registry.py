@@ -50,7 +50,7 @@ def load_probe_config(yaml_path: str | Path) -> ProbeConfig:
     path = Path(yaml_path)
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     fields = content.get("probe_config", content) if isinstance(content, Mapping) else None
     if not isinstance(fields, Mapping):

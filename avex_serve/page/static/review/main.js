@@ -109,9 +109,10 @@ class Page {
         this.answerOther(this.other.value.trim());
       }
     });
-    for (const field of [this.other, this.comment]) {
+    // The keys that answer are letters of a name as long as its field has the focus.
+    for (const field of [filters.annotator, this.other, this.comment]) {
       field.addEventListener("keydown", (event) => {
-        if (event.key === "Escape" || (event.key === "Enter" && field === this.comment)) {
+        if (event.key === "Escape" || (event.key === "Enter" && field !== this.other)) {
           field.blur();
         }
       });
@@ -137,6 +138,7 @@ class Page {
   /** Ask for the windows that the filters want, the one that the address names first. */
   async open() {
     this.error.textContent = "";
+    this.status.textContent = "";
     if (this.filters.annotator.value.trim() === "") {
       this.status.textContent = say("review.annotator.missing");
       this.filters.annotator.focus();
