@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from avex_serve import open_bundle
@@ -62,3 +63,11 @@ def test_the_service_comes_up_on_the_demo_bundle(tmp_path, checkout):
         ]
         assert f"serving bundle linear_last, version 1, from {DEMO_BUNDLE}" in server.log
         assert "AVEX_BUNDLE=dir" in server.log
+
+
+@pytest.mark.parametrize("noise", [0, 20, 800])
+def test_the_demo_names_nothing_in_digital_silence(noise):
+    wave = np.zeros(100000, np.float32)
+    wave[:noise] = 0.01 * np.random.default_rng(0).standard_normal(noise)
+    with open_bundle(DEMO_BUNDLE, device="cpu") as engine:
+        assert engine.predict(wave, 16000).detections == []
