@@ -21,7 +21,7 @@ from tests.service.conftest import running_server
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving-models.md").read_text()
 COMMANDS = re.findall(r"^(?:curl|avex-export|AVEX_BUNDLE=).*$", PAGE, re.MULTILINE)
-SERVE, OF_A_STORE = [line for line in COMMANDS if line.startswith("AVEX_BUNDLE=")]
+SERVE, OF_A_STORE, OF_THE_HUB = [line for line in COMMANDS if line.startswith("AVEX_BUNDLE=")]
 CURL = [line for line in COMMANDS if line.startswith("curl")]
 EXPORT = [line for line in COMMANDS if line.startswith("avex-export")]
 
@@ -51,6 +51,7 @@ def server(workplace):
 
 def test_there_are_commands():
     assert OF_A_STORE.startswith("AVEX_BUNDLE=s3://")  # test_remote.py serves one
+    assert OF_THE_HUB.startswith("AVEX_BUNDLE=hf://")  # test_hub.py serves one
     assert len(CURL) >= 8
     assert EXPORT
 
