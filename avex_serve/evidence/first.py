@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Final, Literal
 
 import msgspec
@@ -40,12 +39,11 @@ def read_mode(environment: Mapping[str, str] = os.environ) -> Mode:
 
 
 def open_checked(
-    address: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
     device: str = "auto",
     *,
     precision: str = "auto",
     threads: int | None = None,
-    share: Path | None = None,
     mode: Mode | None = None,
 ) -> Engine:
     """Open a bundle, and compare its first answer on this machine with its evidence.
@@ -53,11 +51,10 @@ def open_checked(
     A bundle without evidence answers once for silence, and so does any bundle if `mode` is "off".
 
     Args:
-        address: as of `open_bundle`, like the other arguments.
+        directory: as of `open_bundle`, like the other arguments.
         device: see there.
         precision: see there.
         threads: see there.
-        share: see there.
         mode: None: what AVEX_CHECK says.
 
     Raises:
@@ -66,7 +63,7 @@ def open_checked(
         InputError: AVEX_CHECK is something else; or as of `open_bundle`.
     """
     mode = read_mode() if mode is None else mode
-    engine = open_bundle(address, device, precision=precision, threads=threads, share=share)
+    engine = open_bundle(directory, device, precision=precision, threads=threads)
     try:
         if mode == "off":
             _answer_silence(engine)

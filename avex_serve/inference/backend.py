@@ -32,12 +32,7 @@ class Backend(Protocol):
 
 
 def open_bundle(
-    address: str | os.PathLike[str],
-    device: str = "auto",
-    *,
-    precision: str = "auto",
-    threads: int | None = None,
-    share: Path | None = None,
+    address: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto", threads: int | None = None
 ) -> "Engine":
     """Open a bundle: check that it is complete and unchanged, and load its graph.
 
@@ -49,8 +44,6 @@ def open_bundle(
             ONNX runs as TorchScript on the CPU too, if torch is installed.
         precision: ``float32``, ``int8`` or ``auto`` (int8 on the CPU where the bundle has it).
         threads: that infer at the same time; None: one for each core that may be used.
-        share: a folder in which several processes share the weights of large graphs, one copy in memory for all of
-            them; it holds these weights twice. None: each process has its own copy.
 
     Raises:
         BundleError: not a complete bundle, or no graph in it for that device and precision.
@@ -65,9 +58,7 @@ def open_bundle(
     with ThreadPoolExecutor(2, thread_name_prefix="avex-open") as pool:
         checking = pool.submit(check_files, bundle, others)  # takes as long as loading, for large files
         try:
-            if share is not None:
-                checking.result()  # what is written there must be what the manifest lists
-            loading = pool.submit(_backend_loader(bundle.manifest, graph, device, int8=int8, share=share))
+            loading = pool.submit(_backend_loader(bundle.manifest, graph, device, int8=int8))
             # Here and not above: the import takes as long as loading a small graph.
             from avex_serve.inference.batcher import Batcher
             from avex_serve.inference.engine import Engine
@@ -107,17 +98,13 @@ def _choose_graph(bundle: Bundle, device: str, precision: str) -> tuple[Path, st
     return torchscript, device, False
 
 
-def _backend_loader(
-    manifest: Manifest, graph: Path, device: str, *, int8: bool, share: Path | None
-) -> Callable[[], Backend]:
+def _backend_loader(manifest: Manifest, graph: Path, device: str, *, int8: bool) -> Callable[[], Backend]:
     """A function that loads the graph; the backend's module is imported here, outside the thread that loads."""
     names = [output.name for output in manifest.outputs]
     if graph.name != TORCHSCRIPT:
-        from avex_serve.inference.onnx import OnnxBackend, share_key
+        from avex_serve.inference.onnx import OnnxBackend
 
-        large = manifest.files.get(graph.name + DATA_SUFFIX)
-        key = None if large is None or share is None else (share, share_key(manifest.files[graph.name], large))
-        return partial(OnnxBackend, graph, [spec.name for spec in manifest.inputs], names, int8=int8, share=key)
+        return partial(OnnxBackend, graph, [spec.name for spec in manifest.inputs], names, int8=int8)
     if not _torch_installed():
         raise DependencyError(
             f"{graph.name} on {device} needs torch, which is not installed; pip install 'avex-serve[cuda]'"

@@ -2,10 +2,7 @@
 
 import contextlib
 import ctypes
-import hashlib
 import os
-import weakref
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +13,6 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime
 
-import avex_serve
-from avex_serve.bundles.manifest import DATA_SUFFIX, ONNX
 from avex_serve.errors import BundleError
 
 
@@ -32,27 +27,24 @@ class OnnxBackend:
     max_batch = 1
     optimisation = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
 
-    def __init__(
-        self,
-        path: Path,
-        input_names: list[str],
-        output_names: list[str],
-        *,
-        int8: bool = False,
-        share: tuple[Path, str] | None = None,
-    ) -> None:
-        """Load the graph; BundleError if onnxruntime can't, or if it is not the manifest's.
-
-        `share` is the folder and the key under which several processes share the weights, see `shared_graph`.
-        """
-        loaded = path
-        if share is not None:
-            from avex_serve.inference.shared import shared_graph  # which takes time, and is for some systems only
-
-            if (shared := shared_graph(*share, partial(_write_shared, path))) is not None:
-                loaded, in_use = shared
-                weakref.finalize(self, os.close, in_use)
-        self._session = _session(loaded, _options(self.optimisation))
+    def __init__(self, path: Path, input_names: list[str], output_names: list[str], *, int8: bool = False) -> None:
+        """Load the graph; BundleError if onnxruntime can't, or if it is not the manifest's."""
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = self.optimisation
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # The fused kernel is slower on a CPU than an addition and a layer norm.
+        options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
+        # A pattern is one block for all buffers, planned after the first call for each input shape. It takes memory
+        # in addition to that of the call, and is hardly faster.
+        options.enable_mem_pattern = False
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), sess_options=options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's own error classes derive directly from Exception
+            raise BundleError(f"onnxruntime can't load {path}: {error}") from error
         _return_memory()
         given = [node.name for node in self._session.get_inputs()]
         answered = {node.name for node in self._session.get_outputs()}
@@ -69,45 +61,6 @@ class OnnxBackend:
         """See `Backend.run`."""
         outputs = self._session.run(self._output_names, dict(zip(self._input_names, inputs, strict=True)))
         return dict(zip(self._output_names, outputs, strict=True))
-
-
-def share_key(*digests: str) -> str:
-    """The key under which processes share a graph with these digests of its files; see `shared_graph`."""
-    made_by = (avex_serve.__version__, onnxruntime.__version__)
-    return hashlib.sha256(" ".join((*digests, *made_by)).encode()).hexdigest()[:16]
-
-
-def _options(optimisation: onnxruntime.GraphOptimizationLevel) -> onnxruntime.SessionOptions:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = optimisation
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # The fused kernel is slower on a CPU than an addition and a layer norm.
-    options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
-    # A pattern is one block for all buffers, planned after the first call for each input shape. It takes memory
-    # in addition to that of the call, and is hardly faster.
-    options.enable_mem_pattern = False
-    return options
-
-
-def _session(path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    try:
-        return onnxruntime.InferenceSession(str(path), sess_options=options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own error classes derive directly from Exception
-        raise BundleError(f"onnxruntime can't load {path}: {error}") from error
-
-
-def _write_shared(source: Path, folder: Path) -> None:
-    """Write a graph with its weights as the kernels take them; loading it makes the optimisations of processors."""
-    options = _options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED)
-    options.optimized_model_filepath = str(folder / ONNX)
-    for name, value in (
-        ("session.optimized_model_external_initializers_file_name", ONNX + DATA_SUFFIX),
-        ("session.save_external_prepacked_constant_initializers", "1"),
-    ):
-        options.add_session_config_entry(name, value)
-    _session(source, options)
 
 
 def _return_memory() -> None:

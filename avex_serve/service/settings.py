@@ -96,8 +96,7 @@ class Settings(BaseModel):
     )
     bundle_cache: Path = Field(
         default_factory=bundle_cache,
-        description="where bundles of URLs are copied, and several workers write large weights that they share; by "
-        "default within BENTOML_HOME",
+        description="where bundles of URLs are copied; by default within BENTOML_HOME",
     )
     start_empty: bool = Field(
         False, description="whether to start when there is no bundle yet (1), and serve those that come later"

@@ -56,7 +56,6 @@ ALL_INTERFACES: Final = {"0.0.0.0", "::"}
 QUEUE_FACTOR: Final = 16  # waiting requests for each at work
 ARENAS: Final = -8, 2  # M_ARENA_MAX of glibc: see `_keep_less_memory`
 DISK_BYTES: Final = 2**16  # for what a start writes
-SHARED: Final = "weights"  # folder of what workers map, next to the copies of URLs
 CHECK_SECONDS: Final = 1.0  # between two looks at the background tasks
 
 
@@ -92,18 +91,12 @@ class AvexService:
     def front(self) -> Front:
         """The parts that requests share. They are made on first use: BentoML's supervisor needs none of them."""
         settings = self.settings
-        workers = bento.workers(AvexService.name)
-        threads = settings.threads or threads_of_worker(workers)
+        threads = settings.threads or threads_of_worker(bento.workers(AvexService.name))
         slots = settings.concurrency or threads
 
         def open_engine(folder: Path) -> Engine:
             engine = open_checked(
-                folder,
-                settings.device,
-                precision=settings.precision,
-                threads=threads,
-                share=settings.bundle_cache / SHARED if workers > 1 else None,
-                mode=settings.check,
+                folder, settings.device, precision=settings.precision, threads=threads, mode=settings.check
             )
             if settings.serves_demo:
                 engine.warnings += (DEMO_WARNING,)
