@@ -116,14 +116,9 @@ class Retraining:
     def _heads(self) -> list[dict[str, Any]]:
         if self._store is None:
             return []
-        numbers = sorted(
-            (
-                int(path.name.removeprefix("retrained-"))
-                for path in (self._store / RETRAINED).glob("retrained-[0-9]*")
-            ),
-            reverse=True,
-        )
-        return [self._head(number) for number in numbers]
+        ends = [path.name.removeprefix("retrained-") for path in (self._store / RETRAINED).glob("retrained-*")]
+        numbers = [int(end) for end in ends if end.isascii() and end.isdigit()]  # not of a user's copy of one
+        return [self._head(number) for number in sorted(numbers, reverse=True)]
 
     def _head(self, number: int) -> dict[str, Any]:
         assert self._store is not None

@@ -1,6 +1,7 @@
 """Another head from the decisions about a run: trained, compared with the head that was reviewed, and run."""
 
 import itertools
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def retrain(request: RetrainRequest, say: Callable[[str], None] = print) -> Retr
     """Train a head on the reviews of a run, compare it with the reviewed one, and score the run with it.
 
     Windows and embeddings are those of the run. The head before is evaluated by its stored scores, on the windows of
-    the run that evaluate the new one.
+    the run that evaluate the new one. If it fails before the head is whole, nothing of the head is left.
 
     Raises:
         NotFoundError: no scores, reviews, model or variant.
@@ -74,24 +75,28 @@ def retrain(request: RetrainRequest, say: Callable[[str], None] = print) -> Retr
     with Store.writing(request.store) as store:
         shape = _shape(store, results)
         target = next(folder for i in itertools.count(1) if not (folder := folder_of(store.folder, i)).exists())
-        fit_probe(
-            FitRequest(
-                (request.reviews or store.folder / REVIEWS, *request.labels),
-                target,
-                model=request.model,
-                probe=request.variant,
-                seed=request.seed,
-                overlap=results.cut.overlap,
-                target_precision=request.target_precision,
-                cache=request.cache,
-                store=request.store,
-            ),
-            say,
-        )
-        say("export the head")
-        export = ["--probe", str(target), "--offline", "--input-dim", ",".join(map(str, shape))]
-        run_exporter([*export, "--format", "onnx", "--output", str(target / BUNDLE)])
-        comparison = _compare(pool, results, before, target, request.seed, say)
+        try:
+            fit_probe(
+                FitRequest(
+                    (request.reviews or store.folder / REVIEWS, *request.labels),
+                    target,
+                    model=request.model,
+                    probe=request.variant,
+                    seed=request.seed,
+                    overlap=results.cut.overlap,
+                    target_precision=request.target_precision,
+                    cache=request.cache,
+                    store=request.store,
+                ),
+                say,
+            )
+            say("export the head")
+            export = ["--probe", str(target), "--offline", "--input-dim", ",".join(map(str, shape))]
+            run_exporter([*export, "--format", "onnx", "--output", str(target / BUNDLE)])
+            comparison = _compare(pool, results, before, target, request.seed, say)
+        except BaseException:  # of a cancelled command, too
+            shutil.rmtree(target, ignore_errors=True)
+            raise
         with open_checked(target / BUNDLE, "cpu") as reader:
             classify(store, reader, _saying(say))
     return Retrained(target, comparison)

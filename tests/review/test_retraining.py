@@ -151,6 +151,15 @@ def test_what_cannot_be_retrained(season, cache, capsys, arguments, reason):
     assert not (season / "retrained" / "retrained-1").exists()
 
 
+def test_an_interruption_leaves_no_half_of_a_head(season, cache, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("avex_serve.training.retrain.run_exporter", interrupted)
+    assert main(["retrain", str(season), "--model", "avex_demo", "--cache", str(cache)]) == 130
+    assert not list((season / "retrained").glob("*"))
+
+
 def test_embeddings_of_another_backbone_are_refused(archive, bundles, command, tmp_path):
     command("run", bundles["plain"], archive / "dawn.wav", "--out", tmp_path / "run", "--embeddings")
     with open_bundle(DEMO_BUNDLE, "cpu") as engine, pytest.raises(UnsupportedError, match="run it again"):
