@@ -1,13 +1,12 @@
 """The Hugging Face Hub: a cache on the disk as huggingface_hub lays it out, and a server on this machine."""
 
 import base64
-import contextlib
 import hashlib
-import http.server
 import json
 import re
-import threading
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.standin import Handler, StandIn
 
 REVISION = "a" * 40
 WRITER, READER = "hf_writer", "hf_reader"  # tokens
@@ -77,7 +76,7 @@ class Repository:
         return self.commits[self.head]
 
 
-class Hub:
+class Hub(StandIn):
     """What huggingface_hub asks of the hub to make repositories, to push by git LFS, and to download."""
 
     def __init__(self):
@@ -86,7 +85,7 @@ class Hub:
         self.requests = []
         hub = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Answer(Handler):
             def do_GET(self):
                 url = urlsplit(self.path)
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -111,20 +110,7 @@ class Hub:
 
             do_HEAD = do_POST = do_PUT = do_GET
 
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    @contextlib.contextmanager
-    def running(self):
-        with self.server:
-            thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05})
-            thread.start()
-            yield self
-            self.server.shutdown()
-            thread.join()
+        super().__init__(Answer)
 
     def answer(self, method, path, body, token):
         """What a request answers, and headers."""

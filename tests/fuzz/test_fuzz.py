@@ -6,6 +6,7 @@ import random
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 from tritonclient.grpc import service_pb2
 
 from avex_serve.errors import InputError
@@ -22,6 +23,17 @@ COUNTS = {
     "messages": 2500, "bundles": 200,
 }  # fmt: skip
 IN_PROCESS = round(2000 * FACTOR)
+
+
+def fuzzed(examples):
+    """Settings of hypothesis for so many examples, the same for a seed; none is kept or made smaller."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @pytest.mark.parametrize("name", COUNTS)

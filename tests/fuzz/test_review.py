@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given, seed
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
@@ -20,7 +20,7 @@ from avex_serve.review.app import Material, Scored, make_app, make_routes
 from avex_serve.review.book import Book
 from avex_serve.review.pool import Pool, Sound
 from avex_serve.review.retraining import Retraining
-from tests.fuzz.test_fuzz import SEED
+from tests.fuzz.test_fuzz import SEED, fuzzed
 
 HOST = "127.0.0.1:8766"
 EXAMPLES = 60  # of each route
@@ -139,13 +139,7 @@ def test_no_request_does_harm(material, client, folder, path):
     mine = {str(folder / "dawn.wav"), str(folder / "run")}
 
     @seed(SEED)
-    @settings(
-        max_examples=EXAMPLES,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @fuzzed(EXAMPLES)
     @given(request=requests(route, folder))
     def ask(request):
         address, query, span, body = request

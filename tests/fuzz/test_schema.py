@@ -4,10 +4,10 @@ import contextlib
 import warnings
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given, seed
 from hypothesis.errors import Unsatisfiable
 
-from tests.fuzz.test_fuzz import SEED
+from tests.fuzz.test_fuzz import SEED, fuzzed
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -26,13 +26,7 @@ def test_requests_by_the_document(besieged, mode):
         operation = result.ok()
 
         @seed(SEED)
-        @settings(
-            max_examples=EXAMPLES,
-            deadline=None,
-            database=None,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
+        @fuzzed(EXAMPLES)
         @given(case=operation.as_strategy(generation_mode=mode))
         def ask(case):
             nonlocal sent

@@ -2,11 +2,9 @@
 
 import contextlib
 import hashlib
-import http.server
 import json
 import re
 import socket
-import threading
 
 import grpc
 import httpx
@@ -24,20 +22,21 @@ from avex_serve.service.http.page import ASSETS
 from avex_serve.service.oip.protocol import REFUSED_PATHS
 from tests.clients import until
 from tests.service.conftest import encode, free_ports, running_server
+from tests.standin import Handler, StandIn
 
 PATIENCE = 30  # seconds
 MODEL_READY = "/inference.GRPCInferenceService/ModelReady"
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
-class Collector:
+class Collector(StandIn):
     """An OpenTelemetry collector: OTLP over HTTP."""
 
     def __init__(self):
         self.spans = []
         spans = self.spans
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Answer(Handler):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["content-length"]))
                 for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
@@ -46,22 +45,13 @@ class Collector:
                 self.send_response(200)
                 self.end_headers()
 
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        super().__init__(Answer)
 
 
 @pytest.fixture(scope="module")
 def collector():
-    collector = Collector()
-    with collector.server as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+    with Collector().running() as collector:
         yield collector
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(scope="module")

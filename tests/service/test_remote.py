@@ -1,10 +1,7 @@
 """Bundles in object stores: a mirror over fsspec's file systems, and a service over S3."""
 
-import contextlib
 import hashlib
-import http.server
 import shutil
-import threading
 import urllib.parse
 from xml.sax.saxutils import escape
 
@@ -20,6 +17,7 @@ from tests.bundles import make_audio_bundle
 from tests.clients import until
 from tests.service.conftest import running_server
 from tests.service.test_lifecycle import refused_start
+from tests.standin import Handler, StandIn
 
 
 @pytest.fixture
@@ -116,11 +114,11 @@ def test_other_schemes_are_refused(tmp_path):
     assert "scheme https:// is not known" in refused_start(tmp_path, AVEX_BUNDLE="https://host/birds")
 
 
-class Bucket:
+class Bucket(StandIn):
     """A bucket of S3: what a client needs to list it and to read objects, which are files of a folder."""
 
     def __init__(self, folder):
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class Answer(Handler):
             def do_GET(self):
                 url = urllib.parse.urlsplit(self.path)
                 query = dict(urllib.parse.parse_qsl(url.query))
@@ -146,20 +144,7 @@ class Bucket:
                 if self.command == "GET":
                     self.wfile.write(content)
 
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    @contextlib.contextmanager
-    def running(self):
-        with self.server:
-            thread = threading.Thread(target=self.server.serve_forever)
-            thread.start()
-            yield self
-            self.server.shutdown()
-            thread.join()
+        super().__init__(Answer)
 
 
 def listing(folder, prefix):
