@@ -1,4 +1,4 @@
-"""Graphs of bundles in other engines than the one that serves them, on this machine; see docs/engines.md.
+"""Graphs of bundles in other engines than the one that serves them, on this machine.
 
     python bench/engines.py --openvino .bench/openvino/bin/python [--write docs/engines.md] [--only beats]
 

@@ -39,7 +39,7 @@ def read_mode(environment: Mapping[str, str] = os.environ) -> Mode:
 
 
 def open_checked(
-    directory: str | os.PathLike[str],
+    address: str | os.PathLike[str],
     device: str = "auto",
     *,
     precision: str = "auto",
@@ -51,7 +51,7 @@ def open_checked(
     A bundle without evidence answers once for silence, and so does any bundle if `mode` is "off".
 
     Args:
-        directory: as of `open_bundle`, like the other arguments.
+        address: as of `open_bundle`, like the other arguments.
         device: see there.
         precision: see there.
         threads: see there.
@@ -63,7 +63,7 @@ def open_checked(
         InputError: AVEX_CHECK is something else; or as of `open_bundle`.
     """
     mode = read_mode() if mode is None else mode
-    engine = open_bundle(directory, device, precision=precision, threads=threads)
+    engine = open_bundle(address, device, precision=precision, threads=threads)
     try:
         if mode == "off":
             _answer_silence(engine)
