@@ -188,18 +188,12 @@ class Model:
         the outputs: NAME.labels if there are several. ``trained`` is false if a head has random weights.
         """
         manifest = self._engine.manifest
-        outputs = [TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.outputs]
-        scores = [
-            TensorMetadata(name, FP32, manifest.output(p.logits).shape)
-            for p in manifest.probes
-            for name in ([p.scores] if p.calibration is None else [p.scores, p.probabilities])
-        ]
         return ModelMetadata(
             name=self.name,
             versions=tuple(self._repository.versions(self.name)),
             platform=PLATFORMS[self._engine.backend.format],
             inputs=tuple(TensorMetadata(spec.name, _DATATYPES[spec.dtype], spec.shape) for spec in manifest.inputs),
-            outputs=(*outputs, *scores),
+            outputs=self._outputs(),
             parameters={
                 "trained": manifest.trained,
                 "request_parameters": json.dumps(PARAMETERS),
@@ -207,6 +201,16 @@ class Model:
                 **self._probe_parameters(),
             },
         )
+
+    def _outputs(self) -> tuple[TensorMetadata, ...]:
+        """All outputs but the detections."""
+        manifest = self._engine.manifest
+        scores = [
+            TensorMetadata(name, FP32, manifest.output(p.logits).shape)
+            for p in manifest.probes
+            for name in ([p.scores] if p.calibration is None else [p.scores, p.probabilities])
+        ]
+        return (*(TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.outputs), *scores)
 
     def _audio_needs(self) -> "Parameters":
         """For a model that takes audio: ``sample_rate`` in Hz, ``channels``, and windows in seconds and samples.
@@ -349,7 +353,7 @@ class Model:
         return wanted, tensor, mask
 
     def _wanted(self, outputs: list[RequestedOutput]) -> list[RequestedOutput]:
-        known = [spec.name for spec in self.metadata().outputs]
+        known = [spec.name for spec in self._outputs()]
         for output in outputs:
             if output.name not in known and not (output.name == DETECTIONS and self._engine.manifest.probes):
                 raise InputError(f"no output {output.name!r}; model {self.name!r} has {', '.join(known)}")
