@@ -857,18 +857,20 @@ def mp3_frames(source: Source) -> Mp3Frames:
     count = 0
     fault = None
     position = info.size
-    while position < source.size and len(spans) < MAX_CHUNKS:
-        stop, found, cut = _walk(source, position, first)
-        if found:
-            spans.append(Span(position, stop))
-            count += found
-        position = stop
-        if position >= source.size:
-            break
+    while position < source.size:
+        current().checkpoint()
         if skipped := _no_audio(source, position):
             position += skipped
             continue
-        if cut:
+        stop, found, cut = _walk(source, position, first)
+        if found and len(spans) < MAX_CHUNKS:
+            spans.append(Span(position, stop))
+            count += found
+            position = stop
+            continue
+        if found:
+            fault = f"other data divides it into more than {MAX_CHUNKS} pieces"
+        elif cut:
             fault = "its last frame is cut"
         elif source.size - position > 4:
             fault = "what follows is no MP3, or of another kind"

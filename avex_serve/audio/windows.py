@@ -134,14 +134,22 @@ def cut_windows(
         InputError: a recording shorter than a window, and `final_clip` is none.
     """
     start = 0  # of the next window
-    before = kept = np.empty(0, np.float32)  # the recording up to there, for one hop, and from there on
+    before = np.empty(0, np.float32)  # the recording up to there, for one hop
+    pieces: list[Wave] = []  # the recording from there on
+    size = 0  # of the pieces
     for block in blocks:
-        kept = np.concatenate([kept, block]) if kept.size else block
+        pieces.append(block)
+        size += block.size
+        if size <= length:  # decoders of AAC make blocks of 1024 samples: each is copied once, not with each block
+            continue
+        kept = np.concatenate(pieces) if len(pieces) > 1 else block
         # A window is yielded here only if more samples follow: the one that ends with the recording is the last one.
         while kept.size > length:
             yield Window(start, start + length, kept[:length])
             start += hop
             before, kept = kept[:hop], kept[hop:]
+        pieces, size = [kept], kept.size
+    kept = np.concatenate(pieces or [before])
     if kept.size < length and final_clip == "none":
         if start == 0:
             raise InputError(

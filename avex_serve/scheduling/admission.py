@@ -71,8 +71,8 @@ class Admission:
         answer.set_running_or_notify_cancel()  # so that a cancelled wait leaves it to the thread
         end_wait = request.begin(QUEUE)
         start = self._starter(work, request, answer, end_wait)
-        if self._places.enter(start):
-            start()
+        if self._places.enter(start) and not start():
+            self._places.exit(slot=True)
         try:
             return await asyncio.wrap_future(answer)
         except asyncio.CancelledError:
@@ -107,8 +107,8 @@ class Admission:
 
     def _starter(
         self, work: Callable[[], Answer], request: Request, answer: "Future[Answer]", end_wait: Callable[[], None]
-    ) -> Callable[[], None]:
-        """What starts the work in a thread, once there is a slot for it.
+    ) -> Callable[[], bool]:
+        """What starts the work in a thread, once there is a slot for it; False if there is no thread.
 
         The request that frees the slot calls it, so that the slot need not wait for the event loop.
         """
@@ -133,16 +133,17 @@ class Admission:
             with suppress(IndexError):
                 _fulfil(*pending.pop())
 
-        def start() -> None:
+        def start() -> bool:
             try:
                 self._pool.submit(context.run, take)
             except RuntimeError:  # closed, or no thread can be started: then the pool may have kept the work
                 with suppress(IndexError):
                     untaken, _ = pending.pop()
-                    self._places.exit(slot=True)
                     untaken.set_exception(
                         OverloadError("the service is stopping or has no thread left; ask another one")
                     )
+                    return False
+            return True
 
         return start
 
@@ -167,13 +168,14 @@ def _fulfil(answer: "Future[Answer]", work: Callable[[], Answer]) -> None:
 class _Places:
     """The slots, and the requests that wait for one.
 
-    Each waiter is a wake-up callback. It is called with the lock held and must not block.
+    Each waiter is a wake-up callback. It is called with the lock held and must not block. It returns False if its
+    request can't start.
     """
 
     def __init__(self, slots: int, queue: int) -> None:
         self._slots = slots
         self._queue = queue
-        self._lock = threading.RLock()  # a request that can't be started frees its slot at once
+        self._lock = threading.RLock()
         self._inside = 0
         self._working = 0
         self._waiting: deque[Callable[[], object]] = deque()
@@ -244,10 +246,11 @@ class _Places:
             return True
 
     def _free_slot(self) -> None:
-        if self._waiting:
-            self._waiting.popleft()()
-        else:
-            self._working -= 1
+        while self._waiting:
+            if self._waiting.popleft()() is not False:
+                return
+            self._inside -= 1
+        self._working -= 1
 
 
 class _Slot:

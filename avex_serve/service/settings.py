@@ -195,7 +195,8 @@ class Settings(BaseModel):
     def _split(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        if Path(value).is_dir():  # its name may have the separator in it
+        # Its name may have the separator in it. `Path.is_dir` raises for a list that is too long for a path.
+        if os.path.isdir(value):  # noqa: PTH112
             return [value]
         if folders := [part for part in re.split(_SEPARATOR, value) if part]:
             return folders

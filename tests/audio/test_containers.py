@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from avex_serve.audio import reader
+from avex_serve.audio import containers, reader
 from avex_serve.audio.reader import decode, describe, open_audio
 from avex_serve.errors import AudioError, InputError
+from avex_serve.scheduling.request import Request, answering
 
 RATE = 48000
 SECONDS = 4
@@ -239,6 +240,30 @@ def test_an_mp3_is_read_to_its_end(capfd):
     assert stream.partial
     assert 0.4 < middle.size / whole.size < 0.6
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_mp3_in_pieces():
+    """As segments of a stream that were put together, with tags between them."""
+    wave = WAVE[:RATE]
+    data = encode("MP3", wave=wave, rate=16000)
+    pieces, rest = [], data
+    while rest:
+        size = containers._frame(rest[1], rest[2]).size
+        pieces.append(rest[:size])
+        rest = rest[size:]
+    tag = b"ID3\4\0\0\0\0\0\0"
+    whole, _ = read(data)
+    tagged, stream = read(tag.join(pieces))
+    np.testing.assert_array_equal(tagged, whole)
+    assert stream.warnings == []
+    long, stream = read(tag.join(pieces[1:] * 20))
+    early = f"the recording ends early, after {long.size / 16000:.2f} s"
+    assert stream.warnings == [f"{early}: other data divides it into more than 1000 pieces"]
+    assert stream.partial
+    with answering(Request(seconds=10)):
+        tagged, stream = read(data + tag * 200_000 + data)
+    assert tagged.size > 1.9 * whole.size
+    assert stream.warnings == []
 
 
 @pytest.mark.parametrize("rate", [8000, 192_000, 250_000, 312_500, 384_000, 500_000])

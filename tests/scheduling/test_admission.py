@@ -438,13 +438,13 @@ def test_closed(open_admission):
 
 def test_closed_while_others_wait(open_admission):
     """Each of them is told, as soon as its turn would have come."""
-    admission = open_admission(slots=1, queue=3)
+    admission = open_admission(slots=1, queue=1000)  # more than Python's recursion is deep
 
     async def test():
         first = Work()
         at_work = start(admission, first)
         await seen(first.began)
-        waiting = [start(admission, Work()) for _ in range(3)]
+        waiting = [start(admission, Work()) for _ in range(1000)]
         await asyncio.sleep(0)
         closing = asyncio.create_task(asyncio.to_thread(admission.close))
         await until(lambda: admission._pool._shutdown)

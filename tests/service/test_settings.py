@@ -23,6 +23,11 @@ def test_defaults():
     assert (settings.reload_seconds, settings.model_control) == (10, "none")
 
 
+def test_more_bundles_than_a_path_has_room_for():
+    folders = [f"/srv/bundles/{number:03}-{'x' * 40}" for number in range(100)]
+    assert Settings.from_environment({"AVEX_BUNDLE": os.pathsep.join(folders)}).bundle == tuple(folders)
+
+
 def test_every_setting(tmp_path):
     settings = Settings.from_environment(
         {

@@ -149,7 +149,10 @@ async def _refuse_method(route: Route, scope: Scope, _: Receive, __: Send) -> No
 
 async def _leave_out_slash(scope: Scope, receive: Receive, send: Send) -> None:
     """Refuse, and redirect the clients that follow. The place is relative, since a proxy may add to the path."""
-    place = "../" + scope["raw_path"].rstrip(b"/").rpartition(b"/")[2].decode("ascii")
+    path = scope["path"].rstrip("/")
+    place = "../" * (scope["raw_path"].count(b"/") - path.count("/")) + quote(path.rpartition("/")[2])
+    if options := scope["query_string"].decode("ascii"):
+        place += f"?{options}"
     fault = f"no {scope['path'][: parsing.QUOTED]} here; leave out the slash at its end"
     response = _json({"error": fault}, 307)
     response.headers["Location"] = place
