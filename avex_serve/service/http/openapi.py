@@ -165,7 +165,7 @@ def _documents() -> dict[str, Schema]:
         schema["additionalProperties"] = False
         for each in fields(kind) if is_dataclass(kind) else ():
             schema["properties"][each.name].update(each.metadata)
-    # msgspec's has `"items": false` after prefixItems, which generators of clients can't read; maxItems says the same.
+    # msgspec's has `"items": false` after prefixItems, which generators of clients can't read; maxItems says it too.
     del schemas["Embedding"]["properties"]["spans"]["items"]["items"]
     return schemas
 
