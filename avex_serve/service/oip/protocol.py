@@ -353,11 +353,12 @@ class Model:
         return wanted, tensor, mask
 
     def _wanted(self, outputs: list[RequestedOutput]) -> list[RequestedOutput]:
-        known = [spec.name for spec in self._outputs()]
+        default = [spec.name for spec in self._outputs()]
+        known = [*default, DETECTIONS] if self._engine.manifest.probes else default
         for output in outputs:
-            if output.name not in known and not (output.name == DETECTIONS and self._engine.manifest.probes):
+            if output.name not in known:
                 raise InputError(f"no output {output.name!r}; model {self.name!r} has {', '.join(known)}")
-        return outputs or [RequestedOutput(name) for name in known]
+        return outputs or [RequestedOutput(name) for name in default]
 
     def _detecting(self, wanted: Sequence[RequestedOutput], query: Query) -> "_Detecting | None":
         """What makes the detections of a recording, if they are wanted."""
@@ -415,7 +416,9 @@ class Model:
         given = {tensor.name: tensor for tensor in tensors}
         if len(given) != len(tensors) or name not in given or not given.keys() <= {name, *others}:
             got = ", ".join(repr(tensor.name) for tensor in tensors) or "none"
-            raise InputError(f"inputs are {got}; expected one, {name!r}{''.join(f', or {o!r} too' for o in others)}")
+            also = "".join(f", or {other!r} too" for other in others)
+            also += ", for recordings too" * any(tensor.datatype == BYTES for tensor in tensors)
+            raise InputError(f"inputs are {got}; expected one, {name!r}{also}")
         for tensor in tensors:
             if (count := len(tensor.data)) != parsing.elements(tensor.name, tensor.shape):
                 raise parsing.wrong_count(tensor.name, tensor.shape, count)
