@@ -103,7 +103,7 @@ def _course(recording: Recording) -> np.ndarray:
 
 
 def _unit(course: np.ndarray) -> np.ndarray:
-    """A course less the mean of each band, since what is steady says nothing, of length 1; zeros for a steady one."""
+    """A course less the mean of each band (what is steady says nothing), of length 1; zeros for a steady one."""
     if len(course) < 2:
         return np.zeros_like(course, np.float32)
     centred = course - course.mean(axis=0)
