@@ -234,6 +234,8 @@ def locate(source: Source) -> tuple[Source, str]:
         head = source.read(start, 16)
         if head.startswith(b"ID3") and len(head) >= 10:
             start += 10 + sum(byte << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+            if start >= source.size:
+                raise DamagedError("it is truncated: the file ends within the tag in front of the audio")
         elif head.startswith(bytes(4)):
             zeros = source.read(start, MAX_ZEROS)
             start += len(zeros) - len(zeros.lstrip(b"\0"))

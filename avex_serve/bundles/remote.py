@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Protocol
 
@@ -213,7 +213,10 @@ class Mirror:
                 state[place] = files
                 self._write_state(state)
         for place in state.keys() - found.keys():
-            shutil.rmtree(self._target(place), ignore_errors=True)
+            with suppress(OSError):  # a version that is still there may be in it
+                for name in state[place]:
+                    (self._target(place) / name).unlink(missing_ok=True)
+                self._target(place).rmdir()
             del state[place]
             self._write_state(state)
         if faults:

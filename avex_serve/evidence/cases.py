@@ -11,6 +11,7 @@ import contextlib
 import platform
 import subprocess
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -204,6 +205,7 @@ def _opened(bundle: Bundle) -> Iterator[tuple[Record, Any]]:
         RecursionError,
         MemoryError,
         zipfile.BadZipFile,
+        zlib.error,
     ) as error:
         raise BundleError(f"the evidence in {bundle.directory} can't be read ({error}); export again") from None
 

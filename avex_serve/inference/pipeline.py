@@ -237,7 +237,8 @@ class HeadRun:
         self.calibrator = engine.calibrator(head.name)
         threshold = query.threshold
         if isinstance(threshold, Mapping):  # of several heads, each has those of its labels
-            threshold = {label: value for label, value in threshold.items() if label in self.labels}
+            own = set(self.labels)
+            threshold = {label: value for label, value in threshold.items() if label in own}
         selection = select(engine, head, threshold, query.top_k)
         self.selection = selection.showing(query.label, self.labels)
         gap = query.merge

@@ -91,16 +91,18 @@ class Selection:
         if threshold is not None:
             check_labels(threshold, labels)
             lowest = np.full(len(labels), lowest)
+            places = {label: place for place, label in enumerate(labels)}
             for label, value in threshold.items():
                 warnings += _check_threshold(value, activation, f" of {label!r}")
-                lowest[labels.index(label)] = value
+                lowest[places[label]] = value
         return cls(lowest, most, warnings)
 
     def showing(self, wanted: Collection[str] | None, labels: Sequence[str]) -> "Selection":
         """The same for some of a head's labels; None: all."""
         if wanted is None:
             return self
-        shown = tuple(index for index, label in enumerate(labels) if label in wanted)
+        chosen = set(wanted)
+        shown = tuple(index for index, label in enumerate(labels) if label in chosen)
         threshold = self.threshold[list(shown)] if isinstance(self.threshold, np.ndarray) else self.threshold
         return replace(self, threshold=threshold, shown=shown)
 
@@ -146,8 +148,9 @@ class Selection:
 
 def check_labels(wanted: Collection[str] | None, labels: Collection[str]) -> None:
     """Raise NotFoundError for a label that no head has."""
+    known = set(labels) if wanted else ()
     for label in wanted or ():
-        if label not in labels:
+        if label not in known:
             nearest = get_close_matches(label, labels, 1)
             hint = (
                 f"did you mean {nearest[0]!r}?" if nearest else f"one of the {len(labels)} labels is {min(labels)!r}"

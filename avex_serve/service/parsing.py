@@ -43,9 +43,10 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
         InputError: no JSON, or no such value; the message names the first fault.
         TooLargeError: more JSON than the current request may send.
     """
-    current().limits.check_json(len(data))
-    if data.count(b":") > MAX_MEMBERS:
-        raise TooLargeError(f"the JSON has more than {MAX_MEMBERS} names of values; send fewer of them")
+    if (found := kind_of(data)) not in (RECORDING, FORM):  # which fail at their first byte, whatever their length
+        current().limits.check_json(len(data))
+        if data.count(b":") > MAX_MEMBERS:
+            raise TooLargeError(f"the JSON has more than {MAX_MEMBERS} names of values; send fewer of them")
     try:
         return msgspec.json.decode(data, type=kind, strict=strict)
     except msgspec.ValidationError as error:
@@ -54,7 +55,6 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
             reason += f"; known: {', '.join(get_type_hints(kind))}"
         raise InputError(f"{place.rstrip('`')[:QUOTED]}: {reason}".lstrip(": ")) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        found = kind_of(data)
         hint = "" if found in (None, JSON) else f"; it is {found}"
         hint += ". Send recordings to /predict" if found in (RECORDING, FORM) else ""
         hint += "; JSON has no NaN or Infinity" if found == JSON and _NOT_FINITE.search(data) else ""

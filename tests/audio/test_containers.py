@@ -242,6 +242,13 @@ def test_an_mp3_is_read_to_its_end(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_file_that_ends_within_a_tag():
+    tag = b"ID3\4\0\0\0\0\x20\0" + bytes(4096)
+    for data in (tag, (tag + encode("MP3", rate=16000))[:3000]):
+        with pytest.raises(AudioError, match="truncated: the file ends within the tag in front of the audio"):
+            read(data)
+
+
 def test_an_mp3_in_pieces():
     """As segments of a stream that were put together, with tags between them."""
     wave = WAVE[:RATE]

@@ -346,6 +346,16 @@ def test_damaged_evidence_with_the_right_digest(bundle, case, content):
         verify_bundle(bundle)
 
 
+def test_evidence_whose_compression_is_damaged(bundle, case):
+    with_evidence(bundle, case("silence", SILENCE))
+    content = bytearray((bundle / EVIDENCE).read_bytes())
+    first = 30 + int.from_bytes(content[26:28], "little") + int.from_bytes(content[28:30], "little")
+    content[first] |= 6  # the type of its first block, which is none that there is
+    replace_file(bundle, EVIDENCE, bytes(content))
+    with pytest.raises(BundleError, match="can't be read"):
+        verify_bundle(bundle)
+
+
 def test_evidence_that_grows_when_it_is_unpacked(bundle, case, monkeypatch):
     """A small file may hold gigabytes of zeros."""
     with_evidence(bundle, case("silence", SILENCE))

@@ -52,6 +52,24 @@ def test_answers_are_as_described(audio_server, document, wav):
         check(audio_server.post(f"/v2/models/{model['name']}/infer", json=body), "InferResponse")
 
 
+def schemas(part):
+    """All objects in a part of the document."""
+    if isinstance(part, dict):
+        yield part
+    for each in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        yield from schemas(each)
+
+
+def test_generators_of_clients_understand_it(document):
+    """What openapi-python-client takes for a file, and what stops it."""
+    found = list(schemas(document))
+    binary = [each for each in found if each.get("contentMediaType") == "application/octet-stream"]
+    assert binary
+    assert all(each["format"] == "binary" for each in binary)
+    assert not [each for each in found if each.get("items") is False]
+    assert next(iter(document["paths"]["/"]["get"]["responses"]["200"]["content"])) == "application/json"
+
+
 def test_it_is_valid(document):
     validator = pytest.importorskip("openapi_spec_validator", reason="pip install openapi-spec-validator")
     validator.validate(document)

@@ -99,6 +99,17 @@ def test_what_is_gone_is_removed_but_never_all(store, tmp_path, audio_bundle):
     assert served(mirror) == {"frogs": "tiny"}
 
 
+def test_a_bundle_becomes_a_version(store, tmp_path, audio_bundle):
+    mirror = Mirror("memory://bundles", tmp_path)
+    for before, after in (("frogs", "frogs/1"), ("frogs/1", "frogs")):
+        put(store, audio_bundle, f"/bundles/{before}")
+        mirror.refresh()
+        store.rm("/bundles/frogs", recursive=True)
+        put(store, audio_bundle, f"/bundles/{after}")
+        mirror.refresh()
+        assert served(mirror) == {after: "tiny"}
+
+
 def test_a_store_that_does_not_answer(store, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise OSError("no route to host")

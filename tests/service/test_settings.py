@@ -83,7 +83,8 @@ def test_bad_value_is_named(name, value):
      ("1.5 GiB", 3 * 2**29), ("64k", 64_000), ("64Ki", 2**16), ("12B", 12)],
 )  # fmt: skip
 def test_sizes_have_units(value, expected):
-    assert Settings.from_environment({"AVEX_MAX_BODY_BYTES": value}).max_body_bytes == expected
+    settings = Settings.from_environment({"AVEX_MAX_BODY_BYTES": value, "AVEX_MAX_HELD_BYTES": "2GiB"})
+    assert settings.max_body_bytes == expected
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,24 @@ def test_what_is_no_json_is_named(audio_server, body, expected):
     assert expected in error(audio_server.post("/classify", content=body))
 
 
+@pytest.mark.parametrize("filling", [b":" * 2**13, bytes(2**23)])
+def test_a_long_recording_in_place_of_json_is_named(audio_server, filling):
+    """It isn't measured as JSON would be."""
+    expected = "it is a recording. Send recordings to /predict"
+    assert expected in error(audio_server.post(INFER, content=WAV + filling))
+
+
+def test_an_output_nearly_right(audio_server):
+    body = {"inputs": [], "outputs": [{"name": "detection"}]}
+    assert error(audio_server.post(INFER, json=body)).endswith("has logits, embedding, scores, detections")
+
+
+def test_a_recording_by_the_input_of_another_model(embedding_server):
+    tensor = {"name": "waveform", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(WAV).decode()]}
+    answer = embedding_server.post("/v2/models/tiny-offline/infer", json={"inputs": [tensor]})
+    assert error(answer) == "inputs are 'waveform'; expected one, 'embedding', for recordings too"
+
+
 @pytest.mark.parametrize("number", ["NaN", "-Infinity"])
 def test_numbers_that_json_lacks(audio_server, number):
     head = '{"inputs": [{"name": "waveform", "datatype": "FP32", "shape": [1, 2], "data": '

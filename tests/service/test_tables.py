@@ -8,7 +8,14 @@ import soundfile
 
 from avex_serve.cli import main
 from avex_serve.service.http.forms import NAMES, TABLES
-from tests.bundles import FINGERPRINT, LABELS, make_backbone_bundle, make_embedding_bundle
+from tests.bundles import (
+    FINGERPRINT,
+    LABELS,
+    change_manifest,
+    make_backbone_bundle,
+    make_embedding_bundle,
+    make_probes_bundle,
+)
 from tests.service.conftest import running_server
 
 NAME = "2MA05258_20240903_193130.wav"
@@ -79,6 +86,24 @@ def test_a_head_that_reads_embeddings(tmp_path, recording):
     with running_server(tmp_path / "server", AVEX_BUNDLE=str(shelf)) as server:
         answer = server.post("/predict", content=recording.read_bytes(), params=options)
     assert answer.content == table(tmp_path / "out", tmp_path / "table", "aoef")
+
+
+def test_a_head_that_is_a_version_of_the_bundle_that_it_reads(tmp_path, recording):
+    shelf = tmp_path / "shelf"
+    make_probes_bundle(shelf / "frogs" / "1", "frogs")
+    head = make_embedding_bundle(shelf / "frogs" / "2", "frogs", reads=FINGERPRINT)
+    change_manifest(head, version="2")
+    with running_server(tmp_path / "server", AVEX_BUNDLE=str(shelf)) as server:
+        for version in ("1", "2"):
+            asked = {"format": "aoef", "model": "frogs", "version": version}
+            described = {"name": NAME, "digest": "0" * 64, "duration": 1, "labels": [LABELS[0]]}
+            columns = {"label": [0], "start": [0], "end": [0.1], "score": [0.9]}
+            for answer in (
+                server.post("/predict", content=recording.read_bytes(), params={**asked, "top_k": 1}),
+                server.post("/tables", json={**asked, "recordings": [{**described, **columns}]}),
+            ):
+                (results,) = json.loads(answer.json()["data"]["description"])["results"]
+                assert (results["bundle"], results["version"]) == ("frogs", version)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,13 @@ def test_a_check_says_what_would_be_trained_on(data, tmp_path, capsys, monkeypat
     assert not (tmp_path / "x").exists()
 
 
+def test_only_a_check_needs_no_output(data, capsys):
+    assert main(["fit", str(data), "--check"]) == 0
+    assert "33 recordings" in capsys.readouterr().out
+    assert main(["fit", str(data)]) == 2
+    assert "--output is missing" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_bytes_from_stored_embeddings(fitted, data, cache, tmp_path, monkeypatch):
     said = []
     fit_probe(FitRequest(data, tmp_path / "again", cache=cache), said.append)

@@ -352,7 +352,7 @@ def result_set(source: Engine, engine: Engine, head: ProbeInfo, query: Query) ->
     """
     engines = [source] if engine is source else [source, engine]
     sets = (results for each in plan_passes(engines, query) for results in each.sets)
-    found = next(each for each in sets if each.bundle == engine.manifest.name and each.probes)
+    found = next(each for each in sets if (each.bundle, each.version) == engine.model and each.probes)
     probes = tuple(probe for probe in found.probes if probe.name == head.name)
     return msgspec.structs.replace(found, probes=probes)
 

@@ -40,7 +40,8 @@ _KEY_SCHEME: Final[Schema] = {
 _STRING: Final[Schema] = {"type": "string"}
 _BOOLEAN: Final[Schema] = {"type": "boolean"}
 _ANY: Final[Schema] = {"type": "object"}
-_BINARY: Final[Schema] = {"type": "string", "contentMediaType": "application/octet-stream"}
+# The format is OpenAPI 3.0's: generators of clients take what has none for text.
+_BINARY: Final[Schema] = {"type": "string", "format": "binary", "contentMediaType": "application/octet-stream"}
 # Empty text and "null" stand for the default.
 _NUMBER: Final[Schema] = {"anyOf": [{"type": "number"}, {"enum": ["", "null"]}]}
 _BY_LABEL: Final[Schema] = {"type": "object", "additionalProperties": {"type": "number"}}
@@ -164,6 +165,8 @@ def _documents() -> dict[str, Schema]:
         schema["additionalProperties"] = False
         for each in fields(kind) if is_dataclass(kind) else ():
             schema["properties"][each.name].update(each.metadata)
+    # msgspec's has `"items": false` after prefixItems, which generators of clients can't read; maxItems says it too.
+    del schemas["Embedding"]["properties"]["spans"]["items"]["items"]
     return schemas
 
 
@@ -188,7 +191,7 @@ def text(summary: str, *, unready: bool = False) -> Schema:
 
 def home() -> Schema:
     """The start page."""
-    content = {"text/html": {"schema": _STRING}, **_json(_component("Home"))}
+    content = {**_json(_component("Home")), "text/html": {"schema": _STRING}}  # generators take the first
     return _operation("What is served, for people (HTML) and programs (JSON)", content)
 
 

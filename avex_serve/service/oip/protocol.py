@@ -193,18 +193,12 @@ class Model:
         the outputs: NAME.labels if there are several. ``trained`` is false if a head has random weights.
         """
         manifest = self._engine.manifest
-        outputs = [TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.outputs]
-        scores = [
-            TensorMetadata(name, FP32, manifest.output(p.logits).shape)
-            for p in manifest.probes
-            for name in ([p.scores] if p.calibration is None else [p.scores, p.probabilities])
-        ]
         return ModelMetadata(
             name=self.name,
             versions=tuple(self._repository.versions(self.name)),
             platform=PLATFORMS[self._engine.backend.format],
             inputs=tuple(TensorMetadata(spec.name, _DATATYPES[spec.dtype], spec.shape) for spec in manifest.inputs),
-            outputs=(*outputs, *scores),
+            outputs=self._outputs(),
             parameters={
                 "trained": manifest.trained,
                 "request_parameters": json.dumps(PARAMETERS),
@@ -212,6 +206,16 @@ class Model:
                 **self._probe_parameters(),
             },
         )
+
+    def _outputs(self) -> tuple[TensorMetadata, ...]:
+        """All outputs but the detections."""
+        manifest = self._engine.manifest
+        scores = [
+            TensorMetadata(name, FP32, manifest.output(p.logits).shape)
+            for p in manifest.probes
+            for name in ([p.scores] if p.calibration is None else [p.scores, p.probabilities])
+        ]
+        return (*(TensorMetadata(spec.name, FP32, spec.shape) for spec in manifest.outputs), *scores)
 
     def _audio_needs(self) -> "Parameters":
         """For a model that takes audio: ``sample_rate`` in Hz, ``channels``, and windows in seconds and samples.
@@ -354,11 +358,12 @@ class Model:
         return wanted, tensor, mask
 
     def _wanted(self, outputs: list[RequestedOutput]) -> list[RequestedOutput]:
-        known = [spec.name for spec in self.metadata().outputs]
+        default = [spec.name for spec in self._outputs()]
+        known = [*default, DETECTIONS] if self._engine.manifest.probes else default
         for output in outputs:
-            if output.name not in known and not (output.name == DETECTIONS and self._engine.manifest.probes):
+            if output.name not in known:
                 raise InputError(f"no output {output.name!r}; model {self.name!r} has {', '.join(known)}")
-        return outputs or [RequestedOutput(name) for name in known]
+        return outputs or [RequestedOutput(name) for name in default]
 
     def _detecting(self, wanted: Sequence[RequestedOutput], query: Query) -> "_Detecting | None":
         """What makes the detections of a recording, if they are wanted."""
@@ -416,7 +421,9 @@ class Model:
         given = {tensor.name: tensor for tensor in tensors}
         if len(given) != len(tensors) or name not in given or not given.keys() <= {name, *others}:
             got = ", ".join(repr(tensor.name) for tensor in tensors) or "none"
-            raise InputError(f"inputs are {got}; expected one, {name!r}{''.join(f', or {o!r} too' for o in others)}")
+            also = "".join(f", or {other!r} too" for other in others)
+            also += ", for recordings too" * any(tensor.datatype == BYTES for tensor in tensors)
+            raise InputError(f"inputs are {got}; expected one, {name!r}{also}")
         for tensor in tensors:
             if (count := len(tensor.data)) != parsing.elements(tensor.name, tensor.shape):
                 raise parsing.wrong_count(tensor.name, tensor.shape, count)
