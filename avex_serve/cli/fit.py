@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     add_data(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the probe and its report")
+    parser.add_argument("--output", type=Path, help="folder of the probe and its report; --check needs none")
     parser.add_argument("--model", help="backbone: a registered name or a YAML file (default: avex_demo)")
     parser.add_argument("--probe", help="a named variant or a YAML file (default: linear_last)")
     parser.add_argument("--check", action="store_true", help="print what would be trained on, and exit")
@@ -107,10 +107,10 @@ def run(arguments: argparse.Namespace) -> int:
         with end_on_sigterm():
             evaluation = fit_probe(request, lambda text: print(text, file=sys.stderr, flush=True))
             print(summary(evaluation))
-            print(f"wrote {request.output}; the report is {report_in(request.output)}")
+            print(f"wrote {arguments.output}; the report is {report_in(arguments.output)}")
             if "export" in arguments:
                 target = [] if arguments.export is None else ["--output", str(arguments.export)]
-                print(run_exporter(["--probe", str(request.output), *target]).splitlines()[-1])
+                print(run_exporter(["--probe", str(arguments.output), *target]).splitlines()[-1])
     except KeyboardInterrupt:
         note("interrupted; embeddings are kept, so that the same command goes on from there")
         return INTERRUPTED

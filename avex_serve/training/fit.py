@@ -46,7 +46,7 @@ class FitRequest:
     """The options of ``avex-serve fit``; see its ``--help``."""
 
     data: Path | tuple[Path, ...]  # several are joined
-    output: Path
+    output: Path | None = None  # `check_data` needs none
     model: str = "avex_demo"
     probe: str = "linear_last"
     seed: int = 0
@@ -116,6 +116,8 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
     """
     config = _check_options(request)
     output = request.output
+    if output is None:
+        raise InputError("--output is missing: the folder to write the probe and its report to")
     page = can_make_page(say)
     dataset = _dataset(request)
     base = _load(request.model)
@@ -312,7 +314,11 @@ def _check_options(request: FitRequest) -> ProbeConfig:
     """The configuration of the probe; InputError also for an output that can't be replaced."""
     config = probe_config(request.probe)
     output = request.output
-    if output.exists() and not (output.is_dir() and ((output / PROBE).is_file() or not any(output.iterdir()))):
+    if (
+        output is not None
+        and output.exists()
+        and not (output.is_dir() and ((output / PROBE).is_file() or not any(output.iterdir())))
+    ):
         raise InputError(f"--output {output} exists and holds no {PROBE}: not replaced; choose another folder")
     return config
 

@@ -112,8 +112,13 @@ def test_a_saved_probe_is_no_bundle(tmp_path):
         ({"AVEX_API_KEY": "s3cret"}, "AVEX_API_KEY is no setting; did you mean AVEX_API_KEYS?"),
         ({"AVEX_DRAIN_SECONDS": "soon"}, "AVEX_DRAIN_SECONDS is 'soon'"),
         ({"AVEX_WORKERS": "2", "AVEX_MODEL_CONTROL": "explicit"}, "AVEX_MODEL_CONTROL is explicit with 2 workers"),
+        (
+            {"AVEX_MAX_HELD_BYTES": "10MB"},
+            "AVEX_MAX_HELD_BYTES is 10000000, less than AVEX_MAX_BODY_BYTES, 134217728",
+        ),
+        ({"AVEX_MAX_BODY_BYTES": "1500MiB"}, "AVEX_MAX_HELD_BYTES is 1073741824, less than AVEX_MAX_BODY_BYTES"),
     ],
-    ids=["no setting", "a bad value", "loading with several workers"],
+    ids=["no setting", "a bad value", "loading with several workers", "too little for a body", "a body too large"],
 )
 def test_settings_that_stop_the_start(tmp_path, variables, message):
     (line,) = refused_start(tmp_path, **variables).splitlines()

@@ -86,6 +86,13 @@ def test_a_check_says_what_would_be_trained_on(data, tmp_path, capsys, monkeypat
     assert not (tmp_path / "x").exists()
 
 
+def test_only_a_check_needs_no_output(data, capsys):
+    assert main(["fit", str(data), "--check"]) == 0
+    assert "33 recordings" in capsys.readouterr().out
+    assert main(["fit", str(data)]) == 2
+    assert "--output is missing" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_bytes_from_stored_embeddings(fitted, data, cache, tmp_path, monkeypatch):
     said = []
     fit_probe(FitRequest(data, tmp_path / "again", cache=cache), said.append)
@@ -298,7 +305,7 @@ def test_a_label_of_one_recording_is_not_evaluated(data, cache, tmp_path):
             (tmp_path / label / f"{i}.wav").write_bytes((data / label / f"{i:02}.wav").read_bytes())
     figures = fit_probe(FitRequest(tmp_path, tmp_path / "out" / "probe", cache=cache), print).labels["trill"]
     assert figures.average_precision.value is None
-    assert "no windows with the sound" in figures.warning
+    assert figures.warning == "no windows with the sound could be evaluated: no figures"
 
 
 def test_a_split_of_the_data_is_used(data, cache, tmp_path):

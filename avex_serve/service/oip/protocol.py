@@ -70,10 +70,15 @@ NO_SHARED_MEMORY: Final = "shared memory is not offered; send the tensor itself"
 PLATFORMS: Final = {
     "onnx": "onnxruntime_onnx",
     "onnx-int8": "onnxruntime_onnx",
+    "openvino": "openvino_onnx",
     "torchscript": "pytorch_libtorch",
     "torch-half": "pytorch_libtorch",
 }
-BACKENDS: Final = {"onnxruntime_onnx": "onnxruntime", "pytorch_libtorch": "pytorch"}
+BACKENDS: Final = {
+    "onnxruntime_onnx": "onnxruntime",
+    "openvino_onnx": "openvino",
+    "pytorch_libtorch": "pytorch",
+}
 EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters")
 _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 STEP: Final = 1000  # texts of a classification that are made in about a millisecond
