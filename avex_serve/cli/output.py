@@ -41,6 +41,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the options of where a bundle runs, and which of its graphs."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
+    add_runtime(parser)
+
+
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    """Add the option of what runs the graph."""
     parser.add_argument(
         "--runtime",
         choices=("auto", "openvino"),

@@ -98,9 +98,10 @@ def _compare(engine: Engine) -> str | None:
     if failure is None:
         return None
     manifest, backend = engine.manifest, engine.backend
+    option = " --runtime openvino" if backend.format == "openvino" else ""
     return (
         f"on this machine bundle {manifest.name}, version {manifest.version}, answers otherwise than its evidence "
-        f"({backend.format} on {backend.device}): {failure}; `avex-serve verify {quoted(engine.bundle.directory)}` "
+        f"({backend.format} on {backend.device}): {failure}; `avex-serve verify {quoted(engine.bundle.directory)}{option}` "
         "shows more, and another precision or device may answer as expected"
     )
 

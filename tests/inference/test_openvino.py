@@ -61,7 +61,7 @@ def test_an_answer_that_differs_from_the_evidence_is_refused(installed, monkeypa
     run = OpenvinoBackend.run
     wrong = lambda self, *inputs: {name: value + 0.1 for name, value in run(self, *inputs).items()}  # noqa: E731
     monkeypatch.setattr(OpenvinoBackend, "run", wrong)
-    with pytest.raises(VerificationError, match=r"\(openvino on cpu\)"):
+    with pytest.raises(VerificationError, match=r"\(openvino on cpu\): .* --runtime openvino` shows more"):
         open_checked(DEMO, runtime="openvino", mode="on")
 
 
@@ -81,6 +81,13 @@ def test_the_command_line(installed, capsys, tmp_path):
         assert main(["predict", str(DEMO), str(recording), "--top-k", "1", *options]) == 0
         documents.append(capsys.readouterr().out)
     assert documents[0].splitlines()[0] == documents[1].splitlines()[0]
+
+
+def test_the_whole_evidence(installed, capsys):
+    assert main(["verify", str(DEMO), "--runtime", "openvino"]) == 0
+    table = capsys.readouterr().out
+    assert "  openvino " in table
+    assert "✗" not in table
 
 
 @pytest.mark.parametrize(
