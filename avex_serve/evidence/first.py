@@ -44,6 +44,7 @@ def open_checked(
     *,
     precision: str = "auto",
     threads: int | None = None,
+    runtime: str = "auto",
     mode: Mode | None = None,
 ) -> Engine:
     """Open a bundle, and compare its first answer on this machine with its evidence.
@@ -55,6 +56,7 @@ def open_checked(
         device: see there.
         precision: see there.
         threads: see there.
+        runtime: see there.
         mode: None: what AVEX_CHECK says.
 
     Raises:
@@ -63,7 +65,7 @@ def open_checked(
         InputError: AVEX_CHECK is something else; or as of `open_bundle`.
     """
     mode = read_mode() if mode is None else mode
-    engine = open_bundle(address, device, precision=precision, threads=threads)
+    engine = open_bundle(address, device, precision=precision, threads=threads, runtime=runtime)
     try:
         if mode == "off":
             _answer_silence(engine)

@@ -107,6 +107,9 @@ class Settings(BaseModel):
     precision: Literal["auto", "float32", "int8"] = Field(
         "auto", description="which graph runs; auto: int8 on a CPU where the bundle has it"
     )
+    runtime: Literal["auto", "openvino"] = Field(
+        "auto", description="openvino: float32 on the CPU by OpenVINO, which must be installed"
+    )
     check: Literal["on", "warn", "off"] = Field(
         "on",
         description="whether a bundle whose first answer here differs from its evidence is refused (on), served "
