@@ -166,6 +166,13 @@ def test_an_endpoint_for_traces_without_the_exporter(tmp_path, audio_bundle, wav
         assert "pip install 'avex-serve[tracing]'" in lines[0]
 
 
+def test_traces_over_grpc_are_not_promised(tmp_path, audio_bundle):
+    variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
+    with running_server(tmp_path, AVEX_BUNDLE=str(audio_bundle), **variables) as server:
+        (line,) = [line for line in server.log.splitlines() if "OTLP_PROTOCOL" in line]
+        assert "is grpc, but traces are sent by OTLP over HTTP" in line
+
+
 def test_an_empty_folder_may_start(tmp_path, audio_bundle, wav):
     folder = tmp_path / "bundles"
     folder.mkdir()
