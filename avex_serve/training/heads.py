@@ -7,7 +7,7 @@ bytes with any number of cores.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -197,7 +197,7 @@ class _Design:
         self.solvable = (share > 0) & (share < 1)
         self.share = share.where(self.solvable, (share * counts + 1) / (counts + 2))
         self.scaled = self.known / counts.clamp(min=1)
-        self.kept: list[Tensor] | None = None
+        self.kept: Tensor | None = None  # (n, D) float64
         self._standardise()
 
     def _standardise(self) -> None:
@@ -207,11 +207,15 @@ class _Design:
             total += _features(self.task, rows).sum(dim=0)
         self.mean = total / self.windows.size
         for rows in _blocks(self.windows):
-            squares += (_features(self.task, rows) - self.mean).square().sum(dim=0)
+            squares += _features(self.task, rows).sub_(self.mean).square_().sum(dim=0)
         deviation = (squares / self.windows.size).sqrt()
         self.deviation = deviation.where(deviation > 1e-12, torch.ones(()).double())  # a constant feature stays 0
         if 8 * self.windows.size * width <= _KEPT_BYTES:
-            self.kept = list(self._read())
+            # One piece of memory, which goes back to the system as a whole; many smaller ones would not.
+            kept = torch.empty(self.windows.size, width, dtype=torch.float64)
+            for part, block in zip(kept.split(_BLOCK), self._read(), strict=True):
+                part.copy_(block)
+            self.kept = kept
         if width <= _WIDEST:
             covariance = torch.zeros(width, width).double()
             for block in self._standardised():
@@ -219,15 +223,17 @@ class _Design:
             values, vectors = torch.linalg.eigh(covariance / self.windows.size)
             self.spread, self.vectors = values.clamp(min=0), vectors
             if self.kept is not None:  # in the eigenvectors once, instead of the weights in each pass
-                self.kept = [block @ vectors for block in self.kept]
+                for part in self.kept.split(_BLOCK):
+                    part.copy_(part @ vectors)
         else:
             self.spread, self.vectors = torch.ones(width).double(), None
 
     def _read(self) -> Iterator[Tensor]:
-        return ((_features(self.task, rows) - self.mean) / self.deviation for rows in _blocks(self.windows))
+        for rows in _blocks(self.windows):
+            yield _features(self.task, rows).sub_(self.mean).div_(self.deviation)
 
-    def _standardised(self) -> Iterator[Tensor] | list[Tensor]:
-        return self._read() if self.kept is None else self.kept
+    def _standardised(self) -> Iterable[Tensor]:
+        return self._read() if self.kept is None else self.kept.split(_BLOCK)
 
     def solve(
         self, penalty: float, start: tuple[Tensor, Tensor] | None = None, gradient_left: float = _GRADIENT
