@@ -91,6 +91,7 @@ const STRINGS = {
   "end": "End (s)",
   "label": "Label",
   "score": "Score",
+  "probability": "Probability",
   "hover": "{time} s, {frequency} kHz: {labels}",
   "downloads": "Download",
   "format": "Table",
