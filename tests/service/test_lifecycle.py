@@ -126,14 +126,20 @@ def test_settings_that_stop_the_start(tmp_path, variables, message):
     assert "s3cret" not in line
 
 
-def test_a_refusal_is_json_where_the_log_is(tmp_path):
-    environment = server_environment(tmp_path / "home", AVEX_LOG_FORMAT="json", AVEX_BUNDLE="nowhere")
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [({"AVEX_LOG_FORMAT": "json", "AVEX_BUNDLE": "nowhere"}, "nowhere is not a folder"),
+     ({"AVEX_LOG_FORMAT": "JSON", "AVEX_GRPC_PORT": "grpc"}, "AVEX_GRPC_PORT is 'grpc'")],
+    ids=["a bundle", "a setting"],
+)  # fmt: skip
+def test_a_refusal_is_json_where_the_log_is(tmp_path, variables, message):
+    environment = server_environment(tmp_path / "home", **variables)
     command = serve_command(free_ports(1)[0], SERVICE)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, "")
     (line,) = [json.loads(line) for line in done.stdout.splitlines()]
     assert line["level"] == "CRITICAL"
-    assert "nowhere is not a folder" in line["message"]
+    assert message in line["message"]
 
 
 def test_no_room_for_temporary_files(tmp_path, audio_bundle):
