@@ -179,6 +179,14 @@ def test_traces_over_grpc_are_not_promised(tmp_path, audio_bundle):
         assert "is grpc, but traces are sent by OTLP over HTTP" in line
 
 
+def test_an_endpoint_for_traces_that_is_no_url(tmp_path, audio_bundle, wav):
+    variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": "localhost:4317"}
+    with running_server(tmp_path, AVEX_BUNDLE=str(audio_bundle), **variables) as server:
+        assert server.post("/predict", content=wav).status_code == 200
+        (line,) = [line for line in server.log.splitlines() if "traces" in line]
+        assert "no traces are sent: OTEL_EXPORTER_OTLP_ENDPOINT doesn't begin with http:// or https://" in line
+
+
 def test_an_empty_folder_may_start(tmp_path, audio_bundle, wav):
     folder = tmp_path / "bundles"
     folder.mkdir()
