@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self, get_origin
 
 from pydantic import (
     BaseModel,
@@ -16,6 +16,7 @@ from pydantic import (
     IPvAnyAddress,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic_core import PydanticCustomError, to_jsonable_python
@@ -192,6 +193,12 @@ class Settings(BaseModel):
     grpc_client_ca: Path | None = Field(
         None, description="gRPC over TLS: clients must show a certificate that these sign, PEM"
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _choice_in_any_case(cls, value: object, info: ValidationInfo) -> object:
+        named = get_origin(cls.model_fields[info.field_name or ""].annotation) is Literal
+        return value.lower() if named and isinstance(value, str) else value
 
     @field_validator("bundle", mode="before")
     @classmethod

@@ -50,6 +50,15 @@ def test_every_setting(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
+    [("DEVICE", "CPU"), ("PRECISION", "Float32"), ("RUNTIME", "OpenVINO"), ("CHECK", "Warn"),
+     ("MODEL_CONTROL", "Explicit"), ("PAGE", "OFF"), ("LOG_FORMAT", "JSON")],
+)  # fmt: skip
+def test_a_choice_is_taken_in_any_case(name, value):
+    assert getattr(Settings.from_environment({f"AVEX_{name}": value}), name.lower()) == value.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
     [
         ("AVEX_DEVICE", "tpu"),
         ("AVEX_RUNTIME", "tensorrt"),
