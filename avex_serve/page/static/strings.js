@@ -177,6 +177,7 @@ const STRINGS = {
   "review.comment": "Comment of the next answer",
   "review.left": "{count} left",
   "review.score": "score {score}",
+  "review.probability": "probability {probability}",
   "review.place": "{file}, {from} to {to}",
   "review.decided": "you said {label}: {decision}",
   "review.answered": "{label}: {decision}",
