@@ -28,6 +28,7 @@ MODULES = {
     "cloud": ["s3fs", "gcsfs"],
     "cuda": ["avex_serve.inference.torch"],
     "formats": ["av"],
+    "openvino": ["avex_serve.inference.openvino"],
     "plot": ["avex_serve.seeing.pictures", "avex_serve.archive.report"],
     "ray": ["ray"],
     "tracing": ["opentelemetry.exporter.otlp.proto.http"],

@@ -107,6 +107,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     bundles: tuple[str, ...]  # absolute paths, or URLs
     device: str
     precision: str
+    runtime: str = "auto"
     check: Mode  # of the first answers
     query: Query
     keep_embeddings: bool = False
@@ -121,7 +122,14 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         with ExitStack() as stack:
             engines = [
                 stack.enter_context(
-                    open_checked(bundle, self.device, precision=self.precision, threads=threads, mode=self.check)
+                    open_checked(
+                        bundle,
+                        self.device,
+                        precision=self.precision,
+                        threads=threads,
+                        runtime=self.runtime,
+                        mode=self.check,
+                    )
                 )
                 for bundle in self.bundles
             ]

@@ -41,6 +41,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the options of where a bundle runs, and which of its graphs."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--precision", choices=("auto", "float32", "int8"), default="auto")
+    add_runtime(parser)
+
+
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    """Add the option of what runs the graph."""
+    parser.add_argument(
+        "--runtime",
+        choices=("auto", "openvino"),
+        default="auto",
+        help="openvino: float32 on the CPU by OpenVINO (pip install 'avex-serve[openvino]')",
+    )
 
 
 def add_timezone(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:

@@ -95,7 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     found = find_recordings(arguments.recordings)
     code = 0
-    with open_bundle(arguments.bundle, arguments.device, precision=arguments.precision) as engine:
+    with open_bundle(
+        arguments.bundle, arguments.device, precision=arguments.precision, runtime=arguments.runtime
+    ) as engine:
         _check(engine, query)
         head = engine.probe(query.probe)
         labels = engine.labels(head.name)

@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         bundles=tuple(_absolute(bundle) for bundle in bundles),
         device=arguments.device,
         precision=arguments.precision,
+        runtime=arguments.runtime,
         check=read_mode(),
         query=Query(**read_cut(arguments)),
         keep_embeddings=arguments.embeddings,

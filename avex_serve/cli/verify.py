@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from avex_serve.cli.output import add_runtime
 from avex_serve.errors import VerificationError
 
 
@@ -12,6 +13,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("bundle", help="made by avex-export: a folder or a URL, such as hf://owner/name")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
+    add_runtime(parser)
     parser.add_argument("--full", action="store_true", help="show all checks, not only the worst of each format")
 
 
@@ -23,7 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from avex_serve.evidence.verify import verify_bundle
 
-    report, passed = verify_bundle(arguments.bundle, arguments.device, full=arguments.full)
+    report, passed = verify_bundle(
+        arguments.bundle, arguments.device, full=arguments.full, runtime=arguments.runtime
+    )
     print(report)
     if not passed:
         raise VerificationError(

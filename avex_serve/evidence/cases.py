@@ -33,7 +33,7 @@ INT16_SCALE: Final = 32768.0
 # onnxruntime and torch choose their kernels by these.
 _X86 = ("sse4_1", "avx", "fma", "f16c", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")
 _ARM = ("asimd", "asimddp", "bf16", "i8mm", "sve")
-_PACKAGES = ("avex-serve", "numpy", "onnx", "onnxruntime", "torch")
+_PACKAGES = ("avex-serve", "numpy", "onnx", "onnxruntime", "openvino", "torch")
 
 Outputs = Mapping[str, np.ndarray]
 

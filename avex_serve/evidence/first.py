@@ -44,6 +44,7 @@ def open_checked(
     *,
     precision: str = "auto",
     threads: int | None = None,
+    runtime: str = "auto",
     mode: Mode | None = None,
 ) -> Engine:
     """Open a bundle, and compare its first answer on this machine with its evidence.
@@ -55,6 +56,7 @@ def open_checked(
         device: see there.
         precision: see there.
         threads: see there.
+        runtime: see there.
         mode: None: what AVEX_CHECK says.
 
     Raises:
@@ -63,7 +65,7 @@ def open_checked(
         InputError: AVEX_CHECK is something else; or as of `open_bundle`.
     """
     mode = read_mode() if mode is None else mode
-    engine = open_bundle(address, device, precision=precision, threads=threads)
+    engine = open_bundle(address, device, precision=precision, threads=threads, runtime=runtime)
     try:
         if mode == "off":
             _answer_silence(engine)
@@ -96,9 +98,10 @@ def _compare(engine: Engine) -> str | None:
     if failure is None:
         return None
     manifest, backend = engine.manifest, engine.backend
+    option = " --runtime openvino" if backend.format == "openvino" else ""
     return (
         f"on this machine bundle {manifest.name}, version {manifest.version}, answers otherwise than its evidence "
-        f"({backend.format} on {backend.device}): {failure}; `avex-serve verify {quoted(engine.bundle.directory)}` "
+        f"({backend.format} on {backend.device}): {failure}; `avex-serve verify {quoted(engine.bundle.directory)}{option}` "
         "shows more, and another precision or device may answer as expected"
     )
 

@@ -36,29 +36,32 @@ _INT8 = "onnx-int8"
 _INT8_FACTOR, _INT8_SLACK = 2.0, 1e-3
 
 
-def verify_bundle(address: str | os.PathLike[str], device: str = "cpu", *, full: bool = False) -> tuple[str, bool]:
+def verify_bundle(
+    address: str | os.PathLike[str], device: str = "cpu", *, full: bool = False, runtime: str = "auto"
+) -> tuple[str, bool]:
     """Run a bundle's evidence again on this machine.
 
     Args:
         address: as in `open_bundle`.
         device: as in `open_bundle`.
         full: show all checks, not only the worst ones.
+        runtime: as in `open_bundle`.
 
     Returns:
         The result as text (the table, and both machines), and whether everything agrees.
 
     Raises:
         BundleError: an incomplete bundle, or one without evidence.
-        DependencyError: torch or CUDA is missing.
-        InputError: an unknown device.
+        DependencyError: torch, CUDA or OpenVINO is missing.
+        InputError: an unknown device or runtime, or those that don't go together.
     """
     directory = local_bundle(address)
     read_bundle(directory)  # opening checks only the files that it loads
     with contextlib.ExitStack() as stack:
-        engines = [stack.enter_context(open_bundle(directory, device, precision="float32"))]
+        engines = [stack.enter_context(open_bundle(directory, device, precision="float32", runtime=runtime))]
         record, cases = read_evidence(engines[0].bundle)
         check_fit(engines[0], cases)
-        if engines[0].manifest.quantisation is not None and device != "cuda":
+        if engines[0].manifest.quantisation is not None and device != "cuda" and runtime == "auto":
             engines.append(stack.enter_context(open_bundle(directory, device, precision="int8")))
         checks = [c for case in cases for engine in engines for c in run_case(engine, case, record.checks)]
     passed = all(check.passed for check in checks)

@@ -12,6 +12,7 @@ from avex_serve.bundles.manifest import DATA_SUFFIX, ONNX, ONNX_INT8, PT2, TORCH
 from avex_serve.bundles.reading import Bundle, check_files, read_manifest
 from avex_serve.bundles.remote import local_bundle
 from avex_serve.errors import BundleError, DependencyError, InputError
+from avex_serve.scheduling.cores import usable_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +24,7 @@ class Backend(Protocol):
     """Runs one graph, numpy in and numpy out. Calls from several threads at once are allowed."""
 
     device: str  # "cpu" or "cuda"
-    format: str  # "onnx", "onnx-int8", "torchscript" or, in half precision, "torch-half"
+    format: str  # "onnx", "onnx-int8", "openvino", "torchscript" or, in half precision, "torch-half"
     max_batch: int  # the fastest number of rows for one call
 
     def run(self, *inputs: "np.ndarray") -> "dict[str, np.ndarray]":
@@ -32,7 +33,12 @@ class Backend(Protocol):
 
 
 def open_bundle(
-    address: str | os.PathLike[str], device: str = "auto", *, precision: str = "auto", threads: int | None = None
+    address: str | os.PathLike[str],
+    device: str = "auto",
+    *,
+    precision: str = "auto",
+    threads: int | None = None,
+    runtime: str = "auto",
 ) -> "Engine":
     """Open a bundle: check that it is complete and unchanged, and load its graph.
 
@@ -44,13 +50,18 @@ def open_bundle(
             ONNX runs as TorchScript on the CPU too, if torch is installed.
         precision: ``float32``, ``int8`` or ``auto`` (int8 on the CPU where the bundle has it).
         threads: that infer at the same time; None: one for each core that may be used.
+        runtime: ``openvino`` runs the float32 ONNX graph in OpenVINO, on the CPU; ``auto`` never does.
 
     Raises:
         BundleError: not a complete bundle, or no graph in it for that device and precision.
-        DependencyError: torch or CUDA is needed and missing.
-        InputError: an unknown device or precision, or int8 on CUDA.
+        DependencyError: torch, CUDA or OpenVINO is needed and missing.
+        InputError: an unknown device, precision or runtime, or those that don't go together.
         AvexServeError: of a URL, as of `avex_serve.bundles.remote.local_bundle`.
     """
+    if runtime not in ("auto", "openvino"):
+        raise InputError(f"runtime {runtime!r}; expected auto or openvino")
+    if runtime == "openvino":
+        device, precision = _check_openvino(device, precision)
     bundle = read_manifest(local_bundle(address))
     graph, device, int8 = _choose_graph(bundle, device, precision)
     others = {ONNX, ONNX_INT8, TORCHSCRIPT, PT2} - {graph.name}
@@ -58,7 +69,11 @@ def open_bundle(
     with ThreadPoolExecutor(2, thread_name_prefix="avex-open") as pool:
         checking = pool.submit(check_files, bundle, others)  # takes as long as loading, for large files
         try:
-            loading = pool.submit(_backend_loader(bundle.manifest, graph, device, int8=int8))
+            if runtime == "openvino":
+                load = _openvino_loader(bundle, graph, threads)
+            else:
+                load = _backend_loader(bundle.manifest, graph, device, int8=int8)
+            loading = pool.submit(load)
             # Here and not above: the import takes as long as loading a small graph.
             from avex_serve.inference.batcher import Batcher
             from avex_serve.inference.engine import Engine
@@ -96,6 +111,31 @@ def _choose_graph(bundle: Bundle, device: str, precision: str) -> tuple[Path, st
             f"--format {'torchscript' if device == 'cuda' else 'onnx'}"
         )
     return torchscript, device, False
+
+
+def _check_openvino(device: str, precision: str) -> tuple[str, str]:
+    """Device and precision of OpenVINO; InputError if others were asked for."""
+    if device == "cuda":
+        raise InputError("runtime openvino is for device cpu")
+    if precision == "int8":
+        raise InputError("runtime openvino runs float32; int8 is faster without it")
+    return "cpu" if device == "auto" else device, "float32" if precision == "auto" else precision
+
+
+def _openvino_loader(bundle: Bundle, graph: Path, threads: int | None) -> Callable[[], Backend]:
+    """As `_backend_loader`, for OpenVINO."""
+    if graph.name != ONNX:
+        raise BundleError(f"{bundle.directory} holds no {ONNX}; export it again with --format onnx")
+    try:
+        from avex_serve.inference.openvino import OpenvinoBackend
+    except ModuleNotFoundError as error:
+        if error.name != "openvino":
+            raise
+        raise DependencyError(
+            "runtime openvino was asked for, but OpenVINO is not installed; pip install 'avex-serve[openvino]'"
+        ) from None
+    inputs, outputs = ([spec.name for spec in specs] for specs in (bundle.manifest.inputs, bundle.manifest.outputs))
+    return partial(OpenvinoBackend, graph, inputs, outputs, threads or usable_cores())
 
 
 def _backend_loader(manifest: Manifest, graph: Path, device: str, *, int8: bool) -> Callable[[], Backend]:

@@ -107,6 +107,9 @@ class Settings(BaseModel):
     precision: Literal["auto", "float32", "int8"] = Field(
         "auto", description="which graph runs; auto: int8 on a CPU where the bundle has it"
     )
+    runtime: Literal["auto", "openvino"] = Field(
+        "auto", description="openvino: float32 on the CPU by OpenVINO, which must be installed"
+    )
     check: Literal["on", "warn", "off"] = Field(
         "on",
         description="whether a bundle whose first answer here differs from its evidence is refused (on), served "
@@ -216,7 +219,7 @@ class Settings(BaseModel):
         if empty := [names[field] for field in GUARDS if environment.get(names[field]) == ""]:
             raise InputError(f"{', '.join(empty)} is set and empty; fill it in, or unset it to do without")
         try:
-            return cls.model_validate(given)
+            settings = cls.model_validate(given)
         except ValidationError as error:
             faults = [
                 f"{names[field]} is {given.get(field, fault['input'])!r}: {fault['msg']}{_hint(field)}"
@@ -224,6 +227,13 @@ class Settings(BaseModel):
                 for field in [str(fault["loc"][0])]
             ]
             raise InputError("; ".join(faults)) from None
+        if settings.max_held_bytes < settings.max_body_bytes:
+            raise InputError(
+                f"AVEX_MAX_HELD_BYTES is {settings.max_held_bytes}, less than AVEX_MAX_BODY_BYTES, "
+                f"{settings.max_body_bytes}: a body between the two would be refused as busy for ever; raise the "
+                f"first or lower the second"
+            )
+        return settings
 
     @property
     def grpc_address(self) -> str:

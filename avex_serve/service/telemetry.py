@@ -180,6 +180,7 @@ def _log(exchange: Exchange, request: Request, seconds: float, stages: Mapping[s
 # -- spans ----------------------------------------------------------------------------------------------------------
 
 ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 
 
 class Spans:
@@ -214,6 +215,12 @@ class Spans:
                     " or ".join(ENDPOINTS),
                 )
                 return cls(trace.NoOpTracer(), ())
+            if next(filter(None, map(environment.get, PROTOCOLS)), None) == "grpc":
+                logger.warning(
+                    "%s is grpc, but traces are sent by OTLP over HTTP: the endpoint must be the collector's port "
+                    "for HTTP, 4318 by default",
+                    " or ".join(PROTOCOLS),
+                )
             return cls(exporting.get_tracer("avex_serve"), ("http", "grpc"), exporting)
         if (provider := bentoml()) is not None:
             return cls(provider.get_tracer("avex_serve"), ("grpc",))

@@ -96,7 +96,12 @@ class AvexService:
 
         def open_engine(folder: Path) -> Engine:
             engine = open_checked(
-                folder, settings.device, precision=settings.precision, threads=threads, mode=settings.check
+                folder,
+                settings.device,
+                precision=settings.precision,
+                threads=threads,
+                runtime=settings.runtime,
+                mode=settings.check,
             )
             if settings.serves_demo:
                 engine.warnings += (DEMO_WARNING,)

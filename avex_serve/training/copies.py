@@ -51,9 +51,7 @@ def find_copies(recordings: Sequence[Recording], parts: Sequence[int]) -> list[C
         courses = dict(zip(involved, pool.map(_course, (recordings[i] for i in involved)), strict=True))
     found = []
     for first, second in _candidates(recordings, parts):
-        one, other = courses[first], courses[second]
-        size = min(len(one), len(other))
-        if _correlation(one[:size], other[:size]) < _SAME_COURSE:
+        if _correlation(courses[first], courses[second]) < _SAME_COURSE:
             continue
         correlation = _fit(_read(recordings[first]), _read(recordings[second]))
         if correlation >= ALIKE:
@@ -91,7 +89,7 @@ def _fit(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _course(recording: Recording) -> np.ndarray:
-    """The energies of bands (steps, bands), rooted so that the loudest moment isn't all."""
+    """The energies of bands (steps, bands), rooted so that the loudest moment isn't all; see `_unit`."""
     wave = _read(recording)
     if not wave.size:
         return np.empty((0, _EDGES.size - 1), np.float32)
@@ -101,13 +99,21 @@ def _course(recording: Recording) -> np.ndarray:
     bands = np.add.reduceat(powers, edges[:-1], axis=1)  # the last band goes up to the end
     steps = np.arange(len(bands)) * (_FRAME // 2) // round(_STEP * _RATE)
     starts = np.flatnonzero(np.diff(steps, prepend=-1))
-    return np.asarray(np.sqrt(np.add.reduceat(bands, starts, axis=0)), np.float32)
+    return _unit(np.sqrt(np.add.reduceat(bands, starts, axis=0)))
+
+
+def _unit(course: np.ndarray) -> np.ndarray:
+    """A course less the mean of each band (what is steady says nothing), of length 1; zeros for a steady one."""
+    if len(course) < 2:
+        return np.zeros_like(course, np.float32)
+    centred = course - course.mean(axis=0)
+    length = float(np.linalg.norm(centred))
+    return np.asarray(centred / length if length > 1e-5 else np.zeros_like(centred), np.float32)
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float:
-    """Of the courses (steps, bands), less the mean of each band: what is steady says nothing."""
-    if len(one) < 2:
-        return 0.0
-    one, other = one - one.mean(axis=0), other - other.mean(axis=0)
-    length = float(np.sqrt(np.square(one).sum() * np.square(other).sum()))
-    return float((one * other).sum() / length) if length > 1e-9 else 0.0
+    """Of two courses: a product alone where they have one length, since there may be millions of pairs."""
+    if len(one) != len(other):
+        size = min(len(one), len(other))
+        one, other = _unit(one[:size]), _unit(other[:size])
+    return float(np.vdot(one, other))

@@ -475,7 +475,7 @@ def _curve(targets: np.ndarray, logits: np.ndarray) -> tuple[tuple[float, float,
 
 def _warning(with_sound: int, recordings: int, without: int) -> str | None:
     if not with_sound or not without:
-        return f"no windows {'with' if not with_sound else 'without'} the sound: it can't be evaluated"
+        return f"no windows {'with' if not with_sound else 'without'} the sound could be evaluated: no figures"
     if recordings < FEW:
         return f"{recordings} recordings with the sound: these figures say little about new ones"
     return None

@@ -246,6 +246,14 @@ def test_the_scripts_for_slurm(archive, bundles, command, tmp_path):
     assert content(tmp_path / "merged") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("script", ["archive.sbatch", "merge.sbatch"])
+def test_the_scripts_for_slurm_say_their_usage(script):
+    done = submit(script)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: sbatch ")
+    assert f"{script} OUT" in done.stderr
+
+
 def test_the_job_of_kubernetes():
     job = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "job.yaml").read_text())
     (container,) = job["spec"]["template"]["spec"]["containers"]

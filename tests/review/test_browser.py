@@ -100,6 +100,21 @@ def test_thirty_clips_by_keyboard(browser, served, tmp_path):
         assert len(decisions(tmp_path)) == CLIPS - 1
 
 
+def test_the_keys_answer_while_a_list_has_the_focus(browser, served, tmp_path):
+    with opened(browser) as page:
+        page.goto(f"{served}&annotator=bo&label=wren")
+        window = wait(page)
+        lists = page.locator("select:visible")
+        chosen = lists.evaluate_all("all => all.map(one => one.value)")
+        for key in "yn":
+            lists.first.focus()
+            page.keyboard.press(key)
+            window = wait(page, window)
+        settle(page)
+        assert [decision for _, _, decision in decisions(tmp_path)] == ["present", "absent"]
+        assert lists.evaluate_all("all => all.map(one => one.value)") == chosen
+
+
 def test_another_label_comment_and_later(browser, served, tmp_path):
     with opened(browser) as page:
         page.goto(f"{served}&annotator=bo&label=wren")

@@ -112,8 +112,13 @@ def test_a_saved_probe_is_no_bundle(tmp_path):
         ({"AVEX_API_KEY": "s3cret"}, "AVEX_API_KEY is no setting; did you mean AVEX_API_KEYS?"),
         ({"AVEX_DRAIN_SECONDS": "soon"}, "AVEX_DRAIN_SECONDS is 'soon'"),
         ({"AVEX_WORKERS": "2", "AVEX_MODEL_CONTROL": "explicit"}, "AVEX_MODEL_CONTROL is explicit with 2 workers"),
+        (
+            {"AVEX_MAX_HELD_BYTES": "10MB"},
+            "AVEX_MAX_HELD_BYTES is 10000000, less than AVEX_MAX_BODY_BYTES, 134217728",
+        ),
+        ({"AVEX_MAX_BODY_BYTES": "1500MiB"}, "AVEX_MAX_HELD_BYTES is 1073741824, less than AVEX_MAX_BODY_BYTES"),
     ],
-    ids=["no setting", "a bad value", "loading with several workers"],
+    ids=["no setting", "a bad value", "loading with several workers", "too little for a body", "a body too large"],
 )
 def test_settings_that_stop_the_start(tmp_path, variables, message):
     (line,) = refused_start(tmp_path, **variables).splitlines()
@@ -159,6 +164,13 @@ def test_an_endpoint_for_traces_without_the_exporter(tmp_path, audio_bundle, wav
         lines = [line for line in server.log.splitlines() if "no traces are sent" in line]
         assert len(lines) == 1
         assert "pip install 'avex-serve[tracing]'" in lines[0]
+
+
+def test_traces_over_grpc_are_not_promised(tmp_path, audio_bundle):
+    variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
+    with running_server(tmp_path, AVEX_BUNDLE=str(audio_bundle), **variables) as server:
+        (line,) = [line for line in server.log.splitlines() if "OTLP_PROTOCOL" in line]
+        assert "is grpc, but traces are sent by OTLP over HTTP" in line
 
 
 def test_an_empty_folder_may_start(tmp_path, audio_bundle, wav):

@@ -382,6 +382,14 @@ def test_recordings_for_a_bundle_that_takes_embeddings(triton, shelf, wav, recor
     assert json.loads(told["string_param"] if isinstance(told, dict) else told) == [len(each) for each in heard]
 
 
+def test_metadata_say_whether_a_bundle_of_embeddings_takes_recordings(server, embedding_server):
+    parameters = server.get("/v2/models/offline").json()["parameters"]
+    assert parameters["recordings"].endswith("as BYTES of shape [files] in embedding")
+    assert "detections" in parameters
+    assert "sample_rate" not in parameters
+    assert "recordings" not in embedding_server.get("/v2/models/tiny-offline").json()["parameters"]
+
+
 def test_health_follows_the_models(tmp_path):
     make_audio_bundle(tmp_path / "bundles" / "tiny")
     variables = {"AVEX_BUNDLE": str(tmp_path / "bundles"), **OPTIONS}

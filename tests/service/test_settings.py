@@ -18,7 +18,7 @@ def test_defaults():
     settings = Settings.from_environment({"AVEX_BUNDLE": "", "AVEX_PORT_3000_TCP": "tcp://10.0.0.1:3000"})
     assert settings.bundle == (str(DEMO_BUNDLE),)
     assert settings.serves_demo
-    assert settings.device == settings.precision == "auto"
+    assert settings.device == settings.precision == settings.runtime == "auto"
     assert settings.grpc_address == "0.0.0.0:3001"
     assert (settings.reload_seconds, settings.model_control) == (10, "none")
 
@@ -34,6 +34,7 @@ def test_every_setting(tmp_path):
             "AVEX_BUNDLE": f"{tmp_path}{os.pathsep}other",
             "AVEX_DEVICE": "cpu",
             "AVEX_PRECISION": "float32",
+            "AVEX_RUNTIME": "openvino",
             "AVEX_GRPC_HOST": "::1",
             "AVEX_GRPC_PORT": "4001",
             "AVEX_RELOAD_SECONDS": "0.5",
@@ -43,7 +44,7 @@ def test_every_setting(tmp_path):
     assert settings.bundle == (str(tmp_path), "other")
     assert not settings.serves_demo
     assert (settings.reload_seconds, settings.model_control) == (0.5, "explicit")
-    assert (settings.device, settings.precision) == ("cpu", "float32")
+    assert (settings.device, settings.precision, settings.runtime) == ("cpu", "float32", "openvino")
     assert settings.grpc_address == "[::1]:4001"
 
 
@@ -51,6 +52,7 @@ def test_every_setting(tmp_path):
     ("name", "value"),
     [
         ("AVEX_DEVICE", "tpu"),
+        ("AVEX_RUNTIME", "tensorrt"),
         ("AVEX_RELOAD_SECONDS", "-1"),
         ("AVEX_RELOAD_SECONDS", "nan"),
         ("AVEX_RELOAD_SECONDS", "inf"),
@@ -81,7 +83,8 @@ def test_bad_value_is_named(name, value):
      ("1.5 GiB", 3 * 2**29), ("64k", 64_000), ("64Ki", 2**16), ("12B", 12)],
 )  # fmt: skip
 def test_sizes_have_units(value, expected):
-    assert Settings.from_environment({"AVEX_MAX_BODY_BYTES": value}).max_body_bytes == expected
+    settings = Settings.from_environment({"AVEX_MAX_BODY_BYTES": value, "AVEX_MAX_HELD_BYTES": "2GiB"})
+    assert settings.max_body_bytes == expected
 
 
 @pytest.mark.parametrize(

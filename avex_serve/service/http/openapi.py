@@ -439,7 +439,7 @@ _PROTOCOL: Final[dict[str, Schema]] = {
             },
             "trained": _BOOLEAN, "licence": _STRING, "format": _STRING, "device": _STRING,
         })),
-        "formats": _STRINGS,
+        "formats": {**_STRINGS, "description": "of /tables; the option format of /predict has its own"},
         "limits": _object({"body_bytes": {"type": "integer"}, "seconds": {"type": "number"}}),
         "grpc_port": {"type": "integer"},
     }),

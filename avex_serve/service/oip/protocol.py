@@ -70,10 +70,15 @@ NO_SHARED_MEMORY: Final = "shared memory is not offered; send the tensor itself"
 PLATFORMS: Final = {
     "onnx": "onnxruntime_onnx",
     "onnx-int8": "onnxruntime_onnx",
+    "openvino": "openvino_onnx",
     "torchscript": "pytorch_libtorch",
     "torch-half": "pytorch_libtorch",
 }
-BACKENDS: Final = {"onnxruntime_onnx": "onnxruntime", "pytorch_libtorch": "pytorch"}
+BACKENDS: Final = {
+    "onnxruntime_onnx": "onnxruntime",
+    "openvino_onnx": "openvino",
+    "pytorch_libtorch": "pytorch",
+}
 EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "parameters")
 _DATATYPES: Final = {"float32": FP32, "bool": BOOL}
 STEP: Final = 1000  # texts of a classification that are made in about a millisecond
@@ -216,24 +221,33 @@ class Model:
         """For a model that takes audio: ``sample_rate`` in Hz, ``channels``, and windows in seconds and samples.
 
         ``recordings`` and ``detections`` say in words what `ModelMetadata` can't in inputs and outputs: how to send
-        whole files, and how to ask for what is found in them.
+        whole files, and how to ask for what is found in them. A model of embeddings has these two while a bundle is
+        served that makes its embeddings.
         """
-        if (audio := self._engine.manifest.audio) is None:
-            return {}
+        manifest = self._engine.manifest
+        if manifest.audio is None:
+            with self._repository.lease_those(lambda source: bool(pipeline.links(source, manifest))) as sources:
+                if not sources:
+                    return {}
         needs: Parameters = {
             "recordings": f"send whole files (WAV, FLAC, OGG, MP3), of any rate and length, as {BYTES} of shape "
-            f"[files] in {self._engine.manifest.inputs[0].name}",
-            "sample_rate": audio.sample_rate,
-            "channels": 1,
-            "window_seconds": audio.window_samples / audio.sample_rate,
-            "window_samples": audio.window_samples,
+            f"[files] in {manifest.inputs[0].name}"
         }
-        if self._engine.manifest.probes:
+        if (audio := manifest.audio) is not None:
+            needs |= {
+                "sample_rate": audio.sample_rate,
+                "channels": 1,
+                "window_seconds": audio.window_samples / audio.sample_rate,
+                "window_samples": audio.window_samples,
+            }
+        if manifest.probes:
             needs[DETECTIONS] = (
                 f"name the output {DETECTIONS!r} for a JSON object (start, end, label, score) of each sound found "
                 "in recordings"
             )
-        return needs if audio.shortest_samples is None else {**needs, "shortest_samples": audio.shortest_samples}
+        if audio is not None and audio.shortest_samples is not None:
+            needs["shortest_samples"] = audio.shortest_samples
+        return needs
 
     def _probe_parameters(self) -> "Parameters":
         parameters: Parameters = {}

@@ -94,7 +94,8 @@ class Page {
     }
     const acts = Object.fromEntries(this.keys().map(([key, , act]) => [key.toLowerCase(), act]));
     document.addEventListener("keydown", (event) => {
-      const typing = event.target instanceof HTMLElement && event.target.matches("input, select, textarea, summary");
+      const at = event.target instanceof HTMLElement ? event.target : document.body;
+      const typing = at.matches("input:not([type=checkbox], [type=radio], [type=range]), textarea");
       if (typing || event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) {
         return;
       }
@@ -132,7 +133,9 @@ class Page {
 
   /** @param {KeyboardEvent} event */
   space(event) {
-    return event.key === " " && !(event.target instanceof HTMLButtonElement) ? () => this.listening.play() : null;
+    // A button, a list or a box that has the focus takes the space bar itself.
+    const taken = event.target instanceof HTMLElement && event.target.matches("button, select, summary, input");
+    return event.key === " " && !taken ? () => this.listening.play() : null;
   }
 
   /** Ask for the windows that the filters want, the one that the address names first. */
