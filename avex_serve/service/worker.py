@@ -64,7 +64,7 @@ def _settings_at_import() -> Settings:
     try:
         return Settings.from_environment()
     except InputError:
-        as_json = os.environ.get("AVEX_LOG_FORMAT") == "json"
+        as_json = os.environ.get("AVEX_LOG_FORMAT", "").lower() == "json"
         return Settings.from_environment({"AVEX_LOG_FORMAT": "json"} if as_json else {})
 
 
