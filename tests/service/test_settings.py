@@ -116,6 +116,32 @@ def test_a_value_in_another_unit_is_named(name, value, remedy):
 
 
 @pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        ("GRPC_PORT=https", "a whole number"),
+        ("GRPC_PORT=0", "at least 1"),
+        ("WORKERS=1.5", "a whole number"),
+        ("WORKERS=1000", "at most 256"),
+        (f"THREADS={'9' * 5000}", "a whole number"),
+        ("GRPC_HOST=localhost", "an IPv4 or IPv6 address"),
+        ("DEVICE=tpu", "'auto', 'cpu' or 'cuda'"),
+        ("START_EMPTY=maybe", "1 or 0"),
+        ("MAX_BODY_BYTES=large", "a size in whole bytes (400000000, 400MB or 380MiB)"),
+        ("MAX_BODY_BYTES=1.5", "a size in whole bytes (400000000, 400MB or 380MiB)"),
+        (f"MAX_BODY_BYTES={'9' * 400}k", "a size in whole bytes (400000000, 400MB or 380MiB)"),
+        ("MAX_BODY_BYTES=3GB", "less than 2147483648 (400000000, 400MB or 380MiB)"),
+        ("DRAIN_SECONDS=soon", "a number of seconds (30, 30s, 500ms or 5min)"),
+        ("DRAIN_SECONDS=0", "more than 0 (30, 30s, 500ms or 5min)"),
+    ],
+)
+def test_what_is_expected_is_said(variable, expected, monkeypatch, capsys):
+    name, value = f"AVEX_{variable}".split("=")
+    monkeypatch.setenv(name, value)
+    assert main(["settings"]) == 2
+    assert capsys.readouterr().err == f"avex-serve: {name} is {value!r}: expected {expected}\n"
+
+
+@pytest.mark.parametrize(
     ("name", "nearest"),
     [("AVEX_API_KEY", "AVEX_API_KEYS"), ("AVEX_BUNDLES", "AVEX_BUNDLE"), ("AVEX_Bundle", "AVEX_BUNDLE"),
      ("AVEX_MAX_BODY_SIZE", "AVEX_MAX_BODY_BYTES")],
