@@ -50,6 +50,9 @@ def ask(audio_bundle):
         yield lambda path, **options: engine.predict(*decode(path), **options)
 
 
+COLUMNS = "start (s), end (s), sigmoid score, label"
+
+
 def test_onnxruntime_reports_nothing(audio_bundle, files, tmp_path):
     """Where it does, it keeps an id of the machine in HOME, and complains where it can't."""
     result = run("predict", audio_bundle, files[0], HOME=str(tmp_path), XDG_CACHE_HOME="")
@@ -61,6 +64,7 @@ def test_a_table_for_each_file(audio_bundle, files, ask):
     result = run("predict", audio_bundle, *files)
     assert (result.returncode, result.stderr) == (0, "")
     lines = iter(result.stdout.splitlines())
+    assert next(lines) == COLUMNS
     for path, seconds in zip(files, ("0.4", "0.3"), strict=True):
         detections = ask(path).detections
         assert detections
@@ -100,7 +104,16 @@ def test_json_is_the_engines_document(audio_bundle, files, ask, options):
 
 def test_no_detections(audio_bundle, files):
     result = run("predict", audio_bundle, files[0], "--threshold", "1")
-    assert (result.returncode, result.stdout) == (0, f"{files[0]}: 0.4 s, 0 detections\n")
+    assert (result.returncode, result.stdout) == (0, f"{COLUMNS}\n{files[0]}: 0.4 s, 0 detections\n")
+
+
+@pytest.mark.parametrize(
+    ("activation", "score"), [("sigmoid", "sigmoid score"), ("softmax", "softmax score"), ("none", "raw logit")]
+)
+def test_the_scale_of_the_scores_is_named(tmp_path, files, capsys, activation, score):
+    bundle = make_audio_bundle(tmp_path / "bundle", activation=activation)
+    assert main(["predict", str(bundle), *map(str, files)]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"start (s), end (s), {score}, label"
 
 
 def test_a_bad_file_keeps_none_from_being_answered(tmp_path, audio_bundle, files, ask):
@@ -155,7 +168,7 @@ def test_folders_patterns_and_lists(tmp_path, audio_bundle, ask):
     result = run("predict", audio_bundle, tmp_path, "--top-k=1")
     hidden = f"avex-serve: 1 hidden file was left out, e.g. '{tmp_path}/._a: 1.wav'\n"
     assert (result.returncode, result.stderr) == (0, hidden)
-    names = [shlex.split(line)[0].removesuffix(":") for line in result.stdout.splitlines() if line[0] != " "]
+    names = [shlex.split(line)[0].removesuffix(":") for line in result.stdout.splitlines()[1:] if line[0] != " "]
     assert sorted(names) == sorted(map(str, odd))
 
 
@@ -192,7 +205,7 @@ def test_what_is_no_recording_is_refused_by_name(audio_bundle, name, expected):
 def test_standard_input_has_its_name_in_the_table_and_in_warnings(audio_bundle, files):
     cut = files[0].read_bytes()[:20_000]
     result = subprocess.run([AVEX_SERVE, "predict", audio_bundle, "-"], input=cut, capture_output=True, timeout=60)
-    assert result.stdout.startswith(b"standard input: 0.1 s")
+    assert result.stdout.splitlines()[1].startswith(b"standard input: 0.1 s")
     assert result.stderr.startswith(b"avex-serve: standard input: the recording ends early")
 
 
@@ -221,7 +234,7 @@ def test_labels_that_are_hidden_are_no_detections(tmp_path, files):
     everything = ["--threshold=-1"]
 
     def rows(*options):
-        lines = run("predict", bundle, files[0], *everything, *options).stdout.splitlines()
+        lines = run("predict", bundle, files[0], *everything, *options).stdout.splitlines()[1:]
         return lines[0].partition(" s, ")[2], {line.split()[3] for line in lines[1:]}
 
     assert rows() == ("10 detections, and 5 of hidden labels", {"robin", "wren"})

@@ -83,7 +83,7 @@ class Counts:
     zones: Counter[str] = field(default_factory=Counter)  # recordings
     timeless: int = 0  # recordings without a known start
     best: dict[Key, list[Example]] = field(default_factory=lambda: defaultdict(list))  # heaps
-    highest: dict[Key, float] = field(default_factory=dict)
+    highest: dict[Key, Annotation] = field(default_factory=dict)
     empty: Rows = field(default_factory=Rows)  # paths of recordings without detections
     seconds: float = 0.0
     _seen: set[str] = field(default_factory=set)  # digests: examples of a copy would be the same
@@ -108,8 +108,8 @@ class Counts:
                     self.days[key][moment[:10]] += count
             self.detections[key] += len(group)
             self.recordings[key] += 1
-            highest = max(each.score for each in group)
-            self.highest[key] = max(highest, self.highest.get(key, highest))
+            highest = max(group, key=lambda each: each.score)
+            self.highest[key] = max(self.highest.get(key, highest), highest, key=lambda each: each.score)
             if self.examples and recording.digest not in self._seen:
                 self._add_examples(key, recording, group)
         self._seen.add(recording.digest)
@@ -186,6 +186,7 @@ def make_report(store: Store, choice: Choice, examples: int) -> str:
         notes=_notes(sets, scored=scored),
         labels=Rows.of(_label_row(counts, key) for key in keys),
         several=len({key[1:] for key in keys}) > 1,
+        calibrated=any(each.probability is not None for each in counts.highest.values()),
         grids=_grids(counts, keys),
         times=_times(counts),
         examples=[
@@ -227,7 +228,8 @@ def _label_row(counts: Counts, key: Key) -> dict[str, Any]:
         **key._asdict(),
         "detections": counts.detections[key],
         "recordings": counts.recordings[key],
-        "score": counts.highest[key],
+        "score": counts.highest[key].score,
+        "probability": counts.highest[key].probability,
     }
 
 
@@ -286,9 +288,10 @@ def _clip(example: Example, entry: Entry, channel: Any) -> dict[str, Any]:
     """An example with picture and sound, or the reason why there are none."""
     annotation = example.annotation
     moment = absolute_time(example.recording, annotation.start)
+    known = "" if annotation.probability is None else f", probability {annotation.probability:.3f}"
     shown = {
         "label": annotation.label,
-        "caption": f"{example.score:.3f}, {annotation.start:.1f} to {annotation.end:.1f} s"
+        "caption": f"{example.score:.3f}{known}, {annotation.start:.1f} to {annotation.end:.1f} s"
         + (f", {moment}" if moment else ""),
         "file": example.path,
         "reason": None,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from avex_serve.inference.engine import Engine
     from avex_serve.inference.pipeline import Query
     from avex_serve.inference.results import Prediction
+    from avex_serve.inference.scores import ScoreScale
 
 # Labels by which heads say that nothing is heard. The table counts them as no detections.
 NOTHING: Final = frozenset({"background", "noise", "silence"})
@@ -111,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         about_all = {*engine.warnings, *select(engine, head, query.threshold, query.top_k).warnings}
         for warning in sorted(about_all):
             note(warning)
+        calibrated = engine.calibrator(head.name) is not None
+        headed = arguments.json
         for path, fault in found.recordings.items():
             try:
                 if fault is not None:
@@ -127,7 +130,11 @@ def run(arguments: argparse.Namespace) -> int:
             kept = [each for each in prediction.detections if each.label not in hidden]
             count = len(prediction.detections) - len(kept)
             prediction.detections = kept
-            print(_json(path, prediction) if arguments.json else _table(path, prediction, count), flush=True)
+            if not headed:
+                print(_columns(prediction.score_scale, calibrated))
+                headed = True
+            text = _json(path, prediction) if arguments.json else _table(path, prediction, count, calibrated)
+            print(text, flush=True)
     return code
 
 
@@ -180,10 +187,16 @@ def _json(path: str, prediction: "Prediction") -> str:
     return json.dumps({"file": path, **msgspec.to_builtins(known(prediction))})
 
 
-def _table(path: str, prediction: "Prediction", hidden: int) -> str:
+def _columns(scale: "ScoreScale", calibrated: bool) -> str:
+    """What the numbers of the tables are."""
+    score = "raw logit" if scale == "logits" else f"{scale} score"
+    probability = " calibrated probability," if calibrated else ""
+    return f"start (s), end (s), {score},{probability} label"
+
+
+def _table(path: str, prediction: "Prediction", hidden: int, calibrated: bool) -> str:
     others = f", and {hidden} of hidden labels" if hidden else ""
     lines = [f"{_name(path)}: {prediction.duration:.1f} s, {len(prediction.detections)} detections{others}"]
-    calibrated = any(each.probability is not None for each in prediction.detections)
     for each in prediction.detections:
         known = "     –" if each.probability is None else f"{each.probability:5.0%} "
         probability = f"{known} " if calibrated else ""

@@ -90,12 +90,12 @@ def _from_store(arguments: argparse.Namespace) -> "Material":
         now = Store(arguments.store)
         for each, probe in list_probes(now, results):
             if probe.name == name:
-                return Scored(read_scores(now, pool, each, probe), probe.scale, name)
+                return Scored(read_scores(now, pool, each, probe), probe.scale, name, probe.calibrator)
         raise NotFoundError(f"the run has no scores of a probe {name!r}")
 
     return Material(
         title=store.folder.resolve().name,
-        scored=Scored(pool, first.scale, first.name),
+        scored=Scored(pool, first.scale, first.name, first.calibrator),
         book=book,
         channel=results.identity.get("channel", "mix"),
         target_precision=arguments.target_precision,

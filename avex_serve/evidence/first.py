@@ -98,10 +98,12 @@ def _compare(engine: Engine) -> str | None:
     if failure is None:
         return None
     manifest, backend = engine.manifest, engine.backend
-    option = " --runtime openvino" if backend.format == "openvino" else ""
+    verify = f"avex-serve verify {quoted(engine.bundle.directory)}"
+    if backend.format == "openvino":
+        verify += " --runtime openvino"
     return (
         f"on this machine bundle {manifest.name}, version {manifest.version}, answers otherwise than its evidence "
-        f"({backend.format} on {backend.device}): {failure}; `avex-serve verify {quoted(engine.bundle.directory)}{option}` "
+        f"({backend.format} on {backend.device}): {failure}; `{verify}` "
         "shows more, and another precision or device may answer as expected"
     )
 

@@ -32,6 +32,7 @@ from avex_serve.annotations.reviews import COLUMNS, Decision, Review, Subject, a
 from avex_serve.archive.density import densities_table
 from avex_serve.archive.report import REVIEW
 from avex_serve.audio.reader import Channel
+from avex_serve.calibration.scales import Calibrator
 from avex_serve.errors import AvexServeError, InputError, NotFoundError, TooLargeError
 from avex_serve.inference.scores import ScoreScale
 from avex_serve.page.assets import HEADERS, assets
@@ -73,6 +74,7 @@ class Scored(NamedTuple):
     pool: Pool
     scale: ScoreScale = "sigmoid"  # of the scores
     probe: str = ""  # empty: they are of a table
+    calibrator: Calibrator | None = None  # of the head
 
 
 @dataclass
@@ -386,6 +388,7 @@ class _Routes:
             "window": window,
             "label": label,
             "score": score if np.isfinite(score) else None,
+            "probability": self._probability(label, score),
             "recording": place,
             "file": sound.path,
             "site": sound.site,
@@ -394,6 +397,12 @@ class _Routes:
             "end": end,
             "decisions": [_shown(review) for review in known.get(window, ())],
         }
+
+    def _probability(self, label: str, score: float) -> float | None:
+        calibrator = self._material.scored.calibrator
+        if calibrator is None or label not in calibrator.places or not np.isfinite(score):
+            return None
+        return calibrator.of_labels([label], [score])[0]
 
     # -- decisions -------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self, get_origin
 
 from pydantic import (
     BaseModel,
@@ -16,9 +16,10 @@ from pydantic import (
     IPvAnyAddress,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
-from pydantic_core import PydanticCustomError, to_jsonable_python
+from pydantic_core import ErrorDetails, PydanticCustomError, to_jsonable_python
 
 from avex_serve.bundles import bundle_cache
 from avex_serve.errors import InputError
@@ -54,6 +55,12 @@ _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?) ?(?:(|[kmg]i?)b?)", re.IGNORECASE)
 _SECONDS: Final = {"ms": 0.001, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s|m|min|h|d)", re.IGNORECASE)
+_BOUNDS: Final = {
+    "greater_than": "more than",
+    "greater_than_equal": "at least",
+    "less_than": "less than",
+    "less_than_equal": "at most",
+}
 
 
 def _bytes(value: object) -> object:
@@ -193,6 +200,12 @@ class Settings(BaseModel):
         None, description="gRPC over TLS: clients must show a certificate that these sign, PEM"
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _choice_in_any_case(cls, value: object, info: ValidationInfo) -> object:
+        named = get_origin(cls.model_fields[info.field_name or ""].annotation) is Literal
+        return value.lower() if named and isinstance(value, str) else value
+
     @field_validator("bundle", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -222,7 +235,7 @@ class Settings(BaseModel):
             settings = cls.model_validate(given)
         except ValidationError as error:
             faults = [
-                f"{names[field]} is {given.get(field, fault['input'])!r}: {fault['msg']}{_hint(field)}"
+                f"{names[field]} is {given.get(field, fault['input'])!r}: {_reason(field, fault)}"
                 for fault in error.errors()
                 for field in [str(fault["loc"][0])]
             ]
@@ -264,11 +277,34 @@ def _unknown(environment: Mapping[str, str], known: Iterable[str]) -> list[str]:
     return messages
 
 
-def _hint(field: str) -> str:
+def _reason(field: str, fault: ErrorDetails) -> str:
+    """What is expected in place of a value that can't be used."""
+    kind, bounds = fault["type"], fault.get("ctx", {})
+    if words := _BOUNDS.get(kind):
+        (bound,) = bounds.values()
+        return f"expected {words} {bound:.15g}{_units(field)}"
+    if kind == "literal_error":
+        return f"expected {bounds['expected']}"
+    if kind == "bool_parsing":
+        return "expected 1 or 0"
+    if kind == "ip_any_address":
+        return "expected an IPv4 or IPv6 address"
+    if kind.startswith(("int_", "float_", "finite_")):
+        return f"expected {_kind(field)}{_units(field)}"
+    return fault["msg"]
+
+
+def _kind(field: str) -> str:
+    if field.endswith("_bytes"):
+        return "a size in whole bytes"
+    return "a number of seconds" if field.endswith("seconds") else "a whole number"
+
+
+def _units(field: str) -> str:
     """How the units of a field are written."""
     if field.endswith("_bytes"):
-        return " (bytes: 400000000, 400MB or 380MiB)"
-    return " (seconds: 30, 30s, 500ms or 5min)" if field.endswith("seconds") else ""
+        return " (400000000, 400MB or 380MiB)"
+    return " (30, 30s, 500ms or 5min)" if field.endswith("seconds") else ""
 
 
 class Setting(NamedTuple):

@@ -179,7 +179,7 @@ def _log(exchange: Exchange, request: Request, seconds: float, stages: Mapping[s
 
 # -- spans ----------------------------------------------------------------------------------------------------------
 
-ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")  # the first one counts
 PROTOCOLS: Final = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 
 
@@ -205,14 +205,22 @@ class Spans:
             environment: the variables.
 
         """
-        if environment.get("OTEL_SDK_DISABLED") != "true" and any(environment.get(name) for name in ENDPOINTS):
+        endpoint = next((name for name in ENDPOINTS if environment.get(name)), None)
+        if environment.get("OTEL_SDK_DISABLED") != "true" and endpoint is not None:
+            if not environment[endpoint].strip().lower().startswith(("http://", "https://")):
+                logger.warning(
+                    "no traces are sent: %s doesn't begin with http:// or https://; set it to the URL of the "
+                    "collector's port for HTTP, such as http://localhost:4318",
+                    endpoint,
+                )
+                return cls(trace.NoOpTracer(), ())
             try:
                 exporting = _exporting_provider()
             except ImportError:  # clusters set the variable for all containers alike
                 logger.warning(
                     "no traces are sent: %s is set, and OpenTelemetry's exporter for OTLP over HTTP is not "
                     "installed; pip install 'avex-serve[tracing]', or set OTEL_SDK_DISABLED=true",
-                    " or ".join(ENDPOINTS),
+                    endpoint,
                 )
                 return cls(trace.NoOpTracer(), ())
             if next(filter(None, map(environment.get, PROTOCOLS)), None) == "grpc":

@@ -106,7 +106,8 @@ def _export(given: dict[str, Any]) -> None:
     request = ExportRequest(**given)
     if push is not None:
         check_push(push)  # now, since the export may take minutes
-    bundle = export_bundle(request, _say)
+    warnings: list[str] = []
+    bundle = export_bundle(request, _say, warnings.append)
     if not bundle.manifest.trained:
         print("avex-export: the head has random weights: its answers mean nothing", file=sys.stderr)
     address = str(bundle.directory) if push is None else _push(bundle, push, private=private)
@@ -114,6 +115,8 @@ def _export(given: dict[str, Any]) -> None:
         _say("PT2 is for compilation and can't be served; to serve the bundle, export --format onnx or torchscript")
     else:
         _say_how_to_serve(address)
+    for warning in warnings:  # once more, below the table of the verification
+        print(f"avex-export: {warning}", file=sys.stderr)
 
 
 def _push(bundle: Bundle, url: str, *, private: bool) -> str:

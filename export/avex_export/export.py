@@ -45,12 +45,15 @@ from avex_serve.inference.torch import TorchBackend
 _BUNDLES = Path("export") / "bundles"
 
 
-def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) -> Bundle:
+def export_bundle(
+    request: ExportRequest, say: Callable[[str], None] = print, warn: Callable[[str], None] | None = None
+) -> Bundle:
     """Export one probe or several into a bundle: complete and verified, or not at all.
 
     Args:
         request: what to export; a bundle in its output folder is replaced.
         say: is called with each line about the progress.
+        warn: is called with what makes scores wrong if it was not meant, which is in the progress too.
 
     Raises:
         ExportError: it can't be assembled, or a format differs from the eager module. If int8 is too inaccurate, the
@@ -68,7 +71,10 @@ def export_bundle(request: ExportRequest, say: Callable[[str], None] = print) ->
     for source in sources:
         trained = None if source.saved is None or request.embeddings else source.saved.activation
         if trained not in (None, source.activation):
-            progress(f"--activation {source.activation}: {source.name} was trained for {trained} scores")
+            unlike = f"--activation {source.activation}: {source.name} was trained for {trained} scores"
+            progress(unlike)
+            if warn is not None:
+                warn(unlike)
     name = bundle_name(request, sources)
     output = request.output or _BUNDLES / name
     with atomic_directory(output, marker=MANIFEST) as folder:

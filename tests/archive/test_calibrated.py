@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -16,6 +17,7 @@ from avex_serve.audio.reader import decode
 from avex_serve.bundles.reading import read_bundle
 from avex_serve.cli import main
 from avex_serve.inference.backend import open_bundle
+from tests.archive.test_report import Page
 from tests.bundles import LABELS, SAMPLE_RATE, calibrated_copy, make_audio_bundle
 
 WINDOW = 0.1  # seconds
@@ -90,6 +92,33 @@ def test_joined_windows(archive, calibrated, command, tmp_path):
         command("tables", tmp_path / "out", "--threshold", "0", "--merge", "0", "--merge-score", how)
         (row,) = [r for r in table(tmp_path / "out") if r["file"].endswith("dawn.wav") and r["label"] == LABELS[0]]
         assert float(row["probability"]) == pytest.approx(joined)
+
+
+def test_reports_show_probabilities(archive, bundles, calibrated, command, tmp_path):
+    out = tmp_path / "out"
+    options = ("--threshold", "0", "--examples", "1")
+    command("run", calibrated, archive, "--out", out, "--threshold", "0")
+    command("report", out, *options)
+    text = (out / "report.html").read_text("utf-8")
+    page = Page(text)
+    best = {}
+    for row in table(out):
+        best[row["label"]] = max(best.get(row["label"], row), row, key=lambda row: float(row["score"]))
+    assert "its probability" in page.texts("th")
+    for label in LABELS:
+        score, known = float(best[label]["score"]), best[label]["probability"]
+        probability = f"{float(known):.3f}" if known else ""
+        numbers = rf"<td .*?>{score:.3f}</td>\s*<td .*?>{probability}</td>"
+        assert re.search(rf"<bdi>{label}</bdi></th>(?:<td .*?>\d+</td>\s*){{2}}{numbers}", text)
+        begun = (
+            f"{score:.3f}, probability {probability}, "
+            if known
+            else f"{score:.3f}, {float(best[label]['start']):.1f} to"
+        )
+        assert any(caption.startswith(begun) for caption in page.texts("figcaption"))
+    command("run", bundles["plain"], archive, "--out", out)
+    command("report", out, *options)
+    assert "robability" not in Page((out / "report.html").read_text("utf-8")).text
 
 
 def test_frames(archive, calibrated):

@@ -392,10 +392,12 @@ def test_the_activation_is_that_of_the_training(tmp_path, export, model, saved):
     else:
         assert (code, read_bundle(output).manifest.probes[0].activation) == (0, saved)
         assert "was trained for" not in out
-    code, out, _ = export(*arguments, "--activation", "softmax")
+    code, out, err = export(*arguments, "--activation", "softmax")
     assert (code, read_bundle(output).manifest.probes[0].activation) == (0, "softmax")
-    warned = f"--activation softmax: probe was trained for {saved} scores" in out
-    assert warned is (saved in ("sigmoid", "none"))
+    warning = f"--activation softmax: probe was trained for {saved} scores"
+    other = saved in ("sigmoid", "none")
+    assert out.splitlines()[0].endswith(warning) is other
+    assert err == (f"avex-export: {warning}\n" if other else "")  # after all lines of the progress
 
 
 @pytest.mark.parametrize(("value", "message"), [(0.0, "nothing but zeros"), (torch.nan, "NaN or infinite values")])

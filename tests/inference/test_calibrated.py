@@ -164,10 +164,14 @@ def test_the_command_answers_as_the_engine(paths, engines, wave, tmp_path, capsy
             assert (each["score"], each["label"]) == (known.score, known.label)
     assert "probability" not in ask(paths[0], "--json")
     first = engines[1].predict(wave, SAMPLE_RATE).detections[0]
-    line = ask(paths[1]).splitlines()[1].split()
+    columns, _, row, *_ = ask(paths[1]).splitlines()
+    assert columns == "start (s), end (s), sigmoid score, calibrated probability, label"
+    line = row.split()
     assert line[2:] == [
         f"{first.score:.3f}",
         "–" if first.probability is None else f"{first.probability:.0%}",
         first.label,
     ]
-    assert ask(paths[0]).splitlines()[1].split()[2:] != line[2:]
+    columns, _, row, *_ = ask(paths[0]).splitlines()
+    assert columns == "start (s), end (s), sigmoid score, label"
+    assert row.split()[2:] != line[2:]

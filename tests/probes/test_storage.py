@@ -187,8 +187,9 @@ def test_what_can_not_be_loaded(tmp_path, backbone):
 
 @pytest.mark.parametrize(
     ("given", "saved"),
-    [("softmax", "softmax"), ("cross_entropy", "softmax"), ("BCEWithLogitsLoss", "sigmoid"), ("none", "none")],
-)
+    [("softmax", "softmax"), ("cross_entropy", "softmax"), ("BCEWithLogitsLoss", "sigmoid"), ("none", "none"),
+     ("Softmax", "softmax"), ("SIGMOID", "sigmoid"), ("crossentropyloss", "softmax"), ("None", "none")],
+)  # fmt: skip
 def test_the_activation_is_saved(tmp_path, caplog, given, saved):
     save_probe(build(input_dim=8), tmp_path / "probe", activation=given)
     loaded = load_probe(tmp_path / "probe")

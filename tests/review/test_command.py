@@ -1,5 +1,6 @@
 """`avex-serve review RUN_DIR` as a process: from a run to labels that the other commands read."""
 
+import csv
 import re
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from avex_serve.cli import main
 from avex_serve.training.dataset import read_dataset
 from tests.archive.test_report import Page
+from tests.browsing import opened
+from tests.bundles import LABELS, calibrated_copy
 
 
 @contextmanager
@@ -58,6 +61,34 @@ def test_from_a_run_to_labels(archive, bundles, command, tmp_path):
         assert sound.content[:4] == b"RIFF"
     dataset = read_dataset(store / "reviews")
     assert dataset.labels == (named["label"],)
+
+
+def test_probabilities_of_a_calibrated_bundle(archive, bundles, browser, command, tmp_path):
+    bundle = calibrated_copy(bundles["plain"], tmp_path / "calibrated")
+    command("run", bundle, archive, "--out", tmp_path / "run", "--threshold", "0", "--format", "csv")
+    with (tmp_path / "run" / "tables" / "detections.csv").open(newline="") as file:
+        rows = {
+            (row["file"], round(float(row["start"]), 3), row["label"]): row["probability"]
+            for row in csv.DictReader(file)
+        }
+    with (
+        reviewing(tmp_path / "run") as address,
+        httpx.Client(follow_redirects=True) as client,
+        opened(browser) as page,
+    ):
+        base = address.partition("?")[0]
+        client.get(address)
+        for label in LABELS:
+            items = client.post(f"{base}api/queue", json={"annotator": "bo", "label": label}).json()["items"]
+            assert items
+            for each in items:
+                known = rows[each["file"], round(each["start"], 3), label]
+                assert each["probability"] == (pytest.approx(float(known), abs=1e-6) if known else None)
+            page.goto(f"{address}&annotator=bo&label={label}")
+            page.locator(".facts", has_text="score").wait_for()
+            first = items[0]["probability"]
+            shown = "" if first is None else f" · probability {first:.3f}"
+            assert f"score {items[0]['score']:.3f}{shown} · " in page.text_content(".facts")
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ SERVICE = "avex_serve.service:AvexService"
 CHECKOUT = Path(__file__).parents[2]
 
 
-def test_log_says_what_is_served_and_how_to_serve_another(audio_server, audio_bundle):
+def test_log_says_what_is_served_and_where(audio_server, audio_bundle):
     line = next(line for line in audio_server.log.splitlines() if "serving bundle" in line)
     assert f"serving bundle tiny, version 1, from {audio_bundle} on cpu (onnx)" in line
     line = next(line for line in audio_server.log.splitlines() if "gRPC listens on" in line)
     assert audio_server.grpc in line
-    assert "AVEX_BUNDLE=dir" in line
+    assert "AVEX_BUNDLE=" not in audio_server.log, "it is set"
     assert "random weights" not in audio_server.log
 
 
@@ -126,14 +126,20 @@ def test_settings_that_stop_the_start(tmp_path, variables, message):
     assert "s3cret" not in line
 
 
-def test_a_refusal_is_json_where_the_log_is(tmp_path):
-    environment = server_environment(tmp_path / "home", AVEX_LOG_FORMAT="json", AVEX_BUNDLE="nowhere")
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [({"AVEX_LOG_FORMAT": "json", "AVEX_BUNDLE": "nowhere"}, "nowhere is not a folder"),
+     ({"AVEX_LOG_FORMAT": "JSON", "AVEX_GRPC_PORT": "grpc"}, "AVEX_GRPC_PORT is 'grpc'")],
+    ids=["a bundle", "a setting"],
+)  # fmt: skip
+def test_a_refusal_is_json_where_the_log_is(tmp_path, variables, message):
+    environment = server_environment(tmp_path / "home", **variables)
     command = serve_command(free_ports(1)[0], SERVICE)
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, "")
     (line,) = [json.loads(line) for line in done.stdout.splitlines()]
     assert line["level"] == "CRITICAL"
-    assert "nowhere is not a folder" in line["message"]
+    assert message in line["message"]
 
 
 def test_no_room_for_temporary_files(tmp_path, audio_bundle):
@@ -148,6 +154,7 @@ def test_no_room_for_temporary_files(tmp_path, audio_bundle):
 def test_the_demo_is_served_with_a_warning(tmp_path, wav):
     with running_server(tmp_path) as server:
         assert server.log.count("AVEX_BUNDLE is not set: this is the demo bundle") == 1
+        assert server.log.count("; to serve another bundle: AVEX_BUNDLE=dir bentoml serve") == 1
         for path in ("/predict", "/embed"):
             (warning,) = server.post(path, content=wav).json()["warnings"]
             assert "set AVEX_BUNDLE to serve yours" in warning
@@ -171,6 +178,14 @@ def test_traces_over_grpc_are_not_promised(tmp_path, audio_bundle):
     with running_server(tmp_path, AVEX_BUNDLE=str(audio_bundle), **variables) as server:
         (line,) = [line for line in server.log.splitlines() if "OTLP_PROTOCOL" in line]
         assert "is grpc, but traces are sent by OTLP over HTTP" in line
+
+
+def test_an_endpoint_for_traces_that_is_no_url(tmp_path, audio_bundle, wav):
+    variables = {"OTEL_EXPORTER_OTLP_ENDPOINT": "localhost:4317"}
+    with running_server(tmp_path, AVEX_BUNDLE=str(audio_bundle), **variables) as server:
+        assert server.post("/predict", content=wav).status_code == 200
+        (line,) = [line for line in server.log.splitlines() if "traces" in line]
+        assert "no traces are sent: OTEL_EXPORTER_OTLP_ENDPOINT doesn't begin with http:// or https://" in line
 
 
 def test_an_empty_folder_may_start(tmp_path, audio_bundle, wav):

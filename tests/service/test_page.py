@@ -11,7 +11,7 @@ import soundfile
 
 from avex_serve.annotations.formats import FORMATS
 from avex_serve.cli import main
-from tests.browsing import check_accessible, check_width, opened, wait_until
+from tests.browsing import check_accessible, check_preloaded, check_width, opened, wait_until
 from tests.bundles import calibrated_copy, make_audio_bundle
 from tests.service.conftest import encode, running_server
 
@@ -86,7 +86,8 @@ def send(page, *files):
 
 def rows(page):
     return page.evaluate(
-        "[...document.querySelectorAll('.results tbody tr')].map(row => [...row.cells].map(cell => cell.innerText))"
+        "[...document.querySelectorAll('.results tbody tr')].map("
+        "row => [...row.cells].filter(cell => !cell.hidden).map(cell => cell.innerText))"
     )
 
 
@@ -101,7 +102,16 @@ def from_command_line(capsys, bundle, recording, *options):
 
 
 def shown_as(detections):
-    return [[f"{d['start']:.2f}", f"{d['end']:.2f}", d["label"], f"{d['score']:.3f}"] for d in detections]
+    calibrated = any("probability" in d for d in detections)
+    return [
+        [f"{d['start']:.2f}", f"{d['end']:.2f}", d["label"], f"{d['score']:.3f}"]
+        + ([f"{d['probability']:.3f}" if "probability" in d else ""] if calibrated else [])
+        for d in detections
+    ]
+
+
+def test_modules_load_at_once(page):
+    check_preloaded(page)
 
 
 def test_detections_are_those_of_the_command_line(page, bundles, recording, capsys):
@@ -156,6 +166,26 @@ def test_the_table_is_sorted_by_its_headings(page, bundles, recording, capsys):
     page.get_by_role("button", name="Label").click()
     labels = [row[2] for row in rows(page)]
     assert labels == sorted(labels)
+
+
+def test_probabilities_are_a_column_where_there_are_any(page, server, bundles, recording, capsys):
+    heading = page.get_by_role("columnheader", name="Probability")
+    send(page, recording)
+    assert heading.count() == 0
+    visit(page, server, "calibrated")
+    send(page, recording)
+    set_threshold(page, 0.05)
+    detections = from_command_line(capsys, bundles[2], recording, "--threshold", "0.05")
+    known = [f"{each['probability']:.3f}" for each in detections if "probability" in each]
+    assert 0 < len(known) < len(detections)
+    assert rows(page) == shown_as(detections)
+    page.get_by_role("button", name="Probability").click()
+    assert heading.get_attribute("aria-sort") == "descending"
+    unknown = [""] * (len(detections) - len(known))
+    assert [row[4] for row in rows(page)] == sorted(known, reverse=True) + unknown
+    visit(page, server)
+    send(page, recording)
+    assert heading.count() == 0
 
 
 def test_tables_have_the_bytes_of_the_command_line(page, bundles, recording, tmp_path, capsys):

@@ -50,6 +50,15 @@ def test_every_setting(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
+    [("DEVICE", "CPU"), ("PRECISION", "Float32"), ("RUNTIME", "OpenVINO"), ("CHECK", "Warn"),
+     ("MODEL_CONTROL", "Explicit"), ("PAGE", "OFF"), ("LOG_FORMAT", "JSON")],
+)  # fmt: skip
+def test_a_choice_is_taken_in_any_case(name, value):
+    assert getattr(Settings.from_environment({f"AVEX_{name}": value}), name.lower()) == value.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
     [
         ("AVEX_DEVICE", "tpu"),
         ("AVEX_RUNTIME", "tensorrt"),
@@ -104,6 +113,32 @@ def test_durations_have_units(value, expected):
 def test_a_value_in_another_unit_is_named(name, value, remedy):
     with pytest.raises(InputError, match=f"^{name} is '{value}': .*{remedy}"):
         Settings.from_environment({name: value})
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        ("GRPC_PORT=https", "a whole number"),
+        ("GRPC_PORT=0", "at least 1"),
+        ("WORKERS=1.5", "a whole number"),
+        ("WORKERS=1000", "at most 256"),
+        (f"THREADS={'9' * 5000}", "a whole number"),
+        ("GRPC_HOST=localhost", "an IPv4 or IPv6 address"),
+        ("DEVICE=tpu", "'auto', 'cpu' or 'cuda'"),
+        ("START_EMPTY=maybe", "1 or 0"),
+        ("MAX_BODY_BYTES=large", "a size in whole bytes (400000000, 400MB or 380MiB)"),
+        ("MAX_BODY_BYTES=1.5", "a size in whole bytes (400000000, 400MB or 380MiB)"),
+        (f"MAX_BODY_BYTES={'9' * 400}k", "a size in whole bytes (400000000, 400MB or 380MiB)"),
+        ("MAX_BODY_BYTES=3GB", "less than 2147483648 (400000000, 400MB or 380MiB)"),
+        ("DRAIN_SECONDS=soon", "a number of seconds (30, 30s, 500ms or 5min)"),
+        ("DRAIN_SECONDS=0", "more than 0 (30, 30s, 500ms or 5min)"),
+    ],
+)
+def test_what_is_expected_is_said(variable, expected, monkeypatch, capsys):
+    name, value = f"AVEX_{variable}".split("=")
+    monkeypatch.setenv(name, value)
+    assert main(["settings"]) == 2
+    assert capsys.readouterr().err == f"avex-serve: {name} is {value!r}: expected {expected}\n"
 
 
 @pytest.mark.parametrize(

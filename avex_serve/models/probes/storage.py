@@ -101,7 +101,8 @@ def save_probe(
         model: the argument with which its backbone was loaded, so that `load_probe` and the exporter can load it.
         activation: what turns logits into scores, by the loss of the training: ``softmax`` after cross entropy (one
             label a clip), ``sigmoid`` after binary cross entropy (any number of labels), ``none`` for raw logits, or
-            the name of torch's loss. None: the probe's own; the exporter asks for it if that is None too.
+            the name of torch's loss, in any case. None: the probe's own; the exporter
+            asks for it if that is None too.
 
     Raises:
         ValueError: a probe without its configuration; a head of zeros, or with values that are not finite; another
@@ -303,9 +304,10 @@ def _unwrapped(probe: nn.Module) -> Probe:
 
 
 def _activation(name: str) -> Activation:
-    if name not in ACTIVATIONS:
+    names = {known.casefold(): activation for known, activation in ACTIVATIONS.items()}
+    if (found := names.get(str(name).casefold())) is None:
         raise ValueError(f"activation is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    return found
 
 
 _LOW_PRECISIONS = (torch.float16, torch.bfloat16)

@@ -17,6 +17,7 @@ import { clock, say } from "./strings.js";
  * @property {number} end
  * @property {string} label
  * @property {number | null} score null: it has none
+ * @property {number} [probability] of a calibrated label
  * @property {number} [low] Hz
  * @property {number} [high] Hz
  */

@@ -10,6 +10,7 @@ import { say } from "./strings.js";
  * @property {(row: Row) => string} text
  * @property {(row: Row) => number | string} value that rows are sorted by
  * @property {boolean} [numeric]
+ * @property {boolean} [optional] hidden while its text is empty in all rows
  */
 
 const PAGE = 100; // rows
@@ -28,6 +29,7 @@ export class Table extends EventTarget {
   constructor(container, caption, columns) {
     super();
     this.columns = columns;
+    this.visible = columns.map((column) => !column.optional);
     /** @type {Row[]} */
     this.rows = [];
     /** @type {Row[]} */
@@ -60,6 +62,7 @@ export class Table extends EventTarget {
   /** @param {Row[]} rows */
   setRows(rows) {
     this.rows = rows;
+    this.visible = this.columns.map((column) => !column.optional || rows.some((row) => column.text(row) !== ""));
     this.order();
     this.first = Math.min(this.first, Math.max(0, Math.floor((rows.length - 1) / PAGE) * PAGE));
     this.render();
@@ -110,6 +113,7 @@ export class Table extends EventTarget {
 
   render() {
     this.headings.forEach((heading, index) => {
+      heading.hidden = !this.visible[index];
       heading.setAttribute("aria-sort", index !== this.by ? "none" : this.descending ? "descending" : "ascending");
     });
     const shown = this.sorted.slice(this.first, this.first + PAGE);
@@ -130,7 +134,7 @@ export class Table extends EventTarget {
       const text = column.text(row);
       return make(
         "td",
-        { class: column.numeric ? "numeric" : null },
+        { class: column.numeric ? "numeric" : null, hidden: !this.visible[index] },
         index === 0 ? make("button", { type: "button", class: "plain", click: tell }, text) : text,
       );
     });

@@ -217,6 +217,7 @@ class Page {
     const facts = [
       say("review.left", { count: this.queue.left }),
       item.score === null ? "" : say("review.score", { score: item.score.toFixed(3) }),
+      item.probability === null ? "" : say("review.probability", { probability: item.probability.toFixed(3) }),
       say("review.place", { file, from: clock(item.start), to: clock(item.end) }),
       item.time ?? "",
       ...item.decisions.map((each) => say("review.decided", { label: each.label, decision: say(`review.${each.decision}`) })),

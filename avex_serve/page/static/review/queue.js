@@ -9,6 +9,7 @@ import { ask } from "./api.js";
  * @property {number} window
  * @property {string} label
  * @property {number | null} score
+ * @property {number | null} probability null: the label is not calibrated
  * @property {number} recording
  * @property {string} file
  * @property {string} site

@@ -81,6 +81,13 @@ class Page {
       { name: say("end"), text: (row) => seconds(row.end), value: (row) => row.end, numeric: true },
       { name: say("label"), text: (row) => row.label, value: (row) => row.label },
       { name: say("score"), text: (row) => (row.score ?? 0).toFixed(3), value: (row) => row.score ?? 0, numeric: true },
+      {
+        name: say("probability"),
+        text: (row) => row.probability?.toFixed(3) ?? "",
+        value: (row) => row.probability ?? -1,
+        numeric: true,
+        optional: true,
+      },
     ]);
     return table;
   }
