@@ -73,3 +73,22 @@ def check_width(page):
     """Assert that the page is no wider than its window."""
     wide = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
     assert wide[0] <= wide[1]
+
+
+def check_preloaded(page):
+    """Assert that the document names every module that its script loads before it runs, and no other."""
+    requests = dict(
+        page.evaluate(
+            """() => {
+                const [{domContentLoadedEventStart: end}] = performance.getEntriesByType("navigation");
+                return performance.getEntriesByType("resource")
+                    .filter(each => each.name.endsWith(".js") && each.startTime < end)
+                    .map(each => [each.name, each.initiatorType]);
+            }"""
+        )
+    )
+    scripts = [name for name, kind in requests.items() if kind == "script"]
+    assert len(scripts) == 1, f"loaded after its importer: {scripts}"
+    named = page.evaluate("[...document.querySelectorAll('link[rel=modulepreload]')].map(each => each.href)")
+    assert sorted([*scripts, *named]) == sorted(requests)
+    assert len(named) > 10

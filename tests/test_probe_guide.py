@@ -24,7 +24,8 @@ from avex_serve.models.probes.utils import registry
 from tests.hub import hub_cache, use_cache
 
 DOCS = Path(__file__).parents[1] / "docs"
-GUIDE = (DOCS / "probe-guide.md").read_text()
+PAGES = [DOCS / f"probe-{part}.md" for part in ("guide", "choosing", "training", "saving", "reference")]
+GUIDE = "\n".join(page.read_text() for page in PAGES)
 FULL_SIZE = "esp_aves2_naturelm_audio_v1_beats"
 REPOSITORY = "EarthSpeciesProject/esp-aves2-naturelm-audio-v1-beats"
 NUMBER = re.compile(r"-?\d+\.\d+")
@@ -128,11 +129,17 @@ def assert_same_text(printed, shown):
 def test_its_links_lead_somewhere():
     contents = re.findall(r"^- \[(.+?)\]", GUIDE, re.MULTILINE)
     assert contents == [section.title for section in SECTIONS]
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", GUIDE, flags=re.DOTALL), re.MULTILINE)
-    anchors = {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    links = re.findall(r"\]\((.+?)\)", GUIDE)
-    assert {link for link in links if link.startswith("#")} <= anchors
-    assert all((DOCS / link).is_file() for link in links if not link.startswith("#"))
+    for page in PAGES:
+        for link in re.findall(r"\]\((.+?)\)", page.read_text()):
+            name, _, anchor = link.partition("#")
+            target = DOCS / name if name else page
+            assert target.is_file(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 # -- the tables --------------------------------------------------------------------------------------------------

@@ -293,11 +293,8 @@ class AvexService:
             front.repository.watch(settings.reload_seconds, partial(_bundles(settings)[1], True))
             front.alive.append(front.repository.is_watching)
         self._watch = asyncio.create_task(_look_after(front))
-        logger.info(
-            "gRPC listens on %s; to serve another bundle: "
-            "AVEX_BUNDLE=dir bentoml serve avex_serve.service:AvexService",
-            settings.grpc_address,
-        )
+        other = "; to serve another bundle: AVEX_BUNDLE=dir bentoml serve avex_serve.service:AvexService"
+        logger.info("gRPC listens on %s%s", settings.grpc_address, other if settings.serves_demo else "")
 
     @bentoml.on_shutdown
     async def stop(self) -> None:

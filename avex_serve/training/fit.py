@@ -397,15 +397,16 @@ def _sound_copies(windows: Windows, parts: Split) -> list[str]:
     part = np.full(len(windows.recordings), -1)
     for i, (_, held) in enumerate(parts.parts):
         part[np.unique(windows.recording[held])] = i
-    copies = find_copies(windows.recordings, part.tolist())
+    used = np.unique(windows.recording)  # others have no window
+    recordings = [windows.recordings[i] for i in used]
+    copies = find_copies(recordings, part[used].tolist())
     if copies is None:
         return [
             f"near-duplicates were not looked for in more than {MOST} recordings of one length; fit looks for them"
         ]
     return [
-        f"near-duplicates across the split: {windows.recordings[copy.first].name} and "
-        f"{windows.recordings[copy.second].name} sound the same (correlation {copy.correlation:.2f}); if these are "
-        "copies, remove one or put both into one group"
+        f"near-duplicates across the split: {recordings[copy.first].name} and {recordings[copy.second].name} sound "
+        f"the same (correlation {copy.correlation:.2f}); if these are copies, remove one or put both into one group"
         for copy in copies
     ]
 

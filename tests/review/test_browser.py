@@ -9,7 +9,7 @@ import pytest
 import soundfile
 
 from avex_serve.annotations.reviews import read_reviews
-from tests.browsing import check_accessible, check_width, opened
+from tests.browsing import check_accessible, check_preloaded, check_width, opened
 
 RATE = 32000
 CLIPS = 30
@@ -178,6 +178,13 @@ def test_labels_and_names_are_text(browser, served):
         page.select_option("label:has-text('Label') select", "wren")
         page.wait_for_selector("text=dusk.flac")
         assert page.query_selector("main b, main img") is None
+
+
+def test_modules_load_at_once(browser, served):
+    with opened(browser) as page:
+        page.goto(f"{served}&annotator=bo&label=wren")
+        wait(page)
+        check_preloaded(page)
 
 
 def test_a_link_to_one_window(browser, served, table):

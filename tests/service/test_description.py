@@ -98,6 +98,7 @@ def test_a_model_that_takes_embeddings(embedding_server):
     }
     described = embedding_server.get("/models/tiny-offline").json()
     assert (described["audio"], described["embeddings"]) == (None, [])
+    assert (described["routes"], described["inputs"]) == (["/classify"], [{"name": "embedding", "shape": [-1, 4]}])
 
 
 def test_several_probes_have_labels_of_their_own(tmp_path):
@@ -121,6 +122,8 @@ def test_a_model_in_one_document(audio_server):
     assert described["probes"] == [probe]
     assert described["embeddings"] == [{"output": "embedding", "shape": [4], "layers": ["last"]}]
     assert described["versions"] == ["1"]
+    assert described["routes"] == ["/predict", "/embed"]
+    assert described["inputs"] == [{"name": "waveform", "shape": [-1, 1600]}]
     assert audio_server.get("/models/tiny?version=1").json() == described
     document = audio_server.get("/docs.json").json()
     schema = document["paths"]["/models/{name}"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]

@@ -23,12 +23,12 @@ SERVICE = "avex_serve.service:AvexService"
 CHECKOUT = Path(__file__).parents[2]
 
 
-def test_log_says_what_is_served_and_how_to_serve_another(audio_server, audio_bundle):
+def test_log_says_what_is_served_and_where(audio_server, audio_bundle):
     line = next(line for line in audio_server.log.splitlines() if "serving bundle" in line)
     assert f"serving bundle tiny, version 1, from {audio_bundle} on cpu (onnx)" in line
     line = next(line for line in audio_server.log.splitlines() if "gRPC listens on" in line)
     assert audio_server.grpc in line
-    assert "AVEX_BUNDLE=dir" in line
+    assert "AVEX_BUNDLE=" not in audio_server.log, "it is set"
     assert "random weights" not in audio_server.log
 
 
@@ -154,6 +154,7 @@ def test_no_room_for_temporary_files(tmp_path, audio_bundle):
 def test_the_demo_is_served_with_a_warning(tmp_path, wav):
     with running_server(tmp_path) as server:
         assert server.log.count("AVEX_BUNDLE is not set: this is the demo bundle") == 1
+        assert server.log.count("; to serve another bundle: AVEX_BUNDLE=dir bentoml serve") == 1
         for path in ("/predict", "/embed"):
             (warning,) = server.post(path, content=wav).json()["warnings"]
             assert "set AVEX_BUNDLE to serve yours" in warning

@@ -388,6 +388,8 @@ def test_metadata_say_whether_a_bundle_of_embeddings_takes_recordings(server, em
     assert "detections" in parameters
     assert "sample_rate" not in parameters
     assert "recordings" not in embedding_server.get("/v2/models/tiny-offline").json()["parameters"]
+    assert server.get("/models/offline").json()["routes"] == ["/classify", "/predict"]
+    assert embedding_server.get("/models/tiny-offline").json()["routes"] == ["/classify"]
 
 
 def test_health_follows_the_models(tmp_path):

@@ -11,7 +11,7 @@ import soundfile
 
 from avex_serve.annotations.formats import FORMATS
 from avex_serve.cli import main
-from tests.browsing import check_accessible, check_width, opened, wait_until
+from tests.browsing import check_accessible, check_preloaded, check_width, opened, wait_until
 from tests.bundles import calibrated_copy, make_audio_bundle
 from tests.service.conftest import encode, running_server
 
@@ -108,6 +108,10 @@ def shown_as(detections):
         + ([f"{d['probability']:.3f}" if "probability" in d else ""] if calibrated else [])
         for d in detections
     ]
+
+
+def test_modules_load_at_once(page):
+    check_preloaded(page)
 
 
 def test_detections_are_those_of_the_command_line(page, bundles, recording, capsys):

@@ -71,6 +71,26 @@ def test_a_table_of_recordings_adds_columns_to_folders(tmp_path):
     assert dataset.labels == ("robin", "wren")
 
 
+def test_clips_and_reviews_of_the_same_recordings_stay_together(tmp_path):
+    """The two ways of docs/review.md."""
+    clips, archive = tmp_path / "clips", tmp_path / "archive"
+    for name in ("a", "b"):
+        write(archive / f"{name}.wav")
+        write(clips / "robin" / f"{name}1.wav", 2.0)
+    header, row = "file,start,end,label,decision", "archive/{0}.wav,2,4,robin,present"
+    reviews = tmp_path / "reviews.csv"
+    reviews.write_text("\n".join([header, *(row.format(name) for name in "ab")]) + "\n")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("file,start,end,label\narchive/a.wav,0,2,robin\narchive/b.wav,0,2,robin\n")
+    assert len({each.group for each in read_dataset([clips, reviews]).recordings}) == 4, "the program can't know"
+    assert len({each.group for each in read_dataset([labels, reviews]).recordings}) == 2
+
+    (clips / "sources.csv").write_text("file,source\nrobin/a1.wav,a\nrobin/b1.wav,b\n")
+    reviews.write_text("\n".join([f"{header},source", *(f"{row.format(name)},{name}" for name in "ab")]) + "\n")
+    dataset = read_dataset([clips, reviews], group_by="source")
+    assert sorted(each.group for each in dataset.recordings) == ["a", "a", "b", "b"]
+
+
 def test_windows_with_around_and_without_annotations(tmp_path):
     write(tmp_path / "a.wav")
     table(tmp_path, "a.wav,1.9,3,robin\na.wav,4.5,4.55,wren\n")

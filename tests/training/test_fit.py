@@ -272,6 +272,22 @@ def test_a_check_finds_what_is_wrong(data, tmp_path, capsys):
         assert one == other, "a copy and its original"
 
 
+def test_a_copy_without_windows_is_not_across_the_split(data, tmp_path, capsys):
+    """Nothing is known of the windows of the copy of a recording that is held out: it isn't used."""
+    rows = ["file,start,end,label,decision,split"]
+    for i, decision in enumerate(("present", "absent", "present", "absent")):
+        wave, _ = soundfile.read(data / "buzz" / f"{i:02}.wav")
+        soundfile.write(tmp_path / f"{i}.wav", wave, RATE)
+        rows.append(f"{i}.wav,0,2,buzz,{decision},{'test' if i < 2 else 'train'}")
+    wave, _ = soundfile.read(tmp_path / "0.wav")
+    soundfile.write(tmp_path / "copy.wav", 0.5 * wave, RATE)
+    for decision, reported in (("present", True), ("unsure", False)):
+        last = f"copy.wav,0,2,buzz,{decision},train"
+        (tmp_path / "reviews.csv").write_text("\n".join([*rows, last]) + "\n")
+        assert main(["fit", str(tmp_path / "reviews.csv"), "--check"]) == 0
+        assert ("near-duplicates across the split" in capsys.readouterr().out) is reported
+
+
 def test_few_recordings_are_cross_validated_and_one_is_not_evaluated(data, cache, tmp_path, capsys):
     few = tmp_path / "few"
     for label in LABELS:

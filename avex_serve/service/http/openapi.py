@@ -457,6 +457,14 @@ _PROTOCOL: Final[dict[str, Schema]] = {
     "Model": _object({
         "name": _STRING, "version": _STRING, "versions": _STRINGS,
         "kind": {"enum": ["audio", "embedding"]},
+        "routes": {
+            **_list({"enum": ["/predict", "/embed", "/classify"]}),
+            "description": "that ask the model; a head alone answers /predict while its backbone is served",
+        },
+        "inputs": {
+            **_list(_object({"name": _STRING, "shape": _SHAPE})),
+            "description": "of the graph: windows of audio, or the embeddings of /classify; -1: any number",
+        },
         "audio": _OPTIONAL_AUDIO,
         "probes": _list(_object({
             "name": _STRING,

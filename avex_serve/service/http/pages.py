@@ -15,6 +15,7 @@ from avex_serve import __version__
 from avex_serve.annotations.formats import FORMATS
 from avex_serve.bundles.manifest import EmbeddingInfo, ProbeInfo
 from avex_serve.inference.engine import Engine
+from avex_serve.inference.pipeline import links
 from avex_serve.inference.scores import Selection, score_scale
 from avex_serve.service.front import Front
 from avex_serve.service.http import page
@@ -83,11 +84,22 @@ async def model(front: Front, request: Request) -> Response:
         document = {
             **describe(engine),
             "versions": front.repository.versions(name),
+            "routes": _routes(front, engine),
+            "inputs": [{"name": each.name, "shape": each.shape} for each in engine.manifest.inputs],
             "audio": _audio(engine),
             "probes": [_probe(engine, probe) for probe in engine.manifest.probes],
             "embeddings": [_embedding(engine, info) for info in engine.manifest.embeddings],
         }
     return Response(msgspec.json.encode(document), media_type="application/json")
+
+
+def _routes(front: Front, engine: Engine) -> list[str]:
+    """Of the routes for recordings and embeddings, those that ask this model."""
+    manifest = engine.manifest
+    if manifest.kind == "audio":
+        return [*([PREDICT] if manifest.probes else []), *([EMBED] if manifest.embeddings else [])]
+    with front.repository.lease_those(lambda source: bool(links(source, manifest))) as sources:
+        return [CLASSIFY, PREDICT] if sources else [CLASSIFY]
 
 
 def _audio(engine: Engine) -> dict[str, Any] | None:
