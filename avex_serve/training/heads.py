@@ -40,8 +40,8 @@ BATCH: Final = 32
 DECAY: Final = 1e-2
 MOST_WEIGHT: Final = 10.0  # of windows with a rare sound, relative to those without it
 
-_BLOCK: Final = 4096  # windows in memory as float64
-_KEPT_BYTES: Final = 2**27  # of standardised features; larger data is read again in each pass
+_BLOCK: Final = 1024  # windows in memory as float64; larger pieces of memory stay with the process
+_KEPT_BYTES: Final = 640 * 2**20  # of standardised features; larger data is read again in each pass
 _WIDEST: Final = 2048  # features, for which the eigenvectors of their covariance are computed in seconds
 _GRADIENT: Final = 1e-7  # where the solver stops
 _GRADIENT_TO_CHOOSE: Final = 1e-6  # the same in folds: the last digits take most of the passes, and choose nothing
@@ -178,6 +178,10 @@ def _blocks(windows: np.ndarray) -> Iterator[np.ndarray]:
     return (windows[start : start + _BLOCK] for start in range(0, windows.size, _BLOCK))
 
 
+def _pieces(features: Tensor) -> Iterator[Tensor]:
+    return (features[start : start + _BLOCK] for start in range(0, len(features), _BLOCK))
+
+
 class _Design:
     """Standardised features of some windows, for fits with several penalties.
 
@@ -213,7 +217,7 @@ class _Design:
         if 8 * self.windows.size * width <= _KEPT_BYTES:
             # One piece of memory, which goes back to the system as a whole; many smaller ones would not.
             kept = torch.empty(self.windows.size, width, dtype=torch.float64)
-            for part, block in zip(kept.split(_BLOCK), self._read(), strict=True):
+            for part, block in zip(_pieces(kept), self._read(), strict=True):
                 part.copy_(block)
             self.kept = kept
         if width <= _WIDEST:
@@ -223,7 +227,7 @@ class _Design:
             values, vectors = torch.linalg.eigh(covariance / self.windows.size)
             self.spread, self.vectors = values.clamp(min=0), vectors
             if self.kept is not None:  # in the eigenvectors once, instead of the weights in each pass
-                for part in self.kept.split(_BLOCK):
+                for part in _pieces(self.kept):
                     part.copy_(part @ vectors)
         else:
             self.spread, self.vectors = torch.ones(width).double(), None
@@ -233,7 +237,7 @@ class _Design:
             yield _features(self.task, rows).sub_(self.mean).div_(self.deviation)
 
     def _standardised(self) -> Iterable[Tensor]:
-        return self._read() if self.kept is None else self.kept.split(_BLOCK)
+        return self._read() if self.kept is None else _pieces(self.kept)
 
     def solve(
         self, penalty: float, start: tuple[Tensor, Tensor] | None = None, gradient_left: float = _GRADIENT
