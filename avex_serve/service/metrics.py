@@ -192,7 +192,7 @@ class Metrics:
         registry = self._registry
         if SHARED in os.environ:
             registry = CollectorRegistry()
-            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            _Written(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry) + generate_latest(_Only(self._model_info()))
 
     def _model_info(self) -> Metric:
@@ -280,6 +280,18 @@ def _forget_the_dead(directory: Path) -> None:
         except OSError:  # no such process, or by now another user's
             with suppress(FileNotFoundError):  # another worker, which starts at the same time, was faster
                 mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+class _Written(MultiProcessCollector):
+    """The metrics of all workers, without files that are still empty: a worker that starts has just made them."""
+
+    def collect(self) -> Iterable[Metric]:
+        files = []
+        for path in Path(os.environ[SHARED]).glob("*.db"):
+            with suppress(FileNotFoundError):  # of a worker that has just died
+                if path.stat().st_size:
+                    files.append(str(path))
+        return self.merge(files, accumulate=True)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Only(CollectorRegistry):

@@ -1,6 +1,7 @@
 """Requests that the OpenAPI document allows, and such that it doesn't, made up by schemathesis."""
 
 import contextlib
+import json
 import warnings
 
 import pytest
@@ -19,7 +20,14 @@ EXAMPLES = 20  # of each operation and mode
 
 @pytest.mark.parametrize("mode", GenerationMode)
 def test_requests_by_the_document(besieged, mode):
-    schema = schemathesis.openapi.from_dict(besieged.server.get("/docs.json").json())
+    # Schemathesis can't say what a body of that format is not: its bytes are of no type of JSON.
+    document = json.loads(
+        besieged.server.get("/docs.json").text,
+        object_hook=lambda each: {
+            name: value for name, value in each.items() if (name, value) != ("format", "binary")
+        },
+    )
+    schema = schemathesis.openapi.from_dict(document)
     schema.config.update(base_url=besieged.server.url)
     sent = 0
     for result in schema.get_all_operations():

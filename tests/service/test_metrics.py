@@ -42,6 +42,12 @@ def test_requests_of_a_worker_that_died_are_not_in_progress(tmp_path):
         assert f'avex_requests_in_progress{{transport="{transport}"}} 1.0' in lines
 
 
+def test_a_worker_that_starts_has_an_empty_file(tmp_path):
+    (tmp_path / "counter_1.db").touch()
+    with worker(tmp_path, "answer") as another:
+        assert 'avex_requests_in_progress{transport="http"} 0.0' in another.stdout.read()
+
+
 FULL = """
 import contextlib, os, resource
 from avex_serve.scheduling.request import Request
