@@ -185,17 +185,23 @@ def test_a_client_that_stops_reading_holds_no_slot(tmp_path):
             connection.connect(("127.0.0.1", server.http_port))
             path = "/predict?format=stream&threshold=0&hop=0.01"
             connection.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: {len(audio)}\r\n\r\n".encode())
+            before = seconds(worker)
             connection.sendall(audio)
-            until(lambda: idle(worker))
+            until(lambda: idle(worker, before))
             assert b"200" in connection.recv(100)
             assert server.post("/predict", content=short).json() == expected
 
 
-def idle(worker):
-    """Whether a worker computes nothing, which it did for a while."""
-    before = sum(worker.process.cpu_times()[:2])
+def seconds(worker):
+    """The CPU time that a worker has used."""
+    return sum(worker.process.cpu_times()[:2])
+
+
+def idle(worker, before):
+    """Whether a worker computes nothing, which it did for a while since it had used that time."""
+    now = seconds(worker)
     time.sleep(0.5)
-    return before > 4 and sum(worker.process.cpu_times()[:2]) - before < 0.05
+    return now - before > 0.5 and seconds(worker) - now < 0.05
 
 
 def logged(server, answer):
