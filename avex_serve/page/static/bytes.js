@@ -12,6 +12,8 @@
  * @typedef {{blob: Blob} | {url: string, headers?: Record<string, string>}} Place
  */
 
+const HEAD = 4096; // bytes at the start of an address that are read once and kept: headers are read in many small parts
+
 /**
  * @param {Place} place
  * @returns {Promise<Bytes>}
@@ -42,7 +44,12 @@ async function ofAddress(url, headers) {
     }
     return response;
   };
-  const first = await ask(0, 1);
+  const first = await ask(0, HEAD);
   const size = Number((first.headers.get("Content-Range") ?? "").split("/")[1]);
-  return { size, read: async (from, to) => (await ask(from, Math.min(to, size))).arrayBuffer() };
+  const head = await first.arrayBuffer();
+  return {
+    size,
+    read: async (from, to) =>
+      to <= head.byteLength ? head.slice(from, to) : (await ask(from, Math.min(to, size))).arrayBuffer(),
+  };
 }

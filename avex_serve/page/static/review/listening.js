@@ -54,6 +54,7 @@ export class Listening extends EventTarget {
       return;
     }
     try {
+      this.prepare(item); // the worker reads the header meanwhile
       const sound = await this.open(item.recording);
       if (item !== this.item) {
         return;
@@ -91,7 +92,7 @@ export class Listening extends EventTarget {
   }
 
   /**
-   * Read the header of the recording of a window that is likely to be shown next.
+   * Read the header of the recording of a window, here and in the worker of the spectrogram.
    *
    * @param {Item | null} item
    */

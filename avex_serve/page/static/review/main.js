@@ -148,9 +148,9 @@ class Page {
       return;
     }
     try {
-      await this.progress.loadCounts();
+      const [first] = await Promise.all([this.named(), this.progress.loadCounts()]);
       this.quick = this.progress.frequent(this.start.labels).slice(0, QUICK + 1);
-      await this.queue.open(this.filters.wanted, await this.named());
+      await this.queue.open(this.filters.wanted, first);
       this.progress.refresh(this.filters.label.value);
     } catch (error) {
       this.fail(String(/** @type {Error} */ (error).message));
