@@ -238,11 +238,16 @@ def test_policy_keeps_the_metrics_from_all_but_prometheus(namespace):
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
 
 
-def test_probes_are_routes(audio_server):
+def test_probes_are_routes_and_leave_time_to_start(audio_server):
     (deployment,) = documents(ROOT / "deploy" / "kubernetes" / "deployment.yaml")
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert audio_server.get(container[probe]["httpGet"]["path"]).status_code == 200
+    (kserve,) = documents(ROOT / "deploy" / "kserve" / "inference-service.yaml")
+    for pod in (deployment["spec"]["template"]["spec"], kserve["spec"]["predictor"]):
+        (container,) = pod["containers"]
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert audio_server.get(container[probe]["httpGet"]["path"]).status_code == 200
+        startup = container["startupProbe"]
+        assert startup["periodSeconds"] * startup["failureThreshold"] >= START_SECONDS
+        assert "initialDelaySeconds" not in container["livenessProbe"]  # it begins when the startup probe has ended
 
 
 def test_kserve_manifest():
