@@ -20,7 +20,7 @@ from typing import Final
 
 from avex_serve.bundles.folders import Stamp, find_bundles, is_gone, stamp
 from avex_serve.bundles.manifest import Manifest
-from avex_serve.bundles.reading import read_manifest
+from avex_serve.bundles.reading import Bundle, check_files, read_manifest
 from avex_serve.errors import AvexServeError, BundleError, InputError, NotFoundError, UnavailableError
 from avex_serve.inference.engine import Engine
 
@@ -253,13 +253,14 @@ class Repository:
             return
         folder = place.folder.resolve()  # if it links to a release, all files must come from the same release
         try:
-            manifest = read_manifest(folder).manifest
+            bundle = read_manifest(folder)
+            manifest = bundle.manifest
             with self._lock:
                 place.name, place.version = manifest.name, manifest.version
             if manifest.name in self._unloaded:
                 self._exchange(place, None, UNLOADED)
                 return
-            self._check_unique(place, manifest)
+            self._check_unique(place, bundle)
             engine = self._open_engine(folder)
         except AvexServeError as error:
             self._refuse(place, str(error), now if settled else None)
@@ -288,14 +289,20 @@ class Repository:
         if not manifest.trained:
             logger.warning("bundle %s has random weights: its answers mean nothing", manifest.name)
 
-    def _check_unique(self, place: _Place, manifest: Manifest) -> None:
-        other = self._place_of((manifest.name, manifest.version))
+    def _check_unique(self, place: _Place, bundle: Bundle) -> None:
+        name, version = bundle.manifest.name, bundle.manifest.version
+        other = self._place_of((name, version))
         if other is None or other is place or (other.gone and is_gone(other.folder)):
             return
-        raise BundleError(
-            f"{place.folder} holds {manifest.name}, version {manifest.version}, which is served from "
-            f"{other.folder}; remove one of the two, or give it another version"
+        reason = (
+            f"{place.folder} holds {name}, version {version}, which is served from {other.folder}; "
+            "remove one of the two, or give it another version"
         )
+        try:
+            check_files(bundle)
+        except BundleError as damage:
+            raise BundleError(f"{damage}. Besides, {reason}") from None
+        raise BundleError(reason)
 
     def _place_of(self, key: tuple[str, str]) -> _Place | None:
         """Where the model of that name and version is served from."""

@@ -166,6 +166,16 @@ def test_the_second_of_a_name_and_version_is_refused(shelf, opened):
     assert [state.ready for state in repository.index()] == [True]
 
 
+def test_a_damaged_copy_of_what_is_served_is_reported_as_damaged(shelf, opened, caplog):
+    first, second = bundle(shelf / "a"), bundle(shelf / "b")
+    (second / ONNX).write_bytes(b"cut off")
+    repository = opened(shelf)
+    (reason,) = [state.reason for state in repository.index() if not state.ready]
+    assert reason.startswith(f"{second / ONNX} was changed after the export")
+    assert f"Besides, {second} holds tiny, version 1, which is served from {first}" in reason
+    assert reason in caplog.text
+
+
 def test_a_folder_that_is_renamed_is_served_all_the_while(shelf):
     old, new = bundle(shelf / "old"), shelf / "new"
     served_meanwhile = []
