@@ -189,7 +189,9 @@ def test_schemas_refuse_what_is_wrong():
 def test_manifests_fit_the_service():
     found = {document["kind"]: document for path in MANIFESTS for document in documents(path)}
     assert found.pop("Job")["spec"]["completionMode"] == "Indexed"  # see tests/archive/test_shards.py
-    assert set(found) == {"Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget"}
+    assert set(found) == {
+        "Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy"
+    }  # fmt: skip
     template = found["Deployment"]["spec"]["template"]
     pod, (container,) = template["spec"], template["spec"]["containers"]
     settings = Settings.from_environment({each["name"]: each["value"] for each in container["env"]})
@@ -205,13 +207,15 @@ def test_manifests_fit_the_service():
     assert settings.bundle == ("/bundles",)
     for each in (container, *pod["initContainers"]):
         assert each["securityContext"]["readOnlyRootFilesystem"]
-    (monitor,) = documents(ROOT / "deploy" / "prometheus" / "service-monitor.yaml")
-    assert monitor["spec"]["endpoints"][0]["port"] in {port["name"] for port in found["Service"]["spec"]["ports"]}
-    assert {port["targetPort"] for port in found["Service"]["spec"]["ports"]} == set(ports)
+    assert {port["targetPort"] for port in found["Service"]["spec"]["ports"]} == {"http", "grpc"}
+    (monitor,) = documents(ROOT / "deploy" / "prometheus" / "pod-monitor.yaml")
+    assert [each["port"] for each in monitor["spec"]["podMetricsEndpoints"]] == ["metrics"]
     for selector in (
         found["Deployment"]["spec"]["selector"]["matchLabels"],
         found["Service"]["spec"]["selector"],
         found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        found["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
+        monitor["spec"]["selector"]["matchLabels"],
     ):
         assert selector.items() <= template["metadata"]["labels"].items()
     assert found["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == "avex-serve"
@@ -219,11 +223,31 @@ def test_manifests_fit_the_service():
     assert {each["name"] for each in container["env"] if each["name"].startswith("AVEX_")} <= known
 
 
-def test_probes_are_routes(audio_server):
+@pytest.mark.parametrize("namespace", ["default", "monitoring"])
+def test_policy_keeps_the_metrics_from_all_but_prometheus(namespace):
+    """As Kubernetes reads the rules: one that names no peers holds for all of them."""
+    (policy,) = documents(ROOT / "deploy" / "kubernetes" / "network-policy.yaml")
+    open_to = set()
+    for rule in policy["spec"]["ingress"]:
+        peers = [
+            peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for peer in rule.get("from", ())
+        ]
+        if not peers or namespace in peers:
+            open_to |= {port["port"] for port in rule["ports"]}
+    assert open_to == ({"http", "grpc", "metrics"} if namespace == "monitoring" else {"http", "grpc"})
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+
+
+def test_probes_are_routes_and_leave_time_to_start(audio_server):
     (deployment,) = documents(ROOT / "deploy" / "kubernetes" / "deployment.yaml")
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert audio_server.get(container[probe]["httpGet"]["path"]).status_code == 200
+    (kserve,) = documents(ROOT / "deploy" / "kserve" / "inference-service.yaml")
+    for pod in (deployment["spec"]["template"]["spec"], kserve["spec"]["predictor"]):
+        (container,) = pod["containers"]
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert audio_server.get(container[probe]["httpGet"]["path"]).status_code == 200
+        startup = container["startupProbe"]
+        assert startup["periodSeconds"] * startup["failureThreshold"] >= START_SECONDS
+        assert "initialDelaySeconds" not in container["livenessProbe"]  # it begins when the startup probe has ended
 
 
 def test_kserve_manifest():
