@@ -63,7 +63,7 @@ def _text(status: dict[str, Any]) -> str:
         f"{len(status['missing'])} missing, {len(status['failed'])} failed"
     ]
     for each in status["results"]:
-        note = "" if each["current"] else ", of an earlier run"
+        note = "" if each["current"] else ", not of the last run"
         bundle = f"{each['bundle']} {each['version']}"
         lines.append(f"  {each['kind']} {each['name']}: {bundle}, {each['recordings']} recordings{note}")
     lines += [f"missing: {path}" for path in status["missing"]]

@@ -50,6 +50,7 @@ class Retraining:
         self._missing = missing
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._newest = 0  # head before the process started; one with a higher number is not whole yet
         self._lines: deque[str] = deque(maxlen=_LINES)
         self._error: str | None = None
         self._cancelled = False
@@ -61,6 +62,7 @@ class Retraining:
         with self._lock:
             if self._process is not None:
                 raise InputError("a head is being trained already; wait for it, or cancel it")
+            self._newest = max(self._numbers(), default=0)
             self._lines.clear()
             self._error, self._cancelled = None, False
             command = [sys.executable, "-m", "avex_serve", "retrain", str(self._store), *self._options]
@@ -114,11 +116,15 @@ class Retraining:
                 self._error = last.removeprefix("avex-serve: ") or f"the training ended with the status {code}"
 
     def _heads(self) -> list[dict[str, Any]]:
+        running = self._process is not None
+        whole = [number for number in self._numbers() if not running or number <= self._newest]
+        return [self._head(number) for number in sorted(whole, reverse=True)]
+
+    def _numbers(self) -> list[int]:
         if self._store is None:
             return []
         ends = [path.name.removeprefix("retrained-") for path in (self._store / RETRAINED).glob("retrained-*")]
-        numbers = [int(end) for end in ends if end.isascii() and end.isdigit()]  # not of a user's copy of one
-        return [self._head(number) for number in sorted(numbers, reverse=True)]
+        return [int(end) for end in ends if end.isascii() and end.isdigit()]  # not of a user's copy of one
 
     def _head(self, number: int) -> dict[str, Any]:
         assert self._store is not None

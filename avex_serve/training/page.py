@@ -11,7 +11,7 @@ from avex_serve.audio.reader import open_audio
 from avex_serve.errors import AvexServeError
 from avex_serve.seeing import clips, page, pictures
 from avex_serve.training.noise import MOST_PER_HOUR
-from avex_serve.training.report import HOW, NOTHING, Evaluation, LabelFigures, alarms, leaks
+from avex_serve.training.report import HOW, NOTHING, Evaluation, LabelFigures, alarms, describe_mean, leaks
 
 PAGE: Final = "report.html"
 TEMPLATE: Final = Path(__file__).with_name("report.html.j2")
@@ -49,7 +49,7 @@ def make_page(evaluation: Evaluation, recordings: Mapping[str, Path]) -> str:
         noise=_noise(evaluation),
         columns=list(_COLUMNS),
         rows=[_row(name, figures) for name, figures in evaluation.labels.items()],
-        mean=None if evaluation.macro is None else [str(getattr(evaluation.macro, f)) for f in _COLUMNS.values()],
+        mean=None if evaluation.macro is None else [describe_mean(evaluation, f) for f in _COLUMNS.values()],
         charts=_charts(evaluation),
         confusion=_confusion(evaluation),
         mistakes=[_mistake(each, recordings) for each in evaluation.worst[:MOST_MISTAKES]],
@@ -62,8 +62,8 @@ def _headline(evaluation: Evaluation) -> dict[str, str]:
     found = {}
     if evaluation.macro is not None:
         found = {
-            "mean average precision": str(evaluation.macro.average_precision),
-            "mean AUROC": str(evaluation.macro.auroc),
+            "mean average precision": describe_mean(evaluation, "average_precision"),
+            "mean AUROC": describe_mean(evaluation, "auroc"),
         }
     counts = {
         "labels": len(evaluation.labels),

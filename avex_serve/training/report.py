@@ -22,10 +22,10 @@ from avex_serve.training import metrics
 from avex_serve.training.dataset import NEGATIVES, Recording
 from avex_serve.training.embed import Windows
 from avex_serve.training.noise import MOST_PER_HOUR, per_hour
+from avex_serve.training.split import FEW
 
 EVALUATION: Final = "evaluation.json"
 TABLE: Final = "evaluation.csv"
-FEW: Final = 5  # recordings with a sound, below which its figures say little
 WORST: Final = 30  # mistakes to list
 BACKGROUND: Final = "the background of the data"  # windows that hold none of the sounds
 _NO_SOUND: Final = frozenset({*NEGATIVES, "silence"})  # labels that a head may have for it
@@ -367,6 +367,16 @@ def summary(evaluation: Evaluation) -> str:
             )
     lines += [f"WARNING: {alarm}" for alarm in (*leaks(evaluation), *alarms(evaluation))]
     return "\n".join([*lines, *(f"note: {problem}" for problem in evaluation.problems)])
+
+
+def describe_mean(evaluation: Evaluation, field: str) -> str:
+    """The mean of a figure over labels, and over how many of them if some have no value."""
+    assert evaluation.macro is not None
+    mean_value = getattr(evaluation.macro, field)
+    valued = sum(getattr(figures, field).value is not None for figures in evaluation.labels.values())
+    if valued in (0, len(evaluation.labels)):
+        return str(mean_value)
+    return f"{mean_value}, of {valued} of {len(evaluation.labels)} labels"
 
 
 def leaks(evaluation: Evaluation) -> list[str]:

@@ -8,9 +8,8 @@ import numpy as np
 
 from avex_serve.errors import InputError
 
-FOLDS: Final = 5
-HELD_OUT: Final = 5  # one group in five
-ENOUGH: Final = 10  # groups with a label, so that a fifth of them says something about it
+FOLDS: Final = 5  # the first of them is held out, if it has enough groups
+FEW: Final = 5  # evaluated groups with a label, below which its figures say little
 ALIKE: Final = 0.999  # cosine of embeddings, less their mean, from which on two windows are near-duplicates
 _BLOCK: Final = 2048  # windows that are compared at once
 _SKETCH: Final = 64  # numbers of a sketch
@@ -40,8 +39,8 @@ def split(targets: np.ndarray, groups: np.ndarray, given: np.ndarray, seed: int)
         seed: of the choice of groups.
 
     Returns:
-        The split of the data if it has one; else a fifth of the groups held out, if `ENOUGH` groups have each label;
-        else up to five folds of groups; else, with one group, nothing to evaluate on.
+        The split of the data if it has one; else a fifth of the groups held out, if at least `FEW` of these have
+        each label; else up to five folds of groups; else, with one group, nothing to evaluate on.
 
     Raises:
         InputError: a split for some windows only, or for one of training and testing only.
@@ -62,11 +61,10 @@ def split(targets: np.ndarray, groups: np.ndarray, given: np.ndarray, seed: int)
     count = np.unique(groups).size
     if count < 2:
         return Split("none", ())
-    holding = [np.unique(groups[targets[:, i] == 1]).size for i in range(targets.shape[1])]
-    if min(holding) >= ENOUGH:
-        test = folds(targets, groups, HELD_OUT, seed) == 0
-        return Split("hold-out", ((~test, test),))
     fold = folds(targets, groups, min(FOLDS, count), seed)
+    held_out = fold == 0
+    if min(np.unique(groups[held_out & (label == 1)]).size for label in targets.T) >= FEW:
+        return Split("hold-out", ((~held_out, held_out),))
     return Split("cross-validation", tuple((fold != i, fold == i) for i in range(fold.max() + 1)))
 
 

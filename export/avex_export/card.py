@@ -93,7 +93,7 @@ def _head(bundle: Bundle, probe: ProbeInfo) -> dict[str, Any]:
 
 
 def _worth(probe: ProbeInfo) -> list[str]:
-    """Sentences about evaluation, calibration and training recordings, if there are any."""
+    """Sentences about evaluation, calibration, scores and training recordings, if there is anything to say."""
     sentences = []
     if (found := probe.evaluation) is not None:
         interval = f" ({found.interval[0]:.2f} to {found.interval[1]:.2f})" if found.interval is not None else ""
@@ -104,6 +104,11 @@ def _worth(probe: ProbeInfo) -> list[str]:
         )
     if (calibration := probe.calibration) is not None:
         sentences.append(replace(calibration, source=_text(calibration.source)).describe())
+    if probe.activation == "softmax":
+        sentences.append(
+            "The scores of a window sum to 1. So a window without any of these sounds gets a label too, unless one "
+            "of the labels is for that, such as `noise`."
+        )
     if probe.trained_on is not None:
         sentences.append(f"`{probe.trained_on}` has the SHA-256 of each recording that trained it.")
     return sentences

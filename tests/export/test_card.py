@@ -127,6 +127,13 @@ def test_text_of_the_user_stays_text(card, changes):
     assert re.findall(r"^#.*$", outside, re.MULTILINE) == headings
 
 
+def test_softmax_scores_name_a_label_everywhere(card):
+    (probe,) = read_manifest(DEMO_BUNDLE).manifest.probes
+    sentence = "So a window without any of these sounds gets a label too"
+    assert sentence in card(probes=(msgspec.structs.replace(probe, activation="softmax"),))
+    assert sentence not in card()
+
+
 def test_many_labels_are_left_to_their_file(card):
     text = card(labels=tuple(f"label {i}" for i in range(101)))
     assert "The first 100 of 101; `labels.json` has all: label 0, label 1," in text

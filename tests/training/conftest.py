@@ -8,7 +8,7 @@ from avex_serve.synthetic import make_clip
 
 LABELS = ("buzz", "trill")
 RATE = 16000
-RECORDINGS = 11  # of each label: enough to hold out a fifth
+RECORDINGS = 25  # of each label: enough to hold out a fifth
 
 
 @pytest.fixture(scope="session")

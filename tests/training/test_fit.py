@@ -59,7 +59,7 @@ def test_the_probe_the_calibration_and_the_report(fitted):
     assert all(label.threshold is not None for label in calibration.labels)
     report = json.loads((fitted / "evaluation.json").read_text())
     assert (report["model"], report["probe"], report["evaluated"]) == ("avex_demo", "linear_last", "hold-out")
-    assert 6 <= report["recordings"] <= 8
+    assert 14 <= report["recordings"] <= 16
     for figures in (report["macro"], *report["labels"].values()):
         for name in ("average_precision", "auroc", "precision", "recall", "f1", "f1_at_threshold"):
             measure = figures[name]
@@ -76,11 +76,11 @@ def test_a_check_says_what_would_be_trained_on(data, tmp_path, capsys, monkeypat
     monkeypatch.setattr(module, "load_model", None)  # nothing expensive
     assert main(["fit", str(data), "--output", str(tmp_path / "x"), "--check"]) == 0
     said = capsys.readouterr().out
-    assert "33 recordings, 66 windows with labels, 33 groups; evaluation: hold-out" in said
+    assert "75 recordings, 150 windows with labels, 75 groups; evaluation: hold-out" in said
     counts = {line.split()[0]: line.split()[-3:] for line in said.splitlines()}
     assert counts["windows/recordings/groups"] == ["windows/recordings/groups"]
     assert counts["all"] == ["all", "train", "test"]
-    assert counts["buzz"][0] == "22/11/11"
+    assert counts["buzz"][0] == "50/25/25"
     for label in LABELS:
         everything, train, test = (list(map(int, cell.split("/"))) for cell in counts[label])
         assert everything == [sum(pair) for pair in zip(train, test, strict=True)]
@@ -89,7 +89,7 @@ def test_a_check_says_what_would_be_trained_on(data, tmp_path, capsys, monkeypat
 
 def test_only_a_check_needs_no_output(data, capsys):
     assert main(["fit", str(data), "--check"]) == 0
-    assert "33 recordings" in capsys.readouterr().out
+    assert "75 recordings" in capsys.readouterr().out
     assert main(["fit", str(data)]) == 2
     assert "--output is missing" in capsys.readouterr().err
 
@@ -171,7 +171,7 @@ def test_a_calibration_on_recordings_that_trained_the_head_warns(fitted, data, t
     assert main(["calibrate", str(bundle), str(reviews), *options, "--output", str(tmp_path / "new")]) == 0
     assert f"WARNING: {len(trained)} of {len(paths)} recordings trained this head" in capsys.readouterr().err
     (probe,) = read_bundle(tmp_path / "new").manifest.probes
-    assert probe.calibration.source.endswith(f"of 33 recordings, {len(trained)} of which trained the head")
+    assert probe.calibration.source.endswith(f"of 75 recordings, {len(trained)} of which trained the head")
     fresh = [row for row, path in zip(rows[::2], paths, strict=True) if sha256_of(path) not in trained]
     reviews.write_text("\n".join(["file,start,end,label,decision,score", *fresh]) + "\n")
     main(["calibrate", str(bundle), str(reviews), *options, "--output", str(tmp_path / "new")])
@@ -357,6 +357,11 @@ def test_few_recordings_are_cross_validated_and_one_is_not_evaluated(data, cache
     assert (evaluation.evaluated, evaluation.recordings) == ("cross-validation", 6)
     assert any("missing" in problem for problem in evaluation.problems)
 
+    (few / "buzz" / "again.wav").write_bytes((few / "buzz" / "0.wav").read_bytes())
+    evaluation = fit_probe(FitRequest(few, tmp_path / "copied", cache=cache), print)
+    [copy] = [problem for problem in evaluation.problems if "again.wav" in problem]
+    assert copy.endswith("they stay together")
+
     one = tmp_path / "one"
     one.mkdir()
     soundfile.write(one / "a.wav", np.concatenate([soundfile.read(data / x / "00.wav")[0] for x in LABELS]), RATE)
@@ -392,7 +397,7 @@ def test_a_split_of_the_data_is_used(data, cache, tmp_path):
         evaluation = fit_probe(FitRequest(data, tmp_path / "probe", cache=cache), print)
     finally:
         table.unlink()
-    assert (evaluation.evaluated, evaluation.recordings) == ("split column", 12)
+    assert (evaluation.evaluated, evaluation.recordings) == ("split column", 27)
 
 
 def test_what_can_not_be_fitted_is_refused(data, cache, tmp_path):

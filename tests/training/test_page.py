@@ -49,6 +49,17 @@ def test_the_page_has_the_figures_of_the_report(made):
         assert f"score {mistake.score:.3f}, {mistake.start:.1f} to {mistake.end:.1f} s" in text
 
 
+def test_a_mean_says_how_many_labels_have_a_value(tmp_path):
+    windows = make_windows(tmp_path / "data", LABELS)
+    windows.targets[:, 1] = 0  # never there
+    evaluation, _ = write(tmp_path / "report", windows, LABELS, page=True)
+    text = Page((tmp_path / "report" / "report.html").read_text("utf-8")).text
+    mean = f"{shown(evaluation.macro.average_precision)}, of 2 of 3 labels"
+    assert f"mean average precision{mean}" in text
+    assert text.count(mean) == 2, "at the top and below the labels"
+    assert f"{shown(evaluation.macro.precision)}, of" not in text
+
+
 def test_noise_that_is_detected_is_loud(made):
     _, page, _ = made
     headings = page.texts("h2")

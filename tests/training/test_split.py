@@ -19,18 +19,30 @@ def nothing(groups):
 
 
 def test_a_fifth_of_the_groups_is_held_out_where_labels_have_many():
-    targets, groups = season()
+    targets, groups = season(recordings=200)
     result = split(targets, groups, nothing(groups), 0)
     assert (result.how, result.trains_on_all) == ("hold-out", False)
     ((train, test),) = result.parts
     assert not (train & test).any()
     assert (train | test).all()
     assert not np.intersect1d(groups[train], groups[test]).size
-    assert np.unique(groups[test]).size == 12
+    assert np.unique(groups[test]).size == 40
     for label in range(4):
         with_it = np.unique(groups[targets[:, label] == 1])
         share = np.isin(with_it, groups[test]).mean()
         assert 0.1 < share < 0.3
+
+
+@pytest.mark.parametrize(("recordings", "how"), [(20, "cross-validation"), (25, "hold-out")])
+def test_what_is_held_out_has_five_groups_with_each_label(recordings, how):
+    """With fewer, more recordings would make a report of fewer."""
+    groups = np.arange(2 * recordings)
+    targets = np.eye(2, dtype=np.int8)[groups % 2]
+    for seed in range(5):
+        result = split(targets, groups, nothing(groups), seed)
+        assert result.how == how
+        evaluated = np.any([test for _, test in result.parts], axis=0)
+        assert (targets[evaluated].sum(axis=0) >= 5).all()
 
 
 def test_few_groups_are_cross_validated():

@@ -212,7 +212,7 @@ const STRINGS = {
   "review.retrain.report": "Report of {name}",
   "review.retrain.before": "Report of the head before {name}",
   "review.retrain.table": "Average precision before and with {name}, on {recordings} recordings that did not train it",
-  "review.retrain.none": "Nothing is compared: the decisions are about too few recordings.",
+  "review.retrain.none": "Nothing is compared: no reviewed recording was left to judge the heads by. Review windows of more recordings.",
   "review.retrain.was": "Before",
   "review.retrain.is": "After",
   "review.retrain.change": "Change (95 %)",
