@@ -46,7 +46,7 @@ def test_train_probe_on_synthetic_recordings(run):
     found = dict(re.findall(r"^(\w+): average precision ([\d.]+) \(", printed, re.MULTILINE))
     assert set(found) == set(LABELS)
     assert np.mean([float(value) for value in found.values()]) > 0.8
-    assert "evaluation: hold-out" in printed
+    assert "evaluation: cross-validation" in printed
     probe = load_probe("my_probe")
     assert set(probe.labels) == set(LABELS)
     # The recording has one sound in each window but every fourth.
