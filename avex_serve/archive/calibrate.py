@@ -15,9 +15,10 @@ from avex_serve.annotations.reading import Recordings
 from avex_serve.annotations.reviews import Review, agreed, read_reviews
 from avex_serve.archive.store import Store
 from avex_serve.audio.reader import open_audio
-from avex_serve.bundles.reading import Bundle, read_bundle
+from avex_serve.bundles.reading import Bundle, read_bundle, sha256_of
 from avex_serve.bundles.remote import is_remote, local_bundle
 from avex_serve.bundles.sealing import recalibrate
+from avex_serve.bundles.trained import describe_seen, trained_on
 from avex_serve.calibration.fit import RECORDINGS, TARGET, WITH_SOUND, WITHOUT_SOUND, calibrate
 from avex_serve.calibration.scales import Calibration, LabelCalibration, log_odds
 from avex_serve.database import connect, quoted
@@ -90,11 +91,20 @@ def calibrate_bundle(request: CalibrationRequest, say: Callable[[str], None] = p
                 f"there are reviews of {', '.join(map(repr, unknown[:5]))}, which the probe doesn't have; one of "
                 f"its {len(labels)} labels is {min(labels)!r}"
             )
-        scored = _score(request, engine, head.name, reviews, say)
+        source = _source(request, engine, head.name)
+        scored = _score(source, reviews, say)
+        known = trained_on(bundle, head)
     names = sorted({each.label for each in scored}, key=labels.index)
     if not names:
         raise InputError(f"no review can be used; expected rows of file, start, end, label and decision {_needed()}")
-    found = _fit(request, scored, names, head.activation)
+    recordings = {each.recording for each in scored}
+    seen = 0 if known is None else sum(source.digest(recording) in known for recording in recordings)
+    if seen:
+        say(
+            f"WARNING: {describe_seen(seen, len(recordings))}, so fewer detections will be right there than the "
+            "probabilities and thresholds say"
+        )
+    found = _fit(request, scored, names, head.activation, seen)
     for each in found.labels:
         if each.reason is not None:
             say(f"{each.label}: {each.reason}")
@@ -164,16 +174,13 @@ class _Source(Protocol):
         """The score of each review of a recording; None: it is not about the recording."""
         ...
 
+    def digest(self, recording: Path) -> str | None:
+        """The SHA-256 of a recording; None: it isn't there."""
+        ...
 
-def _score(
-    request: CalibrationRequest,
-    engine: Engine,
-    probe: str,
-    reviews: Sequence[tuple[Path, Review]],
-    say: Callable[[str], None],
-) -> list[Scored]:
+
+def _score(source: _Source, reviews: Sequence[tuple[Path, Review]], say: Callable[[str], None]) -> list[Scored]:
     """The reviews that are sure, with their scores; those of stretches without a window are left out."""
-    source = _source(request, engine, probe)
     by_recording: dict[Path, dict[tuple[float, float, str], Review]] = defaultdict(dict)
     missing: Counter[str] = Counter()
     for folder, review in reviews:
@@ -221,6 +228,9 @@ class _Tables:
     def scores(self, recording: Path, reviews: Sequence[Review]) -> list[float | None]:
         return [_rounded(review) for review in reviews]
 
+    def digest(self, recording: Path) -> str | None:
+        return sha256_of(recording) if recording.is_file() else None
+
 
 class _Recordings:
     """Scores of recordings, which are run."""
@@ -247,6 +257,9 @@ class _Recordings:
         found = pipeline.run_recording(self._engine, partial(open_audio, recording), self._query, [head.logits])
         scores, place = activate(found.outputs[head.logits], head.activation), self._engine.labels(head.name).index
         return [_score_of(review, found.spans, scores[:, place(review.label)]) for review in reviews]
+
+    def digest(self, recording: Path) -> str | None:
+        return sha256_of(recording)
 
 
 class _Stored:
@@ -292,6 +305,9 @@ class _Stored:
         spans = {label: np.stack([found["start"], found["end"]], axis=1) for label, found in columns.items()}
         return [_score_of(review, spans[review.label], columns[review.label]["score"]) for review in reviews]
 
+    def digest(self, recording: Path) -> str | None:
+        return self._digests[recording]
+
 
 def _score_of(review: Review, spans: np.ndarray, scores: np.ndarray) -> float | None:
     """The highest score (N,) of the windows (N, 2) that share most with the stretch; None: none shares anything."""
@@ -307,7 +323,7 @@ def _score_of(review: Review, spans: np.ndarray, scores: np.ndarray) -> float | 
 
 
 def _fit(
-    request: CalibrationRequest, scored: Sequence[Scored], names: Sequence[str], activation: str
+    request: CalibrationRequest, scored: Sequence[Scored], names: Sequence[str], activation: str, seen: int
 ) -> Calibration:
     rows, columns = np.arange(len(scored)), np.array([names.index(each.label) for each in scored])
     logits, targets = np.zeros((rows.size, len(names))), np.full((rows.size, len(names)), -1, np.int8)
@@ -316,6 +332,7 @@ def _fit(
     targets[rows, columns] = [each.present for each in scored]
     groups = np.unique([str(each.recording) for each in scored], return_inverse=True)[1]
     source = f"{rows.size} reviewed detections of {np.unique(groups).size} recordings"
+    source += f", {seen} of which trained the head" if seen else ""
     target = request.target_precision
     return calibrate(logits, targets, groups, names, source=source, target_precision=target, seed=request.seed)
 

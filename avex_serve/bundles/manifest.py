@@ -2,6 +2,7 @@
 
     manifest.json          what this is: see `Manifest`
     labels.json            {label: index}, avex's flat format; NAME.labels.json for each of several probes
+    trained_on.txt         optional: SHA-256 of each recording that trained the head; likewise
     model.onnx             the graph for onnxruntime; large weights are in model.onnx.data
     model_int8.onnx        optional: the same graph with its matrix products in 8-bit integers; likewise
     model.torchscript.pt   the same graph for torch
@@ -23,10 +24,11 @@ from avex_serve.calibration.scales import Activation as Activation
 from avex_serve.calibration.scales import Calibration, Interval
 from avex_serve.errors import BundleError
 
-SCHEMA_VERSION: Final = 3  # since 3: calibrations and evaluations of heads
+SCHEMA_VERSION: Final = 3  # since 3: calibrations, evaluations and training recordings of heads
 READABLE: Final = (2, 3)  # schema versions
 MANIFEST = "manifest.json"
 LABELS = "labels.json"
+TRAINED_ON = "trained_on.txt"
 PROBE = "probe.yml"  # of a saved probe, from which a bundle is made
 ONNX = "model.onnx"
 ONNX_INT8 = "model_int8.onnx"
@@ -104,6 +106,9 @@ class ProbeInfo(_Strict, frozen=True, kw_only=True):
     input_fingerprint: Sha256 | None = field(default=None, name="reads")
     calibration: Calibration | None = None  # of its labels, in their order
     evaluation: EvaluationInfo | None = None
+    trained_on: FileName | None = (
+        None  # the file with the digests of the recordings that trained it; None: not known
+    )
 
     @property
     def scores(self) -> str:
@@ -189,6 +194,8 @@ class Manifest(_Strict, frozen=True, kw_only=True):
                     f"probe {probe.name}: a calibration of {len(probe.calibration.labels)} labels, not of the "
                     f"{probe.classes} that it has"
                 )
+            if self.files and probe.trained_on is not None and probe.trained_on not in self.files:
+                raise _Misfit(f"probe {probe.name}: {probe.trained_on} is not among the files")
         embeddings = {info.output for info in self.embeddings}
         if lost := {probe.embedding for probe in self.probes} - embeddings - {None}:
             raise _Misfit(f"the outputs {sorted(map(str, lost))} are not among the embeddings")

@@ -58,6 +58,8 @@ def _document(bundle: "Bundle") -> dict[str, Any]:
 
 
 def _lines(bundle: "Bundle") -> Iterator[tuple[str, str]]:
+    from avex_serve.bundles.trained import trained_on
+
     manifest = bundle.manifest
     yield "bundle", f"{manifest.name}, version {manifest.version}, sha256 {bundle.digest}"
     yield "backbone", manifest.model + ("" if manifest.checkpoint is None else f", {manifest.checkpoint}")
@@ -83,6 +85,8 @@ def _lines(bundle: "Bundle") -> Iterator[tuple[str, str]]:
             found = probe.evaluation
             tried = f"{found.windows} windows of {found.recordings} recordings ({found.split})"
             yield "evaluated", f"average precision {found.average_precision:.3f}, on {tried}"
+        if (digests := trained_on(bundle, probe)) is not None:
+            yield "trained on", f"{len(digests)} recordings, by their SHA-256 in {probe.trained_on}"
     for each in manifest.embeddings:
         yield "embedding", f"{each.output} of {', '.join(each.layers)}"
     if manifest.quantisation is not None:

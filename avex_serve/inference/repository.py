@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final
 
 from avex_serve.bundles.folders import Stamp, find_bundles, is_gone, stamp
-from avex_serve.bundles.manifest import Manifest
-from avex_serve.bundles.reading import read_manifest
+from avex_serve.bundles.manifest import MANIFEST, Manifest
+from avex_serve.bundles.reading import Bundle, check_files, read_manifest
 from avex_serve.errors import AvexServeError, BundleError, InputError, NotFoundError, UnavailableError
 from avex_serve.inference.engine import Engine
 
@@ -66,6 +66,7 @@ class _Place:
     seen: Stamp | None = None  # at the last look
     settled: Stamp | None = None  # of the files that were opened, or refused for good
     gone: bool = False  # at the last look
+    vacant: bool = False  # without a manifest at the last look
 
 
 class Repository:
@@ -203,7 +204,8 @@ class Repository:
 
         Incomplete files may be those of a bundle that is still being copied, so they are refused only if they are
         the same at two looks. A folder counts as gone if it is gone at two looks, since replacing a folder removes
-        it for a moment.
+        it for a moment. A bundle that has lost its manifest at two looks goes on until its namesake in another
+        folder takes over.
         """
         with self._changing:
             self._look_around(patient=True)
@@ -248,18 +250,20 @@ class Repository:
 
     def _look_at(self, place: _Place, *, patient: bool) -> None:
         now = stamp(place.folder)
-        settled, place.seen, place.gone = not patient or now == place.seen, now, False
+        settled, place.seen = not patient or now == place.seen, now
+        place.gone = place.vacant = False
         if now == place.settled:
             return
         folder = place.folder.resolve()  # if it links to a release, all files must come from the same release
         try:
-            manifest = read_manifest(folder).manifest
+            bundle = read_manifest(folder)
+            manifest = bundle.manifest
             with self._lock:
                 place.name, place.version = manifest.name, manifest.version
             if manifest.name in self._unloaded:
                 self._exchange(place, None, UNLOADED)
                 return
-            self._check_unique(place, manifest)
+            self._check_unique(place, bundle)
             engine = self._open_engine(folder)
         except AvexServeError as error:
             self._refuse(place, str(error), now if settled else None)
@@ -288,14 +292,20 @@ class Repository:
         if not manifest.trained:
             logger.warning("bundle %s has random weights: its answers mean nothing", manifest.name)
 
-    def _check_unique(self, place: _Place, manifest: Manifest) -> None:
-        other = self._place_of((manifest.name, manifest.version))
-        if other is None or other is place or (other.gone and is_gone(other.folder)):
+    def _check_unique(self, place: _Place, bundle: Bundle) -> None:
+        name, version = bundle.manifest.name, bundle.manifest.version
+        other = self._place_of((name, version))
+        if other is None or other is place or (other.vacant and is_gone(other.folder / MANIFEST)):
             return
-        raise BundleError(
-            f"{place.folder} holds {manifest.name}, version {manifest.version}, which is served from "
-            f"{other.folder}; remove one of the two, or give it another version"
+        reason = (
+            f"{place.folder} holds {name}, version {version}, which is served from {other.folder}; "
+            "remove one of the two, or give it another version"
         )
+        try:
+            check_files(bundle)
+        except BundleError as damage:
+            raise BundleError(f"{damage}. Besides, {reason}") from None
+        raise BundleError(reason)
 
     def _place_of(self, key: tuple[str, str]) -> _Place | None:
         """Where the model of that name and version is served from."""
@@ -317,8 +327,9 @@ class Repository:
         """Handle a folder that no longer holds a bundle."""
         gone = is_gone(place.folder)
         if place.served is not None and not (gone and place.gone):
-            place.gone = gone  # a folder without a manifest may be one that is being copied
-            if gone:  # then the same bundle in another folder may take over
+            # A folder without a manifest may be one that is being copied, or a folder of versions by now.
+            place.gone, place.vacant = gone, is_gone(place.folder / MANIFEST)
+            if place.vacant:  # then the same bundle in another folder may take over
                 self._reconsider(place.served.key)
             return
         if place.served is not None:

@@ -5,6 +5,7 @@ evaluated on the same resample. What makes a recording easy or hard is in both, 
 the figures.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from avex_serve.training.report import (
     FIGURES,
     Predictions,
     figures_of,
+    leaks,
     mean,
     read_evaluation,
     resampled,
@@ -78,7 +80,7 @@ def compare_reports(first: Path, second: Path, seed: int = 0, *, shared: bool = 
         NotFoundError: not a report, or one of which nothing was evaluated.
         InputError: reports of different recordings, labels or groups.
     """
-    names, scores = zip(*(_read(path) for path in (first, second)), strict=True)
+    names, scores, seen = zip(*(_read(path) for path in (first, second)), strict=True)
     if shared:
         both = np.intersect1d(*(each.recordings for each in scores))
         scores = tuple(_of_recordings(each, both) for each in scores)
@@ -103,7 +105,7 @@ def compare_reports(first: Path, second: Path, seed: int = 0, *, shared: bool = 
             label: _differences([each[:, i] for each in values], [each[:, i] for each in drawn])
             for i, label in enumerate(labels)
         },
-        notes=notes,
+        notes=(*itertools.chain(*seen), *notes),
     )
 
 
@@ -126,12 +128,13 @@ def table(comparison: Comparison) -> str:
 # -- parts --------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> tuple[str, Scores]:
+def _read(path: Path) -> tuple[str, Scores, list[str]]:
     folder = path.parent if path.name == EVALUATION else path
     evaluation = read_evaluation(folder)
     if evaluation is None:
         raise NotFoundError(f"{folder} holds no {EVALUATION}; expected the folder of a report")
-    return f"{path} ({evaluation.probe} on {evaluation.model})", read_scores(folder / SCORES)
+    name = f"{path} ({evaluation.probe} on {evaluation.model})"
+    return name, read_scores(folder / SCORES), [f"{name}: {leak}" for leak in leaks(evaluation)]
 
 
 def _of_recordings(scores: Scores, recordings: np.ndarray) -> Scores:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from avex_serve.bundles.manifest import Activation
+from avex_serve.bundles.trained import trained_on
 from avex_serve.calibration.scales import log_odds
 from avex_serve.errors import report_full_disk
 from avex_serve.evidence.first import open_checked
@@ -38,7 +39,7 @@ class EvaluationRequest:
 
 
 def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = print) -> Evaluation:
-    """Evaluate a head of a bundle on all windows with a known label; it must not have been trained on them.
+    """Evaluate a head of a bundle on all windows with a known label. The report says how many trained it.
 
     The files of `write_report` are written into ``request.output``, if that is given.
 
@@ -95,6 +96,7 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
             noise=noise,
             problems=[*dataset.problems, *lost],
             seed=request.seed,
+            trained_on=trained_on(engine.bundle, head),
         )
         if request.output is not None:
             with report_full_disk():

@@ -17,7 +17,8 @@ import yaml
 from avex_serve.annotations.table import new_folder
 from avex_serve.archive.store import Store
 from avex_serve.audio.windows import plan_windows
-from avex_serve.bundles.manifest import MANIFEST, PROBE
+from avex_serve.bundles.manifest import MANIFEST, PROBE, TRAINED_ON
+from avex_serve.bundles.trained import write_trained_on
 from avex_serve.calibration.fit import TARGET
 from avex_serve.configs import ProbeConfig
 from avex_serve.errors import AvexServeError, DependencyError, InputError, NotFoundError
@@ -100,8 +101,8 @@ def check_data(request: FitRequest) -> str:
 def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
     """Train a head, evaluate it on recordings that chose nothing of it, and save it with its report.
 
-    The folder ``request.output`` is a saved probe with ``calibration.json`` and the files of `write_report`, written
-    whole or not at all.
+    The folder ``request.output`` is a saved probe with ``calibration.json``, ``trained_on.txt`` and the files of
+    `write_report`, written whole or not at all.
 
     Args:
         request: what to do.
@@ -161,6 +162,7 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
     with new_folder(output, PROBE) as folder:
         save_probe(probe, folder, labels=dataset.labels, model=request.model, activation="sigmoid")
         fitted.head.calibration.write(folder)
+        write_trained_on(fitted.trained_on, folder / TRAINED_ON)
         write_report(folder, evaluation, fitted.windows, fitted.predictions, page=page)
     return evaluation
 
@@ -174,6 +176,7 @@ class Fitted:
     how: str  # see `Split`
     windows: Windows  # with the targets that can be evaluated
     predictions: list[Predictions]  # for parts of the windows; none: nothing could be evaluated
+    trained_on: frozenset[str]  # SHA-256 of each recording that trained the head
     problems: list[str]
 
     def noise_logits(self, inputs: list[np.ndarray]) -> np.ndarray:
@@ -213,10 +216,10 @@ def fit_windows(
         heads.append(trained)
         if len(parts.parts) > 1:
             say(f"evaluated {len(heads)} of {len(parts.parts)} folds")
-    head = (
-        train(task, np.ones(len(windows.targets), bool), seed, target_precision) if parts.trains_on_all else heads[0]
-    )
-    return Fitted(task, head, parts.how, replace(windows, targets=known), predictions, copies)
+    rows = np.ones(len(windows.targets), bool) if parts.trains_on_all else parts.parts[0][0]
+    head = train(task, rows, seed, target_precision) if parts.trains_on_all else heads[0]
+    digests = frozenset(windows.recordings[i].digest for i in np.unique(windows.recording[rows]))
+    return Fitted(task, head, parts.how, replace(windows, targets=known), predictions, digests, copies)
 
 
 def probe_config(name: str) -> ProbeConfig:

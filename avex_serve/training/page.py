@@ -11,7 +11,7 @@ from avex_serve.audio.reader import open_audio
 from avex_serve.errors import AvexServeError
 from avex_serve.seeing import clips, page, pictures
 from avex_serve.training.noise import MOST_PER_HOUR
-from avex_serve.training.report import HOW, NOTHING, Evaluation, LabelFigures, alarms
+from avex_serve.training.report import HOW, NOTHING, Evaluation, LabelFigures, alarms, leaks
 
 PAGE: Final = "report.html"
 TEMPLATE: Final = Path(__file__).with_name("report.html.j2")
@@ -43,6 +43,7 @@ def make_page(evaluation: Evaluation, recordings: Mapping[str, Path]) -> str:
         title=f"{evaluation.probe} on {evaluation.model}",
         headline=_headline(evaluation),
         how=f"Evaluated on {HOW.get(evaluation.evaluated, evaluation.evaluated)}; intervals are 95 % over groups.",
+        leaks=leaks(evaluation),
         alarms=alarms(evaluation),
         most=f"{MOST_PER_HOUR:g}",
         noise=_noise(evaluation),

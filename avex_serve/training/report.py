@@ -5,7 +5,7 @@ Needs no torch. The schema of ``evaluation.json`` is that of `Evaluation`.
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from msgspec import Struct
 from msgspec.structs import replace
 
+from avex_serve.bundles.trained import describe_seen
 from avex_serve.calibration.scales import Activation, Calibration, Calibrator, sigmoid
 from avex_serve.errors import InputError
 from avex_serve.inference.scores import activate
@@ -115,6 +116,7 @@ class Evaluation(Struct, frozen=True, kw_only=True):
     worst: tuple[Mistake, ...]
     noise: dict[str, Noise]
     problems: tuple[str, ...]  # of the data, and what the figures don't show
+    trained_on: int | None = None  # recordings of these that trained the evaluated head; null: not known
 
     def write(self, folder: Path) -> None:
         """Write ``evaluation.json`` and ``evaluation.csv`` into a folder."""
@@ -172,6 +174,7 @@ def report(
     noise: Mapping[str, np.ndarray],
     problems: Sequence[str],
     seed: int,
+    trained_on: Collection[str] | None = None,
 ) -> Evaluation:
     """The report of a head.
 
@@ -187,6 +190,7 @@ def report(
         noise: logits (N, C) of the saved head for windows of each noise.
         problems: of the data.
         seed: of the resampling.
+        trained_on: SHA-256 of each recording that trained the head; None: not known.
     """
     macro = None
     figures: dict[str, LabelFigures] = {}
@@ -204,13 +208,14 @@ def report(
             for name, score in zip(labels, scores, strict=True)
             if name in figures
         }
+    recordings = np.unique(windows.recording[rows])
     return Evaluation(
         model=model,
         probe=probe,
         chosen=chosen,
         evaluated=evaluated,
         windows=rows.size,
-        recordings=np.unique(windows.recording[rows]).size,
+        recordings=recordings.size,
         groups=np.unique(windows.groups[rows]).size,
         target_precision=None if calibration is None else calibration.target_precision,
         macro=macro,
@@ -219,6 +224,9 @@ def report(
         worst=worst(windows, labels, predictions) if predictions else (),
         noise=_noise(windows, labels, predictions, calibration, noise),
         problems=(*problems, *(f"{name}: {each.warning}" for name, each in figures.items() if each.warning), *notes),
+        trained_on=(
+            None if trained_on is None else sum(windows.recordings[i].digest in trained_on for i in recordings)
+        ),
     )
 
 
@@ -357,8 +365,15 @@ def summary(evaluation: Evaluation) -> str:
                 f"{figures.average_precision!s:20}  {figures.auroc!s:20}  "
                 f"{'–' if threshold is None else f'{threshold:.3f}'}"
             )
-    lines += [f"WARNING: {alarm}" for alarm in alarms(evaluation)]
+    lines += [f"WARNING: {alarm}" for alarm in (*leaks(evaluation), *alarms(evaluation))]
     return "\n".join([*lines, *(f"note: {problem}" for problem in evaluation.problems)])
+
+
+def leaks(evaluation: Evaluation) -> list[str]:
+    """A line if recordings were evaluated that trained the head."""
+    if not evaluation.trained_on:
+        return []
+    return [f"{describe_seen(evaluation.trained_on, evaluation.recordings)}, so these figures are too good"]
 
 
 def alarms(evaluation: Evaluation) -> list[str]:

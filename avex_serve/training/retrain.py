@@ -15,7 +15,9 @@ from avex_serve.annotations.table import new_file
 from avex_serve.archive.plan import Probe, ResultSet
 from avex_serve.archive.run import Progress, classify
 from avex_serve.archive.store import Entry, Store
+from avex_serve.bundles.manifest import TRAINED_ON
 from avex_serve.bundles.sealing import atomic_directory
+from avex_serve.bundles.trained import read_trained_on
 from avex_serve.calibration.fit import TARGET
 from avex_serve.calibration.scales import Calibration, log_odds
 from avex_serve.errors import InputError, NotFoundError
@@ -129,7 +131,6 @@ def _compare(
     if not labels or not len(windows.targets):
         say(f"nothing is compared: {before.name} has no scores of the evaluated windows and labels")
         return None
-    again = ["it was trained on some of these decisions, so its figures are too good"]
     evaluation = report(
         windows,
         labels,
@@ -140,8 +141,9 @@ def _compare(
         evaluated="all",
         calibration=_of_labels(before, labels),
         noise={},
-        problems=again if (target.parent / before.name).exists() else [],
+        problems=[],
         seed=seed,
+        trained_on=read_trained_on(target.parent / before.name / TRAINED_ON),  # of a head that this command made
     )
     with atomic_directory(target / BEFORE, marker=EVALUATION) as folder:
         write_report(folder, evaluation, windows, [predictions], page=can_make_page(say))

@@ -93,7 +93,7 @@ def _head(bundle: Bundle, probe: ProbeInfo) -> dict[str, Any]:
 
 
 def _worth(probe: ProbeInfo) -> list[str]:
-    """Sentences about evaluation and calibration, if there are any."""
+    """Sentences about evaluation, calibration and training recordings, if there are any."""
     sentences = []
     if (found := probe.evaluation) is not None:
         interval = f" ({found.interval[0]:.2f} to {found.interval[1]:.2f})" if found.interval is not None else ""
@@ -104,6 +104,8 @@ def _worth(probe: ProbeInfo) -> list[str]:
         )
     if (calibration := probe.calibration) is not None:
         sentences.append(replace(calibration, source=_text(calibration.source)).describe())
+    if probe.trained_on is not None:
+        sentences.append(f"`{probe.trained_on}` has the SHA-256 of each recording that trained it.")
     return sentences
 
 

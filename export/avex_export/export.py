@@ -28,6 +28,7 @@ from avex_serve.bundles.manifest import (
     ONNX_INT8,
     PT2,
     TORCHSCRIPT,
+    TRAINED_ON,
     EmbeddingInfo,
     Manifest,
     ProbeInfo,
@@ -35,6 +36,7 @@ from avex_serve.bundles.manifest import (
 )
 from avex_serve.bundles.reading import Bundle
 from avex_serve.bundles.sealing import atomic_directory, seal_bundle
+from avex_serve.bundles.trained import write_trained_on
 from avex_serve.errors import AudioError, ExportError, InputError
 from avex_serve.evidence.cases import write_evidence
 from avex_serve.evidence.verify import TOLERANCE, table
@@ -125,6 +127,9 @@ def export_bundle(
                 record = msgspec.structs.replace(record, checks=(*record.checks, *checks), passed=passed)
                 draft = draft._replace(manifest=msgspec.structs.replace(draft.manifest, quantisation=quantisation))
         write_evidence(folder, record, cases)
+        for probe, known in zip(draft.manifest.probes, worth, strict=False):  # none if the bundle is headless
+            if probe.trained_on is not None and known.trained_on is not None:
+                write_trained_on(known.trained_on, folder / probe.trained_on)
         made = {output.name: _made(assembly.heads[output.head]) for output in assembly.outputs}
         (folder / CARD).write_text(model_card(draft, record, made), "utf-8")
         sealed = seal_bundle(folder, labels, draft.manifest)
@@ -229,14 +234,20 @@ def _probe(assembly: Assembly, index: int, worth: Measured) -> ProbeInfo:
         config=config.model_dump(mode="json", exclude_unset=True),
         trained=head.trained,
         activation=head.activation,
-        labels=LABELS if len(assembly.heads) == 1 else f"{head.name}.{LABELS}",
+        labels=_own(LABELS, assembly, head),
         classes=len(head.labels),
         logits=next(o.name for o in assembly.outputs if o.head == index and o.what == "logits"),
         embedding=None if assembly.audio is None else assembly.embedding_of(index).name,
         input_fingerprint=head.input_fingerprint,
         calibration=worth.calibration,
         evaluation=worth.evaluation,
+        trained_on=None if worth.trained_on is None else _own(TRAINED_ON, assembly, head),
     )
+
+
+def _own(name: str, assembly: Assembly, head: Head) -> str:
+    """The name of a file about one head."""
+    return name if len(assembly.heads) == 1 else f"{head.name}.{name}"
 
 
 def _embedding(assembly: Assembly, output: Output) -> EmbeddingInfo:

@@ -1,4 +1,4 @@
-"""What a saved probe's folder says of its head: the calibration, and the headline of its evaluation."""
+"""What a saved probe's folder says of its head: calibration, headline of the evaluation, training recordings."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from avex_export.graph import Assembly, Head
 from avex_export.request import ProbeSource
-from avex_serve.bundles.manifest import EvaluationInfo
+from avex_serve.bundles.manifest import TRAINED_ON, EvaluationInfo
+from avex_serve.bundles.trained import read_trained_on
 from avex_serve.calibration.scales import CALIBRATION, Calibration, read_calibration
 from avex_serve.errors import InputError
 from avex_serve.training.report import read_evaluation
@@ -17,26 +18,27 @@ class Measured(NamedTuple):
 
     calibration: Calibration | None = None
     evaluation: EvaluationInfo | None = None
+    trained_on: frozenset[str] | None = None  # SHA-256 of each recording
 
 
 def measured(source: ProbeSource, assembly: Assembly, head: Head, say: Callable[[str], None]) -> Measured:
-    """The calibration and the evaluation of a head, if they are about what is exported.
+    """What is known of a head; the calibration and the evaluation only if they are about what is exported.
 
     Args:
         source: where the head comes from.
         assembly: what is exported.
         head: of the assembly.
-        say: is called with the reason why they are left out.
+        say: is called with the reason why these are left out.
 
     Raises:
-        BundleError: a damaged calibration.
+        BundleError: a damaged calibration, or damaged digests.
         InputError: a damaged evaluation, or a calibration of other labels.
     """
     folder = None if source.weights is None else source.weights.parent
     if source.saved is None or folder is None or assembly.headless:
         return Measured()
-    found = Measured(read_calibration(folder), _read_evaluation(folder))
-    if found == Measured():
+    found = Measured(read_calibration(folder), _read_evaluation(folder), read_trained_on(folder / TRAINED_ON))
+    if found.calibration is None and found.evaluation is None:
         return found
     audio, length = assembly.audio, source.saved.target_length
     if source.activation != source.saved.activation:
@@ -48,7 +50,7 @@ def measured(source: ProbeSource, assembly: Assembly, head: Head, say: Callable[
             raise InputError(f"{folder / CALIBRATION} is of other labels than the probe's; remove it, or fit again")
         return found
     say(f"calibration and evaluation of {source.name} are left out: {reason}")
-    return Measured()
+    return Measured(trained_on=found.trained_on)
 
 
 def _read_evaluation(folder: Path) -> EvaluationInfo | None:

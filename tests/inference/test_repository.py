@@ -166,6 +166,16 @@ def test_the_second_of_a_name_and_version_is_refused(shelf, opened):
     assert [state.ready for state in repository.index()] == [True]
 
 
+def test_a_damaged_copy_of_what_is_served_is_reported_as_damaged(shelf, opened, caplog):
+    first, second = bundle(shelf / "a"), bundle(shelf / "b")
+    (second / ONNX).write_bytes(b"cut off")
+    repository = opened(shelf)
+    (reason,) = [state.reason for state in repository.index() if not state.ready]
+    assert reason.startswith(f"{second / ONNX} was changed after the export")
+    assert f"Besides, {second} holds tiny, version 1, which is served from {first}" in reason
+    assert reason in caplog.text
+
+
 def test_a_folder_that_is_renamed_is_served_all_the_while(shelf):
     old, new = bundle(shelf / "old"), shelf / "new"
     served_meanwhile = []
@@ -189,6 +199,30 @@ def test_a_folder_that_is_renamed_is_served_all_the_while(shelf):
     assert served_meanwhile == [[("tiny", "1")]]
     repository.close()
     assert is_closed(engine)
+
+
+@pytest.mark.parametrize("places", [("frogs", "frogs/1"), ("frogs/1", "frogs")])
+@pytest.mark.parametrize("root", [".", "frogs"])
+def test_a_folder_that_becomes_one_of_versions_is_served_all_the_while(shelf, opened, root, places):
+    old, new = (shelf / place for place in places)
+    bundle(old)
+    repository = opened(shelf / root)
+    with repository.lease() as before:
+        old.rename(shelf / ".away")
+        if new.parent == old:
+            old.mkdir()
+        else:
+            new.rmdir()
+        (shelf / ".away").rename(new)
+        for _ in range(3):
+            repository.refresh()
+            with repository.lease() as engine:
+                assert engine.manifest.version == "1"
+        assert engine.bundle.directory == new
+        assert [(state.ready, state.reason) for state in repository.index()] == [(True, "")]
+        assert repository.changes["removed"] == 0
+        assert not is_closed(before)
+    assert is_closed(before)
 
 
 def test_a_second_one_takes_over_when_the_first_is_removed(shelf, opened):

@@ -16,7 +16,7 @@ import soundfile
 import torch
 
 from avex_export.recipes import variants
-from avex_serve.bundles.reading import read_bundle
+from avex_serve.bundles.reading import read_bundle, sha256_of
 from avex_serve.calibration.scales import read_calibration
 from avex_serve.cli import main
 from avex_serve.errors import AvexServeError, InputError, NotFoundError
@@ -47,6 +47,7 @@ def test_the_probe_the_calibration_and_the_report(fitted):
         "model.safetensors",
         "labels.json",
         "calibration.json",
+        "trained_on.txt",
         "evaluation.json",
         "evaluation.csv",
         "evaluation.parquet",
@@ -105,6 +106,7 @@ def test_the_bundle_carries_calibration_and_headline(fitted):
     bundle = read_bundle(fitted.with_name("bundle"))
     (probe,) = bundle.manifest.probes
     assert probe.calibration == read_calibration(fitted)
+    assert (bundle.directory / probe.trained_on).read_bytes() == (fitted / "trained_on.txt").read_bytes()
     report = json.loads((fitted / "evaluation.json").read_text())
     precision = report["macro"]["average_precision"]
     assert msgspec.to_builtins(probe.evaluation) == {
@@ -117,6 +119,63 @@ def test_the_bundle_carries_calibration_and_headline(fitted):
     card = " ".join((bundle.directory / "README.md").read_text().split())
     assert f"of {report['recordings']} recordings that did not train it (hold-out)" in card
     assert "Of 2 labels, 2 have a probability, and 2 a threshold from which on 90% of the detections" in card
+
+
+def test_recordings_that_trained_the_head_are_known(fitted, data, cache, tmp_path, capsys):
+    bundle = fitted.with_name("bundle")
+    trained = (bundle / "trained_on.txt").read_text().split()
+    recordings = {sha256_of(path): path for path in data.rglob("*.wav")}
+    held_out = [path for digest, path in recordings.items() if digest not in trained]
+    assert set(trained) < recordings.keys()
+    assert len(held_out) == json.loads((fitted / "evaluation.json").read_text())["recordings"]
+    assert main(["info", str(bundle)]) == 0
+    assert f"trained on  {len(trained)} recordings" in capsys.readouterr().out
+
+    evaluate = ["evaluate", str(bundle), "--cache", str(cache), "--output"]
+    assert main([*evaluate, str(tmp_path / "all"), str(data)]) == 0
+    warning = f"{len(trained)} of {len(recordings)} recordings trained this head"
+    assert f"WARNING: {warning}, which is better on these than on new ones" in capsys.readouterr().out
+    assert json.loads((tmp_path / "all" / "evaluation.json").read_text())["trained_on"] == len(trained)
+    assert warning in (tmp_path / "all" / "report.html").read_text()
+    assert main(["compare", str(tmp_path / "all"), str(tmp_path / "all")]) == 0
+    assert warning in capsys.readouterr().out
+
+    for path in held_out:  # by content, whatever the name
+        target = tmp_path / "new" / path.parent.name / f"other-{path.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    assert main([*evaluate, str(tmp_path / "rest"), str(tmp_path / "new")]) == 0
+    assert "trained this head" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "rest" / "evaluation.json").read_text())["trained_on"] == 0
+
+    (bundle_of_others := shutil.copytree(bundle, tmp_path / "b") / "trained_on.txt").write_text("rewritten")
+    assert main(["evaluate", str(bundle_of_others.parent), str(data), "--cache", str(cache)]) != 0
+    assert "was changed after the export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["recordings", "run", "table"])
+def test_a_calibration_on_recordings_that_trained_the_head_warns(fitted, data, tmp_path, capsys, way):
+    bundle, paths = fitted.with_name("bundle"), sorted(data.rglob("*.wav"))
+    trained = set((bundle / "trained_on.txt").read_text().split())
+    rows = [
+        f"{path},{start},{start + 1},buzz,"
+        + (f"present,0.{3 + i % 7}1" if path.parent.name == "buzz" else f"absent,0.{i % 7}1")
+        for i, path in enumerate(paths)
+        for start in (0, 1)
+    ]
+    reviews = tmp_path / "reviews.csv"
+    reviews.write_text("\n".join(["file,start,end,label,decision,score", *rows]) + "\n")
+    options = {"recordings": [], "run": ["--run", str(tmp_path / "run")], "table": ["--table-scores"]}[way]
+    if way == "run":
+        assert main(["run", str(bundle), str(data), "--out", str(tmp_path / "run")]) == 0
+    assert main(["calibrate", str(bundle), str(reviews), *options, "--output", str(tmp_path / "new")]) == 0
+    assert f"WARNING: {len(trained)} of {len(paths)} recordings trained this head" in capsys.readouterr().err
+    (probe,) = read_bundle(tmp_path / "new").manifest.probes
+    assert probe.calibration.source.endswith(f"of 33 recordings, {len(trained)} of which trained the head")
+    fresh = [row for row, path in zip(rows[::2], paths, strict=True) if sha256_of(path) not in trained]
+    reviews.write_text("\n".join(["file,start,end,label,decision,score", *fresh]) + "\n")
+    main(["calibrate", str(bundle), str(reviews), *options, "--output", str(tmp_path / "new")])
+    assert "trained this head" not in capsys.readouterr().err
 
 
 def test_a_calibration_of_something_else_is_left_out_or_refused(fitted, tmp_path, capsys):
