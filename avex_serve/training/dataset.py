@@ -31,6 +31,7 @@ from avex_serve.audio.reader import open_audio
 from avex_serve.bundles.reading import sha256_of
 from avex_serve.errors import AudioError, AvexServeError, InputError, NotFoundError, naming
 from avex_serve.scheduling.cores import usable_cores
+from avex_serve.training.pieces import recordings_of
 
 NEGATIVES: Final = ("noise", "background", "other")
 MIN_OVERLAP: Final = 0.25  # seconds
@@ -124,7 +125,7 @@ def read_dataset(
 
     Args:
         data: a folder of classes, a folder with tables of annotations, or a table; or several of these, whose
-            recordings are joined.
+            recordings are joined. With others, a table without labels adds its columns to their recordings.
         negatives: labels of stretches without any of the sounds, besides `NEGATIVES`.
         fully_annotated: whether stretches without an annotation have none of the sounds.
         group_by: column of the tables that says which recordings stay together, such as ``site``.
@@ -137,8 +138,14 @@ def read_dataset(
     """
     problems: list[str] = []
     places = [data] if isinstance(data, Path) else data
-    read = [_read_place(place, label_column, problems, fully_annotated=fully_annotated) for place in places]
-    recordings = [_spelled(each, labels or ()) for each in (read[0] if len(read) == 1 else _merged(read))]
+    describing = [place for place in places if len(places) > 1 and _only_describes(place, label_column)]
+    read = [
+        _read_place(place, label_column, problems, fully_annotated=fully_annotated)
+        for place in places
+        if place not in describing
+    ]
+    recordings = read[0] if len(read) == 1 else _merged(read)
+    recordings = [_spelled(each, labels or ()) for each in _described(recordings, describing)]
     ignored = frozenset(name.lower() for name in (*NEGATIVES, *negatives))
     known = tuple(labels) if labels is not None else _labels_of(recordings, ignored)
     if not known:
@@ -148,8 +155,9 @@ def read_dataset(
         )
         raise InputError("; ".join((f"{', '.join(map(str, places))} has no labels: {expected}", *problems)))
     recordings = _scanned(recordings, problems)
-    recordings = [_grouped(recording, group_by) for recording in recordings]
+    recordings = _grouped(recordings, group_by)
     recordings = _joined(recordings, problems)
+    problems += _piece_problems(recordings)
     problems += _label_problems(recordings, known, ignored, foreign=labels is not None)
     return Dataset(known, tuple(recordings), ignored, fully_annotated, tuple(problems))
 
@@ -204,8 +212,42 @@ def _read_place(
                 f"left out: {len(left_out)} of {len(files)} recordings in {root}, which its tables don't annotate, "
                 f"such as {_relative(left_out[0], root)}; where tables have labels, folders are no classes"
             )
-        files = sorted(rows)
+        files = []
+    files = sorted({*files, *rows})  # tables may annotate recordings that are elsewhere
     return [_from_tables(path, root, rows.get(path, [])) for path in files]
+
+
+def _only_describes(table: Path, label_column: str | None) -> bool:
+    """Whether the rows of a table say something of recordings, but no labels."""
+    if not table.is_file() or table.suffix.lower() not in TABLES:
+        return False
+    try:
+        rows = read_annotations(table)
+    except TableError:
+        return False
+    labelled = any(row.label or row.fields.get((label_column or "").lower()) for row in rows)
+    return bool(rows) and not labelled and all(math.isinf(row.end) for row in rows)
+
+
+def _described(recordings: Sequence[Recording], tables: Iterable[Path]) -> list[Recording]:
+    """The recordings with the columns of tables that may be about others too."""
+    for table in tables:
+        rows = _read_tables(table, [each.path for each in recordings], None, [])
+        found = {path: _fields_of(path, own) for path, own in rows.items()}
+        recordings = [
+            _with_fields(each, found[each.path], _split_of(each.path, found[each.path].get("split")))
+            if each.path in found
+            else each
+            for each in recordings
+        ]
+    return list(recordings)
+
+
+def _with_fields(recording: Recording, fields: Mapping[str, str], split: str | None) -> Recording:
+    """The recording with what another place says of it; InputError if that is another split."""
+    if recording.split and split and recording.split != split:
+        raise InputError(f"{recording.path} is in several splits; a recording belongs to one: its windows are alike")
+    return replace(recording, fields=_agreeing([recording.fields, fields]), split=recording.split or split)
 
 
 def _merged(read: Iterable[Iterable[Recording]]) -> list[Recording]:
@@ -215,13 +257,8 @@ def _merged(read: Iterable[Iterable[Recording]]) -> list[Recording]:
         twin = found.setdefault(each.path.resolve(), each)
         if twin is each:
             continue
-        if twin.split and each.split and twin.split != each.split:
-            raise InputError(f"{twin.path} is in several splits; a recording belongs to one: its windows are alike")
         found[each.path.resolve()] = replace(
-            twin,
-            annotations=(*twin.annotations, *each.annotations),
-            fields={**each.fields, **twin.fields},
-            split=twin.split or each.split,
+            _with_fields(twin, each.fields, each.split), annotations=(*twin.annotations, *each.annotations)
         )
     names = Counter(recording.name for recording in found.values())
     return [
@@ -308,15 +345,20 @@ def _from_folders(path: Path, root: Path, rows: Sequence[Annotation]) -> Recordi
 
 
 def _fields_of(path: Path, rows: Sequence[Annotation]) -> dict[str, str]:
-    """The columns that are the same in every row of a recording; InputError if `split` isn't."""
-    if not rows:
-        return {}
-    fields = {
-        name: value for name, value in rows[0].fields.items() if all(row.fields.get(name) == value for row in rows)
-    }
-    if "split" in rows[0].fields and "split" not in fields:
+    """The columns that have one value for a recording; InputError if `split` has several."""
+    fields = _agreeing([row.fields for row in rows])
+    if "split" not in fields and any("split" in row.fields for row in rows):
         raise InputError(f"{path} is in several splits; a recording belongs to one: its windows are alike")
     return fields
+
+
+def _agreeing(rows: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The columns with the same value in every row that has them; tables differ in their columns."""
+    values: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        for name, value in row.items():
+            values[name].add(value)
+    return {name: next(iter(found)) for name, found in values.items() if len(found) == 1}
 
 
 def _split_of(path: Path, text: str | None) -> str | None:
@@ -353,16 +395,18 @@ def _scanned(recordings: Sequence[Recording], problems: list[str]) -> list[Recor
     return [found for found in scanned if isinstance(found, Recording)]
 
 
-def _grouped(recording: Recording, column: str | None) -> Recording:
+def _grouped(recordings: Sequence[Recording], column: str | None) -> list[Recording]:
+    """The recordings with their groups; InputError if some have none."""
     if column is None:
-        return replace(recording, group=recording.name)
-    value = recording.fields.get(column.lower())
-    if not value:
+        return [replace(recording, group=recording.name) for recording in recordings]
+    groups = [recording.fields.get(column.lower(), "") for recording in recordings]
+    if "" in groups:
         raise InputError(
-            f"{recording.name} has no single value in the column {column!r} of --group-by; give it in each row of "
-            f"the tables; for folders of classes, in a CSV of file,{column} in the same folder"
+            f"{groups.count('')} of {len(groups)} recordings, such as {recordings[groups.index('')].name}, have no "
+            f"single value in the column {column!r} of --group-by; write a CSV of file,{column} with a row for each "
+            "and give it along with the data"
         )
-    return replace(recording, group=value)
+    return [replace(recording, group=group) for recording, group in zip(recordings, groups, strict=True)]
 
 
 def _joined(recordings: Sequence[Recording], problems: list[str]) -> list[Recording]:
@@ -378,6 +422,27 @@ def _joined(recordings: Sequence[Recording], problems: list[str]) -> list[Record
             problems[-1] = f"{recording.name} has the same content as {twin.name}, in the other split; remove one"
         pairs.append((recording.group, twin.group))
     return list(together(recordings, pairs))
+
+
+def _piece_problems(recordings: Sequence[Recording]) -> list[str]:
+    """A sentence if clips of one recording are in different groups, and so may be on both sides of a split."""
+    names = recordings_of([each.path.stem for each in recordings], [each.seconds for each in recordings])
+    clips: dict[str, list[Recording]] = defaultdict(list)
+    for recording, name in zip(recordings, names, strict=True):
+        if name is not None:
+            clips[name].append(recording)
+    apart = [
+        each
+        for each in clips.values()
+        if len({clip.group for clip in each}) > 1 and (len({clip.split for clip in each}) > 1 or not each[0].split)
+    ]
+    if not apart:
+        return []
+    return [
+        f"{sum(map(len, apart))} recordings look by their names like clips of {len(apart)} longer ones, such as "
+        f"{apart[0][0].name} and {apart[0][1].name}; these don't stay together, so figures may be too good: write a "
+        "CSV of file,source with a row for each clip, give it along with the data, and say --group-by source"
+    ]
 
 
 def together(recordings: Sequence[Recording], pairs: Iterable[tuple[str, str]]) -> tuple[Recording, ...]:

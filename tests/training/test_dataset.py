@@ -346,3 +346,61 @@ def test_a_misspelled_label_is_named(tmp_path):
 def test_a_recording_is_no_data(tmp_path):
     with pytest.raises(InputError, match="is a recording; give a table of its annotations"):
         read_dataset(write(tmp_path / "a.wav"))
+
+
+def test_reviews_are_grouped_by_a_table_next_to_them_or_given_along(tmp_path):
+    """Reviews name recordings by their paths, and have no column of sites."""
+    archive, run = tmp_path / "archive", tmp_path / "run"
+    paths = [write(archive / site / f"{i}.wav") for i, site in enumerate(("north", "north", "south"))]
+    (run / "reviews").mkdir(parents=True)
+    rows = [f"{path},0,2,robin,present,me,,{i}" for i, path in enumerate(paths)]
+    header = "file,start,end,label,decision,annotator,comment,time"
+    (run / "reviews" / "me.csv").write_text("\n".join([header, *rows]) + "\n")
+    with pytest.raises(
+        InputError, match=r"3 of 3 recordings, such as .*0\.wav, have no single value .*'site'.*along"
+    ):
+        read_dataset(run / "reviews", group_by="site")
+    # By name or by path, along with recordings of which there is no review.
+    write(archive / "west" / "9.wav")
+    sites = tmp_path / "sites.csv"
+    sites.write_text("file,site\n0.wav,north\n1.wav,north\narchive/south/2.wav,south\n9.wav,west\n8.wav,west\n")
+    for data in ([run / "reviews", sites], [sites, run / "reviews"]):
+        dataset = read_dataset(data, group_by="site", fully_annotated=True)
+        assert [each.group for each in dataset.recordings] == ["north", "north", "south"]
+        assert not any("9.wav" in problem or "8.wav" in problem for problem in dataset.problems)
+    rows = [f"{path},{path.parent.name}" for path in paths]
+    (run / "reviews" / "sites.csv").write_text("\n".join(["file,site", *rows]) + "\n")
+    dataset = read_dataset(run / "reviews", group_by="site")
+    assert [each.group for each in dataset.recordings] == ["north", "north", "south"]
+    (tmp_path / "more.csv").write_text("file,site\n0.wav,east\n")
+    with pytest.raises(InputError, match="no single value"):
+        read_dataset([run / "reviews", tmp_path / "more.csv"], group_by="site")
+
+
+def test_a_table_with_times_and_an_unknown_column_is_no_description(tmp_path):
+    write(tmp_path / "a" / "robin" / "a.wav")
+    write(tmp_path / "b" / "b.wav")
+    (tmp_path / "b" / "x.csv").write_text("file,start,end,art\nb.wav,0,2,robin\n")
+    with pytest.raises(InputError, match="has no labels of recordings that are there"):
+        read_dataset([tmp_path / "a", tmp_path / "b" / "x.csv"])
+    write(tmp_path / "b" / "robin" / "c.wav")
+    dataset = read_dataset([tmp_path / "a", tmp_path / "b" / "x.csv"], label_column="art")
+    assert len(dataset.recordings) == 2
+
+
+def test_clips_of_one_recording_that_do_not_stay_together(tmp_path):
+    for name in ("robin/rec1_000.wav", "robin/rec1_004.wav", "wren/rec1_020.wav", "wren/rec2_008.wav"):
+        write(tmp_path / name, 4.0)
+    for i in range(8):
+        write(tmp_path / "robin" / f"rec2_{40 + 4 * i}.wav", 4.0)
+    (found,) = [each for each in read_dataset(tmp_path).problems if "longer ones" in each]
+    assert found.startswith(
+        "12 recordings look by their names like clips of 2 longer ones, such as robin/rec1_000.wav"
+    )
+    assert "--group-by source" in found
+    names = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*.wav"))]
+    rows = [f"{name},{name.partition('/')[2].partition('_')[0]}" for name in names]
+    (tmp_path / "sources.csv").write_text("\n".join(["file,source", *rows]) + "\n")
+    dataset = read_dataset(tmp_path, group_by="source")
+    assert {each.group for each in dataset.recordings} == {"rec1", "rec2"}
+    assert not any("longer ones" in each for each in dataset.problems)
