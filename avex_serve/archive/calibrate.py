@@ -70,7 +70,7 @@ def calibrate_bundle(request: CalibrationRequest, say: Callable[[str], None] = p
     Raises:
         BundleError: not a bundle.
         InputError: tables or options that can't be used, or too few reviews of every label.
-        NotFoundError: no such table, recording, store or probe, or labels that the probe doesn't have.
+        NotFoundError: no such table, recording, store or probe, or no label that the probe has.
     """
     folder = local_bundle(request.bundle)
     bundle = read_bundle(folder)
@@ -86,11 +86,16 @@ def calibrate_bundle(request: CalibrationRequest, say: Callable[[str], None] = p
         head = engine.probe(request.probe)
         labels = engine.labels(head.name)
         reviews = _read(request.labels)
-        if unknown := sorted({review.label for _, review in reviews if review.decision != "unsure"} - set(labels)):
-            raise NotFoundError(
-                f"there are reviews of {', '.join(map(repr, unknown[:5]))}, which the probe doesn't have; one of "
-                f"its {len(labels)} labels is {min(labels)!r}"
-            )
+        sure = Counter(review.label for _, review in reviews if review.decision != "unsure")
+        unknown = sorted(sure.keys() - set(labels))  # such as other labels that somebody typed on the review page
+        named = (
+            f"{', '.join(map(repr, unknown[:5]))}{' …' if len(unknown) > 5 else ''}, which the probe doesn't have"
+        )
+        if unknown and len(unknown) == len(sure):
+            raise NotFoundError(f"there are reviews of {named}; one of its {len(labels)} labels is {min(labels)!r}")
+        if unknown:
+            say(f"left out: {sum(sure[label] for label in unknown)} reviews of {named}")
+            reviews = [each for each in reviews if each[1].label not in unknown]
         source = _source(request, engine, head.name, (review for _, review in reviews))
         scored = _score(source, reviews, say)
         known = trained_on(bundle, head)

@@ -64,8 +64,15 @@ def store_densities(
     paths = [entry.path for entry in entries]
     site_of = dict(zip(paths, sites_of(paths) if sites is None else _named(paths, sites), strict=True))
     found = []
-    for label in sorted({subject.label for subject in decisions}):
-        results, name = _find_head(sets, label, probe)
+    heads = {label: _find_head(sets, label, probe) for label in sorted({subject.label for subject in decisions})}
+    if decisions and not any(heads.values()):
+        which = "no probe of the store" if probe is None else f"no probe {probe!r}"
+        raise NotFoundError(f"{which} has the label {next(iter(heads))!r}, which was reviewed")
+    for label, head in heads.items():
+        if head is None:  # such as another label that somebody typed on the review page
+            found.append(LabelDensity(label, None, "it has no scores here", ()))
+            continue
+        results, name = head
         own = {subject: decision for subject, decision in decisions.items() if subject.label == label}
         copies: dict[str, list[Entry]] = defaultdict(list)  # by content, which counts once
         for entry in entries:
@@ -131,21 +138,19 @@ def _rows(found: Iterable[LabelDensity]) -> Iterable[tuple[str, str, Density]]:
                 yield from ((each.label, site, density) for site, density in each.found.sites.items())
 
 
-def _find_head(sets: Sequence[ResultSet], label: str, probe: str | None) -> tuple[ResultSet, str]:
+def _find_head(sets: Sequence[ResultSet], label: str, probe: str | None) -> tuple[ResultSet, str] | None:
+    """The scores of a label, None if there are none; InputError if several probes have it."""
     heads = [
         (results, head.name)
         for results in sets
         for head in results.probes
         if label in head.labels and probe in (None, head.name)
     ]
-    if not heads:
-        which = "no probe of the store" if probe is None else f"no probe {probe!r}"
-        raise NotFoundError(f"{which} has the label {label!r}, which was reviewed")
     if len(heads) > 1:
         raise InputError(
             f"several probes have the label {label!r}: {', '.join(n for _, n in heads)}; name one by --probe"
         )
-    return heads[0]
+    return heads[0] if heads else None
 
 
 def _read_scores(

@@ -499,14 +499,18 @@ def _label_problems(
             problems.append(
                 f"{label}: one recording (or group) only, so nothing can be said about new recordings{meant}"
             )
+    annotated = {each.label for recording in recordings for each in recording.annotations if not each.decision}
     for label in sorted(groups):
         if label.startswith(_ABSENT) and label[1:] not in labels:
             problems.append(f"{label}: says that {label[1:]} is absent, which is no label here")
         elif foreign and label not in labels and label.lower() not in negatives and not label.startswith(_ABSENT):
             meant = f"; did you mean {close[0]!r}?" if (close := _alike(label, labels)) else ""
-            problems.append(
-                f"{label}: not a label of the head; its stretches count as without the head's labels{meant}"
+            lost = (
+                "its stretches count as without the head's labels"
+                if label in annotated
+                else "its reviews say nothing"
             )
+            problems.append(f"{label}: not a label of the head; {lost}{meant}")
     return problems
 
 

@@ -170,11 +170,13 @@ def scales(bundle):
 def test_reviewed_detections_make_a_new_version(season, bundles, tmp_path, capsys):
     folder, rows = season
     review = write(tmp_path / "reviews.csv", rows)
-    with review.open("a") as file:
-        file.write(f"00.wav,0,0.1,{LABELS[2]},unsure\n")
+    with review.open("a") as file:  # the review page takes other labels too
+        file.write(f"00.wav,0,0.1,{LABELS[2]},unsure\n00.wav,0,0.1,rain,present\n01.wav,0,0.1,rain,present\n")
     new = tmp_path / "new"
     assert calibrate(bundles["plain"], review, "--recordings", folder, "--output", new) == 0
-    assert LABELS[0] in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert LABELS[0] in said.out
+    assert "left out: 2 reviews of 'rain', which the probe doesn't have" in said.err
     before, after = read_bundle(bundles["plain"]), read_bundle(new)
     assert (before.manifest.version, after.manifest.version) == ("1", "2")
     assert after.manifest.calibrates == before.digest

@@ -70,6 +70,16 @@ def test_densities_are_those_of_the_scores(store, windows, command, tmp_path):
     assert [line.split()[1] for line in lines[1:4]] == ["(all)", "hill", "lake"]
 
 
+def test_other_labels_of_the_review_page_have_no_density(store, windows, tmp_path, capsys):
+    rows = [f"{row['file']},{row['start']},{row['end']},{LABEL},present,ann,,\n" for row in windows]
+    other = rows[0].replace(LABEL, "rain")
+    (tmp_path / "x.csv").write_text(HEADER + "".join(rows) + other)
+    assert main(["density", str(store), str(tmp_path / "x.csv")]) == 0
+    shown = capsys.readouterr().out
+    assert "rain: it has no scores here" in shown
+    assert [line.split()[0] for line in shown.splitlines()[1:4]] == [LABEL] * 3
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

@@ -85,9 +85,9 @@ def test_clips_and_reviews_of_the_same_recordings_stay_together(tmp_path):
     assert len({each.group for each in read_dataset([clips, reviews]).recordings}) == 4, "the program can't know"
     assert len({each.group for each in read_dataset([labels, reviews]).recordings}) == 2
 
-    (clips / "sources.csv").write_text("file,source\nrobin/a1.wav,a\nrobin/b1.wav,b\n")
-    reviews.write_text("\n".join([f"{header},source", *(f"{row.format(name)},{name}" for name in "ab")]) + "\n")
-    dataset = read_dataset([clips, reviews], group_by="source")
+    sources = tmp_path / "sources.csv"
+    sources.write_text("file,source\nrobin/a1.wav,a\nrobin/b1.wav,b\na.wav,a\nb.wav,b\n")
+    dataset = read_dataset([clips, reviews, sources], group_by="source")
     assert sorted(each.group for each in dataset.recordings) == ["a", "a", "b", "b"]
 
 
@@ -218,6 +218,11 @@ def test_labels_of_a_head(tmp_path):
         in said
     )
     assert "did you mean 'Rob_in'?" in said
+    reviews = tmp_path / "reviews.csv"
+    reviews.write_text("file,start,end,label,decision\nrobin/a.wav,0,2,rain,present\nrobin/a.wav,0,2,wren,absent\n")
+    dataset = read_dataset(reviews, labels=("wren", "owl"))
+    assert "rain: not a label of the head; its reviews say nothing" in dataset.problems
+    assert targets_of(dataset, "robin/a.wav") == {"wren": [0, -1, -1, -1], "owl": [-1] * 4}
 
 
 @pytest.mark.parametrize(
