@@ -9,6 +9,7 @@ import codecs
 import csv
 import io
 import math
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ LABELS: Final = (
     "species code",
     "class",
 )
+_DECIMAL: Final = re.compile(r"-?\d+,\d+")
 _UNREADABLE: Final = "\ufffd"  # stands for a byte that the encoding doesn't have
 
 
@@ -166,10 +168,14 @@ def _read_columns(text: str, path: Path, label_column: str | None) -> list[Annot
             continue
         fields = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
         first, last = 0.0, math.inf
-        if delimiter == ";":  # where Excel separates columns so, it writes 0,5
-            fields |= {name: fields[name].replace(",", ".") for name in (*STARTS, *ENDS) if name in fields}
+        if delimiter != ",":  # where Excel separates columns so, it may write 0,5
+            fields |= {
+                name: cell.replace(",", ".")
+                for name, cell in fields.items()
+                if name not in (file, label) and _DECIMAL.fullmatch(cell)
+            }
         if start is not None and end is not None and (fields.get(start) or fields.get(end)):
-            first, last = _seconds(fields[start], path, number), _seconds(fields.get(end, ""), path, number)
+            first, last = _seconds(fields.get(start, ""), path, number), _seconds(fields.get(end, ""), path, number)
         if offset := fields.get("file offset (s)"):  # Raven's Begin Time counts on the whole sequence of files
             first, last = _seconds(offset, path, number), _seconds(offset, path, number) + last - first
         name = (fields.get(file) if file else None) or fields.get("begin file") or None

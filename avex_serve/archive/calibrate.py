@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,7 @@ def calibrate_bundle(request: CalibrationRequest, say: Callable[[str], None] = p
                 f"there are reviews of {', '.join(map(repr, unknown[:5]))}, which the probe doesn't have; one of "
                 f"its {len(labels)} labels is {min(labels)!r}"
             )
-        source = _source(request, engine, head.name)
+        source = _source(request, engine, head.name, (review for _, review in reviews))
         scored = _score(source, reviews, say)
         known = trained_on(bundle, head)
     names = sorted({each.label for each in scored}, key=labels.index)
@@ -140,8 +140,18 @@ def _read(tables: Sequence[Path]) -> list[tuple[Path, Review]]:
     return found
 
 
-def _rounded(review: Review) -> float:
+def _digits(review: Review) -> int:
+    """The decimal places of the score in the table."""
+    text = review.fields.get("score", "")
+    return len(text.partition(".")[2]) if set(text) <= set("0123456789.") else 9
+
+
+def _rounded(review: Review, finest: int) -> float:
     """The score in the table. A rounded one is not 0 or 1: it is at most half a unit of its last digit away.
+
+    Args:
+        review: with the score.
+        finest: most decimal places of any score; many programs write 1.0000 as 1 or 1.0.
 
     Raises:
         InputError: the row has no score, or none between 0 and 1.
@@ -155,8 +165,8 @@ def _rounded(review: Review) -> float:
         raise InputError(
             f"a review of {review.file} has the score {text!r}; expected a number from 0 to 1 in the column score"
         )
-    digits = len(text.partition(".")[2]) if set(text) <= set("0123456789.") else 9
-    half = 0.5 * 10.0**-digits
+    digits = _digits(review)
+    half = 0.5 * 10.0 ** -(digits if digits > 1 else finest)
     return min(max(score, half), 1 - half)
 
 
@@ -209,11 +219,11 @@ def _score(source: _Source, reviews: Sequence[tuple[Path, Review]], say: Callabl
     return scored
 
 
-def _source(request: CalibrationRequest, engine: Engine, probe: str) -> _Source:
+def _source(request: CalibrationRequest, engine: Engine, probe: str, reviews: Iterable[Review]) -> _Source:
     if request.table_scores:
         if request.store is not None or request.recordings is not None:
             raise InputError("--table-scores takes the scores of the tables; leave out --run and --recordings")
-        return _Tables()
+        return _Tables(reviews)
     if request.store is not None:
         return _Stored(request.store, engine, probe)
     return _Recordings(request, engine, probe)
@@ -222,11 +232,14 @@ def _source(request: CalibrationRequest, engine: Engine, probe: str) -> _Source:
 class _Tables:
     """Scores in the tables themselves."""
 
+    def __init__(self, reviews: Iterable[Review]) -> None:
+        self._finest = max(map(_digits, reviews), default=0)
+
     def find(self, file: str, folder: Path) -> Path | None:
         return folder.resolve() / file
 
     def scores(self, recording: Path, reviews: Sequence[Review]) -> list[float | None]:
-        return [_rounded(review) for review in reviews]
+        return [_rounded(review, self._finest) for review in reviews]
 
     def digest(self, recording: Path) -> str | None:
         return sha256_of(recording) if recording.is_file() else None

@@ -10,7 +10,7 @@ import numpy as np
 from avex_serve.bundles.manifest import Activation
 from avex_serve.bundles.trained import trained_on
 from avex_serve.calibration.scales import log_odds
-from avex_serve.errors import report_full_disk
+from avex_serve.errors import InputError, report_full_disk
 from avex_serve.evidence.first import open_checked
 from avex_serve.inference.scores import activate
 from avex_serve.training.dataset import MIN_OVERLAP, read_dataset
@@ -54,6 +54,8 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
         UnsupportedError: the bundle takes embeddings, or has no head.
         VerificationError: on this machine the bundle answers otherwise than its evidence.
     """
+    if request.output is not None and request.output.exists() and not request.output.is_dir():
+        raise InputError(f"--output {request.output} is a file; name a folder for the report")
     store = request.cache.expanduser() / "outputs"
     page = request.output is not None and can_make_page(say)
     with (

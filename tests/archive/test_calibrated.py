@@ -261,6 +261,26 @@ def test_labels_without_reviews_keep_their_calibration(season, calibrated, tmp_p
     assert "400 reviewed detections of 40 recordings" in json.dumps(manifest.probes[0].calibration.source)
 
 
+def test_scores_that_a_spreadsheet_has_shortened(season, bundles, tmp_path):
+    """1.0000 becomes 1, which says no less than 0.9999."""
+    _, rows = season
+    scores = [np.clip(1 / (1 + np.exp(-8 * np.float64(row[5]))), 0, 1) for row in rows]
+    found = {}
+    for name, form in {"whole": "{:.4f}", "short": "{:.4g}"}.items():
+        texts = iter([form.format(round(score, 4)) for score in scores])
+        table = write(
+            tmp_path / f"{name}.csv",
+            rows,
+            "file,start,end,label,decision,score",
+            lambda row, texts=texts: f"{'present' if row[4] else 'absent'},{next(texts)}",
+        )
+        assert calibrate(bundles["plain"], table, "--table-scores", "--output", tmp_path / name) == 0
+        found[name] = scales(tmp_path / name)
+    assert ",1\n" in (tmp_path / "short.csv").read_text()
+    assert ",1.0000\n" in (tmp_path / "whole.csv").read_text()
+    assert found["short"] == found["whole"]
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [

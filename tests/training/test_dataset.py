@@ -199,7 +199,11 @@ def test_the_same_content_in_both_splits_is_said(tmp_path):
     write(tmp_path / "train" / "robin" / "a.wav")
     write(tmp_path / "test" / "robin" / "b.wav")
     shutil.copy(tmp_path / "train" / "robin" / "a.wav", tmp_path / "test" / "robin" / "a.wav")
-    assert any("in the other split; remove one" in problem for problem in read_dataset(tmp_path).problems)
+    dataset = read_dataset(tmp_path)
+    assert any("in the other split; remove one" in problem for problem in dataset.problems)
+    # As with near-duplicates: in one group, no split would be left.
+    assert [len({r.group for r in dataset.recordings if r.split == part}) for part in ("train", "test")] == [1, 2]
+    assert len({r.group for r in dataset.recordings}) == 3
 
 
 def test_labels_of_a_head(tmp_path):
@@ -208,6 +212,12 @@ def test_labels_of_a_head(tmp_path):
     dataset = read_dataset(tmp_path, labels=("wren", "owl"))
     assert targets_of(dataset, "robin/a.wav") == {"wren": [0] * 4, "owl": [0] * 4}
     assert any(problem.startswith("robin: not a label of the head") for problem in dataset.problems)
+    said = " ".join(read_dataset(tmp_path, labels=("Wren", "Rob_in", "owl")).problems)
+    assert (
+        "wren: not a label of the head; its stretches count as without the head's labels; did you mean 'Wren'?"
+        in said
+    )
+    assert "did you mean 'Rob_in'?" in said
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,14 @@ def test_a_bundle_that_takes_embeddings_is_refused(embedding_bundle, data, tmp_p
     assert "takes embeddings, not audio" in capsys.readouterr().err
 
 
+def test_a_report_can_not_be_a_file(audio_bundle, data, tmp_path, capsys):
+    (tmp_path / "report").write_text("mine")
+    assert main(["evaluate", str(audio_bundle), str(data), "--output", str(tmp_path / "report")]) == 2
+    said = capsys.readouterr().err
+    assert "is a file; name a folder for the report" in said
+    assert "embedded" not in said, "before the work"
+
+
 def test_a_label_of_noise_is_no_detection_in_noise(tmp_path):
     """Heads that were trained with cross entropy have such a label; it is right in noise."""
     windows = make_windows(tmp_path / "recordings", ["owl", "Noise"])
