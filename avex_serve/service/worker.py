@@ -29,9 +29,11 @@ from anyio import to_thread
 from avex_serve.audio.reader import Channel, open_audio
 from avex_serve.audio.windows import FinalClip
 from avex_serve.bundles.folders import check_any
+from avex_serve.bundles.reading import read_manifest
 from avex_serve.bundles.remote import Mirror, is_remote
 from avex_serve.errors import AvexServeError, InputError, StorageError
 from avex_serve.evidence.first import open_checked
+from avex_serve.evidence.tuning import Choice, kept
 from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
@@ -95,12 +97,13 @@ class AvexService:
         slots = settings.concurrency or threads
 
         def open_engine(folder: Path) -> Engine:
+            choice = _choose(folder, settings, threads)
             engine = open_checked(
                 folder,
-                settings.device,
-                precision=settings.precision,
-                threads=threads,
-                runtime=settings.runtime,
+                choice.device,
+                precision=choice.precision,
+                threads=choice.threads,
+                runtime=choice.runtime,
                 mode=settings.check,
             )
             if settings.serves_demo:
@@ -310,6 +313,19 @@ class AvexService:
         front.admission.close()
         front.repository.close()
         await to_thread.run_sync(front.telemetry.close)
+
+
+def _choose(folder: Path, settings: Settings, threads: int) -> Choice:
+    """What runs a bundle: as set or, where all is left open, as ``avex-serve tune`` has found for this processor."""
+    asked = Choice(settings.device, settings.precision, settings.runtime, threads)
+    if {asked.device, asked.precision, asked.runtime} != {"auto"}:
+        return asked
+    tuned = kept(read_manifest(folder), settings.bundle_cache)
+    if tuned is None:
+        return asked
+    tuned = msgspec.structs.replace(tuned, threads=settings.threads or min(tuned.threads, threads))
+    logger.info("%s is served as avex-serve tune has found: %s", folder, tuned.settings())
+    return tuned
 
 
 def _bundles(settings: Settings) -> tuple[list[Path], Callable[[bool], None]]:
