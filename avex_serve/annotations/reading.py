@@ -78,9 +78,7 @@ def read_annotations(path: Path, label_column: str | None = None) -> list[Annota
         raise NotFoundError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}") from None
-    # Excel writes "Unicode text" as UTF-16 with a byte order mark, and "CSV" in the code page of the computer.
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    text = data.decode(encoding, errors="replace")
+    text = decode_table(data)
     if "\0" in text:
         raise TableError(f"{path} is no table of annotations: it isn't text; expected CSV (in Excel: CSV UTF-8)")
     if _is_number(text.partition("\n")[0].split("\t")[0]):
@@ -92,6 +90,13 @@ def read_annotations(path: Path, label_column: str | None = None) -> list[Annota
             f"{path} is not in UTF-8, so its letters can't be told; save it again as UTF-8 (in Excel: CSV UTF-8)"
         )
     return annotations
+
+
+def decode_table(data: bytes) -> str:
+    """The text of a table; letters in another encoding than Unicode become replacement characters."""
+    # Excel writes "Unicode text" as UTF-16 with a byte order mark, and "CSV" in the code page of the computer.
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    return data.decode(encoding, errors="replace")
 
 
 def recording_of(table: Path) -> str:

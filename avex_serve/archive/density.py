@@ -91,7 +91,9 @@ def store_densities(
 
 
 def read_sites(path: Path) -> dict[str, str]:
-    """The site of each recording, by its name or path, from a table with the columns file and site.
+    """The site of each recording, by its name or absolute path, from a table with the columns file and site.
+
+    Paths may be relative to the table's folder.
 
     Raises:
         NotFoundError: no such file.
@@ -102,8 +104,10 @@ def read_sites(path: Path) -> dict[str, str]:
         site = row.fields.get("site")
         if not site or not row.file:
             raise InputError(f"{path}: expected the columns file and site, with both in every row")
-        if found.setdefault(row.file, site) != site:
-            raise InputError(f"{path}: {row.file} is at the sites {found[row.file]} and {site}")
+        here = os.path.abspath(path.parent / row.file)  # noqa: PTH100 - as `run` writes it
+        file = here if os.path.isfile(here) else row.file  # noqa: PTH113
+        if found.setdefault(file, site) != site:
+            raise InputError(f"{path}: {row.file} is at the sites {found[file]} and {site}")
     return found
 
 
