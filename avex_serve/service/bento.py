@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from contextvars import Context, copy_context
 from functools import cached_property, partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -301,10 +302,34 @@ def serves() -> bool:
 
 def http_address() -> tuple[str, int]:
     """Host and port of HTTP, by the options of the running `bentoml serve` or else by its configuration."""
-    command = click.get_current_context(silent=True)
-    options = {} if command is None else command.params
-    http = BentoMLContainer.http
+    options, http = _options(), BentoMLContainer.http
     return options.get("host") or http.host.get(), options.get("port") or http.port.get()
+
+
+class HttpsFiles(NamedTuple):
+    """The files of HTTP over TLS, and the password of the key; without a certificate and a key, HTTP is plain."""
+
+    certificate: Path | None
+    key: Path | None
+    client_ca: Path | None
+    password: str
+
+
+def https_files() -> HttpsFiles:
+    """The files of TLS, by the options of the running `bentoml serve` or else by its configuration."""
+    options, ssl = _options(), BentoMLContainer.ssl.get()
+
+    def path(name: str) -> Path | None:
+        value = options.get(f"ssl_{name}") or ssl[name]
+        return Path(value) if value else None
+
+    password = options.get("ssl_keyfile_password") or ssl["keyfile_password"] or ""
+    return HttpsFiles(path("certfile"), path("keyfile"), path("ca_certs"), password)
+
+
+def _options() -> dict[str, Any]:
+    command = click.get_current_context(silent=True)
+    return {} if command is None else command.params
 
 
 def share_log(name: str) -> list[logging.Handler]:
