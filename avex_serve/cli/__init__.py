@@ -29,6 +29,7 @@ from avex_serve.cli import (
     status,
     suggest,
     tables,
+    tune,
     verify,
 )
 from avex_serve.cli.output import drop_output, escape_unprintable, fail, note
@@ -54,6 +55,7 @@ COMMANDS = (
     calibrate,
     info,
     verify,
+    tune,
     settings,
     demo,
 )

@@ -29,9 +29,11 @@ from anyio import to_thread
 from avex_serve.audio.reader import Channel, open_audio
 from avex_serve.audio.windows import FinalClip
 from avex_serve.bundles.folders import check_any
+from avex_serve.bundles.reading import read_manifest
 from avex_serve.bundles.remote import Mirror, is_remote
 from avex_serve.errors import AvexServeError, InputError, StorageError
 from avex_serve.evidence.first import open_checked
+from avex_serve.evidence.tuning import Choice, kept
 from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
@@ -41,7 +43,7 @@ from avex_serve.scheduling.admission import Admission
 from avex_serve.scheduling.cores import threads_of_worker
 from avex_serve.scheduling.request import Limits, Memory
 from avex_serve.service import bento, parsing
-from avex_serve.service.credentials import Keys, server_credentials
+from avex_serve.service.credentials import Keys, check_https, server_credentials
 from avex_serve.service.drain import Drain
 from avex_serve.service.front import Front, HttpFront
 from avex_serve.service.grpc.server import GrpcServer
@@ -95,12 +97,13 @@ class AvexService:
         slots = settings.concurrency or threads
 
         def open_engine(folder: Path) -> Engine:
+            choice = _choose(folder, settings, threads)
             engine = open_checked(
                 folder,
-                settings.device,
-                precision=settings.precision,
-                threads=threads,
-                runtime=settings.runtime,
+                choice.device,
+                precision=choice.precision,
+                threads=choice.threads,
+                runtime=choice.runtime,
                 mode=settings.check,
             )
             if settings.serves_demo:
@@ -244,7 +247,7 @@ class AvexService:
     @bentoml.on_deployment
     @staticmethod
     def check() -> None:
-        """Before any worker starts: refuse bad settings, folders without a whole bundle and a port that is taken."""
+        """Before any worker starts: refuse bad settings, bundles, keys, certificates, and a port that is taken."""
         try:
             settings = Settings.from_environment()
             roots, fetch = _bundles(settings)
@@ -258,6 +261,7 @@ class AvexService:
             _check_disk()
             Keys.from_settings(settings)
             server_credentials(settings)
+            check_https(bento.https_files())
         except AvexServeError as error:
             if _at_import.log_format == "json":
                 logger.critical("can't start: %s", error)
@@ -309,6 +313,19 @@ class AvexService:
         front.admission.close()
         front.repository.close()
         await to_thread.run_sync(front.telemetry.close)
+
+
+def _choose(folder: Path, settings: Settings, threads: int) -> Choice:
+    """What runs a bundle: as set or, where all is left open, as ``avex-serve tune`` has found for this processor."""
+    asked = Choice(settings.device, settings.precision, settings.runtime, threads)
+    if {asked.device, asked.precision, asked.runtime} != {"auto"}:
+        return asked
+    tuned = kept(read_manifest(folder), settings.bundle_cache)
+    if tuned is None:
+        return asked
+    tuned = msgspec.structs.replace(tuned, threads=settings.threads or min(tuned.threads, threads))
+    logger.info("%s is served as avex-serve tune has found: %s", folder, tuned.settings())
+    return tuned
 
 
 def _bundles(settings: Settings) -> tuple[list[Path], Callable[[bool], None]]:
