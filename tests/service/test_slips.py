@@ -207,7 +207,7 @@ def test_embeddings_without_rows(embedding_server):
 
 
 def test_a_misspelt_option_of_a_model(audio_server):
-    said = error(audio_server.get("/models/tiny", params={"versoin": 1}))
+    said = error(audio_server.get("/models/tiny?versoin=1"))
     assert said == "unknown option 'versoin'; did you mean version? known: version"
 
 

@@ -433,7 +433,10 @@ _OPTIONAL_AUDIO: Final[Schema] = {
         {"type": "null"},
     ],
 }  # fmt: skip
-_RUNS: Final[Schema] = {
+_MODEL: Final[Schema] = {
+    "name": _STRING, "version": _STRING,
+    "kind": {"enum": ["audio", "embedding"]},
+    "labels": {"type": "object", "additionalProperties": {"type": "integer"}, "description": "how many, by probe"},
     "trained": _BOOLEAN, "licence": _STRING, "format": _STRING, "device": _STRING, "threads": {"type": "integer"},
 }  # fmt: skip
 # The messages of the protocol, our description of a model, and errors.
@@ -441,14 +444,7 @@ _PROTOCOL: Final[dict[str, Schema]] = {
     "Error": _object({"error": _STRING}),
     "Home": _object({
         "name": _STRING, "version": _STRING, "warnings": _STRINGS,
-        "models": _list(_object({
-            "name": _STRING, "version": _STRING,
-            "kind": {"enum": ["audio", "embedding"]},
-            "labels": {
-                "type": "object", "additionalProperties": {"type": "integer"}, "description": "how many, by probe",
-            },
-            **_RUNS,
-        })),
+        "models": _list(_object(_MODEL)),
         "formats": {**_STRINGS, "description": "of /tables; the option format of /predict has its own"},
         "limits": _object({"body_bytes": {"type": "integer"}, "seconds": {"type": "number"}}),
         "grpc_port": {"type": "integer"},
@@ -466,8 +462,7 @@ _PROTOCOL: Final[dict[str, Schema]] = {
         }},
     ),
     "Model": _object({
-        "name": _STRING, "version": _STRING, "versions": _STRINGS,
-        "kind": {"enum": ["audio", "embedding"]},
+        **_MODEL, "versions": _STRINGS,
         "routes": {
             **_list({"enum": ["/predict", "/embed", "/classify"]}),
             "description": "that ask the model; a head alone answers /predict while its backbone is served",
@@ -488,7 +483,6 @@ _PROTOCOL: Final[dict[str, Schema]] = {
             "target_precision": {"type": "number", "description": "of the detections from these thresholds on"},
         })),
         "embeddings": _list(_object({"output": _STRING, "shape": _SHAPE, "layers": _STRINGS})),
-        **_RUNS,
     }),
     "ModelReady": _object({"name": _STRING, "ready": _BOOLEAN}),
     "InferRequest": _object(
