@@ -1,5 +1,6 @@
 """The decisions of all annotators: a folder with a file for each of them, which only grows."""
 
+import contextlib
 import csv
 import fcntl
 import io
@@ -105,7 +106,8 @@ class Book:
         with report_full_disk():
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("a+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                with contextlib.suppress(OSError):  # some file systems of clusters have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 size, ended = _whole_lines(file)
                 file.seek(0)
                 if size and _cells(file.readline())[: len(COLUMNS)] != list(COLUMNS):

@@ -1,6 +1,8 @@
 """Decisions on disk: a file for each annotator, which only grows and is read by others at any time."""
 
 import csv
+import errno
+import os
 import subprocess
 import sys
 
@@ -93,6 +95,15 @@ def test_a_last_line_that_an_editor_left_without_its_end_is_kept(tmp_path):
     Book(tmp_path).write("bo", [Answer(ROBIN, "absent")])
     expected = [(0, "wren", "bo", "present"), (3, "wren", "bo", "absent"), (0, "robin", "bo", "absent")]
     assert decisions(read_reviews(tmp_path)) == expected
+
+
+def test_decisions_are_written_where_files_can_not_be_locked(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("avex_serve.review.book.fcntl.flock", refuse)
+    Book(tmp_path).write("bo", [Answer(WREN, "present")])
+    assert decisions(read_reviews(tmp_path)) == [(0, "wren", "bo", "present")]
 
 
 def test_a_file_that_a_spreadsheet_has_changed_is_not_added_to(tmp_path):

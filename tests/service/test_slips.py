@@ -371,9 +371,7 @@ def test_parameters_that_change_nothing_are_named(audio_server):
     assert ask({**infer_json(BASE64, threshold=0.3), "outputs": [{"name": "detections"}]}) == []
     misplaced = {**infer_json(BASE64), "outputs": [{"name": "detections", "parameters": {"top_k": 1}}]}
     misplaced["inputs"][0]["parameters"] = {"overlap": 0.05, "content_type": "audio/wav"}
-    said = (
-        "parameters of inputs and outputs were ignored: 'overlap', 'top_k'; send them as parameters of the request"
-    )
+    said = "parameters of inputs and outputs were ignored: 'overlap', 'top_k'; send them as those of the request"
     assert ask(misplaced) == [said]
     request = service_pb2.ModelInferRequest(model_name="tiny")
     request.inputs.add(name="waveform", datatype="BYTES", shape=[1]).contents.bytes_contents.append(WAV)
