@@ -33,6 +33,7 @@ LABELS: Final = (
     "species code",
     "class",
 )
+_SCORED: Final = re.compile(r"(.+) (-?\d+\.\d{4})")  # a label as `audacity` writes it
 _DECIMAL: Final = re.compile(r"-?\d+,\d+")
 _UNREADABLE: Final = "\ufffd"  # stands for a byte that the encoding doesn't have
 
@@ -148,7 +149,10 @@ def read_audacity(lines: Iterable[str], path: Path) -> list[Annotation]:
             continue
         cells = line.split("\t")
         start, end = (_seconds(cell, path, number) for cell in (*cells, "")[:2])
-        rows.append(_annotation(None, start, end, cells[2] if len(cells) > 2 else "", {}, path, number))
+        label, fields = cells[2] if len(cells) > 2 else "", {}
+        if (scored := _SCORED.fullmatch(label.strip())) is not None:
+            label, fields = scored[1], {"score": scored[2]}
+        rows.append(_annotation(None, start, end, label, fields, path, number))
     return rows
 
 

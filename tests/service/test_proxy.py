@@ -255,6 +255,9 @@ def test_more_requests_at_once_than_allowed(proxy):
         for _ in range(most):
             stack.enter_context(begun(proxy, f"Authorization: Bearer {proxy.key}", "Content-Length: 1000"))
         until(lambda: proxy.client.get("/readyz").status_code == 429)
+        with proxy.channel() as channel, pytest.raises(grpc.RpcError) as raised:
+            rpc(channel, "ServerReady", b"")
+        assert raised.value.code().name == "UNAVAILABLE"
     until(lambda: proxy.client.get("/readyz").status_code == 200)
 
 
