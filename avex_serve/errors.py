@@ -148,7 +148,7 @@ class UnavailableError(AvexServeError):
 class ShuttingDownError(UnavailableError):
     """The service is shutting down; another replica may answer."""
 
-    http_headers: ClassVar[Mapping[str, str]] = {"Connection": "close", "Retry-After": "1"}
+    http_headers: ClassVar[Mapping[str, str]] = {"Retry-After": "1"}
 
 
 class BundleError(AvexServeError):

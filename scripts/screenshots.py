@@ -1,4 +1,4 @@
-"""Take pictures of the pages for docs/: serve the demo bundle, use the page in chromium, and photograph each view.
+"""Take pictures of the pages and reports for docs/: use those of the demo bundle in chromium, and photograph them.
 
 ``python -m scripts.screenshots`` writes JPEG files into ``docs/pictures``. It needs playwright and chromium, as the
 tests of the pages do.
@@ -16,11 +16,12 @@ from subprocess import DEVNULL, PIPE, Popen, run
 from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 import soundfile
 
 from avex_serve.cli import main as run_command
 from avex_serve.service.settings import DEMO_BUNDLE
-from avex_serve.synthetic import make_recording
+from avex_serve.synthetic import make_clip, make_recording
 from tests.browsing import launched, wait_until
 
 TARGET = Path(__file__).parents[1] / "docs" / "pictures"
@@ -30,6 +31,8 @@ VIEWS: dict[str, dict[str, Any]] = {
     "narrow": {"viewport": {"width": 360, "height": 740}, "color_scheme": "light"},
 }
 START_SECONDS = 60
+# Hours of the day at which a sound of the demo is made.
+CHORUS = {"hoot": (20, 22, 0, 2, 4), "trill": (4, 6, 8), "whistle": (6, 8, 10, 12, 14, 16, 18), "buzz": (10, 12, 14)}
 
 
 def main() -> None:
@@ -48,6 +51,53 @@ def main() -> None:
             context = browser.new_context(viewport={"width": 1280, "height": 960})
             photograph_review(context.new_page(), url, TARGET / "review.jpg")
             context.close()
+        for name, (make, first) in {
+            "report": (report_of_a_run, "Detections by label"),
+            "evaluation": (report_of_a_training, "Figures by label"),
+        }.items():
+            context = browser.new_context(viewport={"width": 1240, "height": 1200}, color_scheme="light")
+            page = context.new_page()
+            page.goto(make(Path(folder) / name).as_uri())
+            top = page.get_by_role("heading", name=first).bounding_box()["y"] - 20
+            part = {"x": 0, "y": top, "width": 1240, "height": 1200}
+            page.screenshot(path=TARGET / f"{name}.jpg", quality=80, full_page=True, clip=part)
+            context.close()
+
+
+def report_of_a_run(folder: Path) -> Path:
+    """The page of a run over three days of recordings, in which each sound has its hours."""
+    (folder / "season").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for day in (1, 2, 3):
+        for hour in range(0, 24, 2):
+            sounds = [name for name, hours in CHORUS.items() if hour in hours]
+            windows = [
+                make_clip(random, [each for each in sounds if random.random() < 0.3], snr_db=10) for _ in range(10)
+            ]
+            name = f"SITE_202405{day:02}_{hour:02}0000.wav"
+            soundfile.write(folder / "season" / name, np.concatenate(windows), 16000)
+    labels = [part for label in CHORUS for part in ("--label", label)]
+    _command(folder, "run", str(DEMO_BUNDLE), "season", "--out", "results")
+    _command(folder, "report", "results", "--examples", "2", *labels)
+    return folder / "results" / "report.html"
+
+
+def report_of_a_training(folder: Path) -> Path:
+    """The page of a probe that is trained on faint sounds, so that it makes mistakes."""
+    random = np.random.default_rng(0)
+    for name in ("buzz", "trill", "up_sweep", "whistle", "noise"):
+        (folder / "clips" / name).mkdir(parents=True)
+        for number in range(50):
+            sounds = [name] if name != "noise" else [[], ["wind"], ["rain"]][number % 3]
+            clip = make_clip(random, sounds, snr_db=random.uniform(-20, -2))
+            soundfile.write(folder / "clips" / name / f"{number}.wav", clip, 16000)
+    _command(folder, "fit", "clips", "--output", "my_probe", "--cache", "cache")
+    return folder / "my_probe" / "report.html"
+
+
+def _command(folder: Path, *arguments: str) -> None:
+    command = [sys.executable, "-m", "avex_serve", *arguments]
+    run(command, check=True, cwd=folder, stdout=DEVNULL, stderr=DEVNULL)
 
 
 def photograph_review(page: Any, url: str, target: Path) -> None:
@@ -72,9 +122,9 @@ def photograph_review(page: Any, url: str, target: Path) -> None:
 @contextmanager
 def reviewed(folder: Path, recording: Path) -> Iterator[str]:
     """A review of the demo bundle's results on a recording, and its address."""
-    command = [sys.executable, "-m", "avex_serve"]
     options = ["--out", str(folder / "run"), "--hop", "0.5", "--embeddings"]
-    run([*command, "run", str(DEMO_BUNDLE), str(recording), *options], check=True, stdout=DEVNULL, stderr=DEVNULL)
+    _command(folder, "run", str(DEMO_BUNDLE), str(recording), *options)
+    command = [sys.executable, "-m", "avex_serve"]
     process = Popen(
         [*command, "review", str(folder / "run"), "--model", "avex_demo", "--port", "0"], stdout=PIPE, text=True
     )

@@ -13,6 +13,7 @@ import pytest
 from avex_serve.bundles.manifest import LABELS, MANIFEST, ONNX, ONNX_INT8, TORCHSCRIPT, Manifest
 from avex_serve.bundles.reading import parse_labels, read_bundle, read_manifest, sha256_of
 from avex_serve.bundles.sealing import atomic_directory, dump_labels, seal_bundle
+from avex_serve.bundles.trained import read_trained_on, trained_on, write_trained_on
 from avex_serve.errors import BundleError
 from tests.bundles import DIM, PROBE, WINDOW, calibrated_copy, calibration, copy_bundle, replace_file
 from tests.bundles import LABELS as NAMES
@@ -107,7 +108,7 @@ def test_reads_what_was_written(tmp_path):
     for name in ("schema_version", "files", "quantisation"):
         del written[name]
     for each in (written, *written["probes"]):
-        for name in ("calibrates", "calibration", "evaluation"):
+        for name in ("calibrates", "calibration", "evaluation", "trained_on"):
             assert each.pop(name, None) is None
     expected = json.loads(
         json.dumps(FIELDS | {"audio": FIELDS["audio"] | {"resampler": "soxr_hq", "shortest_samples": None}})
@@ -208,6 +209,24 @@ def test_schema_version_2_stays_readable(tmp_path, audio_bundle):
     bundle = read_bundle(folder)
     assert bundle.manifest.schema_version == 2
     assert bundle.scores_digest == bundle.digest
+
+
+def test_recordings_that_trained_a_head_are_a_listed_file_of_digests(tmp_path, audio_bundle):
+    folder = shutil.copytree(audio_bundle, tmp_path / "b")
+    bundle = read_bundle(folder)
+    (probe,) = bundle.manifest.probes
+    assert trained_on(bundle, probe) is None, "not known"
+    probes = (msgspec.structs.replace(probe, trained_on="trained_on.txt"),)
+    changed = msgspec.structs.replace(bundle.manifest, probes=probes, files={})
+    with pytest.raises(BundleError, match=r"trained_on\.txt is not among the files"):
+        seal_bundle(folder, bundle.labels, changed)
+    write_trained_on(["b" * 64, "a" * 64, "b" * 64], folder / "trained_on.txt")
+    sealed = seal_bundle(folder, bundle.labels, changed)
+    assert trained_on(sealed, sealed.manifest.probes[0]) == {"a" * 64, "b" * 64}
+    assert (folder / "trained_on.txt").read_text() == f"{'a' * 64}\n{'b' * 64}\n"
+    (folder / "trained_on.txt").write_text("dawn.wav\n")
+    with pytest.raises(BundleError, match="something else than SHA-256 digests"):
+        read_trained_on(folder / "trained_on.txt")
 
 
 def test_a_calibration_is_kept_and_must_fit(tmp_path, audio_bundle):

@@ -124,8 +124,10 @@ def test_curl_with_thresholds(server, workplace, engine):
     assert answers == [as_json(each) for each in expected]
 
 
-def test_grpc_by_reflection(server):
-    assert python(PYTHON[7], server)["labels"] == list(LABELS)
+def test_grpc_by_reflection(server, workplace, engine):
+    names = python(PYTHON[7], server)
+    assert names["labels"] == list(LABELS)
+    assert names["detections"] == as_json(engine.predict(*decode("recording.wav")))["detections"] != []
 
 
 def test_grpcurl_sends_what_the_methods_take(server, workplace):

@@ -26,6 +26,7 @@ from tests.hub import hub_cache, use_cache
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [DOCS / f"probe-{part}.md" for part in ("guide", "choosing", "training", "saving", "reference")]
 GUIDE = "\n".join(page.read_text() for page in PAGES)
+YAML = DOCS / "probe-yaml.md"
 FULL_SIZE = "esp_aves2_naturelm_audio_v1_beats"
 REPOSITORY = "EarthSpeciesProject/esp-aves2-naturelm-audio-v1-beats"
 NUMBER = re.compile(r"-?\d+\.\d+")
@@ -42,10 +43,12 @@ class Section:
         return re.findall(r"^```(\w+)\n(.*?)^```$", self.text, re.MULTILINE | re.DOTALL)
 
 
-SECTIONS = [
-    Section(title, text)
-    for title, text in re.findall(r"^## (.+?)$\n(.*?)(?=^## |\Z)", GUIDE, re.MULTILINE | re.DOTALL)
-]
+def sections(text):
+    return [Section(*each) for each in re.findall(r"^## (.+?)$\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)]
+
+
+SECTIONS = sections(GUIDE)
+TWINS = {section.title: section.blocks for section in sections(YAML.read_text())}
 
 
 def parameter(section):
@@ -75,7 +78,7 @@ def workplace(tmp_path, monkeypatch):
 def test_the_section_runs(section, workplace, monkeypatch, request):
     if f'load_model("{FULL_SIZE}"' in section.text:
         use_cache(monkeypatch, request.getfixturevalue("hub"))
-    names, printed = {"__name__": "guide"}, ""
+    names, printed, configs = {"__name__": "guide"}, "", []
     for language, content in section.blocks:
         if language == "text":
             assert_same_text(printed, content)
@@ -87,23 +90,36 @@ def test_the_section_runs(section, workplace, monkeypatch, request):
             with contextlib.redirect_stdout(out):
                 exec(compile(content, section.title, "exec"), names)
             printed = "" if "avex_export([" in content else out.getvalue()  # which tells with times what it does
+            configs.append(names.get("config"))
         elif language == "yaml":
-            check_yaml(content, names["config"])
+            assert same(read_yaml(content), names["config"])
         else:
             assert language == "sh"
             for line in content.splitlines():
                 check_command(line)
     assert printed == ""
     assert names.get("status", 0) == 0
+    left = iter(configs)  # the files are in the order of the programs
+    for language, content in TWINS.get(section.title, ()):
+        assert language == "yaml"
+        loaded = read_yaml(content)
+        assert any(same(loaded, config) for config in left), content
 
 
-def check_yaml(content, config):
-    """The file says what the configuration of the program before it says, set or unset."""
+def read_yaml(content):
     path = Path(re.match(r"# (\S+\.yml)\n", content).group(1))
     path.write_text(content)
-    loaded = load_probe_config(path)
-    assert loaded == config
-    assert loaded.model_fields_set == config.model_fields_set
+    return load_probe_config(path)
+
+
+def same(loaded, config):
+    """Whether a file says what a program's configuration says, set or unset."""
+    return loaded == config and loaded.model_fields_set == config.model_fields_set
+
+
+def test_every_file_belongs_to_a_section():
+    assert list(TWINS) == [section.title for section in SECTIONS if section.title in TWINS]
+    assert len(re.findall("^```yaml$", YAML.read_text(), re.MULTILINE)) == sum(map(len, TWINS.values()))
 
 
 def check_command(line):
@@ -129,7 +145,7 @@ def assert_same_text(printed, shown):
 def test_its_links_lead_somewhere():
     contents = re.findall(r"^- \[(.+?)\]", GUIDE, re.MULTILINE)
     assert contents == [section.title for section in SECTIONS]
-    for page in PAGES:
+    for page in (*PAGES, YAML):
         for link in re.findall(r"\]\((.+?)\)", page.read_text()):
             name, _, anchor = link.partition("#")
             target = DOCS / name if name else page

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from avex_serve.annotations.formats import FORMATS
 from avex_serve.cli import COMMANDS
 from avex_serve.service.settings import Settings
@@ -32,3 +34,16 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert "`target_layers`" in named["configuration"]
     assert "### open_bundle" in named["python"]
     assert (tmp_path / "build" / "site" / "reference" / "python" / "index.html").is_file()
+    pages = {
+        str(page.relative_to(tmp_path / "build" / "docs")) for page in (tmp_path / "build" / "docs").rglob("*.md")
+    }
+    assert sorted(listed(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])) == sorted(
+        pages - {"CONTRIBUTING.md", "CHANGELOG.md"}
+    )
+
+
+def listed(nav):
+    """The pages of a navigation, which has sections in sections."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for each in (nav.values() if isinstance(nav, dict) else nav) for page in listed(each)]

@@ -9,6 +9,7 @@ import codecs
 import csv
 import io
 import math
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,8 @@ LABELS: Final = (
     "species code",
     "class",
 )
+_SCORED: Final = re.compile(r"(.+) (-?\d+\.\d{4})")  # a label as `audacity` writes it
+_DECIMAL: Final = re.compile(r"-?\d+,\d+")
 _UNREADABLE: Final = "\ufffd"  # stands for a byte that the encoding doesn't have
 
 
@@ -76,9 +79,7 @@ def read_annotations(path: Path, label_column: str | None = None) -> list[Annota
         raise NotFoundError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}") from None
-    # Excel writes "Unicode text" as UTF-16 with a byte order mark, and "CSV" in the code page of the computer.
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    text = data.decode(encoding, errors="replace")
+    text = decode_table(data)
     if "\0" in text:
         raise TableError(f"{path} is no table of annotations: it isn't text; expected CSV (in Excel: CSV UTF-8)")
     if _is_number(text.partition("\n")[0].split("\t")[0]):
@@ -90,6 +91,13 @@ def read_annotations(path: Path, label_column: str | None = None) -> list[Annota
             f"{path} is not in UTF-8, so its letters can't be told; save it again as UTF-8 (in Excel: CSV UTF-8)"
         )
     return annotations
+
+
+def decode_table(data: bytes) -> str:
+    """The text of a table; letters in another encoding than Unicode become replacement characters."""
+    # Excel writes "Unicode text" as UTF-16 with a byte order mark, and "CSV" in the code page of the computer.
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    return data.decode(encoding, errors="replace")
 
 
 def recording_of(table: Path) -> str:
@@ -141,7 +149,10 @@ def read_audacity(lines: Iterable[str], path: Path) -> list[Annotation]:
             continue
         cells = line.split("\t")
         start, end = (_seconds(cell, path, number) for cell in (*cells, "")[:2])
-        rows.append(_annotation(None, start, end, cells[2] if len(cells) > 2 else "", {}, path, number))
+        label, fields = cells[2] if len(cells) > 2 else "", {}
+        if (scored := _SCORED.fullmatch(label.strip())) is not None:
+            label, fields = scored[1], {"score": scored[2]}
+        rows.append(_annotation(None, start, end, label, fields, path, number))
     return rows
 
 
@@ -166,10 +177,14 @@ def _read_columns(text: str, path: Path, label_column: str | None) -> list[Annot
             continue
         fields = {name: cell.strip() for name, cell in zip(names, cells, strict=False)}
         first, last = 0.0, math.inf
-        if delimiter == ";":  # where Excel separates columns so, it writes 0,5
-            fields |= {name: fields[name].replace(",", ".") for name in (*STARTS, *ENDS) if name in fields}
+        if delimiter != ",":  # where Excel separates columns so, it may write 0,5
+            fields |= {
+                name: cell.replace(",", ".")
+                for name, cell in fields.items()
+                if name not in (file, label) and _DECIMAL.fullmatch(cell)
+            }
         if start is not None and end is not None and (fields.get(start) or fields.get(end)):
-            first, last = _seconds(fields[start], path, number), _seconds(fields.get(end, ""), path, number)
+            first, last = _seconds(fields.get(start, ""), path, number), _seconds(fields.get(end, ""), path, number)
         if offset := fields.get("file offset (s)"):  # Raven's Begin Time counts on the whole sequence of files
             first, last = _seconds(offset, path, number), _seconds(offset, path, number) + last - first
         name = (fields.get(file) if file else None) or fields.get("begin file") or None

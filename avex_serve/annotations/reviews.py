@@ -5,11 +5,20 @@ empty decision withdraws it. A decision is about its label alone; it says nothin
 Other tables of annotations are read too if they have a column of `DECIDED` with the `WORDS`.
 """
 
+import codecs
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
-from avex_serve.annotations.reading import TABLES, Annotation, TableError, read_annotations, recording_of
+from avex_serve.annotations.reading import (
+    TABLES,
+    Annotation,
+    TableError,
+    decode_table,
+    read_annotations,
+    recording_of,
+)
 from avex_serve.errors import InputError, NotFoundError
 
 Decision = Literal["present", "absent", "unsure"]
@@ -21,6 +30,7 @@ WORDS: Final[dict[str, Decision | None]] = {
     "": None,
 }
 DECIDED: Final = ("decision", "correct")  # columns; the first that a table has counts
+_LONGEST: Final = 2**16  # bytes of a line with the names of columns
 COLUMNS: Final = ("file", "start", "end", "label", "decision", "annotator", "comment", "time")
 
 
@@ -86,6 +96,17 @@ def read_reviews(path: Path) -> list[Review]:
 def is_reviewed(annotations: Sequence[Annotation]) -> bool:
     """Whether the rows of a table are reviews."""
     return bool(annotations) and any(column in annotations[0].fields for column in DECIDED)
+
+
+def has_decisions(table: Path) -> bool:
+    """Whether a file has a column of decisions, which people add to tables; it reads the first line alone."""
+    try:
+        with table.open("rb") as file:
+            head = file.readline(_LONGEST)
+    except OSError:  # a folder, or nothing is there
+        return False
+    text = decode_table(head + b"\0" if head.startswith(codecs.BOM_UTF16_LE) else head)
+    return any(name.strip().strip('"').lower() in DECIDED for name in re.split(r"[\t,;]", text))
 
 
 def current_reviews(annotations: Iterable[Annotation], table: Path) -> list[Review]:

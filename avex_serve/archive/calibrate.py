@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,7 @@ def calibrate_bundle(request: CalibrationRequest, say: Callable[[str], None] = p
     Raises:
         BundleError: not a bundle.
         InputError: tables or options that can't be used, or too few reviews of every label.
-        NotFoundError: no such table, recording, store or probe, or labels that the probe doesn't have.
+        NotFoundError: no such table, recording, store or probe, or no label that the probe has.
     """
     folder = local_bundle(request.bundle)
     bundle = read_bundle(folder)
@@ -86,12 +86,17 @@ def calibrate_bundle(request: CalibrationRequest, say: Callable[[str], None] = p
         head = engine.probe(request.probe)
         labels = engine.labels(head.name)
         reviews = _read(request.labels)
-        if unknown := sorted({review.label for _, review in reviews if review.decision != "unsure"} - set(labels)):
-            raise NotFoundError(
-                f"there are reviews of {', '.join(map(repr, unknown[:5]))}, which the probe doesn't have; one of "
-                f"its {len(labels)} labels is {min(labels)!r}"
-            )
-        source = _source(request, engine, head.name)
+        sure = Counter(review.label for _, review in reviews if review.decision != "unsure")
+        unknown = sorted(sure.keys() - set(labels))  # such as other labels that somebody typed on the review page
+        named = (
+            f"{', '.join(map(repr, unknown[:5]))}{' …' if len(unknown) > 5 else ''}, which the probe doesn't have"
+        )
+        if unknown and len(unknown) == len(sure):
+            raise NotFoundError(f"there are reviews of {named}; one of its {len(labels)} labels is {min(labels)!r}")
+        if unknown:
+            say(f"left out: {sum(sure[label] for label in unknown)} reviews of {named}")
+            reviews = [each for each in reviews if each[1].label not in unknown]
+        source = _source(request, engine, head.name, (review for _, review in reviews))
         scored = _score(source, reviews, say)
         known = trained_on(bundle, head)
     names = sorted({each.label for each in scored}, key=labels.index)
@@ -140,8 +145,18 @@ def _read(tables: Sequence[Path]) -> list[tuple[Path, Review]]:
     return found
 
 
-def _rounded(review: Review) -> float:
+def _digits(review: Review) -> int:
+    """The decimal places of the score in the table."""
+    text = review.fields.get("score", "")
+    return len(text.partition(".")[2]) if set(text) <= set("0123456789.") else 9
+
+
+def _rounded(review: Review, finest: int) -> float:
     """The score in the table. A rounded one is not 0 or 1: it is at most half a unit of its last digit away.
+
+    Args:
+        review: with the score.
+        finest: most decimal places of any score; many programs write 1.0000 as 1 or 1.0.
 
     Raises:
         InputError: the row has no score, or none between 0 and 1.
@@ -155,8 +170,8 @@ def _rounded(review: Review) -> float:
         raise InputError(
             f"a review of {review.file} has the score {text!r}; expected a number from 0 to 1 in the column score"
         )
-    digits = len(text.partition(".")[2]) if set(text) <= set("0123456789.") else 9
-    half = 0.5 * 10.0**-digits
+    digits = _digits(review)
+    half = 0.5 * 10.0 ** -(digits if digits > 1 else finest)
     return min(max(score, half), 1 - half)
 
 
@@ -209,11 +224,11 @@ def _score(source: _Source, reviews: Sequence[tuple[Path, Review]], say: Callabl
     return scored
 
 
-def _source(request: CalibrationRequest, engine: Engine, probe: str) -> _Source:
+def _source(request: CalibrationRequest, engine: Engine, probe: str, reviews: Iterable[Review]) -> _Source:
     if request.table_scores:
         if request.store is not None or request.recordings is not None:
             raise InputError("--table-scores takes the scores of the tables; leave out --run and --recordings")
-        return _Tables()
+        return _Tables(reviews)
     if request.store is not None:
         return _Stored(request.store, engine, probe)
     return _Recordings(request, engine, probe)
@@ -222,11 +237,14 @@ def _source(request: CalibrationRequest, engine: Engine, probe: str) -> _Source:
 class _Tables:
     """Scores in the tables themselves."""
 
+    def __init__(self, reviews: Iterable[Review]) -> None:
+        self._finest = max(map(_digits, reviews), default=0)
+
     def find(self, file: str, folder: Path) -> Path | None:
         return folder.resolve() / file
 
     def scores(self, recording: Path, reviews: Sequence[Review]) -> list[float | None]:
-        return [_rounded(review) for review in reviews]
+        return [_rounded(review, self._finest) for review in reviews]
 
     def digest(self, recording: Path) -> str | None:
         return sha256_of(recording) if recording.is_file() else None

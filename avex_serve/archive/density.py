@@ -64,8 +64,15 @@ def store_densities(
     paths = [entry.path for entry in entries]
     site_of = dict(zip(paths, sites_of(paths) if sites is None else _named(paths, sites), strict=True))
     found = []
-    for label in sorted({subject.label for subject in decisions}):
-        results, name = _find_head(sets, label, probe)
+    heads = {label: _find_head(sets, label, probe) for label in sorted({subject.label for subject in decisions})}
+    if decisions and not any(heads.values()):
+        which = "no probe of the store" if probe is None else f"no probe {probe!r}"
+        raise NotFoundError(f"{which} has the label {next(iter(heads))!r}, which was reviewed")
+    for label, head in heads.items():
+        if head is None:  # such as another label that somebody typed on the review page
+            found.append(LabelDensity(label, None, "it has no scores here", ()))
+            continue
+        results, name = head
         own = {subject: decision for subject, decision in decisions.items() if subject.label == label}
         copies: dict[str, list[Entry]] = defaultdict(list)  # by content, which counts once
         for entry in entries:
@@ -84,7 +91,9 @@ def store_densities(
 
 
 def read_sites(path: Path) -> dict[str, str]:
-    """The site of each recording, by its name or path, from a table with the columns file and site.
+    """The site of each recording, by its name or absolute path, from a table with the columns file and site.
+
+    Paths may be relative to the table's folder.
 
     Raises:
         NotFoundError: no such file.
@@ -95,8 +104,10 @@ def read_sites(path: Path) -> dict[str, str]:
         site = row.fields.get("site")
         if not site or not row.file:
             raise InputError(f"{path}: expected the columns file and site, with both in every row")
-        if found.setdefault(row.file, site) != site:
-            raise InputError(f"{path}: {row.file} is at the sites {found[row.file]} and {site}")
+        here = os.path.abspath(path.parent / row.file)  # noqa: PTH100 - as `run` writes it
+        file = here if os.path.isfile(here) else row.file  # noqa: PTH113
+        if found.setdefault(file, site) != site:
+            raise InputError(f"{path}: {row.file} is at the sites {found[file]} and {site}")
     return found
 
 
@@ -131,21 +142,19 @@ def _rows(found: Iterable[LabelDensity]) -> Iterable[tuple[str, str, Density]]:
                 yield from ((each.label, site, density) for site, density in each.found.sites.items())
 
 
-def _find_head(sets: Sequence[ResultSet], label: str, probe: str | None) -> tuple[ResultSet, str]:
+def _find_head(sets: Sequence[ResultSet], label: str, probe: str | None) -> tuple[ResultSet, str] | None:
+    """The scores of a label, None if there are none; InputError if several probes have it."""
     heads = [
         (results, head.name)
         for results in sets
         for head in results.probes
         if label in head.labels and probe in (None, head.name)
     ]
-    if not heads:
-        which = "no probe of the store" if probe is None else f"no probe {probe!r}"
-        raise NotFoundError(f"{which} has the label {label!r}, which was reviewed")
     if len(heads) > 1:
         raise InputError(
             f"several probes have the label {label!r}: {', '.join(n for _, n in heads)}; name one by --probe"
         )
-    return heads[0]
+    return heads[0] if heads else None
 
 
 def _read_scores(

@@ -62,14 +62,23 @@ def run(arguments: argparse.Namespace) -> int:
 def write_tables(
     store: "Store", formats: Sequence[str] | None, choice: "Choice", output: Path | None = None
 ) -> list[str]:
-    """Write a table in each format, by default CSV and into the store; returns where they are."""
+    """Write a table in each format, by default CSV and into the store; returns where they are.
+
+    Raises:
+        InputError: a table that would be replaced has decisions of people.
+    """
     from avex_serve.annotations.formats import FORMATS as WRITERS
+    from avex_serve.annotations.reviews import has_decisions
     from avex_serve.archive.store import TABLES
     from avex_serve.archive.tables import make_table
 
     targets = []
     for name in dict.fromkeys(formats or ["csv"]):
         target = output or store.folder / TABLES / WRITERS[name].target
+        if has_decisions(target):
+            raise InputError(
+                f"{target} has a column of decisions: not replaced. Move it to keep them, and run avex-serve tables"
+            )
         WRITERS[name].write(make_table(store, choice), target)
         targets.append(store.keep_table(target))
     return targets

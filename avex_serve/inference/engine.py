@@ -349,7 +349,11 @@ class Engine:
         """Raise TensorError unless the graph takes the batch, AudioError for samples far from [-1, 1]."""
         spec = self.manifest.inputs[0]
         if not spec.fits(batch.shape):
-            raise TensorError(f"input {spec.name!r} has shape {list(batch.shape)}; expected {list(spec.shape)}")
+            row = "embedding" if self.manifest.audio is None else "clip"
+            raise TensorError(
+                f"input {spec.name!r} has shape {list(batch.shape)}; expected {list(spec.shape)}: "
+                f"a row for each {row}"
+            )
         audio = self.manifest.audio
         if audio is not None and audio.shortest_samples is not None and 0 < batch.shape[1] < audio.shortest_samples:
             raise TensorError(

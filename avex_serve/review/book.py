@@ -1,5 +1,6 @@
 """The decisions of all annotators: a folder with a file for each of them, which only grows."""
 
+import contextlib
 import csv
 import fcntl
 import io
@@ -95,16 +96,29 @@ class Book:
         return {path: (status.st_size, status.st_mtime_ns) for path, status in found.items()}
 
     def _append(self, annotator: str, rows: Sequence[tuple[str, ...]]) -> None:
-        """Add whole lines to a file; a line that a killed process left unfinished is removed first."""
+        """Add whole lines to a file; a line that a killed process left unfinished is removed first.
+
+        Raises:
+            InputError: another program has saved the file in another form, in which these lines would be lost.
+            StorageError: the disk is full.
+        """
         path = self.folder / f"{annotator}.csv"
         with report_full_disk():
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("a+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                size = _whole_lines(file)
+                with contextlib.suppress(OSError):  # some file systems of clusters have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                size, ended = _whole_lines(file)
+                file.seek(0)
+                if size and _cells(file.readline())[: len(COLUMNS)] != list(COLUMNS):
+                    raise InputError(
+                        f"{path} was saved by another program: its first line isn't {','.join(COLUMNS)}. Rename it "
+                        "(its decisions in the folder still count), and decide again"
+                    )
                 known = size == self._seen.get(path, (0, 0))[0]  # nobody else has written since
                 file.truncate(size)
-                text = io.StringIO()
+                text = io.StringIO("" if ended else "\n")
+                text.seek(0, os.SEEK_END)
                 csv.writer(text, lineterminator="\n").writerows(rows if size else [COLUMNS, *rows])
                 try:
                     file.write(text.getvalue().encode())
@@ -142,14 +156,21 @@ def _row(answer: Answer, annotator: str, time: str) -> tuple[str, ...]:
     return (subject.file, *times, label, answer.decision or "", annotator, one_line(answer.comment).strip(), time)
 
 
-def _whole_lines(file: io.BufferedRandom) -> int:
-    """The size of a file up to its last line break."""
-    size = file.seek(0, os.SEEK_END)
-    while size:
-        start = max(0, size - 4096)
+def _whole_lines(file: io.BufferedRandom) -> tuple[int, bool]:
+    """The size of a file up to its last whole line, and whether that ends in a line break: editors may drop it."""
+    start = end = file.seek(0, os.SEEK_END)
+    last = b""
+    while start and b"\n" not in last:
+        step = min(start, 4096)
+        start -= step
         file.seek(start)
-        found = file.read(size - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        size = start
-    return 0
+        last = file.read(step) + last
+    whole = last.rfind(b"\n") + 1
+    if len(_cells(last[whole:])) >= len(COLUMNS):
+        return end, False
+    return start + whole, True
+
+
+def _cells(line: bytes) -> list[str]:
+    text = line.decode("utf-8-sig", "replace").rstrip("\r\n")
+    return next(csv.reader([text]), [])

@@ -7,13 +7,20 @@ import asyncio
 import json
 import logging
 import math
+import os
+import selectors
 import shutil
 import signal
+import socket
 import tempfile
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from contextvars import Context, copy_context
 from functools import cached_property, partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import bentoml
@@ -29,6 +36,7 @@ from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from avex_serve.errors import InputError
+from avex_serve.service.drain import shutting_down
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +46,7 @@ MAX_HEAD_BYTES: Final = 2**16
 MAX_HEADERS: Final = 256
 MAX_WAITING: Final = 32  # requests of a connection that wait for the answer to the one before
 STALL_SECONDS: Final = 60.0  # without a byte of an answer read, after which a client is given up
+ARRIVAL_SECONDS: Final = 0.5  # for a request on an open connection to arrive, before the server ends
 LINGER_SECONDS: Final = 10.0  # for the rest of a request that was refused before all of it had arrived
 MAX_BEGINNING: Final = 8  # requests that begin in one turn of the event loop: most take it a millisecond
 HEALTH: Final = frozenset({"/livez", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
@@ -55,6 +64,14 @@ class _Answering(NamedTuple):
     write: Callable[[bytes], None]
     is_closing: Callable[[], bool]
     close: Callable[[], None]
+
+
+def _refusal(status: int, error: str, headers: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """A whole answer, the last one of its connection."""
+    body = json.dumps({"error": error})
+    fields = {"content-type": "application/json", "content-length": len(body), **headers, "connection": "close"}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return STATUS_LINE[status] + f"{head}\r\n{body}".encode()
 
 
 class _Line:
@@ -178,10 +195,7 @@ class BoundedHttp(HttpToolsProtocol):
                 return
         self._let_go()
         if refuses:
-            status, error = self._fault
-            body = json.dumps({"error": error})
-            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            self.transport.write(STATUS_LINE[status] + (head + body).encode())
+            self.transport.write(_refusal(*self._fault))
         self._close()
 
     def _close(self) -> None:
@@ -195,6 +209,10 @@ class BoundedHttp(HttpToolsProtocol):
             self.transport.write_eof()
         self.flow.resume_reading()
         self._lingering = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def shutdown(self) -> None:
+        """End the connection, after a request that is on its way: it is refused, where uvicorn would reset it."""
+        self.loop.call_later(ARRIVAL_SECONDS, super().shutdown)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._working = cycle
@@ -284,10 +302,34 @@ def serves() -> bool:
 
 def http_address() -> tuple[str, int]:
     """Host and port of HTTP, by the options of the running `bentoml serve` or else by its configuration."""
-    command = click.get_current_context(silent=True)
-    options = {} if command is None else command.params
-    http = BentoMLContainer.http
+    options, http = _options(), BentoMLContainer.http
     return options.get("host") or http.host.get(), options.get("port") or http.port.get()
+
+
+class HttpsFiles(NamedTuple):
+    """The files of HTTP over TLS, and the password of the key; without a certificate and a key, HTTP is plain."""
+
+    certificate: Path | None
+    key: Path | None
+    client_ca: Path | None
+    password: str
+
+
+def https_files() -> HttpsFiles:
+    """The files of TLS, by the options of the running `bentoml serve` or else by its configuration."""
+    options, ssl = _options(), BentoMLContainer.ssl.get()
+
+    def path(name: str) -> Path | None:
+        value = options.get(f"ssl_{name}") or ssl[name]
+        return Path(value) if value else None
+
+    password = options.get("ssl_keyfile_password") or ssl["keyfile_password"] or ""
+    return HttpsFiles(path("certfile"), path("keyfile"), path("ca_certs"), password)
+
+
+def _options() -> dict[str, Any]:
+    command = click.get_current_context(silent=True)
+    return {} if command is None else command.params
 
 
 def share_log(name: str) -> list[logging.Handler]:
@@ -335,6 +377,7 @@ def _listed(name: str, setting: Any) -> Any:
 
 
 STARTUP_FAILED: Final = 3  # exit code of a worker, uvicorn's for this case
+PARTING_SECONDS: Final = 1.0  # for clients to read that the service has ended
 SERVES_AFTER: Final = 60.0  # seconds since its start, after which a worker counts as one that serves
 
 
@@ -346,6 +389,9 @@ class _Supervisor(circus.Arbiter):
 
     A worker that can't start is not started again unless another one serves. Once none is left, the supervisor ends
     with code 1. BentoML would start them again for ever, and in containers end with a traceback.
+
+    The kernel accepts connections for as long as the supervisor's socket listens: those that came while the workers
+    closed are refused at the end. Closing the socket would reset them.
     """
 
     def __init__(self, watchers: list[Any], **options: Any) -> None:
@@ -364,6 +410,13 @@ class _Supervisor(circus.Arbiter):
             logger.critical("no worker is left; the service ends")
             raise SystemExit(1) from None
 
+    def stop_controller_and_close_sockets(self) -> None:
+        """End, once the workers have ended."""
+        with ExitStack() as stack:
+            waiting = [] if _uses_tls() else list(map(stack.enter_context, _refuse_waiting(self.sockets.values())))
+            super().stop_controller_and_close_sockets()
+            _discard(waiting, PARTING_SECONDS)
+
     def _note_end(self, watcher: Any, process_pid: int, exit_code: int, **_: Any) -> None:
         if exit_code == STARTUP_FAILED:  # the worker has logged why
             if all(each.age() < SERVES_AFTER for each in watcher.processes.values()):
@@ -377,6 +430,43 @@ def _how(exit_code: int) -> str:
     if exit_code == -signal.SIGKILL:
         return "was ended by SIGKILL, as Linux does where memory runs out"
     return f"was ended by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with code {exit_code}"
+
+
+def _uses_tls() -> bool:
+    command = click.get_current_context(silent=True)
+    return bool((command and command.params.get("ssl_certfile")) or BentoMLContainer.ssl.certfile.get())
+
+
+def _refuse_waiting(listening: Iterable[socket.socket]) -> Iterator[socket.socket]:
+    """Close the sockets, after 503 on each connection that nobody has accepted. Yields these connections."""
+    error = shutting_down()
+    answer = _refusal(error.http_status, str(error), error.http_headers)
+    for each in listening:
+        with suppress(OSError):  # no more connections, or files
+            while True:
+                client, _ = each.accept()
+                with suppress(OSError):  # it has gone
+                    client.setblocking(False)
+                    client.sendall(answer)
+                    client.shutdown(socket.SHUT_WR)
+                yield client
+        each.close()  # at once: who comes later is refused by the kernel
+
+
+def _discard(clients: list[socket.socket], seconds: float) -> None:
+    """Read what clients send until they have closed: closed before, the connection would be reset."""
+    deadline = time.monotonic() + seconds
+    with selectors.DefaultSelector() as reading:
+        for client in clients:
+            reading.register(client, selectors.EVENT_READ)
+        while reading.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in reading.select(left):
+                try:
+                    ended = not os.read(key.fd, 2**16)
+                except OSError:
+                    ended = True
+                if ended:
+                    reading.unregister(key.fd)
 
 
 def close_control_port() -> None:

@@ -1,4 +1,4 @@
-"""API keys and gRPC's certificates, from files that are read again when they change."""
+"""API keys and certificates. The files of keys and of gRPC are read again when they change."""
 
 import base64
 import hmac
@@ -13,6 +13,7 @@ from typing import Final, Generic, Self, TypeVar
 import grpc
 
 from avex_serve.errors import AuthenticationError, InputError
+from avex_serve.service.bento import HttpsFiles
 from avex_serve.service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def _state(file: Path) -> tuple[int, int, int] | None:
 # -- keys -----------------------------------------------------------------------------------------------------------
 
 SCHEME: Final = "bearer"  # of the Authorization header, RFC 6750
+_SEND_A_KEY: Final = "send one of the keys of this service"
 _ENTRY: Final = re.compile(  # NAME:KEY or KEY, which is a bearer token by RFC 6750
     r"(?:(?P<name>[A-Za-z0-9._-]{1,64}):)?(?P<key>[A-Za-z0-9._~+/-]+=*)"
 )
@@ -114,13 +116,14 @@ class Keys:
         # Against every key, and in a time that doesn't depend on how much of a key is right.
         names = [name for valid, name in keys.items() if hmac.compare_digest(sent, valid)]
         if not names:
-            raise AuthenticationError("the key is not valid here; send one of the keys of this service")
+            remedy = "send the key alone, without a name and a colon before it" if ":" in key else _SEND_A_KEY
+            raise AuthenticationError(f"the key is not valid here; {remedy}")
         return names[0]
 
 
 def _read_keys(path: Path) -> dict[bytes, str]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise InputError(f"AVEX_API_KEYS_FILE: {path} can't be read: {reason}") from None
@@ -139,7 +142,7 @@ def _parsed(name: str, texts: list[str]) -> dict[bytes, str]:
         if not (entry := _ENTRY.fullmatch(text)):
             raise InputError(
                 f"{name}: entry {number} is not a key; expected letters, digits and any of -._~+/, or such a key "
-                "after a name and a colon"
+                "after a name and a colon, without spaces, quotes and comments"
             )
         key, of = entry["key"].encode(), entry["name"] or ""
         if keys.setdefault(key, of) != of:
@@ -190,22 +193,28 @@ def _read_certificates(certificate: Path, key: Path, client_ca: Path | None) -> 
     chain, private = _read("AVEX_GRPC_CERTIFICATE", certificate), _read("AVEX_GRPC_KEY", key)
     roots = None if client_ca is None else _read("AVEX_GRPC_CLIENT_CA", client_ca)
     # gRPC doesn't report what is wrong with them; OpenSSL does.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(certificate, key, password="")
-        if client_ca is not None:
-            context.load_verify_locations(client_ca)
-    except (ssl.SSLError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
+    if fault := _fault(certificate, key, client_ca, ""):
         raise InputError(
-            f"AVEX_GRPC_CERTIFICATE, AVEX_GRPC_KEY or AVEX_GRPC_CLIENT_CA can't be used ({reason}); "
+            f"AVEX_GRPC_CERTIFICATE, AVEX_GRPC_KEY or AVEX_GRPC_CLIENT_CA can't be used ({fault}); "
             "expected a certificate chain and its key, without a password, in PEM"
-        ) from None
+        )
     if not _can_sign(chain):
         raise InputError(
             f"gRPC can't sign with the key of AVEX_GRPC_CERTIFICATE; expected one of {', '.join(KEY_KINDS)}"
         )
     return grpc.ssl_server_certificate_configuration([(private, chain)], roots)
+
+
+def _fault(certificate: Path, key: Path | None, client_ca: Path | None, password: str) -> str | None:
+    """Why OpenSSL can't use these files; None: it can."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key, password)
+        if client_ca is not None:
+            context.load_verify_locations(client_ca)
+    except (ssl.SSLError, ValueError) as error:
+        return str(getattr(error, "reason", None) or error)
+    return None
 
 
 def _can_sign(chain: bytes) -> bool:
@@ -220,3 +229,29 @@ def _read(name: str, path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{name}: {path} can't be read: {error.strerror}") from None
+
+
+# -- HTTP over TLS --------------------------------------------------------------------------------------------------
+
+
+def check_https(files: HttpsFiles) -> None:
+    """Check the files that BentoML's workers would read.
+
+    Raises:
+        InputError: a file that can't be read or used, or one that needs another.
+    """
+    certificate, key, client_ca, password = files
+    if certificate is None:
+        if key is not None:
+            raise InputError("--ssl-keyfile is set without --ssl-certfile; set both, or neither of them")
+        return
+    _read("--ssl-certfile", certificate)
+    if key is not None:
+        _read("--ssl-keyfile", key)
+    if client_ca is not None:
+        _read("--ssl-ca-certs", client_ca)
+    if fault := _fault(certificate, key, client_ca, password):
+        raise InputError(
+            f"--ssl-certfile, --ssl-keyfile or --ssl-ca-certs can't be used ({fault}); expected a certificate chain "
+            "and its key, in PEM, and --ssl-keyfile-password if the key has one"
+        )

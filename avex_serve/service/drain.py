@@ -2,7 +2,8 @@
 
 BentoML on its own would close HTTP first, leave gRPC unchanged until then, and wait for a day. Its supervisor keeps
 the listening socket open until its workers have ended, so clients of a worker that stopped accepting would wait in
-vain. This worker goes on accepting, and answers 503.
+vain. This worker goes on accepting, and answers 503. While it closes, clients wait for the supervisor, which refuses
+them as its last act (`bento`).
 
 The process ends soon after AVEX_DRAIN_SECONDS, whatever its threads do. A worker whose supervisor has died gets
 no signal, so it looks for its supervisor and then ends in the same way.
@@ -27,6 +28,11 @@ SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 CUT_OFF: Final = 1  # exit code
 CLOSING_SECONDS: Final = 5.0  # to close servers and engines, after the last answer
 LOOK_SECONDS: Final = 1.0  # between two looks for the supervisor
+
+
+def shutting_down() -> ShuttingDownError:
+    """The error of a request that comes too late."""
+    return ShuttingDownError("the service is shutting down; send the request again, to another replica")
 
 
 class Drain:
@@ -81,7 +87,7 @@ class Drain:
     def running(self) -> Iterator[None]:
         """Count a request as running during the block; ShuttingDownError if it is too late."""
         if self.draining:
-            raise ShuttingDownError("the service is shutting down; send the request again, to another replica")
+            raise shutting_down()
         self._running += 1
         try:
             yield

@@ -268,6 +268,8 @@ class HttpFront:
                 if message["type"] == "http.response.start":
                     exchange.status = str(message["status"])
                     message["headers"] = [*message.get("headers", ()), *self._headers(request)]
+                    if front.drain.draining:  # or a client could send on a connection that is closed meanwhile
+                        message["headers"].append((b"connection", b"close"))
                 await send(message)
 
             try:

@@ -260,7 +260,8 @@ def _reserve_files(directory: Path) -> None:
                 stream.write(bytes(FILE_BYTES - stream.tell()))
     except OSError as error:
         logger.warning(
-            "%s has no room for %d bytes of metrics (%s): this worker's metrics are not shared with other workers",
+            "%s has no room for %d bytes of metrics (%s): this worker's metrics are not shared with other workers; "
+            "make room, and start the service again",
             directory,
             FILE_BYTES * len(FILES),
             error.strerror,

@@ -43,7 +43,7 @@ from avex_serve.scheduling.admission import Admission
 from avex_serve.scheduling.cores import threads_of_worker
 from avex_serve.scheduling.request import Limits, Memory
 from avex_serve.service import bento, parsing
-from avex_serve.service.credentials import Keys, server_credentials
+from avex_serve.service.credentials import Keys, check_https, server_credentials
 from avex_serve.service.drain import Drain
 from avex_serve.service.front import Front, HttpFront
 from avex_serve.service.grpc.server import GrpcServer
@@ -247,7 +247,7 @@ class AvexService:
     @bentoml.on_deployment
     @staticmethod
     def check() -> None:
-        """Before any worker starts: refuse bad settings, folders without a whole bundle and a port that is taken."""
+        """Before any worker starts: refuse bad settings, bundles, keys, certificates, and a port that is taken."""
         try:
             settings = Settings.from_environment()
             roots, fetch = _bundles(settings)
@@ -261,6 +261,7 @@ class AvexService:
             _check_disk()
             Keys.from_settings(settings)
             server_credentials(settings)
+            check_https(bento.https_files())
         except AvexServeError as error:
             if _at_import.log_format == "json":
                 logger.critical("can't start: %s", error)

@@ -420,7 +420,8 @@ def _joined(recordings: Sequence[Recording], problems: list[str]) -> list[Record
         problems.append(f"{recording.name} has the same content as {twin.name}; they stay together")
         if {recording.split, twin.split} == {"train", "test"}:
             problems[-1] = f"{recording.name} has the same content as {twin.name}, in the other split; remove one"
-        pairs.append((recording.group, twin.group))
+        else:
+            pairs.append((recording.group, twin.group))
     return list(together(recordings, pairs))
 
 
@@ -478,7 +479,7 @@ def _label_problems(
     problems = []
     alike: dict[str, list[str]] = defaultdict(list)
     for label in labels:
-        alike["".join(label.lower().replace("_", " ").split())].append(label)
+        alike[_letters(label)].append(label)
     problems += [
         f"labels that differ by case or spaces alone: {', '.join(map(repr, names))}; they are trained as several"
         for names in alike.values()
@@ -493,14 +494,32 @@ def _label_problems(
         if len(groups[label]) == 0 and not foreign:
             problems.append(f"{label}: no recording of it can be read")
         elif len(groups[label]) == 1:
-            close = get_close_matches(label, [other for other in labels if other != label], 1, _MISSPELLED)
+            close = _alike(label, [other for other in labels if other != label])
             meant = f"; did you mean {close[0]!r}?" if close and not foreign else ""
             problems.append(
                 f"{label}: one recording (or group) only, so nothing can be said about new recordings{meant}"
             )
+    annotated = {each.label for recording in recordings for each in recording.annotations if not each.decision}
     for label in sorted(groups):
         if label.startswith(_ABSENT) and label[1:] not in labels:
             problems.append(f"{label}: says that {label[1:]} is absent, which is no label here")
         elif foreign and label not in labels and label.lower() not in negatives and not label.startswith(_ABSENT):
-            problems.append(f"{label}: not a label of the head; its stretches count as without the head's labels")
+            meant = f"; did you mean {close[0]!r}?" if (close := _alike(label, labels)) else ""
+            lost = (
+                "its stretches count as without the head's labels"
+                if label in annotated
+                else "its reviews say nothing"
+            )
+            problems.append(f"{label}: not a label of the head; {lost}{meant}")
     return problems
+
+
+def _letters(label: str) -> str:
+    """A label without case and spaces."""
+    return "".join(label.lower().replace("_", " ").split())
+
+
+def _alike(label: str, others: Iterable[str]) -> list[str]:
+    """The label of which this one may be a misspelling, if there is one."""
+    by_letters = {_letters(other): other for other in others}
+    return [by_letters[found] for found in get_close_matches(_letters(label), by_letters, 1, _MISSPELLED)]

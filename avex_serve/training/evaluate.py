@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from avex_serve.bundles.manifest import Activation
+from avex_serve.bundles.manifest import PROBE, Activation
 from avex_serve.bundles.trained import trained_on
 from avex_serve.calibration.scales import log_odds
-from avex_serve.errors import report_full_disk
+from avex_serve.errors import InputError, report_full_disk
 from avex_serve.evidence.first import open_checked
 from avex_serve.inference.scores import activate
 from avex_serve.training.dataset import MIN_OVERLAP, read_dataset
 from avex_serve.training.embed import run_windows
 from avex_serve.training.files import can_make_page, write_report
 from avex_serve.training.noise import noise_logits
+from avex_serve.training.page import PAGE
 from avex_serve.training.report import Evaluation, Predictions, report
 
 
@@ -54,6 +55,10 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
         UnsupportedError: the bundle takes embeddings, or has no head.
         VerificationError: on this machine the bundle answers otherwise than its evidence.
     """
+    if request.output is not None and request.output.exists() and not request.output.is_dir():
+        raise InputError(f"--output {request.output} is a file; name a folder for the report")
+    if request.output is not None and (request.output / PROBE).exists():
+        raise InputError(f"--output {request.output} holds a probe with a report of its own; name another folder")
     store = request.cache.expanduser() / "outputs"
     page = request.output is not None and can_make_page(say)
     with (
@@ -105,6 +110,8 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
                     write_report(Path(unfinished), evaluation, windows, predictions, page=page)
                     for path in Path(unfinished).iterdir():
                         path.replace(request.output / path.name)
+                if not page:  # of an earlier report
+                    (request.output / PAGE).unlink(missing_ok=True)
         return evaluation
 
 

@@ -42,6 +42,7 @@ MOST_WEIGHT: Final = 10.0  # of windows with a rare sound, relative to those wit
 
 _BLOCK: Final = 1024  # windows in memory as float64; larger pieces of memory stay with the process
 _KEPT_BYTES: Final = 640 * 2**20  # of standardised features; larger data is read again in each pass
+_KEPT_BY_ALL: Final = 2**30  # the same of all folds at work, which on many cores are few if they are large
 _WIDEST: Final = 2048  # features, for which the eigenvectors of their covariance are computed in seconds
 _GRADIENT: Final = 1e-7  # where the solver stops
 _GRADIENT_TO_CHOOSE: Final = 1e-6  # the same in folds: the last digits take most of the passes, and choose nothing
@@ -148,7 +149,9 @@ def _solve(task: Task, windows: np.ndarray, parts: _Parts, seed: int) -> _Found:
 
     strength, logits = STRENGTH, np.zeros(task.targets[windows].shape, np.float32)
     if parts:
-        with ThreadPoolExecutor(min(usable_cores(), len(parts)), initializer=_use_one_thread) as pool:
+        largest = max(_bytes_kept(task, train.size) for train, _ in parts)
+        workers = min(usable_cores(), len(parts), max(1, _KEPT_BY_ALL // max(1, largest)))
+        with ThreadPoolExecutor(workers, initializer=_use_one_thread) as pool:
             paths = list(pool.map(path, parts))
         targets = [task.targets[left] for _, left in parts]
 
@@ -163,6 +166,12 @@ def _solve(task: Task, windows: np.ndarray, parts: _Parts, seed: int) -> _Found:
         logits = np.concatenate([paths[k][choose(k)] for k in range(len(parts))])
     weight, bias = _Design(task, windows).solve(1 / (strength * windows.size))
     return {"classifier.weight": weight.float(), "classifier.bias": bias.float()}, {"C": strength}, logits
+
+
+def _bytes_kept(task: Task, windows: int) -> int:
+    """Bytes of so many windows' standardised features in memory; 0: they are too many to be kept."""
+    size = 8 * windows * int(np.prod(task.embeddings[0].shape[1:]))
+    return size if size <= _KEPT_BYTES else 0
 
 
 def _linear_logits(task: Task, windows: np.ndarray, weight: Tensor, bias: Tensor) -> np.ndarray:
@@ -214,7 +223,7 @@ class _Design:
             squares += _features(self.task, rows).sub_(self.mean).square_().sum(dim=0)
         deviation = (squares / self.windows.size).sqrt()
         self.deviation = deviation.where(deviation > 1e-12, torch.ones(()).double())  # a constant feature stays 0
-        if 8 * self.windows.size * width <= _KEPT_BYTES:
+        if _bytes_kept(self.task, self.windows.size):
             # One piece of memory, which goes back to the system as a whole; many smaller ones would not.
             kept = torch.empty(self.windows.size, width, dtype=torch.float64)
             for part, block in zip(_pieces(kept), self._read(), strict=True):

@@ -11,6 +11,7 @@ import pandas
 import pytest
 
 from avex_serve.annotations.formats import FORMATS
+from avex_serve.annotations.reading import read_annotations, recording_of
 from avex_serve.annotations.table import Annotation, Recording, Table
 from avex_serve.cli.tables import FORMATS as OFFERED
 from avex_serve.errors import InputError, StorageError
@@ -122,6 +123,19 @@ def test_audacity(table, tmp_path):
             assert line[2] == label
             if not label.startswith('"'):
                 assert segment.label == label
+
+
+def test_label_tracks_are_read_with_their_scores(tmp_path):
+    """People correct them in Audacity, and train on them."""
+    path, wanted = "/data/a.wav", [("robin", 0.91234), ("Parus major 2.5", 1.0), ("-12", -3.25)]
+    sound, rows = recording(path, 9), [annotation(float(i), i + 1.0, *each) for i, each in enumerate(wanted)]
+    FORMATS["audacity"].write(Table([sound], [(sound, rows)], {}), tmp_path / "x")
+    track = tmp_path / "x" / "a.wav.txt"
+    track.write_text(track.read_text() + "5\t6\twren\n7\t8\twren 2\n9\t9.5\n")
+    found = read_annotations(track)
+    assert [each.label for each in found] == ["robin", "Parus major 2.5", "-12", "wren", "wren 2", ""]
+    assert [each.fields.get("score") for each in found[:4]] == ["0.9123", "1.0000", "-3.2500", None]
+    assert recording_of(track) == "a.wav"
 
 
 def test_audacity_replaces_no_other_folder(tmp_path):

@@ -113,13 +113,18 @@ def test_a_file_that_is_absent_or_no_text(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("separator", [";", "\t"])
 def test_what_excel_saves(tmp_path, encoding, separator):
-    text = "file;start;end;label;site\r\na b.wav;0,5;2;Zaunkönig;Nord, 1\r\n".replace(";", separator)
-    if separator == "\t":
-        text = text.replace("0,5", "0.5")
-    (tmp_path / "x.csv").write_bytes(text.encode(encoding))
-    (found,) = read_annotations(tmp_path / "x.csv")
+    rows = "file;start;end;label;site;score\r\na b.wav;0,5;2;Zaunkönig;Nord, 1;0,91\r\nb.wav;0;2;1,5;2,b;1\r\n"
+    (tmp_path / "x.csv").write_bytes(rows.replace(";", separator).encode(encoding))
+    found, other = read_annotations(tmp_path / "x.csv")
     assert found[:4] == ("a b.wav", 0.5, 2.0, "Zaunkönig")
-    assert found.fields["site"] == "Nord, 1"
+    assert (found.fields["site"], found.fields["score"]) == ("Nord, 1", "0.91")
+    assert (other.label, other.fields["site"]) == ("1,5", "2,b")
+
+
+def test_a_row_that_ends_before_its_start_is_refused(tmp_path):
+    (tmp_path / "x.csv").write_text("file,label,end,start\na.wav,robin,5\n")
+    with pytest.raises(InputError, match="line 2: '' is not a time"):
+        read_annotations(tmp_path / "x.csv")
 
 
 def test_letters_of_another_code_page_are_refused(tmp_path):

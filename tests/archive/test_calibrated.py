@@ -170,11 +170,13 @@ def scales(bundle):
 def test_reviewed_detections_make_a_new_version(season, bundles, tmp_path, capsys):
     folder, rows = season
     review = write(tmp_path / "reviews.csv", rows)
-    with review.open("a") as file:
-        file.write(f"00.wav,0,0.1,{LABELS[2]},unsure\n")
+    with review.open("a") as file:  # the review page takes other labels too
+        file.write(f"00.wav,0,0.1,{LABELS[2]},unsure\n00.wav,0,0.1,rain,present\n01.wav,0,0.1,rain,present\n")
     new = tmp_path / "new"
     assert calibrate(bundles["plain"], review, "--recordings", folder, "--output", new) == 0
-    assert LABELS[0] in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert LABELS[0] in said.out
+    assert "left out: 2 reviews of 'rain', which the probe doesn't have" in said.err
     before, after = read_bundle(bundles["plain"]), read_bundle(new)
     assert (before.manifest.version, after.manifest.version) == ("1", "2")
     assert after.manifest.calibrates == before.digest
@@ -259,6 +261,26 @@ def test_labels_without_reviews_keep_their_calibration(season, calibrated, tmp_p
     assert manifest.version == "3"
     assert manifest.calibrates == read_bundle(calibrated).manifest.calibrates, "still the scores of the first"
     assert "400 reviewed detections of 40 recordings" in json.dumps(manifest.probes[0].calibration.source)
+
+
+def test_scores_that_a_spreadsheet_has_shortened(season, bundles, tmp_path):
+    """1.0000 becomes 1, which says no less than 0.9999."""
+    _, rows = season
+    scores = [np.clip(1 / (1 + np.exp(-8 * np.float64(row[5]))), 0, 1) for row in rows]
+    found = {}
+    for name, form in {"whole": "{:.4f}", "short": "{:.4g}"}.items():
+        texts = iter([form.format(round(score, 4)) for score in scores])
+        table = write(
+            tmp_path / f"{name}.csv",
+            rows,
+            "file,start,end,label,decision,score",
+            lambda row, texts=texts: f"{'present' if row[4] else 'absent'},{next(texts)}",
+        )
+        assert calibrate(bundles["plain"], table, "--table-scores", "--output", tmp_path / name) == 0
+        found[name] = scales(tmp_path / name)
+    assert ",1\n" in (tmp_path / "short.csv").read_text()
+    assert ",1.0000\n" in (tmp_path / "whole.csv").read_text()
+    assert found["short"] == found["whole"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """`avex-serve density`: reviewed windows are found in the store, and densities are those of its scores."""
 
 import csv
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +70,40 @@ def test_densities_are_those_of_the_scores(store, windows, command, tmp_path):
     code, lines = command("density", store, tmp_path / "ann.csv", "--sites", sites)
     assert code == 0
     assert [line.split()[1] for line in lines[1:4]] == ["(all)", "hill", "lake"]
+    archive = Path(os.path.commonpath([row["file"] for row in windows]))
+    names = sorted({os.path.relpath(row["file"], archive) for row in windows})  # from the folder of the table
+    (archive / "sites.csv").write_text("\n".join(["file,site", *(f"{name},hill" for name in names)]) + "\n")
+    code, lines = command("density", store, tmp_path / "ann.csv", "--sites", archive / "sites.csv")
+    (archive / "sites.csv").unlink()
+    assert code == 0
+
+
+@pytest.mark.parametrize("form", ["csv", "raven"])
+def test_a_table_with_decisions_is_not_replaced(store, command, capsys, form):
+    code, lines = command("tables", store, "--format", form, "--threshold", "0")
+    assert code == 0
+    path = Path(lines[-1])
+    first, *rows = path.read_text().splitlines()
+    tab = "\t" if form == "raven" else ","
+    decided = "\n".join([f"{first}{tab}Decision", *(f"{row}{tab}present" for row in rows)]) + "\n"
+    for content in (decided.encode(), decided.encode("utf-16")):
+        path.write_bytes(content)
+        assert main(["tables", str(store), "--format", form]) == 2
+        assert "has a column of decisions: not replaced" in capsys.readouterr().err
+        assert path.read_bytes() == content
+    path.rename(path.with_name(f"mine{path.suffix}"))
+    assert command("tables", store, "--format", form)[0] == 0
+    assert command("tables", store, "--format", form)[0] == 0
+
+
+def test_other_labels_of_the_review_page_have_no_density(store, windows, tmp_path, capsys):
+    rows = [f"{row['file']},{row['start']},{row['end']},{LABEL},present,ann,,\n" for row in windows]
+    other = rows[0].replace(LABEL, "rain")
+    (tmp_path / "x.csv").write_text(HEADER + "".join(rows) + other)
+    assert main(["density", str(store), str(tmp_path / "x.csv")]) == 0
+    shown = capsys.readouterr().out
+    assert "rain: it has no scores here" in shown
+    assert [line.split()[0] for line in shown.splitlines()[1:4]] == [LABEL] * 3
 
 
 @pytest.mark.parametrize(

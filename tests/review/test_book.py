@@ -1,6 +1,8 @@
 """Decisions on disk: a file for each annotator, which only grows and is read by others at any time."""
 
 import csv
+import errno
+import os
 import subprocess
 import sys
 
@@ -83,6 +85,42 @@ def test_a_line_that_a_killed_process_left_is_removed(tmp_path):
     Book(tmp_path).write("bo", [Answer(ROBIN, "absent")])
     assert (tmp_path / "bo.csv").read_text().startswith(whole)
     assert [review.label for review in read_reviews(tmp_path)] == ["wren", "robin"]
+
+
+def test_a_last_line_that_an_editor_left_without_its_end_is_kept(tmp_path):
+    later = WREN._replace(start=3.0, end=6.0)
+    Book(tmp_path).write("bo", [Answer(WREN, "present"), Answer(later, "absent")])
+    path = tmp_path / "bo.csv"
+    path.write_text(path.read_text().rstrip("\n"))
+    Book(tmp_path).write("bo", [Answer(ROBIN, "absent")])
+    expected = [(0, "wren", "bo", "present"), (3, "wren", "bo", "absent"), (0, "robin", "bo", "absent")]
+    assert decisions(read_reviews(tmp_path)) == expected
+
+
+def test_decisions_are_written_where_files_can_not_be_locked(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("avex_serve.review.book.fcntl.flock", refuse)
+    Book(tmp_path).write("bo", [Answer(WREN, "present")])
+    assert decisions(read_reviews(tmp_path)) == [(0, "wren", "bo", "present")]
+
+
+def test_a_file_that_a_spreadsheet_has_changed_is_not_added_to(tmp_path):
+    Book(tmp_path).write("bo", [Answer(WREN, "present")])
+    path = tmp_path / "bo.csv"
+    comma = path.read_text()
+    path.write_text("\ufeff" + comma.replace("\n", "\r\n"), "utf-8", newline="")  # Excel's CSV UTF-8, with commas
+    Book(tmp_path).write("bo", [Answer(ROBIN, "absent")])
+    assert len(Book(tmp_path).reviews) == 2
+    for changed in (comma.replace(",", ";").encode(), comma.replace(",", "\t").encode("utf-16")):
+        path.write_bytes(changed)
+        with pytest.raises(InputError, match=r"bo\.csv was saved by another program.*Rename it"):
+            Book(tmp_path).write("bo", [Answer(ROBIN, "absent")])
+        assert path.read_bytes() == changed
+    path.rename(tmp_path / "bo of May.csv")
+    Book(tmp_path).write("bo", [Answer(ROBIN, "absent")])
+    assert len(Book(tmp_path).reviews) == 2
 
 
 def test_a_killed_process_loses_nothing_that_it_reported(tmp_path):

@@ -87,6 +87,20 @@ def test_the_model_says_its_thresholds(server):
     assert (probe["threshold"], probe["target_precision"]) == (0.5, 0.9)
 
 
+def test_an_answer_names_the_model_whose_thresholds_it_was_selected_by(server, path):
+    """A client that keeps an answer finds them by its bundle, version and probe."""
+    body = path.read_bytes()
+    every = server.post("/predict", content=body, params={"top_k": len(LABELS)}).json()["detections"]
+    answer = server.post("/predict", content=body).json()
+    model = server.get(f"/models/{answer['bundle']}?version={answer['version']}").json()
+    (probe,) = [each for each in model["probes"] if each["name"] == answer["probe"]]
+    selected = [
+        each for each in every if each["score"] >= probe["thresholds"].get(each["label"], probe["threshold"])
+    ]
+    assert 0 < len(selected) < len(every)
+    assert answer["detections"] == selected
+
+
 @pytest.mark.parametrize("module", [tritonclient.http, tritonclient.grpc])
 def test_the_protocol(server, engine, path, module):
     address = server.http if module is tritonclient.http else server.grpc

@@ -68,6 +68,7 @@ def test_metadata_over_both_transports(audio_server, channel):
         **AUDIO,
         "labels": json.dumps(LABELS, ensure_ascii=False),
         "score_scale": "sigmoid",
+        "threshold": 0.5,
     }
     assert audio_server.get("/v2/models/tiny").json()["parameters"] == expected
     message = reflected(channel)
@@ -95,6 +96,7 @@ def test_a_model_that_takes_embeddings(embedding_server):
         "request_parameters": REQUEST,
         "labels": json.dumps(LABELS, ensure_ascii=False),
         "score_scale": "softmax",
+        "threshold": 0.5,
     }
     described = embedding_server.get("/models/tiny-offline").json()
     assert (described["audio"], described["embeddings"]) == (None, [])
@@ -113,6 +115,7 @@ def test_several_probes_have_labels_of_their_own(tmp_path):
     for probe in described["probes"]:
         assert json.loads(parameters[f"{probe['name']}.labels"]) == probe["labels"]
         assert parameters[f"{probe['name']}.score_scale"] == probe["score_scale"]
+        assert parameters[f"{probe['name']}.threshold"] == probe["threshold"]
 
 
 def test_a_model_in_one_document(audio_server):
@@ -128,6 +131,18 @@ def test_a_model_in_one_document(audio_server):
     document = audio_server.get("/docs.json").json()
     schema = document["paths"]["/models/{name}"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     jsonschema.validate(described, {**schema, "components": document["components"]})
+    schemas = document["components"]["schemas"]
+    assert described.keys() == schemas["Model"]["properties"].keys()
+    (listed,) = audio_server.client.get("/", headers={"Accept": "application/json"}).json()["models"]
+    assert listed.keys() == schemas["Home"]["properties"]["models"]["items"]["properties"].keys()
+
+
+def test_what_accept_may_name_is_described(audio_server):
+    operation = audio_server.get("/docs.json").json()["paths"]["/predict"]["post"]
+    (described,) = (each["description"] for each in operation["parameters"] if each["name"] == "format")
+    assert "stream for application/x-ndjson, csv for text/csv, raven for text/tab-separated-values" in described
+    content = operation["responses"]["200"]["content"]
+    assert content["application/vnd.apache.parquet"]["schema"]["format"] == "binary", "not text"
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_what_was_accepted_is_answered(tmp_path, audio_bundle, audio_engine, lon
             while not over.is_set():
                 try:
                     answer = client.post("/predict", content=wav)
-                except httpx.TransportError:
+                except httpx.ConnectError:
                     outcomes.append("no connection")
                     time.sleep(0.05)
                     continue
@@ -131,6 +131,35 @@ def test_what_was_accepted_is_answered(tmp_path, audio_bundle, audio_engine, lon
             watch.cancel()
     assert set(outcomes) <= {"right", 503, "no connection", "StatusCode.UNAVAILABLE"}
     assert {"right", "StatusCode.UNAVAILABLE"} <= set(outcomes)
+
+
+def test_no_connection_is_reset(tmp_path, audio_bundle, wav):
+    """Each client is answered or refused at once, also one whose connection no worker accepts any more."""
+    with (
+        running_server(tmp_path, AVEX_BUNDLE=str(audio_bundle)) as server,
+        ThreadPoolExecutor(4) as pool,
+    ):
+
+        def ask(lives):
+            """Answers until the connection is refused; any other error fails the test."""
+            answers = []
+            client = httpx.Client(timeout=30) if lives else httpx
+            with contextlib.suppress(httpx.ConnectError):
+                while True:
+                    answers.append(client.post(f"{server.url}/predict", content=wav))
+            return answers
+
+        asking = [pool.submit(ask, lives) for lives in (False, False, True, True)]
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        answers = [answer for each in asking for answer in each.result()]
+        assert server.process.wait(30) == 0
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert {answer.status_code for answer in refused} == {503}
+    assert {(answer.headers["retry-after"], answer.headers["connection"]) for answer in refused} == {("1", "close")}
+    assert all("shutting down" in answer.json()["error"] for answer in refused)
+    by_supervisor = [answer for answer in refused if "x-request-id" not in answer.headers]
+    assert by_supervisor  # as each of them asks again within milliseconds, and the worker takes longer to end
 
 
 def test_time_is_bounded(tmp_path, audio_bundle):

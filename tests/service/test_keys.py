@@ -16,7 +16,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2
 
 from avex_serve.errors import AuthenticationError, InputError
-from avex_serve.service.credentials import Keys, server_credentials
+from avex_serve.service.bento import HttpsFiles
+from avex_serve.service.credentials import Keys, check_https, server_credentials
 from avex_serve.service.settings import Settings
 from tests.clients import until
 from tests.service.conftest import SERVICE as AVEX_SERVICE
@@ -225,6 +226,69 @@ def test_http_over_tls(tmp_path, certificates, audio_bundle, predict):
             httpx.get(f"http://{server.http}/livez")
 
 
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (
+            {"certfile": "nowhere.pem", "keyfile": "server.key"},
+            r"--ssl-certfile: .*nowhere\.pem can't be read: No such",
+        ),
+        (
+            {"certfile": "server.pem", "keyfile": "nowhere.key"},
+            r"--ssl-keyfile: .*nowhere\.key can't be read: No such",
+        ),
+        ({"certfile": "server.pem", "keyfile": "client.key"}, "can't be used .*KEY_VALUES_MISMATCH"),
+        ({"certfile": "server.pem"}, "can't be used .*expected a certificate chain and its key"),
+        ({"keyfile": "server.key"}, "--ssl-keyfile is set without --ssl-certfile"),
+        ({"certfile": "server.pem", "keyfile": "locked.key"}, "can't be used .*--ssl-keyfile-password"),
+        ({"certfile": "server.pem", "keyfile": "locked.key", "keyfile_password": "wrong"}, "can't be used"),
+        ({"certfile": "server.pem", "keyfile": "server.key", "ca_certs": "locked.key"}, "can't be used"),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
+)
+def test_certificates_of_http_that_can_not_be_used(certificates, files, reason):
+    lock_key(certificates)
+    with pytest.raises(InputError, match=reason) as caught:
+        check_https(https_files(certificates, files))
+    assert "wrong" not in str(caught.value)
+
+
+def test_certificates_of_http_that_can_be_used(certificates):
+    lock_key(certificates)
+    plain = {"certfile": "server.pem", "keyfile": "server.key"}
+    locked = {"certfile": "server.pem", "keyfile": "locked.key", "keyfile_password": "secret"}
+    both = certificates / "both.pem"
+    both.write_bytes((certificates / "server.pem").read_bytes() + (certificates / "server.key").read_bytes())
+    for files in ({}, plain, plain | {"ca_certs": "ca.pem"}, locked, {"certfile": "both.pem"}):
+        check_https(https_files(certificates, files))
+
+
+def https_files(folder, files):
+    names = ("certfile", "keyfile", "ca_certs")
+    return HttpsFiles(
+        *(folder / files[name] if name in files else None for name in names), files.get("keyfile_password", "")
+    )
+
+
+def lock_key(folder):
+    openssl(folder, "ec", "-in", "server.key", "-aes256", "-passout", "pass:secret", "-out", "locked.key")
+
+
+@pytest.mark.parametrize("by", ["option", "configuration"])
+def test_service_does_not_start_with_a_bad_certificate_of_http(tmp_path, audio_bundle, by):
+    """Its workers would die of it, again and again."""
+    variables, options = {"AVEX_BUNDLE": str(audio_bundle)}, ()
+    if by == "option":
+        options = ("--ssl-certfile", "nowhere.pem")
+    else:
+        (tmp_path / "bentoml.yaml").write_text(
+            "services: {AvexService: {ssl: {enabled: true, certfile: nowhere.pem}}}\n"
+        )
+        variables["BENTOML_CONFIG"] = str(tmp_path / "bentoml.yaml")
+    message = refused_start(tmp_path, *options, **variables)
+    assert "--ssl-certfile: nowhere.pem can't be read: No such file or directory" in message
+
+
 def test_channels_that_are_not_trusted(server, certificates):
     """In plain text, and over TLS without the client's certificate or with one that nobody signed."""
     ca = (certificates / "ca.pem").read_bytes()
@@ -328,12 +392,12 @@ def test_no_keys_let_everybody_in():
 
 def test_keys_have_names(tmp_path):
     path = tmp_path / "keys"
-    path.write_text("lab:first\nlab:second\nunnamed==\n")
+    path.write_text("\ufefflab:first\nlab:second\nunnamed==\n", "utf-8")  # as Windows' editors begin it
     keys = Keys.from_settings(settings(AVEX_API_KEYS="farm:other", AVEX_API_KEYS_FILE=str(path)))
     names = [keys.check(f"Bearer {key}") for key in ("first", "second", "unnamed==", "other")]
     assert names == ["lab", "lab", "", "farm"]
-    for key in ("lab:first", "lab"):
-        with pytest.raises(AuthenticationError):
+    for key, remedy in (("lab:first", "send the key alone, without a name"), ("lab", "send one of the keys")):
+        with pytest.raises(AuthenticationError, match=remedy):
             keys.check(f"Bearer {key}")
 
 
@@ -344,6 +408,7 @@ def test_keys_have_names(tmp_path):
         ("good,s3cret with blank", "entry 2 is not a key"),
         ("schlüssel", "entry 1 is not"),
         ("a:b:s3cret", "entry 1 is not a key"),
+        ("# of the s3cret lab,lab:s3cret", "entry 1 is not a key.*without spaces, quotes and comments"),
         (":s3cret", "entry 1 is not a key"),
         ("lab:s3cret,farm:s3cret", "entry 2 repeats a key under another name"),
     ],
@@ -381,8 +446,7 @@ def test_settings_never_show_keys():
 
 
 def test_certificates_that_can_not_be_used(certificates, tmp_path):
-    locked = ("ec", "-in", "server.key", "-aes256", "-passout", "pass:secret", "-out", "locked.key")
-    openssl(certificates, *locked)
+    lock_key(certificates)
     (certificates / "nonsense").write_text("nonsense")
 
     def of(**files):

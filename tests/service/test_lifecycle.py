@@ -52,14 +52,14 @@ def test_checkout_without_torch(tmp_path, predict, wav):
             socket.create_connection(("127.0.0.1", port))
 
 
-def refused_start(folder, http_port=None, **variables):
+def refused_start(folder, *options, http_port=None, **variables):
     """What the command prints when it refuses to start."""
     free_port, grpc_port = free_ports(2)
     environment = server_environment(
         folder / "home", **{"AVEX_GRPC_HOST": "127.0.0.1", "AVEX_GRPC_PORT": str(grpc_port), **variables}
     )
     done = subprocess.run(
-        serve_command(http_port or free_port, SERVICE),
+        serve_command(http_port or free_port, SERVICE, *options),
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -14,7 +14,7 @@ import soundfile
 from tritonclient.grpc import service_pb2
 
 from avex_serve import decode
-from tests.bundles import WINDOW
+from tests.bundles import DIM, WINDOW
 from tests.service.conftest import encode
 
 INFER = "/v2/models/tiny/infer"
@@ -29,6 +29,14 @@ def error(answer, status=400):
     assert answer.status_code == status
     assert answer.headers["content-type"] == "application/json"
     return answer.json()["error"]
+
+
+def rpc(channel):
+    return channel.unary_unary(
+        "/inference.GRPCInferenceService/ModelInfer",
+        service_pb2.ModelInferRequest.SerializeToString,
+        service_pb2.ModelInferResponse.FromString,
+    )
 
 
 def form(disposition, data=WAV):
@@ -66,6 +74,8 @@ BODIES = {
     "nothing": (b"", "audio/wav", "is empty"),
     "curl -d": (WAV.translate(None, b"\0\r\n"), URLENCODED, "--data-binary @FILE"),
     "curl -d of a FLAC": (encode(2, 44100, 1, "FLAC").translate(None, b"\0\r\n"), URLENCODED, "--data-binary @FILE"),
+    "base64 as a form": (base64.b64encode(20 * WAV), URLENCODED, "this is base64"),
+    "base64 in a form as text": (b"audio=" + base64.b64encode(20 * WAV), URLENCODED, "this is a form as text"),
     "fields of a form as text": (b"audio=recording.wav", URLENCODED, "this is a form as text"),
 }
 
@@ -184,6 +194,23 @@ def test_a_misspelt_option(audio_server):
     assert said.startswith("unknown option 'treshold'; did you mean threshold? known: ")
 
 
+def test_options_of_classify_in_the_url(embedding_server):
+    said = error(embedding_server.post("/classify", json={"embeddings": [[0] * DIM]}, params={"top_k": 1}))
+    assert said.startswith(
+        "option 'top_k' is in the URL; expected it in the JSON, next to embeddings: model, version,"
+    )
+
+
+def test_embeddings_without_rows(embedding_server):
+    said = error(embedding_server.post("/classify", json={"embeddings": [0] * DIM}))
+    assert said == f"input 'embedding' has shape [{DIM}]; expected [-1, {DIM}]: a row for each embedding"
+
+
+def test_a_misspelt_option_of_a_model(audio_server):
+    said = error(audio_server.get("/models/tiny?versoin=1"))
+    assert said == "unknown option 'versoin'; did you mean version? known: version"
+
+
 def test_a_put_to_what_is_only_read(audio_server):
     assert error(audio_server.client.put("/"), 405) == "/ takes GET, HEAD, not PUT"
 
@@ -267,13 +294,8 @@ def test_which_of_several_recordings_is_bad(audio_server, bad, expected):
     assert expected in over_http
     request = service_pb2.ModelInferRequest(model_name="tiny")
     request.inputs.add(name="waveform", datatype="BYTES", shape=[3]).contents.bytes_contents.extend([WAV, bad, WAV])
-    with grpc.insecure_channel(audio_server.grpc) as channel:
-        call = channel.unary_unary(
-            "/inference.GRPCInferenceService/ModelInfer",
-            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
-        )
-        with pytest.raises(grpc.RpcError) as caught:
-            call(request, timeout=30)
+    with grpc.insecure_channel(audio_server.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        rpc(channel)(request, timeout=30)
     assert caught.value.details() == over_http
     alone = error(audio_server.post(INFER, json=infer_json(base64.b64encode(bad).decode())))
     assert not alone.startswith("recording")
@@ -302,14 +324,25 @@ def test_hexadecimal_digits_are_no_form(audio_server):
 def test_raw_bytes_without_their_length(audio_server):
     request = service_pb2.ModelInferRequest(model_name="tiny", raw_input_contents=[WAV])
     request.inputs.add(name="waveform", datatype="BYTES", shape=[1])
-    with grpc.insecure_channel(audio_server.grpc) as channel:
-        call = channel.unary_unary(
-            "/inference.GRPCInferenceService/ModelInfer",
-            request_serializer=service_pb2.ModelInferRequest.SerializeToString,
-        )
-        with pytest.raises(grpc.RpcError) as caught:
-            call(request, timeout=30)
+    with grpc.insecure_channel(audio_server.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        rpc(channel)(request, timeout=30)
     assert "expected before each the number of its bytes, in 4 bytes, little-endian" in caught.value.details()
+
+
+def test_numbers_in_the_field_of_another_type(audio_server):
+    request = service_pb2.ModelInferRequest(model_name="tiny")
+    tensor = request.inputs.add(name="waveform", datatype="FP32", shape=[1, WINDOW])
+    tensor.contents.fp64_contents.extend([0] * WINDOW)
+    with grpc.insecure_channel(audio_server.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        rpc(channel)(request, timeout=30)
+    assert caught.value.details().endswith("has fp64_contents; expected fp32_contents, or raw_input_contents")
+
+
+def test_binary_tensors_without_their_header(audio_server):
+    tensor = {"name": "waveform", "datatype": "FP32", "shape": [1, WINDOW]}
+    tensor["parameters"] = {"binary_data_size": 4 * WINDOW}
+    said = error(audio_server.post(INFER, content=json.dumps({"inputs": [tensor]}).encode() + bytes(4 * WINDOW)))
+    assert said.endswith("if these are binary tensors, send the header Inference-Header-Content-Length")
 
 
 def warnings(answer):
@@ -336,6 +369,17 @@ def test_parameters_that_change_nothing_are_named(audio_server):
     (of_scores,) = ask(infer_json(BASE64, threshold=0.3))
     assert of_scores == "parameters for detections were ignored: 'threshold'; ask for the output 'detections'"
     assert ask({**infer_json(BASE64, threshold=0.3), "outputs": [{"name": "detections"}]}) == []
+    misplaced = {**infer_json(BASE64), "outputs": [{"name": "detections", "parameters": {"top_k": 1}}]}
+    misplaced["inputs"][0]["parameters"] = {"overlap": 0.05, "content_type": "audio/wav"}
+    said = "parameters of inputs and outputs were ignored: 'overlap', 'top_k'; send them as those of the request"
+    assert ask(misplaced) == [said]
+    request = service_pb2.ModelInferRequest(model_name="tiny")
+    request.inputs.add(name="waveform", datatype="BYTES", shape=[1]).contents.bytes_contents.append(WAV)
+    request.inputs[0].parameters["overlap"].double_param = 0.05
+    request.outputs.add(name="detections").parameters["top_k"].int64_param = 1
+    with grpc.insecure_channel(audio_server.grpc) as channel:
+        answer = rpc(channel)(request, timeout=30)
+    assert json.loads(answer.parameters["warnings"].string_param) == [said]
 
 
 def test_a_warning_of_all_recordings_is_given_once(audio_server):

@@ -85,9 +85,9 @@ def test_clips_and_reviews_of_the_same_recordings_stay_together(tmp_path):
     assert len({each.group for each in read_dataset([clips, reviews]).recordings}) == 4, "the program can't know"
     assert len({each.group for each in read_dataset([labels, reviews]).recordings}) == 2
 
-    (clips / "sources.csv").write_text("file,source\nrobin/a1.wav,a\nrobin/b1.wav,b\n")
-    reviews.write_text("\n".join([f"{header},source", *(f"{row.format(name)},{name}" for name in "ab")]) + "\n")
-    dataset = read_dataset([clips, reviews], group_by="source")
+    sources = tmp_path / "sources.csv"
+    sources.write_text("file,source\nrobin/a1.wav,a\nrobin/b1.wav,b\na.wav,a\nb.wav,b\n")
+    dataset = read_dataset([clips, reviews, sources], group_by="source")
     assert sorted(each.group for each in dataset.recordings) == ["a", "a", "b", "b"]
 
 
@@ -199,7 +199,11 @@ def test_the_same_content_in_both_splits_is_said(tmp_path):
     write(tmp_path / "train" / "robin" / "a.wav")
     write(tmp_path / "test" / "robin" / "b.wav")
     shutil.copy(tmp_path / "train" / "robin" / "a.wav", tmp_path / "test" / "robin" / "a.wav")
-    assert any("in the other split; remove one" in problem for problem in read_dataset(tmp_path).problems)
+    dataset = read_dataset(tmp_path)
+    assert any("in the other split; remove one" in problem for problem in dataset.problems)
+    # As with near-duplicates: in one group, no split would be left.
+    assert [len({r.group for r in dataset.recordings if r.split == part}) for part in ("train", "test")] == [1, 2]
+    assert len({r.group for r in dataset.recordings}) == 3
 
 
 def test_labels_of_a_head(tmp_path):
@@ -208,6 +212,17 @@ def test_labels_of_a_head(tmp_path):
     dataset = read_dataset(tmp_path, labels=("wren", "owl"))
     assert targets_of(dataset, "robin/a.wav") == {"wren": [0] * 4, "owl": [0] * 4}
     assert any(problem.startswith("robin: not a label of the head") for problem in dataset.problems)
+    said = " ".join(read_dataset(tmp_path, labels=("Wren", "Rob_in", "owl")).problems)
+    assert (
+        "wren: not a label of the head; its stretches count as without the head's labels; did you mean 'Wren'?"
+        in said
+    )
+    assert "did you mean 'Rob_in'?" in said
+    reviews = tmp_path / "reviews.csv"
+    reviews.write_text("file,start,end,label,decision\nrobin/a.wav,0,2,rain,present\nrobin/a.wav,0,2,wren,absent\n")
+    dataset = read_dataset(reviews, labels=("wren", "owl"))
+    assert "rain: not a label of the head; its reviews say nothing" in dataset.problems
+    assert targets_of(dataset, "robin/a.wav") == {"wren": [0, -1, -1, -1], "owl": [-1] * 4}
 
 
 @pytest.mark.parametrize(

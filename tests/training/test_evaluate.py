@@ -83,6 +83,33 @@ def test_a_bundle_that_takes_embeddings_is_refused(embedding_bundle, data, tmp_p
     assert "takes embeddings, not audio" in capsys.readouterr().err
 
 
+def test_a_report_can_not_be_a_file(audio_bundle, data, tmp_path, capsys):
+    (tmp_path / "report").write_text("mine")
+    assert main(["evaluate", str(audio_bundle), str(data), "--output", str(tmp_path / "report")]) == 2
+    said = capsys.readouterr().err
+    assert "is a file; name a folder for the report" in said
+    assert "embedded" not in said, "before the work"
+
+
+def test_a_report_does_not_replace_that_of_a_fit(audio_bundle, data, tmp_path, capsys):
+    """The exporter takes it for the evaluation of the probe."""
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "probe.yml").touch()
+    assert main(["evaluate", str(audio_bundle), str(data), "--output", str(tmp_path / "probe")]) == 2
+    assert "holds a probe with a report of its own" in capsys.readouterr().err
+
+
+def test_a_page_of_an_earlier_report_does_not_stay(audio_bundle, data, tmp_path, monkeypatch):
+    request = EvaluationRequest(audio_bundle, data, tmp_path / "report", cache=tmp_path)
+    evaluate_bundle(request, lambda text: None)
+    assert (tmp_path / "report" / "report.html").is_file()
+    monkeypatch.setattr("avex_serve.training.evaluate.can_make_page", lambda say: False)
+    evaluate_bundle(request, lambda text: None)
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        f"evaluation.{e}" for e in ("csv", "json", "parquet")
+    }
+
+
 def test_a_label_of_noise_is_no_detection_in_noise(tmp_path):
     """Heads that were trained with cross entropy have such a label; it is right in noise."""
     windows = make_windows(tmp_path / "recordings", ["owl", "Noise"])

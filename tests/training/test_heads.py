@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -57,6 +58,27 @@ def test_the_linear_head_equals_scikit_learn(penalty, limit, monkeypatch):
         assert weight[i].numpy() == pytest.approx(oracle.coef_[0] / scaler.scale_, abs=1e-4, rel=1e-4)
         scores = oracle.decision_function(scaler.transform(features))
         assert features @ weight[i].numpy() + float(bias[i]) == pytest.approx(scores, abs=1e-4)
+
+
+@pytest.mark.parametrize(("limit", "together"), [(2**30, 4), (1, 1)])
+def test_large_folds_take_turns_on_many_cores(limit, together, monkeypatch):
+    """Each keeps its features in memory: on many cores all of them would take more than the limit."""
+    monkeypatch.setattr(heads, "usable_cores", lambda: 64)
+    monkeypatch.setattr(heads, "_KEPT_BY_ALL", limit)
+    pools = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers, **options):
+            pools.append(workers)
+            super().__init__(workers, **options)
+
+    monkeypatch.setattr(heads, "ThreadPoolExecutor", Pool)
+    data = task()
+    trained = train(data, every(data), 0)
+    assert pools == [together]
+    monkeypatch.undo()
+    for name, value in train(data, every(data), 0).state.items():
+        assert torch.equal(trained.state[name], value)
 
 
 def test_a_label_of_one_kind_gets_its_bias_alone():

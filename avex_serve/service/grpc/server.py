@@ -51,6 +51,7 @@ OPTIONS: Final = (
 )
 NUMBERS: Final = 10_000  # which are copied from a message in less than a millisecond
 _RAW_BYTES: Final = {FP32: 4, BOOL: 1}  # of an element
+_CONTENTS: Final = {FP32: "fp32_contents", BOOL: "bool_contents", BYTES: "bytes_contents"}
 
 GRACE_SECONDS: Final = 1.0  # for answers to leave: calls have ended by then, see `avex_serve.service.drain`
 
@@ -301,6 +302,7 @@ def _parse(request: Any, raw: Sequence[memoryview]) -> protocol.InferRequest:
     return protocol.InferRequest(
         inputs=inputs,
         outputs=[protocol.parse_output(output.name, _parameters(output)) for output in request.outputs],
+        misplaced=protocol.find_misplaced([each.parameters for each in (*request.inputs, *request.outputs)]),
         query=protocol.parse_parameters(parameters),
         given=tuple(parameters),
     )
@@ -318,12 +320,17 @@ def _raw_contents(tensor: Any, raw: memoryview) -> np.ndarray | list[bytes]:
 
 def _typed_contents(tensor: Any) -> np.ndarray | list[bytes]:
     parsing.check_datatype(tensor.name, tensor.datatype)
+    field = _CONTENTS[tensor.datatype]
+    values = getattr(tensor.contents, field)
+    if not values and (sent := tensor.contents.ListFields()):
+        raise TensorError(
+            f"input {tensor.name!r} of type {tensor.datatype} has {sent[0][0].name}; expected {field}, or "
+            "raw_input_contents"
+        )
     if tensor.datatype == BYTES:
-        return list(tensor.contents.bytes_contents)
-    is_bool = tensor.datatype == BOOL
-    values = tensor.contents.bool_contents if is_bool else tensor.contents.fp32_contents
+        return list(values)
     _check_count(tensor, len(values))
-    array = np.empty(len(values), dtype=bool if is_bool else np.float32)
+    array = np.empty(len(values), dtype=bool if tensor.datatype == BOOL else np.float32)
     for start in range(0, len(values), NUMBERS):
         current().checkpoint()
         array[start : start + NUMBERS] = values[start : start + NUMBERS]

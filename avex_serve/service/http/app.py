@@ -254,9 +254,11 @@ def _form_fault(fault: str) -> str:
 def _check_urlencoded(body: bytes) -> None:
     """Refuse a file from which `curl -d` has removed zero bytes and line breaks.
 
-    A decoder may read the rest as other audio. Any whole file of that size has such a byte.
+    A decoder may read the rest as other audio. Any whole file of that size has such a byte. Text such as base64 has
+    none of its own accord, and is refused with its own remedy where it would be decoded.
     """
-    if len(body) >= LOSSY_BYTES and not any(byte in body for byte in b"\0\r\n"):
+    is_text = parsing.kind_of(body) not in (None, parsing.RECORDING)
+    if len(body) >= LOSSY_BYTES and not is_text and not any(byte in body for byte in b"\0\r\n"):
         raise InputError(
             "the body has neither zero bytes nor line breaks, as `curl -d` and --data remove them; send the file "
             "with --data-binary @FILE"
@@ -323,6 +325,11 @@ async def _send_document(question: Question, front: Front, recording: pipeline.A
 
 
 async def _classify(front: Front, request: Request) -> Response:
+    if names := list(request.query_params):
+        raise InputError(
+            f"option {names[0][: parsing.QUOTED]!r} is in the URL; expected it in the JSON, next to embeddings: "
+            f"{', '.join(openapi.CLASSIFY)}"
+        )
     body = await _read_body(request)
 
     def classify() -> bytes:

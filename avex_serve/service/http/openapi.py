@@ -83,7 +83,8 @@ PREDICT: Final[Options] = {
     **PREDICT_ALL,
     "probe": ("which head of the bundle to ask; by default its first one", _STRING),
     "format": (
-        "of the answer: json, lines of JSON while it is made (stream), or a table; by default as Accept says",
+        "of the answer: json, lines of JSON while it is made (stream), or a table; by default as Accept says: "
+        + ", ".join(f"{form} for {kind}" for kind, form in forms.ACCEPTED.items() if "*" not in kind),
         {"enum": [*forms.NAMES, "", "null"]},
     ),
     "file": ("name or path of the recording, for tables; by default the file's name in the form", _STRING),
@@ -109,6 +110,9 @@ class ClassifyRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     def query(self) -> Query:
         """The options."""
         return msgspec.convert(self, Query, from_attributes=True)
+
+
+CLASSIFY: Final = tuple(name for name in ClassifyRequest.__struct_fields__ if name != "embeddings")
 
 
 def document(paths: dict[str, Any], open_paths: Collection[str]) -> Schema:
@@ -216,7 +220,10 @@ def predict() -> Schema:
     """The question about a recording whose answer has several forms."""
     operation = recording("Name the sounds in a recording", PREDICT, "Prediction")
     line = {"oneOf": [_component(each.__name__) for each in forms.EVENTS]}
-    tables: Schema = {str(each.media_type): {"schema": _STRING} for each in forms.TABLES.values()}
+    tables: Schema = {
+        str(each.media_type): {"schema": _BINARY if name == "parquet" else _STRING}
+        for name, each in forms.TABLES.items()
+    }
     # That of aoef is JSON, and that of ndjson lines of another kind.
     operation["responses"]["200"]["content"] |= {
         **tables,
@@ -426,19 +433,18 @@ _OPTIONAL_AUDIO: Final[Schema] = {
         {"type": "null"},
     ],
 }  # fmt: skip
+_MODEL: Final[Schema] = {
+    "name": _STRING, "version": _STRING,
+    "kind": {"enum": ["audio", "embedding"]},
+    "labels": {"type": "object", "additionalProperties": {"type": "integer"}, "description": "how many, by probe"},
+    "trained": _BOOLEAN, "licence": _STRING, "format": _STRING, "device": _STRING, "threads": {"type": "integer"},
+}  # fmt: skip
 # The messages of the protocol, our description of a model, and errors.
 _PROTOCOL: Final[dict[str, Schema]] = {
     "Error": _object({"error": _STRING}),
     "Home": _object({
         "name": _STRING, "version": _STRING, "warnings": _STRINGS,
-        "models": _list(_object({
-            "name": _STRING, "version": _STRING,
-            "kind": {"enum": ["audio", "embedding"]},
-            "labels": {
-                "type": "object", "additionalProperties": {"type": "integer"}, "description": "how many, by probe",
-            },
-            "trained": _BOOLEAN, "licence": _STRING, "format": _STRING, "device": _STRING,
-        })),
+        "models": _list(_object(_MODEL)),
         "formats": {**_STRINGS, "description": "of /tables; the option format of /predict has its own"},
         "limits": _object({"body_bytes": {"type": "integer"}, "seconds": {"type": "number"}}),
         "grpc_port": {"type": "integer"},
@@ -450,13 +456,13 @@ _PROTOCOL: Final[dict[str, Schema]] = {
             **_ANY,
             "description": "trained; request_parameters (a JSON list: what a request may have); for audio "
             "recordings and detections (how to send and ask for them), sample_rate (Hz), channels, window_seconds "
-            "and window_samples; for each probe labels (a JSON list in the order of its scores) and score_scale, "
-            "and of a calibrated one thresholds and target_precision, or NAME.labels and so on if there are several",
+            "and window_samples; for each probe labels (a JSON list in the order of its scores), score_scale "
+            "and threshold (the lowest score of detections by default), and of a calibrated one thresholds and "
+            "target_precision, or NAME.labels and so on if there are several",
         }},
     ),
     "Model": _object({
-        "name": _STRING, "version": _STRING, "versions": _STRINGS,
-        "kind": {"enum": ["audio", "embedding"]},
+        **_MODEL, "versions": _STRINGS,
         "routes": {
             **_list({"enum": ["/predict", "/embed", "/classify"]}),
             "description": "that ask the model; a head alone answers /predict while its backbone is served",
@@ -477,7 +483,6 @@ _PROTOCOL: Final[dict[str, Schema]] = {
             "target_precision": {"type": "number", "description": "of the detections from these thresholds on"},
         })),
         "embeddings": _list(_object({"output": _STRING, "shape": _SHAPE, "layers": _STRINGS})),
-        "trained": _BOOLEAN, "licence": _STRING, "format": _STRING, "device": _STRING,
     }),
     "ModelReady": _object({"name": _STRING, "ready": _BOOLEAN}),
     "InferRequest": _object(

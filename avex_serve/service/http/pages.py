@@ -17,6 +17,7 @@ from avex_serve.bundles.manifest import EmbeddingInfo, ProbeInfo
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import links
 from avex_serve.inference.scores import Selection, score_scale
+from avex_serve.service import parsing
 from avex_serve.service.front import Front
 from avex_serve.service.http import page
 from avex_serve.service.metrics import METRICS_TYPE
@@ -79,8 +80,9 @@ def describe(engine: Engine) -> dict[str, Any]:
 
 async def model(front: Front, request: Request) -> Response:
     """What a client must know of a model."""
-    name, version = request.path_params["name"], request.query_params.get("version")
-    with front.repository.lease(name, version) as engine:
+    name = request.path_params["name"]
+    query = parsing.query_from_text(request.query_params.multi_items(), ["version"])
+    with front.repository.lease(name, query.version) as engine:
         document = {
             **describe(engine),
             "versions": front.repository.versions(name),

@@ -84,11 +84,17 @@ def parse_request(body: bytes, json_length: str | None, options: Collection[str]
         InputError: a body that is not such a request.
     """
     split = _split(body, json_length)
-    request = parsing.document(_Request, body[:split], strict=False)
-    inputs, rest = [], memoryview(body)[split:]
+    try:
+        request = parsing.document(_Request, body[:split], strict=False)
+    except InputError as error:
+        if json_length is None and "trailing characters" in str(error):
+            raise InputError(f"{error}; if these are binary tensors, send the header {JSON_LENGTH}") from None
+        raise
+    inputs, of_inputs, rest = [], [], memoryview(body)[split:]
     for tensor in request.inputs:
         parameters = parsing.parameters(tensor.parameters)
         protocol.refuse_shared_memory(tensor.name, parameters)
+        of_inputs.append(parameters)
         shape = parsing.from_shape(f"input {tensor.name!r}", tensor.shape)
         if (size := parameters.get("binary_data_size")) is None:
             data = _from_json(tensor)
@@ -109,6 +115,7 @@ def parse_request(body: bytes, json_length: str | None, options: Collection[str]
             outputs=[protocol.parse_output(name, parameters) for name, parameters in outputs],
             query=protocol.parse_parameters(asked),
             given=tuple(asked),
+            misplaced=protocol.find_misplaced([*of_inputs, *(parameters for _, parameters in outputs)]),
             options=tuple(options),
         ),
         request.id,

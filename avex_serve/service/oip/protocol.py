@@ -42,7 +42,7 @@ largest values of each row as ``value:index:label``.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +59,7 @@ from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.inference.results import known
-from avex_serve.inference.scores import activate, check_labels, score_scale
+from avex_serve.inference.scores import Selection, activate, check_labels, score_scale
 from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
 from avex_serve.service.parsing import BOOL, BYTES, FP32, LENGTH_BYTES
@@ -146,6 +146,7 @@ class InferRequest:
     outputs: list[RequestedOutput]  # none: all
     query: Query
     given: tuple[str, ...] = ()  # names of its parameters
+    misplaced: tuple[str, ...] = ()  # names of parameters of requests that its inputs and outputs have
     options: tuple[str, ...] = ()  # names in the URL's query, which mean nothing here
 
 
@@ -187,8 +188,9 @@ class Model:
         """What the model takes and answers.
 
         Its parameters are ``request_parameters``, a JSON list of the parameters that a request may have, if it takes
-        audio those of `_audio_needs`, and for each probe ``labels``, a JSON list in the order of its scores, and
-        ``score_scale``: sigmoid, softmax or logits; for a calibrated probe also ``thresholds``, a JSON object of the
+        audio those of `_audio_needs`, and for each probe ``labels``, a JSON list in the order of its scores,
+        ``score_scale``: sigmoid, softmax or logits, and ``threshold``, the lowest score that is a detection by
+        default; for a calibrated probe also ``thresholds``, a JSON object of the
         lowest score that is a detection by label, and ``target_precision`` of these detections. They are named as
         the outputs: NAME.labels if there are several. ``trained`` is false if a head has random weights.
         """
@@ -255,6 +257,7 @@ class Model:
             prefix = probe.logits.removesuffix("logits")
             parameters[f"{prefix}labels"] = json.dumps(self._engine.labels(probe.name), ensure_ascii=False)
             parameters[f"{prefix}score_scale"] = score_scale(probe.activation)
+            parameters[f"{prefix}threshold"] = float(Selection.of(probe.activation, None, None).threshold)
             if (calibrator := self._engine.calibrator(probe.name)) is not None and probe.calibration is not None:
                 parameters[f"{prefix}thresholds"] = json.dumps(calibrator.thresholds(), ensure_ascii=False)
                 parameters[f"{prefix}target_precision"] = probe.calibration.target_precision
@@ -526,6 +529,11 @@ def parse_output(name: str, parameters: dict[str, Any]) -> RequestedOutput:
     return RequestedOutput(name, parsing.value("classification", count, Annotated[int, Meta(ge=0)]))
 
 
+def find_misplaced(tensors: Iterable[Collection[str]]) -> tuple[str, ...]:
+    """The names of request parameters among the parameters of inputs and outputs, where they mean nothing."""
+    return tuple(name for name in PARAMETERS if any(name in parameters for parameters in tensors))
+
+
 def parse_parameters(parameters: Mapping[str, Any]) -> Query:
     """The query that request parameters describe; InputError for values of another type."""
     return parsing.query({name: parameters[name] for name in PARAMETERS if name in parameters}, PARAMETERS)
@@ -545,6 +553,7 @@ def _unused(request: InferRequest, tensor: InputTensor) -> list[str]:
         ("unknown parameters", unknown, f"known: {', '.join(PARAMETERS)}"),
         ("parameters for recordings", of_recordings, f"the input is {tensor.datatype}, not {BYTES}"),
         ("parameters for detections", of_detections, f"ask for the output {DETECTIONS!r}"),
+        ("parameters of inputs and outputs", request.misplaced, "send them as those of the request"),
         ("options in the URL", request.options, "send parameters in the request"),
     )
     return [f"{what} were ignored: {_named(names)}; {hint}" for what, names, hint in faults if names]
