@@ -19,6 +19,10 @@ import numpy as np
 from avex_serve.errors import ClientGoneError, DeadlineError, OverloadError, TooLargeError
 
 GONE: Final = "the client closed the connection before its answer was ready"
+LATE: Final = (
+    "the answer was not ready in time; send a shorter recording, or allow more time: in the request "
+    "(Request-Timeout, or a deadline over gRPC) or in the service (AVEX_TIMEOUT_SECONDS)"
+)
 DECODE: Final = "decode"
 RESAMPLE: Final = "resample"
 QUEUE: Final = "queue"  # the request waits for a slot, or one of its batches for a thread
@@ -243,7 +247,7 @@ class Request:
         if self._abandoned:
             raise ClientGoneError(GONE)
         if self.remaining <= 0:
-            raise DeadlineError("the answer was not ready in time; send a shorter recording, or allow more time")
+            raise DeadlineError(LATE)
 
     def checkpoint(self) -> None:
         """Between two pieces of work: let other requests work; raises as `check_wanted`."""

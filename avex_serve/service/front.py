@@ -50,7 +50,7 @@ from avex_serve.errors import (
 from avex_serve.inference.repository import Repository
 from avex_serve.scheduling.admission import Admission
 from avex_serve.scheduling.outlet import Pieces
-from avex_serve.scheduling.request import Limits, Memory, Request, current
+from avex_serve.scheduling.request import LATE, Limits, Memory, Request, current
 from avex_serve.service import bento
 from avex_serve.service.arrival import Body, Messages
 from avex_serve.service.credentials import Keys
@@ -316,7 +316,7 @@ class HttpFront:
         except TimeoutError:
             if body.client_gone:
                 raise ClientGoneError("the client closed the connection before its answer was ready") from None
-            raise _late() from None
+            raise DeadlineError(LATE) from None
         finally:
             if watch is not None:
                 watch.cancel()
@@ -350,10 +350,6 @@ def _seconds(text: str | None) -> float | None:
     if not 0 < seconds < math.inf:
         raise InputError(f"{TIME_LIMIT} is {text[:20]!r}; expected a positive number of seconds")
     return seconds
-
-
-def _late() -> DeadlineError:
-    return DeadlineError("the answer was not ready in time; send less, or allow more time")
 
 
 # -- gRPC -----------------------------------------------------------------------------------------------------------
@@ -521,7 +517,7 @@ async def deliver(
         except asyncio.CancelledError:
             if current().remaining > EARLY_SECONDS:
                 raise
-            return _late()
+            return DeadlineError(LATE)
         except grpc.aio.BaseError:
             raise
         except Exception as error:  # noqa: BLE001 - `known` logs what is unexpected
@@ -534,7 +530,7 @@ async def _in_time(answer: Awaitable[Any], seconds: float | None) -> Any:
         async with asyncio.timeout(seconds):
             return await answer
     except TimeoutError:
-        raise _late() from None
+        raise DeadlineError(LATE) from None
 
 
 def grpc_refusal(error: Exception, route: str) -> tuple[grpc.StatusCode, str]:

@@ -232,6 +232,8 @@ def test_clients_that_leave_free_their_places(server):
 def test_deadline_of_the_client(server):
     answer = server.client.post("/predict", content=LONG, headers={"request-timeout": "0.3"})
     assert answer.status_code == 504
+    assert "Request-Timeout" in answer.json()["error"]
+    assert "AVEX_TIMEOUT_SECONDS" in answer.json()["error"]
     assert "not ready in time" in answer.json()["error"]
     with grpc.insecure_channel(server.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary(INFER)(infer_request(LONG), timeout=0.3)
