@@ -173,11 +173,17 @@ def table(tuning: Tuning) -> str:
         f"{'graph':12}{'threads':>8}{'windows a second':>28}{'× as served':>14}",
     ]
     for each in tuning.measured:
-        rate = f"{statistics.median(each.rates):.3g} ({min(each.rates):.3g}–{max(each.rates):.3g})"
+        median, low, high = map(_figure, (statistics.median(each.rates), min(each.rates), max(each.rates)))
+        rate = f"{median} ({low}–{high})"
         mark = "  usual" if each is tuning.usual else ""
-        lines.append(f"{each.format:12}{each.choice.threads:8}{rate:>28}{each.times(tuning.usual):14.2f}{mark}")
+        lines.append(f"{each.format:12}{each.choice.threads:8} {rate:>27}{each.times(tuning.usual):14.2f}{mark}")
     lines += [f"not measured: {reason}" for reason in tuning.left_out]
     return "\n".join(lines)
+
+
+def _figure(rate: float) -> str:
+    """Three digits, or all that are in front of the point."""
+    return f"{rate:.3g}" if rate < 1000 else f"{rate:.0f}"
 
 
 # -- what was chosen for this processor ---------------------------------------------------------------------------
