@@ -106,9 +106,7 @@ class ProbeInfo(_Strict, frozen=True, kw_only=True):
     input_fingerprint: Sha256 | None = field(default=None, name="reads")
     calibration: Calibration | None = None  # of its labels, in their order
     evaluation: EvaluationInfo | None = None
-    trained_on: FileName | None = (
-        None  # the file with the digests of the recordings that trained it; None: not known
-    )
+    trained_on: FileName | None = None  # file with the digests of the recordings that trained it; None: not known
 
     @property
     def scores(self) -> str:

@@ -4,6 +4,7 @@ Nothing but the service uses what was kept. A run over an archive gives the same
 """
 
 import contextlib
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from avex_serve.evidence.cases import this_machine
 from avex_serve.evidence.first import open_checked
 from avex_serve.inference.engine import Engine
 from avex_serve.scheduling.cores import usable_cores
+
+logger = logging.getLogger(__name__)
 
 FILE: Final = "tuned.json"
 ROUNDS: Final = 5
@@ -206,8 +209,16 @@ def keep(tuning: Tuning, folder: Path) -> Path:
 
 
 def kept(bundle: Bundle, folder: Path) -> Choice | None:
-    """What was kept of a bundle for this processor, None if nothing was; InputError if the file is damaged."""
-    return _read(folder / FILE).get(bundle.digest, {}).get(this_machine().cpu)
+    """What was kept of a bundle for this processor, None if nothing was; InputError if the file is damaged.
+
+    A folder that can't be read, such as another user's, stops no service.
+    """
+    try:
+        choices = _read(folder / FILE)
+    except StorageError as error:
+        logger.warning("%s; bundles are served as without avex-serve tune", error)
+        return None
+    return choices.get(bundle.digest, {}).get(this_machine().cpu)
 
 
 def _read(path: Path) -> _Kept:

@@ -169,7 +169,7 @@ def _solve(task: Task, windows: np.ndarray, parts: _Parts, seed: int) -> _Found:
 
 
 def _bytes_kept(task: Task, windows: int) -> int:
-    """Bytes of so many windows' standardised features in memory; 0: they are too many to be kept."""
+    """Bytes that the standardised features of some windows take in memory; 0 if they are read again instead."""
     size = 8 * windows * int(np.prod(task.embeddings[0].shape[1:]))
     return size if size <= _KEPT_BYTES else 0
 

@@ -24,7 +24,7 @@ _PART: Final = re.compile(
 )
 _NUMBERED: Final = re.compile(r"(.*[^\W_])[ _-]+(\d+(?:\.\d+)?)s?")
 _CATALOGUED: Final = re.compile(r"\bXC\d{4,}\b", re.IGNORECASE)
-_CHANCE: Final = 1e-3  # that so many numbers are multiples of the clips' length by chance
+_CHANCE: Final = 1e-3  # the largest probability that all numbers are multiples of the clips' length by accident
 _MOST: Final = 0.9  # share of numbers that must be
 _SAME: Final = 0.1  # seconds that lengths may differ by
 

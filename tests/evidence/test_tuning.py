@@ -128,6 +128,12 @@ def test_the_service_uses_what_is_kept_where_nothing_is_set(bundle, tmp_path, se
         assert server.get("/models/tiny").json()["format"] == served
 
 
+def test_a_folder_that_cannot_be_read_stops_no_service(bundle, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    assert kept(made(bundle, onnx=(1.0,)).bundle, tmp_path / "file" / "cache") is None
+    assert "can't be read" in caplog.text
+
+
 def test_a_damaged_file_is_named_with_the_remedy(bundle, tmp_path, capsys):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "tuned.json").write_text(json.dumps({"digest": np.pi}))
