@@ -413,7 +413,9 @@ class _Supervisor(circus.Arbiter):
     def stop_controller_and_close_sockets(self) -> None:
         """End, once the workers have ended."""
         with ExitStack() as stack:
-            waiting = [] if _uses_tls() else list(map(stack.enter_context, _refuse_waiting(self.sockets.values())))
+            # Over TLS a plain answer means nothing.
+            listening = [] if https_files().certificate else self.sockets.values()
+            waiting = list(map(stack.enter_context, _refuse_waiting(listening)))
             super().stop_controller_and_close_sockets()
             _discard(waiting, PARTING_SECONDS)
 
@@ -430,11 +432,6 @@ def _how(exit_code: int) -> str:
     if exit_code == -signal.SIGKILL:
         return "was ended by SIGKILL, as Linux does where memory runs out"
     return f"was ended by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with code {exit_code}"
-
-
-def _uses_tls() -> bool:
-    command = click.get_current_context(silent=True)
-    return bool((command and command.params.get("ssl_certfile")) or BentoMLContainer.ssl.certfile.get())
 
 
 def _refuse_waiting(listening: Iterable[socket.socket]) -> Iterator[socket.socket]:
