@@ -196,9 +196,11 @@ def test_from_the_page(browser, season, retrained, tmp_path, monkeypatch, cache)
             "Done: retrained-1 is trained",
             "Report of retrained-1",
         )  # a head that is not whole is not described
-        while not all(found := [text in page.inner_text("body") for text in texts]):
-            assert not any(found), page.inner_text("body")
+        shown = page.inner_text("body")  # read once: two readings may have the change between them
+        while not all(found := [text in shown for text in texts]):
+            assert not any(found), shown
             page.wait_for_timeout(100)
+            shown = page.inner_text("body")
         check_accessible(page)
         table = page.text_content("table:has(caption:has-text('Average precision'))")
         assert all(label in table for label in (*LABELS, "mean of labels"))
