@@ -231,8 +231,8 @@ class Engine:
     ) -> WindowScores:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
         head, query = self.probe(probe), Query(overlap=overlap, hop=hop, final_clip=final_clip)
-        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [head.logits])
-        return WindowScores(windows.spans, activate(windows.outputs[head.logits], head.activation))
+        spans, outputs = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [head.logits])
+        return WindowScores(spans, activate(outputs[head.logits], head.activation))
 
     def embed(
         self,
@@ -249,8 +249,8 @@ class Engine:
         `output` names the output that is the embedding; the bundle's first one by default.
         """
         name, query = self.embedding(output).output, Query(overlap=overlap, hop=hop, final_clip=final_clip)
-        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [name])
-        return WindowEmbeddings(windows.spans, windows.outputs[name])
+        spans, outputs = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [name])
+        return WindowEmbeddings(spans, outputs[name])
 
     def infer_recording(
         self,
@@ -264,7 +264,7 @@ class Engine:
         """The graph's raw outputs for a recording, each (N, …) with one row for each window; see `predict`."""
         names = [spec.name for spec in self.manifest.outputs]
         query = Query(overlap=overlap, hop=hop, final_clip=final_clip)
-        return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, names).outputs
+        return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, names)[1]
 
     # -- tensors --------------------------------------------------------------------------------------------------
 

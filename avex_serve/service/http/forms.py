@@ -304,10 +304,10 @@ def _table(
         (prediction,) = answer.collect()
         size = ROW_BYTES + 4 * len(form.file)
         current().extend_answer(size * len(prediction.detections), "raise threshold or lower top_k")
-        recording, doubts = _recording(form, data, answer.stream)
+        recording, doubts = _recording(form, data, answer.rows.stream)
         rows = [(recording, _annotations(answer, prediction))]
         (head,) = answer.heads
-        about = describe([result_set(answer.source, head.engine, head.head, query)], _choice(form, query))
+        about = describe([result_set(answer.rows.source, head.engine, head.head, query)], _choice(form, query))
         table = Table([recording], rows, about, head.calibrator is not None)
     return TABLES[form.format].content(table), tuple(dict.fromkeys((*prediction.warnings, *doubts)))
 
@@ -333,7 +333,7 @@ def _recording(form: Form, data: bytes, stream: AudioStream) -> tuple[Recording,
 
 
 def _annotations(answer: Answer, prediction: Prediction) -> list[Annotation]:
-    bandwidth = answer.source.audio_spec.sample_rate / 2
+    bandwidth = answer.rows.source.audio_spec.sample_rate / 2
     origin = (prediction.bundle, prediction.version, prediction.probe)
     return [
         Annotation(one.start, one.end, one.label, one.score, bandwidth, *origin, one.probability)

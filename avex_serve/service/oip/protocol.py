@@ -298,25 +298,27 @@ class Model:
         wanted, tensor, mask = self._checked(request)
         if not isinstance(tensor.data, list):
             return self._infer_tensor(wanted, tensor, mask, _unused(request, tensor))
-        answers, found, counts = [], [], []
+        parts, spans, warnings, found, counts = [], [], [], [], []
         for number, recording in enumerate(tensor.data, 1):
             audio = self._opening(recording, number, len(tensor.data))
-            answer = pipeline.infer_recording(self._repository, self._engine, audio, request.query)
-            answers.append(answer)
+            with pipeline.open_rows(self._repository, self._engine, audio, request.query) as rows:
+                span, part = rows.collect()
+            spans.append(span)
+            parts.append(part)
+            warnings.append(rows.warnings)
             if (detecting := self._detecting(wanted, request.query)) is not None:
-                found += [*detecting.detect(answer.spans, answer.outputs, early=False), *detecting.rest()]
+                found += [*detecting.detect(span, part, early=False), *detecting.rest()]
             counts.append(len(found))
-        outputs = {name: np.concatenate([answer.outputs[name] for answer in answers]) for name in answers[0].outputs}
-        spans = np.concatenate([answer.spans for answer in answers])
-        current().extend_answer(SPAN_BYTES * len(spans), "send fewer recordings at once, or with less overlap")
+        outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        all_spans = np.concatenate(spans)
+        current().extend_answer(SPAN_BYTES * len(all_spans), "send fewer recordings at once, or with less overlap")
         parameters: Parameters = {
-            "windows": json.dumps([len(answer.spans) for answer in answers]),
-            "spans": json.dumps(spans.tolist()),
+            "windows": json.dumps([len(span) for span in spans]),
+            "spans": json.dumps(all_spans.tolist()),
         }
-        warnings = _numbered([answer.warnings for answer in answers]) + _unused(request, tensor)
         if self._detecting(wanted, request.query) is not None:
             parameters[DETECTIONS] = json.dumps(np.diff(counts, prepend=0).tolist())
-        return self._answer(wanted, outputs, parameters, warnings, found)
+        return self._answer(wanted, outputs, parameters, _numbered(warnings) + _unused(request, tensor), found)
 
     def stream(self, request: InferRequest) -> Iterator[InferAnswer]:
         """Run the model, and answer in parts while it runs; errors as of `infer`."""
