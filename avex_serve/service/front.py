@@ -48,8 +48,7 @@ from avex_serve.errors import (
     UnsupportedError,
 )
 from avex_serve.inference.repository import Repository
-from avex_serve.scheduling.admission import Admission
-from avex_serve.scheduling.outlet import Pieces
+from avex_serve.scheduling.admission import Admission, Pieces
 from avex_serve.scheduling.request import LATE, Limits, Memory, Request, current
 from avex_serve.service import bento
 from avex_serve.service.arrival import Body, Messages

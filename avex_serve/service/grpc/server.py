@@ -17,7 +17,7 @@ from grpc._cython import cygrpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 
 from avex_serve.errors import InputError, TensorError, TooLargeError, UnsupportedError
-from avex_serve.scheduling.outlet import Pieces
+from avex_serve.scheduling.admission import Pieces
 from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
 from avex_serve.service.credentials import server_credentials

@@ -33,7 +33,7 @@ from avex_serve.inference.pipeline import Answer, Audio, Query
 from avex_serve.inference.repository import Repository
 from avex_serve.inference.results import Detection, Prediction, known
 from avex_serve.inference.scores import ScoreScale
-from avex_serve.scheduling.outlet import Pieces
+from avex_serve.scheduling.admission import Pieces
 from avex_serve.scheduling.request import current
 from avex_serve.service.front import LAST_SECONDS, Front, deliver
 

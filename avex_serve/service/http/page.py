@@ -35,7 +35,7 @@ from avex_serve.inference.pipeline import Audio, Query, source_of
 from avex_serve.inference.repository import Repository
 from avex_serve.page.assets import HEADERS, Asset, assets
 from avex_serve.page.waves import encode_stream
-from avex_serve.scheduling.outlet import Pieces
+from avex_serve.scheduling.admission import Pieces
 from avex_serve.scheduling.request import current
 from avex_serve.service.front import Front
 from avex_serve.service.http.forms import result_set
