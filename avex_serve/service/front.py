@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, aclosing, contextmanager, nullcon
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol
 
 import grpc
 from anyio import to_thread
@@ -48,7 +48,7 @@ from avex_serve.errors import (
     UnsupportedError,
 )
 from avex_serve.inference.repository import Repository
-from avex_serve.scheduling.admission import Admission, Pieces
+from avex_serve.scheduling.admission import Admission
 from avex_serve.scheduling.request import LATE, Limits, Memory, Request, current
 from avex_serve.service import bento
 from avex_serve.service.arrival import Body, Messages
@@ -59,8 +59,6 @@ from avex_serve.service.settings import Settings
 from avex_serve.service.telemetry import REQUEST_ID, Exchange, Telemetry, request_id
 
 logger = logging.getLogger(__name__)
-
-Answer = TypeVar("Answer")
 
 METRICS: Final = "/metrics"
 # Probes need no key, and are answered while the service is busy or shuts down.
@@ -156,14 +154,6 @@ class Front:
     def running(self, *, quiet: bool) -> AbstractContextManager[None]:
         """Count the request as running during the block; ShuttingDownError if the service is shutting down."""
         return nullcontext() if quiet else self.drain.running()
-
-    async def infer(self, work: Callable[[], Answer]) -> Answer:
-        """Do the work of a request that needs an engine in a thread, as soon as there is a slot for it."""
-        return await self.admission.run(work)
-
-    def stream(self, make: Callable[[], Pieces]) -> AsyncGenerator[list[bytes], None]:
-        """The same for an answer in pieces, each sent as soon as it is made; see `Admission.stream`."""
-        return self.admission.stream(make)
 
     async def load(self, name: str) -> None:
         """See `Repository.load`; ForbiddenError unless the setting allows it."""

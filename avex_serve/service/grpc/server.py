@@ -227,7 +227,7 @@ class _Methods:
 
     async def _infer(self, data: bytes) -> Message:
         # Parsed only in its slot: a parsed message would take its memory twice while it waits.
-        response: Message = await self._front.infer(partial(self._infer_now, data))
+        response: Message = await self._front.admission.run(partial(self._infer_now, data))
         return response
 
     def _infer_now(self, data: bytes) -> Any:
@@ -248,7 +248,7 @@ class _Methods:
                 await context.write(response)
                 begun = True
 
-        if (error := await deliver(self._front.stream(partial(self._parts, data)), send, STREAM)) is None:
+        if (error := await deliver(self._front.admission.stream(partial(self._parts, data)), send, STREAM)) is None:
             return str(grpc.StatusCode.OK.name)
         text = f"{error}; the responses so far are a part of the answer" if begun else str(error)
         failure: Any = message_class("ModelStreamInferResponse")(error_message=text[:MAX_DETAILS])

@@ -321,7 +321,7 @@ async def _send_document(question: Question, front: Front, recording: pipeline.A
         # Encoded in the thread as well: the embeddings of a long recording take seconds.
         return msgspec.json.encode(known(question(front.repository, recording, query)))
 
-    return Response(await front.infer(answer), media_type="application/json")
+    return Response(await front.admission.run(answer), media_type="application/json")
 
 
 async def _classify(front: Front, request: Request) -> Response:
@@ -337,7 +337,7 @@ async def _classify(front: Front, request: Request) -> Response:
         embeddings = parsing.from_numbers("embeddings", asked.embeddings)
         return msgspec.json.encode(known(pipeline.classify(front.repository, embeddings, asked.query())))
 
-    return Response(await front.infer(classify), media_type="application/json")
+    return Response(await front.admission.run(classify), media_type="application/json")
 
 
 async def _wav(front: Front, request: Request) -> Response:
@@ -353,7 +353,7 @@ async def _tables(front: Front, request: Request) -> Response:
     def write() -> tuple[bytes, str]:
         return page.write_table(front.repository, parsing.document(page.TableRequest, body))
 
-    content, name = await front.infer(write)
+    content, name = await front.admission.run(write)
     headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
     return Response(content, media_type="application/octet-stream", headers=headers)
 
@@ -404,7 +404,7 @@ async def _infer(front: Front, request: Request) -> Response:
             asked = json.parse_request(body, length, request.query_params.keys())
             return json.dump_answer(model, asked, model.infer(asked.infer))
 
-    answer = await front.infer(infer)
+    answer = await front.admission.run(infer)
     if answer.json_length is None:
         return Response(answer.content, media_type="application/json")
     headers = {json.JSON_LENGTH: str(answer.json_length)}

@@ -231,7 +231,7 @@ async def send_pieces(
         media_type: of the answer.
         failure: the end of an answer that is only a part; None: the connection is closed.
     """
-    pieces = front.stream(make)
+    pieces = front.admission.stream(make)
     first = await anext(pieces)
     return _Stream(first, pieces, route, media_type, failure)
 
@@ -282,7 +282,7 @@ class _Stream(Response):
 
 async def send_table(front: Front, form: Form, data: bytes, audio: Audio, query: Query) -> Response:
     """An answer as a table, which has the bytes that `avex-serve tables` writes for the recording."""
-    content, warnings = await front.infer(partial(_table, front.repository, form, data, audio, query))
+    content, warnings = await front.admission.run(partial(_table, front.repository, form, data, audio, query))
     kind = TABLES[form.format].media_type
     return Response(content, media_type=kind, headers=_warning_header(warnings))
 
