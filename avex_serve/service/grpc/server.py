@@ -21,7 +21,8 @@ from avex_serve.scheduling.admission import Pieces
 from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
 from avex_serve.service.credentials import server_credentials
-from avex_serve.service.front import LAST_SECONDS, MAX_DETAILS, OTHER, STREAM, Call, Front, GrpcFront, deliver
+from avex_serve.service.front import LAST_SECONDS, OTHER, Front, deliver
+from avex_serve.service.grpc.front import MAX_DETAILS, STREAM, Call, GrpcFront
 from avex_serve.service.grpc.health import Health
 from avex_serve.service.grpc.messages import MAX_PARTS, SERVICE, message, message_class, split
 from avex_serve.service.grpc.reflection import REFLECTION, Reflection

@@ -37,7 +37,7 @@ from avex_serve.inference.pipeline import Query
 from avex_serve.inference.repository import Repository
 from avex_serve.inference.results import known
 from avex_serve.service import parsing
-from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Found, Front
+from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Front
 from avex_serve.service.http import forms, openapi, page, pages
 from avex_serve.service.oip import json, protocol
 
@@ -54,6 +54,14 @@ class Endpoint(NamedTuple):
     path: str
     handler: Handler | None  # None: BentoML's
     operation: dict[str, Any] | None  # for the OpenAPI document; None: it leaves the endpoint out
+
+
+class Found(NamedTuple):
+    """What answers a request."""
+
+    route: str  # the template of its path, or `OTHER`
+    app: ASGIApp
+    public: bool = False  # whether it needs no key
 
 
 class Routes:
