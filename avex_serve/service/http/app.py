@@ -71,36 +71,35 @@ class Routes:
     handlers that they replace.
     """
 
-    def __init__(self, front: Callable[[], Front], bentoml: ASGIApp) -> None:
-        """`front` is called with each request; `bentoml` is BentoML's application."""
+    def __init__(self, bentoml: ASGIApp) -> None:
+        """`bentoml` is BentoML's application."""
         self._bentoml = bentoml
-        self._front = front
-        self._routes = [
-            (_route(endpoint, front, bentoml), OTHER if endpoint.operation is None else endpoint.path)
-            for endpoint in ENDPOINTS
-        ]
+        # Of Starlette's routes the paths and methods are used, and never what they call.
+        self._routes = [(Route(each.path, bentoml, methods=each.methods), each) for each in ENDPOINTS]
 
-    def find(self, scope: Scope) -> Found:
+    def find(self, front: Front, scope: Scope) -> Found:
         """What answers the request."""
-        name, route, child, match = self._match(scope)
-        if match is Match.FULL and route is not None:
-            public = scope["method"] != "POST" and page.is_public(self._front(), route.path, scope)
-            scope.update(child)
-            return Found(name, route.handle, public)
-        if route is not None:
-            return Found(name, partial(_refuse_method, route))
         path: str = scope["path"]
-        if path.endswith("/") and self._match({**scope, "path": path.rstrip("/")})[1] is not None:
-            return Found(OTHER, _leave_out_slash)
-        return Found(OTHER, _refuse_path if path.startswith("/v2/") else self._ask_bentoml)
+        route, endpoint, child, match = self._match(scope)
+        if route is None or endpoint is None:
+            if path.endswith("/") and self._match({**scope, "path": path.rstrip("/")})[0] is not None:
+                return Found(OTHER, _leave_out_slash)
+            return Found(OTHER, _refuse_path if path.startswith("/v2/") else self._ask_bentoml)
+        name = OTHER if endpoint.operation is None else endpoint.path
+        if match is not Match.FULL:
+            return Found(name, partial(_refuse_method, route))
+        public = scope["method"] != "POST" and page.is_public(front, endpoint.path, scope)
+        scope.update(child)
+        handler = endpoint.handler
+        return Found(name, self._bentoml if handler is None else partial(_answer, handler, front), public)
 
-    def _match(self, scope: Scope) -> tuple[str, Route | None, Scope, Match]:
-        """The route of the path, if there is one of the same method, and its name."""
-        best: tuple[str, Route | None, Scope, Match] = (OTHER, None, {}, Match.NONE)
-        for route, name in self._routes:
+    def _match(self, scope: Scope) -> tuple[Route | None, Endpoint | None, Scope, Match]:
+        """The row of the table with this path, if there is one with this method too."""
+        best: tuple[Route | None, Endpoint | None, Scope, Match] = (None, None, {}, Match.NONE)
+        for route, endpoint in self._routes:
             match, child = route.matches(scope)
             if match.value > best[3].value:
-                best = (name, route, child, match)
+                best = (route, endpoint, child, match)
             if match is Match.FULL:
                 break
         return best
@@ -119,14 +118,9 @@ class Routes:
             await _refuse_path(scope, receive, send)
 
 
-def _route(endpoint: Endpoint, front: Callable[[], Front], bentoml: ASGIApp) -> Route:
-    if (handler := endpoint.handler) is None:
-        return Route(endpoint.path, bentoml, methods=endpoint.methods)
-
-    async def answer(request: Request) -> Response:
-        return await handler(front(), request)
-
-    return Route(endpoint.path, answer, methods=endpoint.methods)
+async def _answer(handler: Handler, front: Front, scope: Scope, receive: Receive, send: Send) -> None:
+    response = await handler(front, Request(scope, receive, send))
+    await response(scope, receive, send)
 
 
 # Words of paths that other services have, and the path here.
