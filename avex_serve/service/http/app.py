@@ -38,7 +38,7 @@ from avex_serve.inference.repository import Repository
 from avex_serve.inference.results import known
 from avex_serve.service import parsing
 from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Front
-from avex_serve.service.http import forms, openapi, page, pages
+from avex_serve.service.http import about, forms, openapi, page
 from avex_serve.service.oip import json, protocol
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ async def _answer(handler: Handler, front: Front, scope: Scope, receive: Receive
 
 # Words of paths that other services have, and the path here.
 ELSEWHERE: Final = (
-    (re.compile(r"(labels?|classes|species)$"), pages.DESCRIPTION),
+    (re.compile(r"(labels?|classes|species)$"), about.DESCRIPTION),
     (re.compile(r"openapi|swagger|redoc|^/docs"), "/docs.json"),
 )
 
@@ -310,7 +310,7 @@ async def _predict(front: Front, request: Request) -> Response:
     if form.format == forms.DOCUMENT:
         return await _send_document(pipeline.predict, front, _opening(sent), query)
     if form.format == forms.LINES:
-        return await forms.send_lines(front, pages.PREDICT, _opening(sent), query)
+        return await forms.send_lines(front, about.PREDICT, _opening(sent), query)
     return await forms.send_table(front, form, sent.audio, _opening(sent), query)
 
 
@@ -473,8 +473,8 @@ def _models(path: str, *names: str) -> list[Endpoint]:
 
 REPOSITORY: Final = "/v2/repository/models/{name}"
 ENDPOINTS: Final = (
-    _get("/", pages.home, openapi.home()),
-    _post(pages.PREDICT, _predict, openapi.predict()),
+    _get("/", about.home, openapi.home()),
+    _post(about.PREDICT, _predict, openapi.predict()),
     _recordings(
         "/predict_all",
         pipeline.predict_all,
@@ -482,12 +482,12 @@ ENDPOINTS: Final = (
         "The sounds that all heads of a bundle find in a recording",
         "Predictions",
     ),
-    _recordings(pages.EMBED, pipeline.embed, openapi.EMBED, "Embeddings of a recording, one a window", "Embedding"),
-    _post(pages.CLASSIFY, _classify, openapi.classify()),
+    _recordings(about.EMBED, pipeline.embed, openapi.EMBED, "Embeddings of a recording, one a window", "Embedding"),
+    _post(about.CLASSIFY, _classify, openapi.classify()),
     _post(page.WAV, _wav, openapi.wav()),
     _post(page.TABLES, _tables, openapi.tables()),
     Endpoint(("GET",), page.ASSETS, page.asset, None),
-    _get(pages.DESCRIPTION, pages.model, openapi.description()),
+    _get(about.DESCRIPTION, about.model, openapi.description()),
     _get("/v2", _server_metadata, openapi.get("Name, version and extensions of the server", "ServerMetadata")),
     _get("/v2/health/live", _live, openapi.flag("Whether the process is alive", "live")),
     _get("/v2/health/ready", _ready, openapi.flag("Whether requests are accepted", "ready", unready=True)),
@@ -499,12 +499,12 @@ ENDPOINTS: Final = (
         Endpoint(("GET", "POST"), f"/v2{path}", partial(_refuse, reason), None)
         for path, reason in protocol.REFUSED_PATHS.items()
     ),
-    *_models(pages.MODEL, "name"),
-    *_models(f"{pages.MODEL}/versions/{{version}}", "name", "version"),
+    *_models(about.MODEL, "name"),
+    *_models(f"{about.MODEL}/versions/{{version}}", "name", "version"),
     _get("/livez", None, openapi.text("Whether the process is alive")),
     _get("/healthz", None, openapi.text("As /livez")),
-    _get("/readyz", pages.readyz, openapi.text("As /v2/health/ready", unready=True)),
-    _get(METRICS, pages.metrics, openapi.text("Metrics in Prometheus' text format")),
+    _get("/readyz", about.readyz, openapi.text("As /v2/health/ready", unready=True)),
+    _get(METRICS, about.metrics, openapi.text("Metrics in Prometheus' text format")),
     _get("/docs.json", _document, openapi.get("This document", None)),
     _get("/schema.json", None, openapi.get("The schema that BentoML's client reads", None)),
 )

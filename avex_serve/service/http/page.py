@@ -1,6 +1,6 @@
 """The page for people, and the two questions that it alone asks.
 
-    GET  /             its document, for browsers; see `pages.home`
+    GET  /             its document, for browsers; see `about.home`
     GET  /page/NAME    its modules and styles, from a table of files: see `avex_serve.page.assets`
     POST /wav          a recording as WAV at its own rate, in formats that the page does not decode
     POST /tables       detections as a table, in the formats of `avex-serve tables`
