@@ -278,9 +278,10 @@ class _Recordings:
 
     def scores(self, recording: Path, reviews: Sequence[Review]) -> list[float | None]:
         head = self._engine.probe(self._probe)
-        found = pipeline.run_recording(self._engine, partial(open_audio, recording), self._query, [head.logits])
-        scores, place = activate(found.outputs[head.logits], head.activation), self._engine.labels(head.name).index
-        return [_score_of(review, found.spans, scores[:, place(review.label)]) for review in reviews]
+        audio = partial(open_audio, recording)
+        spans, outputs = pipeline.run_recording(self._engine, audio, self._query, [head.logits])
+        scores, place = activate(outputs[head.logits], head.activation), self._engine.labels(head.name).index
+        return [_score_of(review, spans, scores[:, place(review.label)]) for review in reviews]
 
     def digest(self, recording: Path) -> str | None:
         return sha256_of(recording)

@@ -78,17 +78,17 @@ def predict(
         for file in (str(Path(each)) for each in files):
             try:
                 audio = partial(open_audio, Path(file))
-                found = pipeline.run_recording(engine, audio, query, [head.logits])
+                spans, outputs = pipeline.run_recording(engine, audio, query, [head.logits])
             except (InputError, NotFoundError) as error:
                 warnings.warn(f"left out: {error}", stacklevel=2)
                 failed[file] = str(error)
                 continue
-            scores = activate(found.outputs[head.logits], head.activation)
+            scores = activate(outputs[head.logits], head.activation)
             if form == "detections":
-                each = calibrated(detect(found.spans, scores, labels, selection), calibrator)
+                each = calibrated(detect(spans, scores, labels, selection), calibrator)
                 parts += [(file, one.start, one.end, *(getattr(one, name) for name in shown)) for one in each]
             else:
-                parts.append((file, found.spans, scores))
+                parts.append((file, spans, scores))
     names = ["file", "start_time", "end_time"]
     if form == "detections":
         frame = pandas.DataFrame(parts, columns=[*names, *shown])

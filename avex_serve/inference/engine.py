@@ -1,11 +1,13 @@
 """The engine: a bundle that is ready to run. It checks inputs and spreads batches over threads."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
+from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
@@ -20,7 +22,7 @@ from avex_serve.inference import pipeline
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, MergeScore, Prediction
 from avex_serve.inference.scores import Threshold, activate
-from avex_serve.scheduling.cores import FairSemaphore, usable_cores
+from avex_serve.scheduling.cores import usable_cores
 from avex_serve.scheduling.request import INFER, QUEUE, Model, Request, current
 
 if TYPE_CHECKING:
@@ -182,7 +184,7 @@ class Engine:
         query = Query(
             threshold=threshold,
             top_k=top_k,
-            label=None if label is None else tuple(label),
+            label=label,
             merge=merge,
             merge_score=merge_score,
             overlap=overlap,
@@ -210,7 +212,7 @@ class Engine:
         query = Query(
             threshold=threshold,
             top_k=top_k,
-            label=None if label is None else tuple(label),
+            label=label,
             merge=merge,
             merge_score=merge_score,
             overlap=overlap,
@@ -231,8 +233,8 @@ class Engine:
     ) -> WindowScores:
         """All scores of a recording as arrays; arguments and errors as in `predict`."""
         head, query = self.probe(probe), Query(overlap=overlap, hop=hop, final_clip=final_clip)
-        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [head.logits])
-        return WindowScores(windows.spans, activate(windows.outputs[head.logits], head.activation))
+        spans, outputs = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [head.logits])
+        return WindowScores(spans, activate(outputs[head.logits], head.activation))
 
     def embed(
         self,
@@ -249,8 +251,8 @@ class Engine:
         `output` names the output that is the embedding; the bundle's first one by default.
         """
         name, query = self.embedding(output).output, Query(overlap=overlap, hop=hop, final_clip=final_clip)
-        windows = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [name])
-        return WindowEmbeddings(windows.spans, windows.outputs[name])
+        spans, outputs = pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, [name])
+        return WindowEmbeddings(spans, outputs[name])
 
     def infer_recording(
         self,
@@ -264,7 +266,7 @@ class Engine:
         """The graph's raw outputs for a recording, each (N, …) with one row for each window; see `predict`."""
         names = [spec.name for spec in self.manifest.outputs]
         query = Query(overlap=overlap, hop=hop, final_clip=final_clip)
-        return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, names).outputs
+        return pipeline.run_recording(self, partial(open_wave, wave, sample_rate), query, names)[1]
 
     # -- tensors --------------------------------------------------------------------------------------------------
 
@@ -427,3 +429,42 @@ class Engine:
     def lease_those(self, wanted: Callable[[Manifest], bool]) -> "Iterator[list[Engine]]":
         """This engine, if it is wanted."""
         yield [self] if wanted(self.manifest) else []
+
+
+class FairSemaphore:
+    """A semaphore that serves its waiters in the order in which they came.
+
+    With `threading.Semaphore`, a thread that releases it may acquire it again before a waiter has woken up.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()  # each is held until its owner's turn has come
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Take a place, once there is one and no other thread has waited longer."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        turn.acquire()
+
+    def release(self) -> None:
+        """Pass the place to the thread that has waited longest."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1

@@ -63,7 +63,7 @@ class Query:
     # Lowest score to report, of every label or by label; see `avex_serve.inference.scores.Selection`.
     threshold: Threshold = None
     top_k: int | None = None  # most labels to report for a window
-    label: tuple[str, ...] | None = None  # those to report; None: all
+    label: Sequence[str] | None = None  # those to report; None: all
     merge: float | None = None  # seconds between windows of a label that become one detection; None: they stay apart
     merge_score: MergeScore = "max"  # of such a detection
     probe: str | None = None  # name of the head; None: the first one of the bundle
@@ -80,17 +80,6 @@ class Models(Protocol):
     def lease_those(self, wanted: Callable[[Manifest], bool]) -> "AbstractContextManager[list[Engine]]":
         """All engines whose manifest is wanted, by name and the newest version first."""
         ...
-
-
-class WindowOutputs(NamedTuple):
-    """The outputs of a graph for the windows of a recording."""
-
-    duration: float  # of the recording, in seconds
-    window_seconds: float
-    overlap: float  # of neighbouring windows, in seconds
-    spans: np.ndarray  # (N, 2) float64, start and end of each window in seconds
-    outputs: dict[str, np.ndarray]  # by name, each (N, …) float32 with one row for each window
-    warnings: tuple[str, ...]  # about the recording, a sentence each
 
 
 # -- questions ------------------------------------------------------------------------------------------------------
@@ -153,18 +142,19 @@ def embed(models: Models, audio: Audio, query: Query) -> Embedding:
     """The embeddings of a recording from an audio bundle; errors as of `predict`."""
     with models.lease(query.model, query.version) as engine:
         name = engine.embedding(query.output).output
-        windows = run_recording(engine, audio, query, [name], OUTPUT_BYTES + NUMBER_BYTES)
-        return Embedding(
-            bundle=engine.manifest.name,
-            version=engine.manifest.version,
-            output=name,
-            duration=windows.duration,
-            window=windows.window_seconds,
-            overlap=windows.overlap,
-            warnings=windows.warnings,
-            spans=[(start, end) for start, end in windows.spans.tolist()],
-            embeddings=windows.outputs[name].tolist(),
-        )
+        with _open_rows(engine, audio, query, [name]) as rows:
+            spans, outputs = rows.collect(OUTPUT_BYTES + NUMBER_BYTES)
+            return Embedding(
+                bundle=engine.manifest.name,
+                version=engine.manifest.version,
+                output=name,
+                duration=rows.duration,
+                window=rows.window_seconds,
+                overlap=rows.overlap,
+                warnings=rows.warnings,
+                spans=[(start, end) for start, end in spans.tolist()],
+                embeddings=outputs[name].tolist(),
+            )
 
 
 def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classification:
@@ -195,12 +185,6 @@ def classify(models: Models, embeddings: np.ndarray, query: Query) -> Classifica
                 for row in rank(scores, engine.labels(head.name), selection)
             ],
         )
-
-
-def infer_recording(models: Models, engine: "Engine", audio: Audio, query: Query) -> WindowOutputs:
-    """All outputs of a bundle of either kind for a recording."""
-    with open_rows(models, engine, audio, query) as rows:
-        return rows.collect()
 
 
 @contextmanager
@@ -290,28 +274,25 @@ class Found(NamedTuple):
 class Answer:
     """The answer of heads to a recording. Iterate it once."""
 
-    def __init__(self, source: "Engine", heads: Sequence[HeadRun], stream: AudioStream, query: Query) -> None:
-        """It is read from an open stream by the audio bundle `source`."""
-        self.source = source
-        self.stream = stream
+    def __init__(self, rows: "Rows", heads: Sequence[HeadRun], query: Query) -> None:
+        """The rows have the outputs that the heads read."""
+        self.rows = rows
         self.heads = heads
-        self._query = query
+        self._merges = query.merge is not None
 
     def __iter__(self) -> Iterator[Found]:
         """Window by window; errors as of `stream_windows`."""
         return self._windows(early=True)
 
     def _windows(self, *, early: bool) -> Iterator[Found]:
-        merges = self._query.merge is not None
         held: Found | None = None  # the last one, which the rest may have to join
-        names = list(dict.fromkeys(head.output for head in self.heads))
-        for spans, outputs in stream_windows(self.source, self.stream, self._query, names):
+        for spans, outputs in self.rows:
             columns = [head.detect(spans, outputs, early=early) for head in self.heads]
             for (start, end), *found in zip(spans.tolist(), *columns, strict=True):
                 if held is not None:
                     yield held
                 held = Found(start, end, found)
-                if not merges:
+                if not self._merges:
                     yield held
                     held = None
         if held is not None:
@@ -329,17 +310,17 @@ class Answer:
 
     def document(self, index: int, detections: list[Detection]) -> Prediction:
         """The answer of a head with these detections, as it is once all windows have been run."""
-        spec, head = self.source.audio_spec, self.heads[index]
+        rows, head = self.rows, self.heads[index]
         return Prediction(
             bundle=head.engine.manifest.name,
             version=head.engine.manifest.version,
             probe=head.head.name,
             trained=head.head.trained,
-            duration=_duration(self.stream, spec),
-            window=spec.window_samples / spec.sample_rate,
-            overlap=float(self._query.overlap),
+            duration=rows.duration,
+            window=rows.window_seconds,
+            overlap=rows.overlap,
             score_scale=score_scale(head.head.activation),
-            warnings=(*head.selection.warnings, *self.source.warnings, *self.stream.warnings),
+            warnings=(*head.selection.warnings, *rows.warnings),
             detections=detections,
         )
 
@@ -347,39 +328,48 @@ class Answer:
 @contextmanager
 def _read(source: "Engine", heads: Sequence[HeadRun], audio: Audio, query: Query) -> Iterator[Answer]:
     """The answer of heads that read outputs of an audio bundle."""
-    query = with_overlap(query, source.audio_spec)
-    with audio(query.channel) as stream:
-        yield Answer(source, heads, stream, query)
+    names = list(dict.fromkeys(head.output for head in heads))
+    with _open_rows(source, audio, query, names) as rows:
+        yield Answer(rows, heads, query)
 
 
 # -- the stream -----------------------------------------------------------------------------------------------------
 
 
 class Rows:
-    """Outputs for the windows of a recording. Iterate it once; `warnings` are complete at the end."""
+    """Outputs for the windows of a recording. Iterate it once; duration and warnings are complete at the end."""
 
     def __init__(
         self, source: "Engine", stream: AudioStream, query: Query, names: Sequence[str], reader: "Engine | None"
     ) -> None:
         """Outputs of these names of an audio bundle, or those that `reader` makes of the only one."""
-        self._source = source
-        self._stream = stream
+        spec = source.audio_spec
+        self.source = source
+        self.stream = stream
+        self.window_seconds = spec.window_samples / spec.sample_rate
+        self.overlap = float(query.overlap)  # of neighbouring windows, in seconds
         self._query = query
         self._names = names
         self._reader = reader
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Batch by batch, as `stream_windows`."""
-        for spans, outputs in stream_windows(self._source, self._stream, self._query, self._names):
+        for spans, outputs in stream_windows(self.source, self.stream, self._query, self._names):
             yield spans, outputs if self._reader is None else self._reader.infer(outputs[self._names[0]])
+
+    @property
+    def duration(self) -> float:
+        """Seconds of the recording that have been read."""
+        rate = self.source.audio_spec.sample_rate
+        return resampled_size(self.stream.samples, self.stream.sample_rate, rate) / rate
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """About the recording, a sentence each."""
-        return (*self._source.warnings, *self._stream.warnings)
+        return (*self.source.warnings, *self.stream.warnings)
 
-    def collect(self, value_bytes: int = OUTPUT_BYTES) -> WindowOutputs:
-        """All of them. Each value will take `value_bytes` of memory until the answer is sent."""
+    def collect(self, value_bytes: int = OUTPUT_BYTES) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """All of them as one batch. Each value will take `value_bytes` of memory until the answer is sent."""
         spans: list[np.ndarray] = []
 
         def rows() -> Iterator[dict[str, np.ndarray]]:
@@ -388,26 +378,15 @@ class Rows:
                 yield outputs
 
         outputs = collect(rows(), value_bytes)
-        spec = self._source.audio_spec
-        return WindowOutputs(
-            duration=_duration(self._stream, spec),
-            window_seconds=spec.window_samples / spec.sample_rate,
-            overlap=float(self._query.overlap),
-            spans=np.concatenate(spans),
-            outputs=outputs,
-            warnings=self.warnings,
-        )
+        return np.concatenate(spans), outputs
 
 
 def run_recording(
-    engine: "Engine", audio: Audio, query: Query, names: Sequence[str], value_bytes: int = OUTPUT_BYTES
-) -> WindowOutputs:
-    """The outputs of these names for all windows of a recording; errors as of `stream_windows`.
-
-    Each value will take `value_bytes` of memory until the answer is sent.
-    """
+    engine: "Engine", audio: Audio, query: Query, names: Sequence[str]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The outputs of these names for all windows of a recording, as one batch of `stream_windows`."""
     with _open_rows(engine, audio, query, names) as rows:
-        return rows.collect(value_bytes)
+        return rows.collect()
 
 
 @contextmanager
@@ -417,11 +396,6 @@ def _open_rows(
     query = with_overlap(query, source.audio_spec)  # raises before the recording is opened
     with audio(query.channel) as stream:
         yield Rows(source, stream, query, names, reader)
-
-
-def _duration(stream: AudioStream, spec: AudioSpec) -> float:
-    """Seconds of a recording that has been read."""
-    return resampled_size(stream.samples, stream.sample_rate, spec.sample_rate) / spec.sample_rate
 
 
 def with_overlap(query: Query, spec: AudioSpec) -> Query:
@@ -444,7 +418,7 @@ def with_overlap(query: Query, spec: AudioSpec) -> Query:
 def stream_windows(
     engine: "Engine", stream: AudioStream, query: Query, names: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Run an audio bundle on an open recording while it is read.
+    """Run an audio bundle on an open recording while it is read, by a query that `with_overlap` returned.
 
     Yields:
         Batch by batch: (B, 2) float64, start and end of each window in seconds, and the outputs of these names,
@@ -458,7 +432,6 @@ def stream_windows(
     """
     spec = engine.audio_spec
     length, rate = spec.window_samples, spec.sample_rate
-    query = with_overlap(query, spec)
     hop = hop_samples(length, rate, query.overlap)
     limits = current().limits
     bounds: deque[np.ndarray] = deque()  # of the windows of each batch whose outputs are still to come

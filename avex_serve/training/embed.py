@@ -164,8 +164,8 @@ def stored_outputs(
 
 def store_outputs(engine: Engine, outputs: Sequence[str], audio: Audio, overlap: float, path: Path) -> None:
     """Run a recording, and write the spans of its windows and their outputs to a file, whole or not at all."""
-    windows = run_recording(engine, audio, Query(overlap=overlap), outputs)
-    _save(windows.spans, [windows.outputs[name] for name in outputs], path)
+    spans, rows = run_recording(engine, audio, Query(overlap=overlap), outputs)
+    _save(spans, [rows[name] for name in outputs], path)
 
 
 def _save(spans: np.ndarray, outputs: Sequence[np.ndarray], path: Path) -> None:

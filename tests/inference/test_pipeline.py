@@ -197,5 +197,8 @@ def test_nothing_is_decoded_in_vain(tmp_path):
             with pytest.raises(error):
                 ask(opened, never, Query(**options))
         for engine in (tiny, head):
-            with pytest.raises(InputError, match="overlap is -1"):
-                pipeline.infer_recording(opened, engine, never, Query(overlap=-1))
+            with (
+                pytest.raises(InputError, match="overlap is -1"),
+                pipeline.open_rows(opened, engine, never, Query(overlap=-1)),
+            ):
+                pass

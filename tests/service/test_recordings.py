@@ -82,7 +82,7 @@ def test_the_open_inference_protocol(audio_server, audio_engine, module):
         result = client.infer("tiny", [tensor], parameters={"channel": channel, "final_clip": "none"})
         query = Query(channel=int(channel), final_clip="none")
         parts = [
-            pipeline.infer_recording(audio_engine, audio_engine, partial(open_audio, each), query).outputs["logits"]
+            pipeline.run_recording(audio_engine, partial(open_audio, each), query, ["logits"])[1]["logits"]
             for each in recordings
         ]
         np.testing.assert_array_equal(result.as_numpy("logits"), np.concatenate(parts))

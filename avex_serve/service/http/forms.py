@@ -33,7 +33,7 @@ from avex_serve.inference.pipeline import Answer, Audio, Query
 from avex_serve.inference.repository import Repository
 from avex_serve.inference.results import Detection, Prediction, known
 from avex_serve.inference.scores import ScoreScale
-from avex_serve.scheduling.outlet import Pieces
+from avex_serve.scheduling.admission import Pieces
 from avex_serve.scheduling.request import current
 from avex_serve.service.front import LAST_SECONDS, Front, deliver
 
@@ -231,7 +231,7 @@ async def send_pieces(
         media_type: of the answer.
         failure: the end of an answer that is only a part; None: the connection is closed.
     """
-    pieces = front.stream(make)
+    pieces = front.admission.stream(make)
     first = await anext(pieces)
     return _Stream(first, pieces, route, media_type, failure)
 
@@ -282,7 +282,7 @@ class _Stream(Response):
 
 async def send_table(front: Front, form: Form, data: bytes, audio: Audio, query: Query) -> Response:
     """An answer as a table, which has the bytes that `avex-serve tables` writes for the recording."""
-    content, warnings = await front.infer(partial(_table, front.repository, form, data, audio, query))
+    content, warnings = await front.admission.run(partial(_table, front.repository, form, data, audio, query))
     kind = TABLES[form.format].media_type
     return Response(content, media_type=kind, headers=_warning_header(warnings))
 
@@ -304,10 +304,10 @@ def _table(
         (prediction,) = answer.collect()
         size = ROW_BYTES + 4 * len(form.file)
         current().extend_answer(size * len(prediction.detections), "raise threshold or lower top_k")
-        recording, doubts = _recording(form, data, answer.stream)
+        recording, doubts = _recording(form, data, answer.rows.stream)
         rows = [(recording, _annotations(answer, prediction))]
         (head,) = answer.heads
-        about = describe([result_set(answer.source, head.engine, head.head, query)], _choice(form, query))
+        about = describe([result_set(answer.rows.source, head.engine, head.head, query)], _choice(form, query))
         table = Table([recording], rows, about, head.calibrator is not None)
     return TABLES[form.format].content(table), tuple(dict.fromkeys((*prediction.warnings, *doubts)))
 
@@ -333,7 +333,7 @@ def _recording(form: Form, data: bytes, stream: AudioStream) -> tuple[Recording,
 
 
 def _annotations(answer: Answer, prediction: Prediction) -> list[Annotation]:
-    bandwidth = answer.source.audio_spec.sample_rate / 2
+    bandwidth = answer.rows.source.audio_spec.sample_rate / 2
     origin = (prediction.bundle, prediction.version, prediction.probe)
     return [
         Annotation(one.start, one.end, one.label, one.score, bandwidth, *origin, one.probability)
