@@ -145,9 +145,14 @@ def _read(tables: Sequence[Path]) -> list[tuple[Path, Review]]:
     return found
 
 
+def _score_text(review: Review) -> str:
+    """The score in the table, which BirdNET-Analyzer's CSV calls confidence."""
+    return review.fields.get("score") or review.fields.get("confidence", "")
+
+
 def _digits(review: Review) -> int:
     """The decimal places of the score in the table."""
-    text = review.fields.get("score", "")
+    text = _score_text(review)
     return len(text.partition(".")[2]) if set(text) <= set("0123456789.") else 9
 
 
@@ -161,14 +166,15 @@ def _rounded(review: Review, finest: int) -> float:
     Raises:
         InputError: the row has no score, or none between 0 and 1.
     """
-    text = review.fields.get("score", "")
+    text = _score_text(review)
     try:
         score = float(text)
     except ValueError:
         score = math.nan
     if not 0 <= score <= 1:
         raise InputError(
-            f"a review of {review.file} has the score {text!r}; expected a number from 0 to 1 in the column score"
+            f"a review of {review.file} has the score {text!r}; expected a number from 0 to 1 in the column score "
+            "or confidence"
         )
     digits = _digits(review)
     half = 0.5 * 10.0 ** -(digits if digits > 1 else finest)

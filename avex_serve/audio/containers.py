@@ -24,6 +24,7 @@ from avex_serve.scheduling.request import current
 MAX_ZEROS: Final = 2**20  # bytes of zeros in front of a recording: taggers and recorders leave some
 MAX_TAGS: Final = 8  # ID3 tags in front of a recording
 MAX_CHUNKS: Final = 1000  # of a file; recorders write ten
+ALIKE: Final = 4  # frames of MP3 that follow one another, by which a stream is known
 MAX_STREAMS: Final = 1000  # of an OGG, one after another or at once
 MAX_METADATA: Final = 2**16  # bytes of a chunk of metadata that are kept
 METADATA: Final = (b"guan", b"wamd", b"bext", b"LIST")
@@ -777,12 +778,12 @@ def _alike(first: bytes, other: bytes) -> bool:
     )
 
 
-def _find_frames(data: bytes, count: int = 4) -> int | None:
-    """Where that number of frames of MP3 follow one another; None: nowhere."""
+def _find_frames(data: bytes) -> int | None:
+    """Where `ALIKE` frames of MP3 follow one another; None: nowhere."""
     start = data.find(b"\xff")
     while start >= 0:
         position, found = start, 0
-        while found < count:
+        while found < ALIKE:
             head = data[position : position + 4]
             if len(head) < 4 or head[0] != 255 or not _alike(data[start : start + 4], head):
                 break
@@ -790,7 +791,7 @@ def _find_frames(data: bytes, count: int = 4) -> int | None:
             if frame is None:
                 break
             found, position = found + 1, position + frame.size
-        if found == count:
+        if found == ALIKE:
             return start
         start = data.find(b"\xff", start + 1)
     return None

@@ -1,11 +1,13 @@
 """The engine: a bundle that is ready to run. It checks inputs and spreads batches over threads."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
+from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
@@ -20,7 +22,7 @@ from avex_serve.inference import pipeline
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, MergeScore, Prediction
 from avex_serve.inference.scores import Threshold, activate
-from avex_serve.scheduling.cores import FairSemaphore, usable_cores
+from avex_serve.scheduling.cores import usable_cores
 from avex_serve.scheduling.request import INFER, QUEUE, Model, Request, current
 
 if TYPE_CHECKING:
@@ -182,7 +184,7 @@ class Engine:
         query = Query(
             threshold=threshold,
             top_k=top_k,
-            label=None if label is None else tuple(label),
+            label=label,
             merge=merge,
             merge_score=merge_score,
             overlap=overlap,
@@ -210,7 +212,7 @@ class Engine:
         query = Query(
             threshold=threshold,
             top_k=top_k,
-            label=None if label is None else tuple(label),
+            label=label,
             merge=merge,
             merge_score=merge_score,
             overlap=overlap,
@@ -427,3 +429,42 @@ class Engine:
     def lease_those(self, wanted: Callable[[Manifest], bool]) -> "Iterator[list[Engine]]":
         """This engine, if it is wanted."""
         yield [self] if wanted(self.manifest) else []
+
+
+class FairSemaphore:
+    """A semaphore that serves its waiters in the order in which they came.
+
+    With `threading.Semaphore`, a thread that releases it may acquire it again before a waiter has woken up.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Lock] = deque()  # each is held until its owner's turn has come
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Take a place, once there is one and no other thread has waited longer."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiting.append(turn)
+        turn.acquire()
+
+    def release(self) -> None:
+        """Pass the place to the thread that has waited longest."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._free += 1

@@ -7,26 +7,29 @@
 A request waits without a thread and without a slot. In its slot, its own thread decodes it, resamples it and runs
 the graph. A request that works for longer than a turn passes its slot to the request that has waited longest, and
 joins the queue again. So a recording of an hour delays another request by one turn at most, even with one slot.
+
+An answer in pieces is sent while it is made. While its client doesn't read, the request waits without its slot.
 """
 
 import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from contextvars import copy_context
 from functools import partial
 from typing import Final, TypeVar
 
 from avex_serve.errors import OverloadError
-from avex_serve.scheduling.outlet import Outlet, Pieces
 from avex_serve.scheduling.request import QUEUE, Request, current, stage
 
 Answer = TypeVar("Answer")
+Pieces = Generator[bytes, None, None]  # of an answer
 
 TURN_SECONDS: Final = 0.5
+UNSENT_BYTES: Final = 2**18  # of pieces that wait for the client: then the thread waits for it
 
 
 class Admission:
@@ -89,7 +92,7 @@ class Admission:
         While the client doesn't read, the work waits without its slot. Close the generator to end the work at its
         next step. Errors as of `run`.
         """
-        outlet = Outlet(current())
+        outlet = _Outlet(current())
         running = asyncio.create_task(self.run(partial(outlet.fill, make)))
         running.add_done_callback(partial(_end_stream, outlet))
         try:
@@ -148,7 +151,7 @@ class Admission:
         return start
 
 
-def _end_stream(outlet: Outlet, running: "asyncio.Task[None]") -> None:
+def _end_stream(outlet: "_Outlet", running: "asyncio.Task[None]") -> None:
     outlet.wake()
     if not running.cancelled():
         running.exception()  # or asyncio logs one that nobody waits for any more
@@ -301,3 +304,56 @@ class _Slot:
     def free(self) -> None:
         """Leave, and free the slot."""
         self._places.exit(slot=self._held)
+
+
+class _Outlet:
+    """The pieces of a request's answer. At most `UNSENT_BYTES` and a piece wait, however slowly the client reads."""
+
+    def __init__(self, request: Request) -> None:
+        """Make it on the event loop."""
+        self._request = request
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._arrived = asyncio.Event()
+        self._room = threading.Event()
+
+    def fill(self, make: Callable[[], Pieces]) -> None:
+        """In the thread of the request: make the pieces.
+
+        Raises:
+            ClientGoneError, DeadlineError: the answer is no longer wanted.
+        """
+        with closing(make()) as pieces:
+            for piece in pieces:
+                self._put(piece)
+
+    def _put(self, piece: bytes) -> None:
+        with self._lock:
+            self._pieces.append(piece)
+            self._size += len(piece)
+            is_full = self._size > UNSENT_BYTES
+            if is_full:
+                self._room.clear()
+        self._loop.call_soon_threadsafe(self._arrived.set)
+        if is_full:
+            (self._request.pause or self._request.wait)(self._room)
+        self._request.shrink_answer(self._size)  # what it was made of is no longer needed, nor what was sent
+        self._request.check_wanted()
+
+    async def wait(self) -> None:
+        """On the event loop: wait for pieces, or until `wake` is called."""
+        await self._arrived.wait()
+        self._arrived.clear()
+
+    def wake(self) -> None:
+        """End a wait."""
+        self._arrived.set()
+
+    def take(self) -> list[bytes]:
+        """All pieces that are there, perhaps none."""
+        with self._lock:
+            pieces, self._pieces, self._size = self._pieces, [], 0
+            self._room.set()
+        return pieces

@@ -1,11 +1,8 @@
-"""How many cores this process may use, and a fair way to share them."""
+"""How many cores this process may use."""
 
 import math
 import os
-import threading
-from collections import deque
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 CGROUPS: Final = Path("/sys/fs/cgroup")
@@ -64,42 +61,3 @@ def _quota(group: Path) -> float | None:
     except (OSError, ValueError):
         return None
     return None if quota in ("max", "-1") else int(quota) / int(period)
-
-
-class FairSemaphore:
-    """A semaphore that serves its waiters in the order in which they came.
-
-    With `threading.Semaphore`, a thread that releases it may acquire it again before a waiter has woken up.
-    """
-
-    def __init__(self, places: int) -> None:
-        self._free = places
-        self._lock = threading.Lock()
-        self._waiting: deque[threading.Lock] = deque()  # each is held until its owner's turn has come
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-    def acquire(self) -> None:
-        """Take a place, once there is one and no other thread has waited longer."""
-        with self._lock:
-            if self._free:
-                self._free -= 1
-                return
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
-        turn.acquire()
-
-    def release(self) -> None:
-        """Pass the place to the thread that has waited longest."""
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().release()
-            else:
-                self._free += 1

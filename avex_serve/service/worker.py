@@ -45,9 +45,9 @@ from avex_serve.scheduling.request import Limits, Memory
 from avex_serve.service import bento, parsing
 from avex_serve.service.credentials import Keys, check_https, server_credentials
 from avex_serve.service.drain import Drain
-from avex_serve.service.front import Front, HttpFront
+from avex_serve.service.front import Front
 from avex_serve.service.grpc.server import GrpcServer
-from avex_serve.service.http.app import Routes
+from avex_serve.service.http.front import HttpFront
 from avex_serve.service.metrics import Metrics, MetricsServer
 from avex_serve.service.settings import DEMO_WARNING, Settings
 from avex_serve.service.telemetry import Spans, Telemetry, configure_logs
@@ -162,7 +162,7 @@ class AvexService:
             version=version,
             threshold=threshold,
             top_k=top_k,
-            label=None if label is None else tuple(label),
+            label=label,
             merge=merge,
             merge_score=merge_score,
             overlap=overlap,
@@ -195,7 +195,7 @@ class AvexService:
             version=version,
             threshold=threshold,
             top_k=top_k,
-            label=None if label is None else tuple(label),
+            label=label,
             merge=merge,
             merge_score=merge_score,
             overlap=overlap,
@@ -435,4 +435,4 @@ def _check_disk() -> None:
 bento.skip_unsent_spans()
 bento.bound_connections()
 bento.keep_no_timers()
-AvexService.add_asgi_middleware(HttpFront, front=lambda: bentoml.get_current_service().front, application=Routes)
+AvexService.add_asgi_middleware(HttpFront, front=lambda: bentoml.get_current_service().front)

@@ -262,7 +262,7 @@ def test_as_many_requests_are_at_work_as_threads_infer(monkeypatch, audio_bundle
 
     async def test():
         done = threading.Event()
-        working = [asyncio.create_task(front.infer(done.wait)) for _ in range(2)]
+        working = [asyncio.create_task(front.admission.run(done.wait)) for _ in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(OverloadError, match="2 requests at work and 0 waiting"):
             front.admission.check_room()

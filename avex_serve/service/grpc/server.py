@@ -17,11 +17,12 @@ from grpc._cython import cygrpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 
 from avex_serve.errors import InputError, TensorError, TooLargeError, UnsupportedError
-from avex_serve.scheduling.outlet import Pieces
+from avex_serve.scheduling.admission import Pieces
 from avex_serve.scheduling.request import current
 from avex_serve.service import parsing
 from avex_serve.service.credentials import server_credentials
-from avex_serve.service.front import LAST_SECONDS, MAX_DETAILS, OTHER, STREAM, Call, Front, GrpcFront, deliver
+from avex_serve.service.front import LAST_SECONDS, OTHER, Front, deliver
+from avex_serve.service.grpc.front import MAX_DETAILS, STREAM, Call, GrpcFront
 from avex_serve.service.grpc.health import Health
 from avex_serve.service.grpc.messages import MAX_PARTS, SERVICE, message, message_class, split
 from avex_serve.service.grpc.reflection import REFLECTION, Reflection
@@ -227,7 +228,7 @@ class _Methods:
 
     async def _infer(self, data: bytes) -> Message:
         # Parsed only in its slot: a parsed message would take its memory twice while it waits.
-        response: Message = await self._front.infer(partial(self._infer_now, data))
+        response: Message = await self._front.admission.run(partial(self._infer_now, data))
         return response
 
     def _infer_now(self, data: bytes) -> Any:
@@ -248,7 +249,7 @@ class _Methods:
                 await context.write(response)
                 begun = True
 
-        if (error := await deliver(self._front.stream(partial(self._parts, data)), send, STREAM)) is None:
+        if (error := await deliver(self._front.admission.stream(partial(self._parts, data)), send, STREAM)) is None:
             return str(grpc.StatusCode.OK.name)
         text = f"{error}; the responses so far are a part of the answer" if begun else str(error)
         failure: Any = message_class("ModelStreamInferResponse")(error_message=text[:MAX_DETAILS])

@@ -33,7 +33,7 @@ from avex_serve.inference.pipeline import Answer, Audio, Query
 from avex_serve.inference.repository import Repository
 from avex_serve.inference.results import Detection, Prediction, known
 from avex_serve.inference.scores import ScoreScale
-from avex_serve.scheduling.outlet import Pieces
+from avex_serve.scheduling.admission import Pieces
 from avex_serve.scheduling.request import current
 from avex_serve.service.front import LAST_SECONDS, Front, deliver
 
@@ -231,7 +231,7 @@ async def send_pieces(
         media_type: of the answer.
         failure: the end of an answer that is only a part; None: the connection is closed.
     """
-    pieces = front.stream(make)
+    pieces = front.admission.stream(make)
     first = await anext(pieces)
     return _Stream(first, pieces, route, media_type, failure)
 
@@ -282,7 +282,7 @@ class _Stream(Response):
 
 async def send_table(front: Front, form: Form, data: bytes, audio: Audio, query: Query) -> Response:
     """An answer as a table, which has the bytes that `avex-serve tables` writes for the recording."""
-    content, warnings = await front.infer(partial(_table, front.repository, form, data, audio, query))
+    content, warnings = await front.admission.run(partial(_table, front.repository, form, data, audio, query))
     kind = TABLES[form.format].media_type
     return Response(content, media_type=kind, headers=_warning_header(warnings))
 

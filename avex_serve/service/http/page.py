@@ -1,6 +1,6 @@
 """The page for people, and the two questions that it alone asks.
 
-    GET  /             its document, for browsers; see `pages.home`
+    GET  /             its document, for browsers; see `about.home`
     GET  /page/NAME    its modules and styles, from a table of files: see `avex_serve.page.assets`
     POST /wav          a recording as WAV at its own rate, in formats that the page does not decode
     POST /tables       detections as a table, in the formats of `avex-serve tables`
@@ -35,7 +35,7 @@ from avex_serve.inference.pipeline import Audio, Query, source_of
 from avex_serve.inference.repository import Repository
 from avex_serve.page.assets import HEADERS, Asset, assets
 from avex_serve.page.waves import encode_stream
-from avex_serve.scheduling.outlet import Pieces
+from avex_serve.scheduling.admission import Pieces
 from avex_serve.scheduling.request import current
 from avex_serve.service.front import Front
 from avex_serve.service.http.forms import result_set

@@ -1,6 +1,6 @@
 import threading
 
-from avex_serve.scheduling.cores import FairSemaphore
+from avex_serve.inference.engine import FairSemaphore
 from tests.clients import until
 
 

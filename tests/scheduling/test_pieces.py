@@ -7,8 +7,7 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 
 from avex_serve.errors import AudioError, ClientGoneError, DeadlineError, OverloadError
-from avex_serve.scheduling.admission import Admission
-from avex_serve.scheduling.outlet import UNSENT_BYTES
+from avex_serve.scheduling.admission import UNSENT_BYTES, Admission
 from avex_serve.scheduling.request import Limits, Memory, Request, answering, current
 from tests.scheduling.test_admission import Work, run, seen, start, until
 

@@ -3,7 +3,7 @@
 import asyncio
 
 from avex_serve.scheduling.request import Request
-from avex_serve.service.arrival import Body
+from avex_serve.service.http.front import Body
 
 CLOSED = "unable to perform operation on <TCPTransport closed=True reading=False>; the handler is closed"
 
