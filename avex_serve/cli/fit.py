@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from avex_serve.cli.output import note
-from avex_serve.cli.run import INTERRUPTED, end_on_sigterm
+from avex_serve.cli.output import interruptible
 from avex_serve.errors import DependencyError
 
 
@@ -110,15 +109,11 @@ def run(arguments: argparse.Namespace) -> int:
     if "check" in arguments:
         print(check_data(request))
         return 0
-    try:
-        with end_on_sigterm():
-            evaluation = fit_probe(request, lambda text: print(text, file=sys.stderr, flush=True))
-            print(summary(evaluation))
-            print(f"wrote {arguments.output}; the report is {report_in(arguments.output)}")
-            if "export" in arguments:
-                target = [] if arguments.export is None else ["--output", str(arguments.export)]
-                print(run_exporter(["--probe", str(arguments.output), *target]).splitlines()[-1])
-    except KeyboardInterrupt:
-        note("interrupted; embeddings are kept, so that the same command goes on from there")
-        return INTERRUPTED
+    with interruptible("embeddings are kept, so that the same command goes on from there"):
+        evaluation = fit_probe(request, lambda text: print(text, file=sys.stderr, flush=True))
+        print(summary(evaluation))
+        print(f"wrote {arguments.output}; the report is {report_in(arguments.output)}")
+        if "export" in arguments:
+            target = [] if arguments.export is None else ["--output", str(arguments.export)]
+            print(run_exporter(["--probe", str(arguments.output), *target]).splitlines()[-1])
     return 0

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from avex_serve.cli.fit import add_label_options, given_options
-from avex_serve.cli.output import note
-from avex_serve.cli.run import INTERRUPTED, end_on_sigterm
+from avex_serve.cli.output import interruptible
 from avex_serve.errors import DependencyError
 
 
@@ -79,14 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise DependencyError(f"{error.name} is not installed; pip install 'avex-serve[export]'") from error
 
     given = given_options(arguments, RetrainRequest)
-    try:
-        with end_on_sigterm():
-            folder, comparison = retrain(
-                RetrainRequest(**given), lambda text: print(text, file=sys.stderr, flush=True)
-            )
-    except KeyboardInterrupt:
-        note("interrupted; embeddings are kept")
-        return INTERRUPTED
+    with interruptible("embeddings are kept"):
+        folder, comparison = retrain(RetrainRequest(**given), lambda text: print(text, file=sys.stderr, flush=True))
     if comparison is not None:
         print(table(comparison))
     print(f"wrote {folder}; review its scores by: avex-serve review {arguments.store} --probe {folder.name}")
