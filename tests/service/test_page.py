@@ -268,6 +268,51 @@ def test_a_detection_is_played_where_it_is(page, recording):
     page.get_by_role("button", name="Play").wait_for()
 
 
+def test_loop_holds_for_what_is_playing(page, recording):
+    send(page, recording)
+    page.locator(".results tbody button").first.click()
+    page.get_by_role("button", name="Pause").wait_for()
+    page.get_by_role("checkbox", name="Loop").check()
+    row = page.locator(".results tbody tr").first.locator("td, th")
+    seconds = float(row.nth(1).inner_text()) - float(row.nth(0).inner_text())
+    page.wait_for_timeout(1000 * (3 * seconds + 1))
+    assert page.get_by_role("button", name="Pause").is_visible()
+    page.get_by_role("checkbox", name="Loop").uncheck()
+    page.get_by_role("button", name="Play", exact=True).wait_for(timeout=1000 * (seconds + 1))
+
+
+@pytest.mark.parametrize("scale", ["linear", "mel"])
+def test_the_pointer_moves_the_picture_in_frequency(page, recording, scale):
+    send(page, recording)
+    page.get_by_label("Frequencies").select_option(scale)
+    low, high = page.get_by_label("From (kHz)"), page.get_by_label("To (kHz)")
+    for field, value in ((low, "2"), (high, "5")):
+        field.fill(value)
+        page.keyboard.press("Tab")
+    picture = page.locator(".spectrogram")
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    height = box["height"] - 20  # without the axis of time
+    x, y = box["x"] + 300, box["y"] + 60
+
+    def drag(by):
+        page.mouse.move(x, y)
+        page.mouse.down()
+        page.mouse.move(x, y + by, steps=4)
+        page.mouse.up()
+        return float(low.input_value()), float(high.input_value())
+
+    def scaled(kilohertz):
+        return np.log10(1 + kilohertz / 0.7) if scale == "mel" else kilohertz
+
+    up = 50 / height * (scaled(5) - scaled(2))
+    bottom, top = drag(50)
+    assert scaled(bottom) == pytest.approx(scaled(2) + up, abs=0.002)
+    assert scaled(top) == pytest.approx(scaled(5) + up, abs=0.002)
+    assert drag(-50) == pytest.approx((2, 5), abs=0.002)
+    assert drag(height * 3)[1] == 8
+
+
 def test_ultrasound_is_seen_up_to_half_the_rate(page, tmp_path):
     path = tmp_path / "bat.wav"
     time = np.arange(25_600) / 256_000
@@ -350,6 +395,19 @@ def test_files_are_dropped_and_pasted(page, recording):
     )
 
 
+def test_a_folder_is_refused_by_name(page, tmp_path):
+    folder = tmp_path / "season"
+    folder.mkdir()
+    (tmp_path / "one.wav").write_bytes(encode(0.5, 16000, 1, "WAV"))
+    devtools = page.context.new_cdp_session(page)
+    files = {"items": [], "files": [str(folder), str(tmp_path / "one.wav")], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        devtools.send("Input.dispatchDragEvent", {"type": kind, "x": 300, "y": 300, "data": files})
+    page.get_by_text("season: a folder can't be read. Drop the recordings in it.").wait_for()
+    assert page.locator(".recordings .name").all_inner_texts() == ["one.wav"]
+    wait_until(page, "/scores/.test(document.querySelector('.recordings .status').textContent)")
+
+
 def test_hostile_labels_and_names_are_text(page, server, tmp_path):
     visit(page, server, "hostile")
     path = tmp_path / "<b onclick=alert(1)>&amp; $(x) 'y'.wav"
@@ -371,6 +429,27 @@ def test_the_command_asks_the_same(page, server, recording, tmp_path):
     assert url.startswith(f"{server.url}/predict?")
     answer = server.post(url, content=recording.read_bytes(), headers={"Authorization": f"Bearer {KEY}"}).json()
     assert shown_as(answer["detections"]) == rows(page)
+
+
+@pytest.mark.parametrize("bundle", ["tiny", "calibrated"])
+def test_the_command_has_the_thresholds_of_single_labels(page, server, recording, bundle):
+    visit(page, server, bundle)
+    send(page, recording)
+    for threshold in (None, 0.4, 0.62):
+        if threshold is not None:
+            set_threshold(page, threshold)
+        before = rows(page)
+        label = before[0][2]
+        highest = max(float(row[3]) for row in before if row[2] == label)
+        page.get_by_label(f"Threshold of {label}").fill(f"{highest - 0.001:.4f}")
+        page.keyboard.press("Tab")
+        shown = rows(page)
+        assert 0 < len(shown) < len(before)
+        url = re.search(r"'(http[^']+)'$", page.locator("pre code").inner_text())[1]
+        answer = server.post(url, content=recording.read_bytes(), headers={"Authorization": f"Bearer {KEY}"}).json()
+        assert shown_as(answer["detections"]) == shown
+        page.get_by_label(f"Threshold of {label}").fill("")
+        page.keyboard.press("Tab")
 
 
 def test_the_key_is_asked_for_and_kept(browser, server):

@@ -81,7 +81,7 @@ export function playControls(player, spectrogram) {
     }
   };
   const play = make("button", { type: "button", class: "play", click: start }, say("play"));
-  const loop = make("input", { type: "checkbox", change: () => (player.loop = loop.checked) });
+  const loop = make("input", { type: "checkbox", change: () => player.setLoop(loop.checked) });
   const speed = choice(
     SPEEDS.map((each) => [String(each), say("speed.times", { times: each })]),
     { change: () => player.setSpeed(Number(speed.value)) },

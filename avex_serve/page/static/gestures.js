@@ -31,17 +31,7 @@ export function listen(spectrogram) {
     }
     drag.moved ||= Math.hypot(x - drag.x, y - drag.y) > 4;
     if (drag.moved && !drag.region) {
-      const seconds = ((drag.x - x) / spectrogram.size.width) * (drag.view.end - drag.view.start);
-      const hertz =
-        spectrogram.settings.scale === "mel"
-          ? 0
-          : ((y - drag.y) / spectrogram.size.height) * (drag.view.high - drag.view.low);
-      spectrogram.show({
-        start: drag.view.start + seconds,
-        end: drag.view.end + seconds,
-        low: drag.view.low + hertz,
-        high: drag.view.high + hertz,
-      });
+      spectrogram.drag(drag.view, x - drag.x, y - drag.y);
     } else if (drag.moved) {
       spectrogram.drawOverlay();
       const context = overlay.getContext("2d");

@@ -107,10 +107,20 @@ export class Player extends EventTarget {
 
   /** @param {number} speed 1: as recorded */
   async setSpeed(speed) {
+    await this.set({ speed });
+  }
+
+  /** @param {boolean} loop whether it begins again where it ends */
+  async setLoop(loop) {
+    await this.set({ loop });
+  }
+
+  /** @param {{speed?: number, loop?: boolean}} changes which hold at once, for what is playing too */
+  async set(changes) {
     const at = this.position;
     const playing = this.playing;
     this.stop();
-    this.speed = speed;
+    Object.assign(this, changes);
     if (playing) {
       await this.play(this.span[0], this.span[1], at);
     }

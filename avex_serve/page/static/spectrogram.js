@@ -164,6 +164,26 @@ export class Spectrogram extends EventTarget {
     this.show({ start: start + seconds, end: end + seconds, low: low + hertz, high: high + hertz });
   }
 
+  /**
+   * Move what was shown with the pointer.
+   *
+   * @param {View} view where the pointer was pressed
+   * @param {number} x CSS pixels from there to the right
+   * @param {number} y and down
+   */
+  drag({ start, end, low, high }, x, y) {
+    const seconds = (x / this.size.width) * (end - start);
+    const [bottom, top, most] = [low, high, this.sampleRate / 2].map((each) => this.scaled(each));
+    const wanted = (y / this.size.height) * (top - bottom);
+    const up = Math.min(Math.max(wanted, -bottom), most - top);
+    this.show({
+      start: start - seconds,
+      end: end - seconds,
+      low: this.hertz(bottom + up),
+      high: this.hertz(top + up),
+    });
+  }
+
   /** Show the whole recording. */
   showAll() {
     this.show({ start: 0, end: this.duration, low: 0, high: this.sampleRate / 2 });
@@ -242,12 +262,17 @@ export class Spectrogram extends EventTarget {
   frequencyAt(y) {
     const [low, high] = [this.view.low, this.view.high].map((each) => this.scaled(each));
     const at = low + (1 - y / this.size.height) * (high - low);
-    return this.settings.scale === "mel" ? fromMel(at) : at;
+    return this.hertz(at);
   }
 
   /** @param {number} hertz */
   scaled(hertz) {
     return this.settings.scale === "mel" ? toMel(hertz) : hertz;
+  }
+
+  /** @param {number} scaled */
+  hertz(scaled) {
+    return this.settings.scale === "mel" ? fromMel(scaled) : scaled;
   }
 
   // -- computing ----------------------------------------------------------------------------------------------------

@@ -5,8 +5,9 @@ import { say } from "../strings.js";
 
 /**
  * @param {(files: File[]) => void} add
+ * @param {(names: string[]) => void} refuse folders
  */
-export function makeChooser(add) {
+export function makeChooser(add, refuse) {
   const input = make("input", { type: "file", multiple: true, accept: "audio/*,.wav,.flac,.ogg,.opus,.mp3,.m4a,.w64,.aif,.aiff" });
   input.addEventListener("change", () => {
     add([...(input.files ?? [])]);
@@ -26,7 +27,13 @@ export function makeChooser(add) {
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     area.classList.remove("over");
-    add([...(event.dataTransfer?.files ?? [])]);
+    const folders = [...(event.dataTransfer?.items ?? [])]
+      .map((each) => each.webkitGetAsEntry())
+      .flatMap((each) => (each?.isDirectory ? [each.name] : []));
+    add([...(event.dataTransfer?.files ?? [])].filter((each) => !folders.includes(each.name)));
+    if (folders.length > 0) {
+      refuse(folders);
+    }
   });
   document.addEventListener("paste", (event) => {
     add([...(event.clipboardData?.files ?? [])]);

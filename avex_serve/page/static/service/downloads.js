@@ -82,16 +82,27 @@ export class Downloads {
   /** @param {string} name of the file */
   commandFor(name) {
     const { options, thresholds, api } = this.held;
-    const query = predictQuery({ ...options.values, lowest: Number(thresholds.value.toPrecision(4)) });
-    if (thresholds.calibrated.size > 0) {
-      query.delete("threshold"); // each label has that of the calibration, unless another one is given for it
-      if (thresholds.own.size > 0) {
-        query.set("threshold", JSON.stringify(Object.fromEntries(thresholds.own)));
+    const query = predictQuery({ ...options.values, lowest: thresholds.value });
+    if (options.head !== null && thresholds.calibrated.size + thresholds.own.size > 0) {
+      const changed = this.changedThresholds();
+      if (changed.length > 0) {
+        query.set("threshold", JSON.stringify(Object.fromEntries(changed)));
+      } else {
+        query.delete("threshold");
       }
     }
     const key = "Authorization" in api.headers ? `-H "Authorization: Bearer $AVEX_KEY" ` : "";
     const file = quoted(name.startsWith("-") ? `./${name}` : name);
     return `curl ${key}--data-binary @${file} ${quoted(`${new URL("predict", document.baseURI)}?${query}`)}`;
+  }
+
+  /** Labels with another threshold than the service gives them, if it is asked for none. */
+  changedThresholds() {
+    const { options, thresholds } = this.held;
+    const { labels, threshold, thresholds: calibrated = {} } = options.head;
+    return labels
+      .map((/** @type {string} */ label) => [label, thresholds.of(label)])
+      .filter((/** @type {[string, number]} */ [label, value]) => value !== (calibrated[label] ?? threshold));
   }
 
   async copy() {

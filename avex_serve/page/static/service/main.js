@@ -60,7 +60,10 @@ class Page {
       make(
         "main",
         {},
-        makeChooser((files) => this.add(files)),
+        makeChooser(
+          (files) => this.add(files),
+          (folders) => this.tell(say("service.folder", { names: folders.join(", ") })),
+        ),
         this.message,
         this.list.element,
         this.viewer,

@@ -21,7 +21,7 @@ export class Thresholds extends EventTarget {
     this.calibrated = new Map();
     /** @type {Mark[]} */
     this.marks = [];
-    this.slider = make("input", { type: "range", input: () => this.set(Number(this.slider.value)) });
+    this.slider = make("input", { type: "range", input: () => this.set(Number(Number(this.slider.value).toPrecision(4))) });
     this.exact = make("input", { type: "number", class: "number", step: "any", change: () => this.set(Number(this.exact.value)) });
     this.count = make("p", { class: "status", role: "status" });
     this.note = make("p", { class: "status", hidden: true }, say("threshold.calibrated"));
@@ -68,7 +68,7 @@ export class Thresholds extends EventTarget {
     this.value = value;
     this.note.hidden = this.calibrated.size === 0;
     this.slider.value = String(value);
-    this.exact.value = String(Number(value.toPrecision(4)));
+    this.exact.value = String(value);
     this.changed();
   }
 
@@ -84,7 +84,12 @@ export class Thresholds extends EventTarget {
    * @param {Mark} mark
    */
   passes(mark) {
-    return (mark.score ?? 0) >= (this.own.get(mark.label) ?? this.usual(mark.label));
+    return (mark.score ?? 0) >= this.of(mark.label);
+  }
+
+  /** @param {string} label */
+  of(label) {
+    return this.own.get(label) ?? this.usual(label);
   }
 
   /** @param {string} label the threshold that it has if none was set for it */
