@@ -73,6 +73,7 @@ _SCORED: Final = re.compile(r"(.+)(?: (?=-?\d+\.\d{4}$)|;(?=\d\.\d+$))(.+)")  # 
 _DECIMAL: Final = re.compile(r"-?\d+,\d+")
 # Hours, minutes and seconds from the start of a recording; the date is what BirdNET-Go has for none.
 _CLOCK: Final = re.compile(r"(?:0001-01-01 )?(\d+):([0-5]\d):([0-5]\d(?:\.\d*)?)")
+_SEPARATOR: Final = re.compile(r'"?sep=[^\n]"?\s*?\n', re.IGNORECASE)
 _NOTHING: Final = "nocall"  # what BirdNET-Analyzer writes for a recording without detections
 _UNREADABLE: Final = "\ufffd"  # stands for a byte that the encoding doesn't have
 
@@ -242,13 +243,18 @@ class _Layout(NamedTuple):
 
 
 def _read_columns(text: str, path: Path, label_column: str | None) -> list[Annotation]:
-    header = text.partition("\n")[0]
+    # Excel separates cells as a first line says that other programs write for it.
+    hint, header = _SEPARATOR.match(text), text.partition("\n")[0]
+    if hint is not None:
+        header = text[hint.end() :].partition("\n")[0]
     delimiter = max("\t,;", key=header.count)
     # Raven knows no quotes: one at the start of a cell doesn't hide the rows behind it.
     raven = delimiter == "\t" and "begin time (s)" in header.lower()
     reader = csv.reader(
         io.StringIO(text), delimiter=delimiter, quoting=csv.QUOTE_NONE if raven else csv.QUOTE_MINIMAL
     )
+    if hint is not None:
+        next(reader)
     layout = _layout([_column(_unquoted(name)) for name in next(reader, [])], path, label_column)
     names, labels = layout.names, layout.labels
     found: list[tuple[int, dict[str, str]]] = []

@@ -44,6 +44,14 @@ def test_raven_of_several_files_without_offsets_is_refused(tmp_path):
         read(tmp_path, text)
 
 
+@pytest.mark.parametrize("hint", ["sep=;\n", "sep=;\r\n", '"sep=;"\n', "SEP=;\n"])
+def test_a_first_line_for_excel_is_no_header(tmp_path, hint):
+    text = f"{hint}file;start;end;label\na.wav;0,5;2;robin, sings\n"
+    assert rows(read(tmp_path, text)) == [("a.wav", 0.5, 2, "robin, sings")]
+    with pytest.raises(InputError, match="line 3: 'x' is not a time"):
+        read(tmp_path, f"{hint}file;start;end;label\na.wav;x;2;robin\n")
+
+
 def test_audacity(tmp_path):
     text = "0.500000\t1.250000\trobin\n\\\t3000\t5000\n2\t2\tcall note\n"
     assert rows(read(tmp_path, text, "dawn.txt")) == [(None, 0.5, 1.25, "robin"), (None, 2, 2, "call note")]
