@@ -56,6 +56,16 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options about labelled recordings, for the commands that read them."""
     labels = parser.add_argument_group("labelled recordings")
+    add_label_options(labels)
+    labels.add_argument("--overlap", type=float, metavar="SECONDS", help="of neighbouring windows (default: 0)")
+    labels.add_argument("--seed", type=int, help="of all random choices (default: 0)")
+    labels.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where embeddings are kept (default: ~/.cache/avex-serve)"
+    )
+
+
+def add_label_options(labels: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """Add the fields of `LabelOptions`."""
     labels.add_argument(
         "--negative",
         dest="negatives",
@@ -66,7 +76,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     labels.add_argument(
         "--fully-annotated", action="store_true", help="stretches without an annotation have none of the sounds"
     )
-    labels.add_argument("--label-column", metavar="COLUMN", help="column of the tables with the labels")
+    labels.add_argument(
+        "--label-column", metavar="COLUMN", help="column of the tables with the labels; reviews keep their own"
+    )
     labels.add_argument(
         "--group-by", metavar="COLUMN", help="keep recordings with the same value together, such as site"
     )
@@ -75,11 +87,6 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SECONDS",
         help="how much of an annotation a window must share to have its label (default: 0.25, or all of it)",
-    )
-    labels.add_argument("--overlap", type=float, metavar="SECONDS", help="of neighbouring windows (default: 0)")
-    labels.add_argument("--seed", type=int, help="of all random choices (default: 0)")
-    labels.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where embeddings are kept (default: ~/.cache/avex-serve)"
     )
 
 

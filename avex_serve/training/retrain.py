@@ -3,7 +3,7 @@
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -25,7 +25,7 @@ from avex_serve.review.pool import Pool
 from avex_serve.review.retraining import BEFORE, COMPARISON, folder_of
 from avex_serve.review.sources import embeddings_of, read_pool
 from avex_serve.training.compare import Comparison, compare_reports
-from avex_serve.training.dataset import Recording
+from avex_serve.training.dataset import LabelOptions, Recording
 from avex_serve.training.embed import Windows
 from avex_serve.training.files import can_make_page, write_report
 from avex_serve.training.fit import FitRequest, fit_probe, run_exporter
@@ -38,7 +38,7 @@ EVERY: Final = 0.1  # of the recordings, after which the progress is said
 
 
 @dataclass(frozen=True)
-class RetrainRequest:
+class RetrainRequest(LabelOptions):
     """The options of ``avex-serve retrain``; see its ``--help``."""
 
     store: Path  # of a run
@@ -88,6 +88,7 @@ def retrain(request: RetrainRequest, say: Callable[[str], None] = print) -> Retr
                     target_precision=request.target_precision,
                     cache=request.cache,
                     store=request.store,
+                    **{each.name: getattr(request, each.name) for each in fields(LabelOptions)},
                 ),
                 say,
             )
