@@ -7,14 +7,17 @@ from typing import Final, TextIO
 from avex_serve.annotations.table import Table, text_format
 
 HEADER: Final = ("Start (s)", "End (s)", "Scientific name", "Common name", "Confidence", "File")
-# BirdNET's labels: genus and species, an underscore, and a common name.
+# BirdNET's labels: genus and species, an underscore, and a common name; or one name twice, such as `Dog_Dog`.
 BOTH_NAMES: Final = re.compile(r"([A-Z][a-z-]+ [a-z-]+(?: [a-z-]+)?)_(.+)", re.DOTALL)
+TWICE: Final = re.compile(r"(.+)_\1", re.DOTALL)
 
 
 def names(label: str) -> tuple[str, str]:
     """Scientific and common name of a label; a label that isn't both is either."""
-    match = BOTH_NAMES.fullmatch(label)
-    return (match[1], match[2]) if match else (label, label)
+    if (both := BOTH_NAMES.fullmatch(label)) is not None:
+        return both[1], both[2]
+    twice = TWICE.fullmatch(label)
+    return (label, label) if twice is None else (twice[1], twice[1])
 
 
 def write(table: Table, file: TextIO) -> None:

@@ -22,12 +22,13 @@ from avex_serve.bundles.trained import describe_seen, trained_on
 from avex_serve.calibration.fit import RECORDINGS, TARGET, WITH_SOUND, WITHOUT_SOUND, calibrate
 from avex_serve.calibration.scales import Calibration, LabelCalibration, log_odds
 from avex_serve.database import connect, quoted
-from avex_serve.errors import AudioError, InputError, NotFoundError, TensorError, report_full_disk
+from avex_serve.errors import AudioError, InputError, NotFoundError, TensorError
 from avex_serve.inference import pipeline
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.scores import activate
+from avex_serve.writing import report_full_disk
 
 SAME: Final = 1e-3  # seconds: windows that share this much less with a stretch share the same with it
 
@@ -145,9 +146,14 @@ def _read(tables: Sequence[Path]) -> list[tuple[Path, Review]]:
     return found
 
 
+def _score_text(review: Review) -> str:
+    """The score in the table, which BirdNET-Analyzer's CSV calls confidence."""
+    return review.fields.get("score") or review.fields.get("confidence", "")
+
+
 def _digits(review: Review) -> int:
     """The decimal places of the score in the table."""
-    text = review.fields.get("score", "")
+    text = _score_text(review)
     return len(text.partition(".")[2]) if set(text) <= set("0123456789.") else 9
 
 
@@ -161,14 +167,15 @@ def _rounded(review: Review, finest: int) -> float:
     Raises:
         InputError: the row has no score, or none between 0 and 1.
     """
-    text = review.fields.get("score", "")
+    text = _score_text(review)
     try:
         score = float(text)
     except ValueError:
         score = math.nan
     if not 0 <= score <= 1:
         raise InputError(
-            f"a review of {review.file} has the score {text!r}; expected a number from 0 to 1 in the column score"
+            f"a review of {review.file} has the score {text!r}; expected a number from 0 to 1 in the column score "
+            "or confidence"
         )
     digits = _digits(review)
     half = 0.5 * 10.0 ** -(digits if digits > 1 else finest)

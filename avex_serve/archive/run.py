@@ -175,7 +175,7 @@ class Run:
             known = self._journal.get(entry.path)
             if known is not None and known.computed and known.same_file(entry):
                 entry = known
-                if not self._missing(known.recording):
+                if not any(self._lacking(each, known.recording) for each in self._passes):
                     continue
             self._journal[entry.path] = entry
             (pending if entry.error is None else failed).append(entry)
@@ -194,9 +194,6 @@ class Run:
             if pending or not self._store.compact or self._journal != before:
                 self._store.write_journal(self._journal.values())
         return progress
-
-    def _missing(self, recording: str | None) -> list[ResultSet]:
-        return [results for results in self._sets if recording not in self._done[results.name]]
 
     def _compute_all(self, pending: Sequence[Entry], progress: Progress, report: Report) -> None:
         here = pending if self._engine is None else [entry for entry in pending if self._is_stored(entry)]
@@ -394,7 +391,7 @@ class Run:
                 self._done[results.name].add(recording)
         return entry
 
-    def _lacking(self, each: Pass, recording: str) -> list[ResultSet]:
+    def _lacking(self, each: Pass, recording: str | None) -> list[ResultSet]:
         return [results for results in each.sets if recording not in self._done[results.name]]
 
     def _stored_sources(

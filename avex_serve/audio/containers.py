@@ -24,6 +24,7 @@ from avex_serve.scheduling.request import current
 MAX_ZEROS: Final = 2**20  # bytes of zeros in front of a recording: taggers and recorders leave some
 MAX_TAGS: Final = 8  # ID3 tags in front of a recording
 MAX_CHUNKS: Final = 1000  # of a file; recorders write ten
+ALIKE: Final = 4  # frames of MP3 that follow one another, by which a stream is known
 MAX_STREAMS: Final = 1000  # of an OGG, one after another or at once
 SURE_FRAMES: Final = 32  # of MP3, one after another: other files have runs of up to 11
 MAX_METADATA: Final = 2**16  # bytes of a chunk of metadata that are kept
@@ -785,7 +786,7 @@ def _alike(first: bytes, other: bytes) -> bool:
     )
 
 
-def _find_frames(data: bytes, count: int = 4) -> int | None:
+def _find_frames(data: bytes, count: int = ALIKE) -> int | None:
     """Where that number of frames of MP3 follow one another; None: nowhere."""
     runs: dict[int, int] = {}  # frames that follow one another from there on
     start = data.find(b"\xff")

@@ -61,6 +61,9 @@ COMMANDS = (
 )
 
 
+INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code is 0, or the error's own (see `avex_serve.errors`)."""
     arguments = _parser().parse_args(argv)
@@ -69,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except AvexServeError as error:
         return fail(error)
-    except KeyboardInterrupt:  # Ctrl-C where a command has nothing to add
-        note("interrupted")
-        return run.INTERRUPTED
+    except KeyboardInterrupt as error:
+        note(f"interrupted; {error}" if str(error) else "interrupted")
+        return INTERRUPTED
     except BrokenPipeError:  # `avex-serve predict … | head`: the reader has what it wanted
         drop_output()
         return 1

@@ -1,12 +1,12 @@
 """``avex-serve classify``: another probe on the stored embeddings of a run."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
+from avex_serve.cli.output import interruptible
 from avex_serve.cli.progress import reporting
-from avex_serve.cli.run import INTERRUPTED, add_progress, end_on_sigterm, finish
+from avex_serve.cli.run import GO_ON, add_progress, finish
 from avex_serve.cli.tables import add_choice, read_choice, write_tables
 
 
@@ -31,11 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     Store(arguments.store)  # raises if there is none, where `writing` would make one
     choice = read_choice(arguments)
     with open_checked(arguments.bundle, "cpu") as reader, Store.writing(arguments.store) as store:
-        try:
-            with end_on_sigterm(), reporting(arguments.progress) as report:
-                progress = classify(store, reader, report)
-        except KeyboardInterrupt:
-            print("avex-serve: interrupted; start the same command again to go on", file=sys.stderr)
-            return INTERRUPTED
+        with interruptible(GO_ON), reporting(arguments.progress) as report:
+            progress = classify(store, reader, report)
         tables = write_tables(store, arguments.format, choice)
     return finish(progress, tables, arguments.progress)

@@ -5,8 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from avex_serve.cli.output import note
-from avex_serve.cli.run import INTERRUPTED, end_on_sigterm
+from avex_serve.cli.output import interruptible
 from avex_serve.errors import DependencyError
 
 
@@ -57,6 +56,16 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Add the options about labelled recordings, for the commands that read them."""
     labels = parser.add_argument_group("labelled recordings")
+    add_label_options(labels)
+    labels.add_argument("--overlap", type=float, metavar="SECONDS", help="of neighbouring windows (default: 0)")
+    labels.add_argument("--seed", type=int, help="of all random choices (default: 0)")
+    labels.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where embeddings are kept (default: ~/.cache/avex-serve)"
+    )
+
+
+def add_label_options(labels: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """Add the fields of `LabelOptions`."""
     labels.add_argument(
         "--negative",
         dest="negatives",
@@ -67,7 +76,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     labels.add_argument(
         "--fully-annotated", action="store_true", help="stretches without an annotation have none of the sounds"
     )
-    labels.add_argument("--label-column", metavar="COLUMN", help="column of the tables with the labels")
+    labels.add_argument(
+        "--label-column", metavar="COLUMN", help="column of the tables with the labels; reviews keep their own"
+    )
     labels.add_argument(
         "--group-by", metavar="COLUMN", help="keep recordings with the same value together, such as site"
     )
@@ -76,11 +87,6 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="SECONDS",
         help="how much of an annotation a window must share to have its label (default: 0.25, or all of it)",
-    )
-    labels.add_argument("--overlap", type=float, metavar="SECONDS", help="of neighbouring windows (default: 0)")
-    labels.add_argument("--seed", type=int, help="of all random choices (default: 0)")
-    labels.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where embeddings are kept (default: ~/.cache/avex-serve)"
     )
 
 
@@ -103,15 +109,11 @@ def run(arguments: argparse.Namespace) -> int:
     if "check" in arguments:
         print(check_data(request))
         return 0
-    try:
-        with end_on_sigterm():
-            evaluation = fit_probe(request, lambda text: print(text, file=sys.stderr, flush=True))
-            print(summary(evaluation))
-            print(f"wrote {arguments.output}; the report is {report_in(arguments.output)}")
-            if "export" in arguments:
-                target = [] if arguments.export is None else ["--output", str(arguments.export)]
-                print(run_exporter(["--probe", str(arguments.output), *target]).splitlines()[-1])
-    except KeyboardInterrupt:
-        note("interrupted; embeddings are kept, so that the same command goes on from there")
-        return INTERRUPTED
+    with interruptible("embeddings are kept, so that the same command goes on from there"):
+        evaluation = fit_probe(request, lambda text: print(text, file=sys.stderr, flush=True))
+        print(summary(evaluation))
+        print(f"wrote {arguments.output}; the report is {report_in(arguments.output)}")
+        if "export" in arguments:
+            target = [] if arguments.export is None else ["--output", str(arguments.export)]
+            print(run_exporter(["--probe", str(arguments.output), *target]).splitlines()[-1])
     return 0

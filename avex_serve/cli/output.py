@@ -1,11 +1,14 @@
 """What commands print, and where; options that several of them have."""
 
 import argparse
+import contextlib
 import csv
 import io
 import math
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from datetime import tzinfo
 from pathlib import Path
 from typing import Literal
@@ -28,6 +31,22 @@ def fail(error: AvexServeError) -> int:
     """Print an error; returns its exit code."""
     note(str(error))
     return error.exit_code
+
+
+@contextlib.contextmanager
+def interruptible(kept: str) -> Iterator[None]:
+    """Let SIGTERM, which schedulers of clusters send, end the block as Ctrl-C does; `main` prints what is kept."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse_channel(text: str) -> int | Literal["mix"]:

@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from avex_serve.cli.fit import given_options
-from avex_serve.cli.output import note
-from avex_serve.cli.run import INTERRUPTED, end_on_sigterm
+from avex_serve.cli.fit import add_label_options, given_options
+from avex_serve.cli.output import interruptible
 from avex_serve.errors import DependencyError
 
 
@@ -37,7 +36,7 @@ def add_parser(commands: Any) -> None:
 
 
 def add_retraining(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
-    """Add the options that review has too."""
+    """Add the options that review has too, for `given_again`."""
     parser.add_argument(
         "--variant", metavar="NAME", help="of the new head: a named variant or a YAML file (default: linear_last)"
     )
@@ -48,6 +47,26 @@ def add_retraining(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") 
         metavar="DATA",
         help="labelled recordings that train it too, such as those of the first fit; repeatable",
     )
+    add_label_options(parser)
+
+
+def given_again(arguments: argparse.Namespace) -> list[str]:
+    """The options of `add_retraining` as they were given, for a command that is started with them."""
+    values = {
+        "--variant": arguments.variant,
+        "--labels": arguments.labels,
+        "--negative": arguments.negatives,
+        "--label-column": arguments.label_column,
+        "--group-by": arguments.group_by,
+        "--min-overlap": arguments.min_overlap,
+    }
+    given = [
+        f"{option}={each}"
+        for option, value in values.items()
+        if value is not None
+        for each in (value if isinstance(value, list) else [value])
+    ]
+    return [*given, *(["--fully-annotated"] if arguments.fully_annotated else [])]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -59,14 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise DependencyError(f"{error.name} is not installed; pip install 'avex-serve[export]'") from error
 
     given = given_options(arguments, RetrainRequest)
-    try:
-        with end_on_sigterm():
-            folder, comparison = retrain(
-                RetrainRequest(**given), lambda text: print(text, file=sys.stderr, flush=True)
-            )
-    except KeyboardInterrupt:
-        note("interrupted; embeddings are kept")
-        return INTERRUPTED
+    with interruptible("embeddings are kept"):
+        folder, comparison = retrain(RetrainRequest(**given), lambda text: print(text, file=sys.stderr, flush=True))
     if comparison is not None:
         print(table(comparison))
     print(f"wrote {folder}; review its scores by: avex-serve review {arguments.store} --probe {folder.name}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avex_serve.cli.output import note
-from avex_serve.cli.retrain import add_retraining
+from avex_serve.cli.retrain import add_retraining, given_again
 from avex_serve.errors import InputError, NotFoundError
 
 if TYPE_CHECKING:
@@ -118,9 +118,7 @@ def _retraining(arguments: argparse.Namespace, reviews: Path, probe: str, *, emb
         missing = "The backbone is not known. Start avex-serve review with --model, as for avex-serve fit."
     options = ["--model", str(arguments.model), "--reviews", str(reviews), "--probe", probe]
     options += ["--target-precision", str(arguments.target_precision)]
-    options += [] if arguments.variant is None else ["--variant", arguments.variant]
-    options += [option for data in arguments.labels or () for option in ("--labels", str(data))]
-    return Retraining(arguments.store, options, missing)
+    return Retraining(arguments.store, [*options, *given_again(arguments)], missing)
 
 
 def _from_tables(arguments: argparse.Namespace) -> "Material":

@@ -4,13 +4,11 @@ import argparse
 import contextlib
 import json
 import os
-import signal
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avex_serve.cli.output import add_device, note
+from avex_serve.cli.output import add_device, interruptible, note
 from avex_serve.cli.predict import add_reading, read_cut
 from avex_serve.cli.progress import reporting, summary
 from avex_serve.cli.tables import add_choice, read_choice, write_tables
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     from avex_serve.archive.shards import Shard
 
 SOME_FAILED = 1
-INTERRUPTED = 130
+GO_ON = "start the same command again to go on"  # after an interruption
 
 
 def add_parser(commands: Any) -> None:
@@ -105,12 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
             check_choice(scores, choice)
         store = stack.enter_context(adding(out))
         engine = stack.enter_context(connected(job)) if arguments.engine == "ray" else None
-        try:
-            with end_on_sigterm(), reporting(arguments.progress) as report:
-                progress = run_passes(store, passes, recordings, report, objects=objects, part=part, engine=engine)
-        except KeyboardInterrupt:
-            print("avex-serve: interrupted; start the same command again to go on", file=sys.stderr)
-            return INTERRUPTED
+        with interruptible(GO_ON), reporting(arguments.progress) as report:
+            progress = run_passes(store, passes, recordings, report, objects=objects, part=part, engine=engine)
         tables = write_tables(store, arguments.format, choice) if scores else []
     return finish(progress, tables, arguments.progress)
 
@@ -131,20 +125,6 @@ def finish(progress: "Progress", tables: list[str], kind: str) -> int:
             print(table)
         print(f"{progress.done} computed, {progress.known} known, {progress.failed} failed")
     return SOME_FAILED if progress.failed else 0
-
-
-@contextlib.contextmanager
-def end_on_sigterm() -> Iterator[None]:
-    """Make SIGTERM, which schedulers of clusters send, end the block as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _find_shard(arguments: argparse.Namespace) -> "Shard | None":

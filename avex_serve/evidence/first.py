@@ -6,7 +6,6 @@ in any case, to set up what a graph needs. So it is one whose right value the bu
 
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final, Literal
 
@@ -28,9 +27,9 @@ VARIABLE: Final = "AVEX_CHECK"
 _CALLS: Final = {"cpu": 1, "cuda": 3}
 
 
-def read_mode(environment: Mapping[str, str] = os.environ) -> Mode:
+def read_mode() -> Mode:
     """What the environment says, by default "on"; InputError for another value."""
-    value = environment.get(VARIABLE) or "on"
+    value = os.environ.get(VARIABLE) or "on"
     try:
         mode: Mode = msgspec.convert(value, Mode)
     except msgspec.ValidationError:

@@ -184,7 +184,7 @@ class Engine:
         query = Query(
             threshold=threshold,
             top_k=top_k,
-            label=None if label is None else tuple(label),
+            label=label,
             merge=merge,
             merge_score=merge_score,
             overlap=overlap,
@@ -212,7 +212,7 @@ class Engine:
         query = Query(
             threshold=threshold,
             top_k=top_k,
-            label=None if label is None else tuple(label),
+            label=label,
             merge=merge,
             merge_score=merge_score,
             overlap=overlap,

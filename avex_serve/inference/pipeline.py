@@ -63,7 +63,7 @@ class Query:
     # Lowest score to report, of every label or by label; see `avex_serve.inference.scores.Selection`.
     threshold: Threshold = None
     top_k: int | None = None  # most labels to report for a window
-    label: tuple[str, ...] | None = None  # those to report; None: all
+    label: Sequence[str] | None = None  # those to report; None: all
     merge: float | None = None  # seconds between windows of a label that become one detection; None: they stay apart
     merge_score: MergeScore = "max"  # of such a detection
     probe: str | None = None  # name of the head; None: the first one of the bundle

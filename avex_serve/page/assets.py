@@ -15,6 +15,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
+from starlette.requests import Request
+from starlette.responses import Response
+
 STATIC: Final = Path(__file__).parent / "static"
 TYPES: Final = {
     ".html": "text/html; charset=utf-8",
@@ -43,6 +46,13 @@ class Asset(NamedTuple):
     content: bytes
     media_type: str
     etag: str
+
+    def answer(self, request: Request) -> Response:
+        """The file, or only that the browser has it already."""
+        headers = {**HEADERS, "ETag": self.etag}
+        if request.headers.get("if-none-match") == self.etag:
+            return Response(status_code=304, headers=headers)
+        return Response(self.content, media_type=self.media_type, headers=headers)
 
 
 @cache

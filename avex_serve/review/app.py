@@ -255,17 +255,14 @@ class _Routes:
 
     # -- pages -----------------------------------------------------------------------------------------------------
 
-    async def page(self, _: Request) -> Response:
-        asset = assets()[PAGE]
-        return Response(asset.content, media_type=asset.media_type)
+    async def page(self, request: Request) -> Response:
+        return assets()[PAGE].answer(request)
 
     async def static(self, request: Request) -> Response:
         asset = assets().get(request.path_params["name"])
         if asset is None:
             raise NotFoundError("no such file")
-        if request.headers.get("if-none-match") == asset.etag:
-            return Response(status_code=304, headers={"ETag": asset.etag})
-        return Response(asset.content, media_type=asset.media_type, headers={"ETag": asset.etag})
+        return asset.answer(request)
 
     # -- what there is ---------------------------------------------------------------------------------------------
 

@@ -4,11 +4,10 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
-from avex_serve.annotations.reading import Annotation, read_annotations, recording_of
+from avex_serve.annotations.reading import SCORES, Annotation, read_annotations, recording_of
 from avex_serve.archive.files import sites_of
 from avex_serve.archive.plan import Probe, ResultSet
 from avex_serve.archive.store import Entry, Store
@@ -20,8 +19,6 @@ from avex_serve.errors import AvexServeError, InputError, NotFoundError
 from avex_serve.inference.scores import Selection
 from avex_serve.review.pool import Pool, Sound
 from avex_serve.scheduling.cores import usable_cores
-
-SCORES: Final = ("score", "confidence", "probability")  # columns of tables, the first that there is counts
 
 
 def read_pool(store: Store, probe: str | None = None) -> tuple[Pool, ResultSet]:
@@ -182,9 +179,12 @@ def read_tables(tables: Sequence[Path]) -> tuple[Pool, int]:
     rows: dict[str, list[Annotation]] = {}
     total = 0
     for table in tables:
+        places: dict[str | None, str | None] = {}
         for row in read_annotations(table):
             total += 1
-            path = _recording_path(table, row)
+            if row.file not in places:
+                places[row.file] = _recording_path(table, row.file)
+            path = places[row.file]
             if row.label and path is not None:
                 rows.setdefault(path, []).append(row)
     sites = sites_of(sorted(rows))
@@ -216,17 +216,22 @@ def read_tables(tables: Sequence[Path]) -> tuple[Pool, int]:
     return Pool(sounds, labels, np.array(recording, np.int32), np.array(spans), columns), total - kept
 
 
-def _recording_path(table: Path, row: Annotation) -> str | None:
-    """The recording of a row, looked for by its path and next to the table."""
-    if row.file is None:
-        stem = recording_of(table)
-        found = sorted(path for path in table.parent.glob("*") if path.stem == stem and path != table)
-        return next((str(path.absolute()) for path in found if _is_sound(path)), None)
-    given = Path(row.file.replace("\\", "/") if "/" not in row.file else row.file)
-    for path in (table.parent / given, Path.cwd() / given, table.parent / given.name):
+def _recording_path(table: Path, file: str | None) -> str | None:
+    """The recording of a row, looked for at its path, at the end of its path, and next to the table."""
+    if file is None:
+        return _named(table.parent / recording_of(table), table)
+    given = Path(file.replace("\\", "/") if "/" not in file else file)
+    ends = (Path(*given.parts[i:]) for i in range(1, len(given.parts)))
+    for path in (table.parent / given, Path.cwd() / given, *(table.parent / end for end in ends)):
         if path.is_file():
             return os.path.abspath(path)  # noqa: PTH100 - as `run` writes it
-    return None
+    return _named(table.parent / given.name, table)
+
+
+def _named(place: Path, table: Path) -> str | None:
+    """The recording of that name, with any suffix or with its own."""
+    found = sorted(path for path in place.parent.glob("*") if place.name in (path.stem, path.name) and path != table)
+    return next((str(path.absolute()) for path in found if _is_sound(path)), None)
 
 
 def _is_sound(path: Path) -> bool:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from avex_serve.audio.reader import CONVERT, AudioStream, Channel, open_audio
-from avex_serve.errors import AudioError, InputError, TensorError, TooLargeError, naming
+from avex_serve.errors import AudioError, InputError, TensorError, TooLargeError
 from avex_serve.inference.pipeline import Query
 from avex_serve.scheduling.request import current
 
@@ -223,26 +223,24 @@ def kind_of(data: bytes) -> str | None:
 
 @contextmanager
 def open_recording(
-    channel: Channel, *, data: bytes, item: str = "", remedy: str = "send the file's own bytes"
+    channel: Channel, *, data: bytes, remedy: str = "send the file's own bytes"
 ) -> Iterator[AudioStream]:
     """Open a recording that a client sent; errors as of `open_audio`.
 
     Args:
         channel: which one to read.
         data: the encoded bytes.
-        item: which recording of several it is, for messages.
         remedy: how to send a recording, for messages about bytes that are something else.
     """
-    with naming(item):
-        try:
-            with open_audio(data, channel) as stream:
-                yield stream
-        except AudioError as error:
-            if (kind := kind_of(data)) in (None, RECORDING):
-                raise
-            found = f"{kind} without its Content-Type" if kind == FORM else kind
-            fault = str(error).removesuffix(CONVERT)
-            raise AudioError(f"{fault}; {remedy if kind == EMPTY else f'this is {found}, so {remedy}'}") from None
+    try:
+        with open_audio(data, channel) as stream:
+            yield stream
+    except AudioError as error:
+        if (kind := kind_of(data)) in (None, RECORDING):
+            raise
+        found = f"{kind} without its Content-Type" if kind == FORM else kind
+        fault = str(error).removesuffix(CONVERT)
+        raise AudioError(f"{fault}; {remedy if kind == EMPTY else f'this is {found}, so {remedy}'}") from None
 
 
 # -- tensors --------------------------------------------------------------------------------------------------------

@@ -195,19 +195,14 @@ class Spans:
         self._provider = provider
 
     @classmethod
-    def configured(
-        cls, bentoml: Callable[[], TracerProvider | None], environment: Mapping[str, str] = os.environ
-    ) -> "Spans":
+    def configured(cls, bentoml: Callable[[], TracerProvider | None]) -> "Spans":
         """Spans as the standard variables say, otherwise as BentoML is configured.
 
-        Args:
-            bentoml: returns BentoML's provider; None: BentoML sends no spans.
-            environment: the variables.
-
+        `bentoml` returns its provider; None: BentoML sends no spans.
         """
-        endpoint = next((name for name in ENDPOINTS if environment.get(name)), None)
-        if environment.get("OTEL_SDK_DISABLED") != "true" and endpoint is not None:
-            if not environment[endpoint].strip().lower().startswith(("http://", "https://")):
+        endpoint = next((name for name in ENDPOINTS if os.environ.get(name)), None)
+        if os.environ.get("OTEL_SDK_DISABLED") != "true" and endpoint is not None:
+            if not os.environ[endpoint].strip().lower().startswith(("http://", "https://")):
                 logger.warning(
                     "no traces are sent: %s doesn't begin with http:// or https://; set it to the URL of the "
                     "collector's port for HTTP, such as http://localhost:4318",
@@ -223,7 +218,7 @@ class Spans:
                     endpoint,
                 )
                 return cls(trace.NoOpTracer(), ())
-            if next(filter(None, map(environment.get, PROTOCOLS)), None) == "grpc":
+            if next(filter(None, map(os.environ.get, PROTOCOLS)), None) == "grpc":
                 logger.warning(
                     "%s is grpc, but traces are sent by OTLP over HTTP: the endpoint must be the collector's port "
                     "for HTTP, 4318 by default",

@@ -5,6 +5,7 @@ dates) are part of the class. Folders `train` and `test` around the classes are 
 annotations, or a table, has its labels from there. Several of them are read one by one and joined.
 """
 
+import contextlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -112,6 +113,28 @@ class Dataset:
         return np.asarray(np.where(reviewed == _UNREVIEWED, targets, reviewed))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions:
+    """How labelled recordings are read: the options of all commands that take them, see `read_dataset`."""
+
+    negatives: tuple[str, ...] = ()
+    fully_annotated: bool = False
+    group_by: str | None = None
+    label_column: str | None = None
+    min_overlap: float = MIN_OVERLAP  # seconds; see `Dataset.targets`
+
+    def read(self, data: Path | Sequence[Path], labels: Sequence[str] | None = None) -> Dataset:
+        """The data with these options; errors as of `read_dataset`."""
+        return read_dataset(
+            data,
+            negatives=self.negatives,
+            fully_annotated=self.fully_annotated,
+            group_by=self.group_by,
+            label_column=self.label_column,
+            labels=labels,
+        )
+
+
 def read_dataset(
     data: Path | Sequence[Path],
     *,
@@ -129,7 +152,7 @@ def read_dataset(
         negatives: labels of stretches without any of the sounds, besides `NEGATIVES`.
         fully_annotated: whether stretches without an annotation have none of the sounds.
         group_by: column of the tables that says which recordings stay together, such as ``site``.
-        label_column: column of the tables with the labels.
+        label_column: column of the tables with the labels; reviews that have none keep their own labels.
         labels: of a head, to evaluate it; None: those of the data.
 
     Raises:
@@ -295,7 +318,7 @@ def _read_tables(
     rows: dict[Path, list[Annotation]] = defaultdict(list)
     for table in tables:
         try:
-            annotations = read_annotations(table, label_column)
+            annotations = _read_labelled(table, label_column)
         except TableError as error:
             if data.is_file():
                 raise
@@ -322,6 +345,18 @@ def _read_tables(
                 rows[found].append(annotation)
         problems += [f"{table.name} annotates {name}, which is not there ({n} rows)" for name, n in absent.items()]
     return rows
+
+
+def _read_labelled(table: Path, label_column: str | None) -> list[Annotation]:
+    """The rows of a table; reviews without the column keep their own labels. Errors as of `read_annotations`."""
+    try:
+        return read_annotations(table, label_column)
+    except TableError:
+        if label_column is not None:
+            with contextlib.suppress(TableError):
+                if is_reviewed(reviews := read_annotations(table)):
+                    return reviews
+        raise
 
 
 def _from_tables(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:

@@ -10,19 +10,20 @@ import numpy as np
 from avex_serve.bundles.manifest import PROBE, Activation
 from avex_serve.bundles.trained import trained_on
 from avex_serve.calibration.scales import log_odds
-from avex_serve.errors import InputError, report_full_disk
+from avex_serve.errors import InputError
 from avex_serve.evidence.first import open_checked
 from avex_serve.inference.scores import activate
-from avex_serve.training.dataset import MIN_OVERLAP, read_dataset
+from avex_serve.training.dataset import LabelOptions
 from avex_serve.training.embed import run_windows
 from avex_serve.training.files import can_make_page, write_report
 from avex_serve.training.noise import noise_logits
 from avex_serve.training.page import PAGE
 from avex_serve.training.report import Evaluation, Predictions, report
+from avex_serve.writing import report_full_disk
 
 
 @dataclass(frozen=True)
-class EvaluationRequest:
+class EvaluationRequest(LabelOptions):
     """The options of ``avex-serve evaluate``; see its ``--help``."""
 
     bundle: Path | str  # a folder or a URL
@@ -30,12 +31,7 @@ class EvaluationRequest:
     output: Path | None = None  # folder of the report
     probe: str | None = None
     seed: int = 0
-    negatives: tuple[str, ...] = ()
-    fully_annotated: bool = False
-    group_by: str | None = None
-    label_column: str | None = None
     overlap: float = 0.0  # seconds
-    min_overlap: float = MIN_OVERLAP  # seconds
     cache: Path = Path("~/.cache/avex-serve")
 
 
@@ -68,14 +64,7 @@ def evaluate_bundle(request: EvaluationRequest, say: Callable[[str], None] = pri
         _ = engine.audio_spec
         head = engine.probe(request.probe)
         labels = engine.labels(head.name)
-        dataset = read_dataset(
-            request.data,
-            negatives=request.negatives,
-            fully_annotated=request.fully_annotated,
-            group_by=request.group_by,
-            label_column=request.label_column,
-            labels=labels,
-        )
+        dataset = request.read(request.data, labels)
         windows, lost = run_windows(
             engine,
             [head.logits],

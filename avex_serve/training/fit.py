@@ -14,7 +14,6 @@ from typing import Final
 import numpy as np
 import yaml
 
-from avex_serve.annotations.table import new_folder
 from avex_serve.archive.store import Store
 from avex_serve.audio.windows import plan_windows
 from avex_serve.bundles.manifest import MANIFEST, PROBE, TRAINED_ON
@@ -30,20 +29,21 @@ from avex_serve.models.probes.storage import load_head
 from avex_serve.models.utils.load import find_entry, load_model
 from avex_serve.training import report
 from avex_serve.training.copies import MOST, find_copies
-from avex_serve.training.dataset import MIN_OVERLAP, Dataset, read_dataset, together
+from avex_serve.training.dataset import Dataset, LabelOptions, together
 from avex_serve.training.embed import Windows, known_outputs, run_windows
 from avex_serve.training.files import can_make_page, write_report
 from avex_serve.training.heads import Task, Trained, train
 from avex_serve.training.noise import noise_logits
 from avex_serve.training.report import Evaluation, Predictions
 from avex_serve.training.split import Split, near_duplicates, split
+from avex_serve.writing import new_folder
 
 Say = Callable[[str], None]
 _PATIENCE: Final = 30.0  # seconds for the exporter to end
 
 
 @dataclass(frozen=True)
-class FitRequest:
+class FitRequest(LabelOptions):
     """The options of ``avex-serve fit``; see its ``--help``."""
 
     data: Path | tuple[Path, ...]  # several are joined
@@ -51,12 +51,7 @@ class FitRequest:
     model: str = "avex_demo"
     probe: str = "linear_last"
     seed: int = 0
-    negatives: tuple[str, ...] = ()
-    fully_annotated: bool = False
-    group_by: str | None = None
-    label_column: str | None = None
     overlap: float = 0.0  # seconds
-    min_overlap: float = MIN_OVERLAP  # seconds
     target_precision: float = TARGET
     cache: Path = Path("~/.cache/avex-serve")
     store: Path | None = None  # of a run, whose embeddings are used
@@ -71,7 +66,7 @@ def check_data(request: FitRequest) -> str:
         AvexServeError: as of `fit_probe`.
     """
     _check_options(request)
-    dataset = _dataset(request)
+    dataset = request.read(request.data)
     windows = _planned(request, dataset)
     parts = _split(windows, request.seed)
     lines = [
@@ -120,7 +115,7 @@ def fit_probe(request: FitRequest, say: Say = print) -> Evaluation:
     if output is None:
         raise InputError("--output is missing: the folder to write the probe and its report to")
     page = can_make_page(say)
-    dataset = _dataset(request)
+    dataset = request.read(request.data)
     base = _load(request.model)
     cache = request.cache.expanduser()
     bundle = embeddings_bundle(config, request.model, base, cache / "bundles", say)
@@ -324,16 +319,6 @@ def _check_options(request: FitRequest) -> ProbeConfig:
     ):
         raise InputError(f"--output {output} exists and holds no {PROBE}: not replaced; choose another folder")
     return config
-
-
-def _dataset(request: FitRequest) -> Dataset:
-    return read_dataset(
-        request.data,
-        negatives=request.negatives,
-        fully_annotated=request.fully_annotated,
-        group_by=request.group_by,
-        label_column=request.label_column,
-    )
 
 
 def _load(model: str) -> ModelBase:

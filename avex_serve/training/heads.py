@@ -170,7 +170,7 @@ def _solve(task: Task, windows: np.ndarray, parts: _Parts, seed: int) -> _Found:
 
 def _bytes_kept(task: Task, windows: int) -> int:
     """Bytes that the standardised features of some windows take in memory; 0 if they are read again instead."""
-    size = 8 * windows * int(np.prod(task.embeddings[0].shape[1:]))
+    size = 4 * windows * int(np.prod(task.embeddings[0].shape[1:]))
     return size if size <= _KEPT_BYTES else 0
 
 
@@ -210,7 +210,7 @@ class _Design:
         self.solvable = (share > 0) & (share < 1)
         self.share = share.where(self.solvable, (share * counts + 1) / (counts + 2))
         self.scaled = self.known / counts.clamp(min=1)
-        self.kept: Tensor | None = None  # (n, D) float64
+        self.kept: Tensor | None = None  # (n, D) float32, of which each pass takes blocks as float64
         self._standardise()
 
     def _standardise(self) -> None:
@@ -225,7 +225,7 @@ class _Design:
         self.deviation = deviation.where(deviation > 1e-12, torch.ones(()).double())  # a constant feature stays 0
         if _bytes_kept(self.task, self.windows.size):
             # One piece of memory, which goes back to the system as a whole; many smaller ones would not.
-            kept = torch.empty(self.windows.size, width, dtype=torch.float64)
+            kept = torch.empty(self.windows.size, width, dtype=torch.float32)
             for part, block in zip(_pieces(kept), self._read(), strict=True):
                 part.copy_(block)
             self.kept = kept
@@ -237,7 +237,7 @@ class _Design:
             self.spread, self.vectors = values.clamp(min=0), vectors
             if self.kept is not None:  # in the eigenvectors once, instead of the weights in each pass
                 for part in _pieces(self.kept):
-                    part.copy_(part @ vectors)
+                    part.copy_(part.double() @ vectors)
         else:
             self.spread, self.vectors = torch.ones(width).double(), None
 
@@ -246,7 +246,7 @@ class _Design:
             yield _features(self.task, rows).sub_(self.mean).div_(self.deviation)
 
     def _standardised(self) -> Iterable[Tensor]:
-        return self._read() if self.kept is None else _pieces(self.kept)
+        return self._read() if self.kept is None else (part.double() for part in _pieces(self.kept))
 
     def solve(
         self, penalty: float, start: tuple[Tensor, Tensor] | None = None, gradient_left: float = _GRADIENT

@@ -3,7 +3,7 @@
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -11,12 +11,10 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from avex_serve.annotations.table import new_file
 from avex_serve.archive.plan import Probe, ResultSet
 from avex_serve.archive.run import Progress, classify
 from avex_serve.archive.store import Entry, Store
 from avex_serve.bundles.manifest import TRAINED_ON
-from avex_serve.bundles.sealing import atomic_directory
 from avex_serve.bundles.trained import read_trained_on
 from avex_serve.calibration.fit import TARGET
 from avex_serve.calibration.scales import Calibration, log_odds
@@ -27,19 +25,20 @@ from avex_serve.review.pool import Pool
 from avex_serve.review.retraining import BEFORE, COMPARISON, folder_of
 from avex_serve.review.sources import embeddings_of, read_pool
 from avex_serve.training.compare import Comparison, compare_reports
-from avex_serve.training.dataset import Recording
+from avex_serve.training.dataset import LabelOptions, Recording
 from avex_serve.training.embed import Windows
 from avex_serve.training.files import can_make_page, write_report
 from avex_serve.training.fit import FitRequest, fit_probe, run_exporter
 from avex_serve.training.report import EVALUATION, Predictions, report
 from avex_serve.training.scores import SCORES, Scores, read_scores
+from avex_serve.writing import atomic_directory, new_file
 
 BUNDLE: Final = "bundle"
 EVERY: Final = 0.1  # of the recordings, after which the progress is said
 
 
 @dataclass(frozen=True)
-class RetrainRequest:
+class RetrainRequest(LabelOptions):
     """The options of ``avex-serve retrain``; see its ``--help``."""
 
     store: Path  # of a run
@@ -89,6 +88,7 @@ def retrain(request: RetrainRequest, say: Callable[[str], None] = print) -> Retr
                     target_precision=request.target_precision,
                     cache=request.cache,
                     store=request.store,
+                    **{each.name: getattr(request, each.name) for each in fields(LabelOptions)},
                 ),
                 say,
             )

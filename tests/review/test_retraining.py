@@ -1,9 +1,12 @@
 """From decisions about a run to another head: `avex-serve retrain`, and the same from the review page."""
 
 import csv
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
+import time
 
 import httpx
 import numpy as np
@@ -148,6 +151,37 @@ def test_the_run_has_the_scores_of_the_new_head(retrained):
         expected, values = other.select(place, Queue())
         assert np.array_equal(windows, expected)
         assert np.array_equal(scores, values)
+
+
+@pytest.mark.parametrize("page", [False, True], ids=["command", "page"])
+def test_labels_are_read_with_the_options_of_fit(page, season, cache, labels, tmp_path, monkeypatch):
+    table = tmp_path / "calls.csv"
+    owls = sorted((labels / "hoot").iterdir())
+    half = tmp_path / "half.wav"  # nothing is annotated in its second window
+    soundfile.write(half, np.concatenate([soundfile.read(owls[0])[0][::-1], np.zeros(2 * RATE)]), RATE)
+    rows = [f"{path},0.1,1.9,{path.stem},owl" for path in (*owls, half)]
+    table.write_text("\n".join(["file,start,end,label,species", *rows]) + "\n")
+    options = ["--labels", table, "--label-column", "species", "--negative", "buzz", "--fully-annotated"]
+    store = shutil.copytree(season, tmp_path / "run")
+    if page:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        shutil.copytree(cache / "bundles", tmp_path / ".cache" / "avex-serve" / "bundles")
+        with reviewing(store, "--model", "avex_demo", *options) as address, httpx.Client(timeout=300) as client:
+            retraining = f"{address.partition('?')[0]}api/retraining"
+            assert client.get(address).status_code == 303
+            assert client.post(f"{retraining}/start", json={}).status_code == 200
+            while (state := client.get(retraining).json())["running"]:
+                time.sleep(0.2)
+            assert state["error"] is None
+    else:
+        assert (
+            main([str(each) for each in ("retrain", store, "--model", "avex_demo", "--cache", cache, *options)]) == 0
+        )
+    head = store / "retrained" / "retrained-1"
+    assert json.loads((head / "evaluation.json").read_text())["labels"].keys() == {"owl", "trill"}
+    rows = pd.read_parquet(head / "evaluation.parquet")
+    digest = hashlib.sha256(half.read_bytes()).hexdigest()
+    assert rows[(rows["recording"] == digest) & (rows["label"] == "owl")]["target"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

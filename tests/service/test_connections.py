@@ -358,10 +358,10 @@ from avex_serve.service.http.app import Routes
 
 find = Routes.find
 
-def faulty(self, scope):
+def faulty(self, front, scope):
     if scope["path"] == "/fault":
         raise RuntimeError("fault of a layer")
-    return find(self, scope)
+    return find(self, front, scope)
 
 Routes.find = faulty
 """

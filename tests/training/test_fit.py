@@ -266,7 +266,7 @@ def trained_scores(fitted, path):
 
 def windows_of(data, cache, scratch, **options):
     """The windows of a data set with their embeddings, as `fit` has them."""
-    dataset = module._dataset(FitRequest(data, data, **options))
+    dataset = FitRequest(data, data, **options).read(data)
     base = module._load("avex_demo")
     bundle = embeddings_bundle(probe_config("linear_last"), "avex_demo", base, cache / "bundles")
     with open_bundle(bundle, "cpu", precision="float32") as engine:

@@ -38,7 +38,7 @@ from avex_serve.inference.repository import Repository
 from avex_serve.inference.results import known
 from avex_serve.service import parsing
 from avex_serve.service.front import CONTROL_BYTES, HEALTH, METRICS, OTHER, Front
-from avex_serve.service.http import forms, openapi, page, pages
+from avex_serve.service.http import about, forms, openapi, page
 from avex_serve.service.oip import json, protocol
 
 logger = logging.getLogger(__name__)
@@ -71,36 +71,35 @@ class Routes:
     handlers that they replace.
     """
 
-    def __init__(self, front: Callable[[], Front], bentoml: ASGIApp) -> None:
-        """`front` is called with each request; `bentoml` is BentoML's application."""
+    def __init__(self, bentoml: ASGIApp) -> None:
+        """`bentoml` is BentoML's application."""
         self._bentoml = bentoml
-        self._front = front
-        self._routes = [
-            (_route(endpoint, front, bentoml), OTHER if endpoint.operation is None else endpoint.path)
-            for endpoint in ENDPOINTS
-        ]
+        # Of Starlette's routes the paths and methods are used, and never what they call.
+        self._routes = [(Route(each.path, bentoml, methods=each.methods), each) for each in ENDPOINTS]
 
-    def find(self, scope: Scope) -> Found:
+    def find(self, front: Front, scope: Scope) -> Found:
         """What answers the request."""
-        name, route, child, match = self._match(scope)
-        if match is Match.FULL and route is not None:
-            public = scope["method"] != "POST" and page.is_public(self._front(), route.path, scope)
-            scope.update(child)
-            return Found(name, route.handle, public)
-        if route is not None:
-            return Found(name, partial(_refuse_method, route))
         path: str = scope["path"]
-        if path.endswith("/") and self._match({**scope, "path": path.rstrip("/")})[1] is not None:
-            return Found(OTHER, _leave_out_slash)
-        return Found(OTHER, _refuse_path if path.startswith("/v2/") else self._ask_bentoml)
+        route, endpoint, child, match = self._match(scope)
+        if route is None or endpoint is None:
+            if path.endswith("/") and self._match({**scope, "path": path.rstrip("/")})[0] is not None:
+                return Found(OTHER, _leave_out_slash)
+            return Found(OTHER, _refuse_path if path.startswith("/v2/") else self._ask_bentoml)
+        name = OTHER if endpoint.operation is None else endpoint.path
+        if match is not Match.FULL:
+            return Found(name, partial(_refuse_method, route))
+        public = scope["method"] != "POST" and page.is_public(front, endpoint.path, scope)
+        scope.update(child)
+        handler = endpoint.handler
+        return Found(name, self._bentoml if handler is None else partial(_answer, handler, front), public)
 
-    def _match(self, scope: Scope) -> tuple[str, Route | None, Scope, Match]:
-        """The route of the path, if there is one of the same method, and its name."""
-        best: tuple[str, Route | None, Scope, Match] = (OTHER, None, {}, Match.NONE)
-        for route, name in self._routes:
+    def _match(self, scope: Scope) -> tuple[Route | None, Endpoint | None, Scope, Match]:
+        """The row of the table with this path, if there is one with this method too."""
+        best: tuple[Route | None, Endpoint | None, Scope, Match] = (None, None, {}, Match.NONE)
+        for route, endpoint in self._routes:
             match, child = route.matches(scope)
             if match.value > best[3].value:
-                best = (name, route, child, match)
+                best = (route, endpoint, child, match)
             if match is Match.FULL:
                 break
         return best
@@ -119,19 +118,14 @@ class Routes:
             await _refuse_path(scope, receive, send)
 
 
-def _route(endpoint: Endpoint, front: Callable[[], Front], bentoml: ASGIApp) -> Route:
-    if (handler := endpoint.handler) is None:
-        return Route(endpoint.path, bentoml, methods=endpoint.methods)
-
-    async def answer(request: Request) -> Response:
-        return await handler(front(), request)
-
-    return Route(endpoint.path, answer, methods=endpoint.methods)
+async def _answer(handler: Handler, front: Front, scope: Scope, receive: Receive, send: Send) -> None:
+    response = await handler(front, Request(scope, receive, send))
+    await response(scope, receive, send)
 
 
 # Words of paths that other services have, and the path here.
 ELSEWHERE: Final = (
-    (re.compile(r"(labels?|classes|species)$"), pages.DESCRIPTION),
+    (re.compile(r"(labels?|classes|species)$"), about.DESCRIPTION),
     (re.compile(r"openapi|swagger|redoc|^/docs"), "/docs.json"),
 )
 
@@ -316,7 +310,7 @@ async def _predict(front: Front, request: Request) -> Response:
     if form.format == forms.DOCUMENT:
         return await _send_document(pipeline.predict, front, _opening(sent), query)
     if form.format == forms.LINES:
-        return await forms.send_lines(front, pages.PREDICT, _opening(sent), query)
+        return await forms.send_lines(front, about.PREDICT, _opening(sent), query)
     return await forms.send_table(front, form, sent.audio, _opening(sent), query)
 
 
@@ -479,8 +473,8 @@ def _models(path: str, *names: str) -> list[Endpoint]:
 
 REPOSITORY: Final = "/v2/repository/models/{name}"
 ENDPOINTS: Final = (
-    _get("/", pages.home, openapi.home()),
-    _post(pages.PREDICT, _predict, openapi.predict()),
+    _get("/", about.home, openapi.home()),
+    _post(about.PREDICT, _predict, openapi.predict()),
     _recordings(
         "/predict_all",
         pipeline.predict_all,
@@ -488,12 +482,12 @@ ENDPOINTS: Final = (
         "The sounds that all heads of a bundle find in a recording",
         "Predictions",
     ),
-    _recordings(pages.EMBED, pipeline.embed, openapi.EMBED, "Embeddings of a recording, one a window", "Embedding"),
-    _post(pages.CLASSIFY, _classify, openapi.classify()),
+    _recordings(about.EMBED, pipeline.embed, openapi.EMBED, "Embeddings of a recording, one a window", "Embedding"),
+    _post(about.CLASSIFY, _classify, openapi.classify()),
     _post(page.WAV, _wav, openapi.wav()),
     _post(page.TABLES, _tables, openapi.tables()),
     Endpoint(("GET",), page.ASSETS, page.asset, None),
-    _get(pages.DESCRIPTION, pages.model, openapi.description()),
+    _get(about.DESCRIPTION, about.model, openapi.description()),
     _get("/v2", _server_metadata, openapi.get("Name, version and extensions of the server", "ServerMetadata")),
     _get("/v2/health/live", _live, openapi.flag("Whether the process is alive", "live")),
     _get("/v2/health/ready", _ready, openapi.flag("Whether requests are accepted", "ready", unready=True)),
@@ -505,12 +499,12 @@ ENDPOINTS: Final = (
         Endpoint(("GET", "POST"), f"/v2{path}", partial(_refuse, reason), None)
         for path, reason in protocol.REFUSED_PATHS.items()
     ),
-    *_models(pages.MODEL, "name"),
-    *_models(f"{pages.MODEL}/versions/{{version}}", "name", "version"),
+    *_models(about.MODEL, "name"),
+    *_models(f"{about.MODEL}/versions/{{version}}", "name", "version"),
     _get("/livez", None, openapi.text("Whether the process is alive")),
     _get("/healthz", None, openapi.text("As /livez")),
-    _get("/readyz", pages.readyz, openapi.text("As /v2/health/ready", unready=True)),
-    _get(METRICS, pages.metrics, openapi.text("Metrics in Prometheus' text format")),
+    _get("/readyz", about.readyz, openapi.text("As /v2/health/ready", unready=True)),
+    _get(METRICS, about.metrics, openapi.text("Metrics in Prometheus' text format")),
     _get("/docs.json", _document, openapi.get("This document", None)),
     _get("/schema.json", None, openapi.get("The schema that BentoML's client reads", None)),
 )

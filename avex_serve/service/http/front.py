@@ -46,7 +46,7 @@ class HttpFront:
         """
         self._app = app
         self._front = front
-        self._routes = Routes(front, app)
+        self._routes = Routes(app)
         cors, self._sends_trace_id = bento.http_configuration()
         self._cors = None if cors is None else CORSMiddleware(app, **cors)
 
@@ -71,7 +71,7 @@ class HttpFront:
 
     async def _record(self, scope: Scope, receive: Receive, send: Send) -> None:
         front, headers = self._front(), Headers(scope=scope)
-        found = self._routes.find(scope)
+        found = self._routes.find(front, scope)
         # Percent-encoded, as sent: no character in it can forge a line of the log.
         path = scope.get("raw_path", b"").decode("ascii", "replace")
         exchange = Exchange("http", found.route, scope["method"], path, quiet=scope["path"] in QUIET)

@@ -1,6 +1,6 @@
 """The page for people, and the two questions that it alone asks.
 
-    GET  /             its document, for browsers; see `pages.home`
+    GET  /             its document, for browsers; see `about.home`
     GET  /page/NAME    its modules and styles, from a table of files: see `avex_serve.page.assets`
     POST /wav          a recording as WAV at its own rate, in formats that the page does not decode
     POST /tables       detections as a table, in the formats of `avex-serve tables`
@@ -33,7 +33,7 @@ from avex_serve.audio.windows import FinalClip
 from avex_serve.errors import AudioError, InputError, NotFoundError, StorageError
 from avex_serve.inference.pipeline import Audio, Query, source_of
 from avex_serve.inference.repository import Repository
-from avex_serve.page.assets import HEADERS, Asset, assets
+from avex_serve.page.assets import assets
 from avex_serve.page.waves import encode_stream
 from avex_serve.scheduling.admission import Pieces
 from avex_serve.scheduling.request import current
@@ -107,7 +107,7 @@ def shows_page(front: Front, headers: Headers) -> bool:
 
 def document(request: Request) -> Response:
     """The page."""
-    return _send(request, assets()[DOCUMENT])
+    return assets()[DOCUMENT].answer(request)
 
 
 async def asset(front: Front, request: Request) -> Response:
@@ -115,14 +115,7 @@ async def asset(front: Front, request: Request) -> Response:
     found = assets().get(request.path_params["name"]) if front.settings.page == "on" else None
     if found is None:
         raise NotFoundError("the page has no such file")
-    return _send(request, found)
-
-
-def _send(request: Request, found: Asset) -> Response:
-    headers = {**HEADERS, "ETag": found.etag}
-    if request.headers.get("if-none-match") == found.etag:
-        return Response(status_code=304, headers=headers)
-    return Response(found.content, media_type=found.media_type, headers=headers)
+    return found.answer(request)
 
 
 # -- recordings -----------------------------------------------------------------------------------------------------

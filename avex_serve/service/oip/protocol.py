@@ -53,7 +53,8 @@ import numpy as np
 from msgspec import Meta
 
 from avex_serve import __version__
-from avex_serve.errors import InputError, NotFoundError, TensorError, UnavailableError, UnsupportedError
+from avex_serve.audio.reader import AudioStream, Channel
+from avex_serve.errors import InputError, NotFoundError, TensorError, UnavailableError, UnsupportedError, naming
 from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
@@ -300,7 +301,7 @@ class Model:
             return self._infer_tensor(wanted, tensor, mask, _unused(request, tensor))
         parts, spans, warnings, found, counts = [], [], [], [], []
         for number, recording in enumerate(tensor.data, 1):
-            audio = self._opening(recording, number, len(tensor.data))
+            audio = _opening(recording, number, len(tensor.data))
             with pipeline.open_rows(self._repository, self._engine, audio, request.query) as rows:
                 span, part = rows.collect()
             spans.append(span)
@@ -332,7 +333,7 @@ class Model:
         held: _Part | None = None  # until it is known whether it is the last one
         for number, recording in enumerate(tensor.data, 1):
             detecting = self._detecting(wanted, request.query)
-            audio = self._opening(recording, number, len(tensor.data))
+            audio = _opening(recording, number, len(tensor.data))
             with pipeline.open_rows(self._repository, self._engine, audio, request.query) as rows:
                 for spans, outputs in rows:
                     if held is not None:
@@ -384,9 +385,6 @@ class Model:
         if all(output.name != DETECTIONS for output in wanted):
             return None
         return _Detecting(self._engine, query)
-
-    def _opening(self, recording: bytes, number: int, count: int) -> pipeline.Audio:
-        return partial(parsing.open_recording, data=recording, item=f"recording {number}" if count > 1 else "")
 
     def _infer_tensor(
         self, wanted: list[RequestedOutput], tensor: InputTensor, mask: np.ndarray | None, unused: list[str]
@@ -497,6 +495,17 @@ class _Detecting:
     def rest(self) -> list[bytes]:
         """Those that are left."""
         return [msgspec.json.encode(one) for one in known(self._head.rest())]
+
+
+def _opening(recording: bytes, number: int, count: int) -> pipeline.Audio:
+    """What opens one of the recordings of a request; of several, errors name its number."""
+
+    @contextmanager
+    def numbered(channel: Channel) -> Iterator[AudioStream]:
+        with naming(f"recording {number}"), parsing.open_recording(channel, data=recording) as stream:
+            yield stream
+
+    return numbered if count > 1 else partial(parsing.open_recording, data=recording)
 
 
 def _numbered(warnings: Sequence[Sequence[str]]) -> list[str]:
