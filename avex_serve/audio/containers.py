@@ -842,8 +842,8 @@ def _is_mp3(source: Source, skipped: int) -> bool:
         return True
     # Damage at the beginning: a long run of the same kind follows.
     rest = source.read(position, PIECE // 8)
-    found = _find_frames(rest, SURE_FRAMES)
-    return found is not None and _alike(first, rest[found : found + 4])
+    start = _find_frames(rest, SURE_FRAMES)
+    return start is not None and _alike(first, rest[start : start + 4])
 
 
 class _Info(NamedTuple):
