@@ -22,12 +22,13 @@ from avex_serve.bundles.trained import describe_seen, trained_on
 from avex_serve.calibration.fit import RECORDINGS, TARGET, WITH_SOUND, WITHOUT_SOUND, calibrate
 from avex_serve.calibration.scales import Calibration, LabelCalibration, log_odds
 from avex_serve.database import connect, quoted
-from avex_serve.errors import AudioError, InputError, NotFoundError, TensorError, report_full_disk
+from avex_serve.errors import AudioError, InputError, NotFoundError, TensorError
 from avex_serve.inference import pipeline
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.scores import activate
+from avex_serve.writing import report_full_disk
 
 SAME: Final = 1e-3  # seconds: windows that share this much less with a stretch share the same with it
 

@@ -339,9 +339,13 @@ def test_tables_that_can_not_be_used_are_named(tmp_path):
     (tmp_path / "labels.csv").write_text("Datei;Anfang;Ende;Art\na.wav;0,5;2;robin\n")
     (tmp_path / "labels.xlsx").write_bytes(b"PK\x03\x04\0\0")
     (tmp_path / "~$labels.xlsx").write_bytes(b"Ana")
-    with pytest.raises(InputError, match=r"has no labels: .*labels\.csv .* it has datei, anfang.*xlsx is a spreadsheet"):
+    with pytest.raises(
+        InputError, match=r"has no labels: .*labels\.csv .* it has datei, anfang.*xlsx is a spreadsheet"
+    ):
         read_dataset(tmp_path)
-    with pytest.raises(InputError, match=r"annotates labels, which is not there \(1 rows\); a table without a column"):
+    with pytest.raises(
+        InputError, match=r"annotates labels, which is not there \(1 rows\); a table without a column"
+    ):
         read_dataset(tmp_path, label_column="Art")
     (tmp_path / "weather.csv").write_text("day,rain\n1,2\n")
     write(tmp_path / "b.wav")
