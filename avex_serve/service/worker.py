@@ -254,6 +254,7 @@ class AvexService:
             fetch(settings.start_empty)
             if not settings.start_empty:
                 check_any(roots)
+            bento.check_names(AvexService.name)
             bento.http_configuration()
             bento.close_control_port()
             _check_workers(settings)
@@ -261,7 +262,7 @@ class AvexService:
             _check_disk()
             Keys.from_settings(settings)
             server_credentials(settings)
-            check_https(bento.https_files())
+            check_https(bento.https_options())
         except AvexServeError as error:
             if _at_import.log_format == "json":
                 logger.critical("can't start: %s", error)
