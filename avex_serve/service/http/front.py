@@ -25,7 +25,7 @@ from avex_serve.errors import (
 from avex_serve.scheduling.request import LATE, Request
 from avex_serve.service import bento
 from avex_serve.service.front import OTHER, QUIET, Front, known
-from avex_serve.service.http.app import Found, Routes
+from avex_serve.service.http.app import Routed, Routes
 from avex_serve.service.telemetry import REQUEST_ID, Exchange
 
 CONTROL: Final = "/v2/repository/"  # the start of paths whose POST needs no engine
@@ -115,7 +115,7 @@ class HttpFront:
         return headers
 
     async def _answer(
-        self, front: Front, found: Found, request: Request, scope: Scope, receive: Receive, send: Send
+        self, front: Front, found: Routed, request: Request, scope: Scope, receive: Receive, send: Send
     ) -> None:
         settings, path, headers = front.settings, scope["path"], Headers(scope=scope)
         body = Body(request, receive, settings.max_body_bytes, settings.read_timeout_seconds)

@@ -65,7 +65,7 @@ class JsonRequest(NamedTuple):
     binary: frozenset[str] | None  # outputs wanted in binary; None: all
 
 
-class Body(NamedTuple):
+class ResponseBody(NamedTuple):
     """The body of a response."""
 
     content: bytes
@@ -133,7 +133,7 @@ def parse_control_request(body: bytes) -> dict[str, Any]:
     return parsing.parameters(parsing.document(_ControlRequest, body or b"{}", strict=False).parameters)
 
 
-def dump_answer(model: protocol.Model, request: JsonRequest, answer: protocol.InferAnswer) -> Body:
+def dump_answer(model: protocol.Model, request: JsonRequest, answer: protocol.InferAnswer) -> ResponseBody:
     """The body of the response."""
     outputs, tensors = [], []
     for name, tensor in answer.outputs.items():
@@ -155,7 +155,7 @@ def dump_answer(model: protocol.Model, request: JsonRequest, answer: protocol.In
     if answer.parameters:
         document["parameters"] = answer.parameters
     head = msgspec.json.encode({**document, "outputs": outputs})
-    return Body(b"".join([head, *tensors]), len(head) if tensors else None)
+    return ResponseBody(b"".join([head, *tensors]), len(head) if tensors else None)
 
 
 def _split(body: bytes, json_length: str | None) -> int:
