@@ -125,6 +125,11 @@ async def _answer(handler: Handler, front: Front, scope: Scope, receive: Receive
 
 # Words of paths that other services have, and the path here.
 ELSEWHERE: Final = (
+    (re.compile(r"^/v1/models/.+:\w+$"), "/v2/models/{name}/infer, of the Open Inference Protocol, or /predict"),
+    (re.compile(r"^/v1/models/."), "/v2/models/{name}"),
+    (re.compile(r"^/v1/models/?$"), "/v2/repository/index"),
+    (re.compile(r"^/(predictions|invocations)\b"), "/predict"),
+    (re.compile(r"^/ping$"), "/livez"),
     (re.compile(r"(labels?|classes|species)$"), about.DESCRIPTION),
     (re.compile(r"openapi|swagger|redoc|^/docs"), "/docs.json"),
 )
