@@ -33,7 +33,7 @@ from avex_serve.bundles.reading import read_manifest
 from avex_serve.bundles.remote import Mirror, is_remote
 from avex_serve.errors import AvexServeError, InputError, StorageError
 from avex_serve.evidence.first import open_checked
-from avex_serve.evidence.tuning import Choice, kept
+from avex_serve.evidence.tuning import Setup, kept
 from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
@@ -316,9 +316,9 @@ class AvexService:
         await to_thread.run_sync(front.telemetry.close)
 
 
-def _choose(folder: Path, settings: Settings, threads: int) -> Choice:
+def _choose(folder: Path, settings: Settings, threads: int) -> Setup:
     """What runs a bundle: as set or, where all is left open, as ``avex-serve tune`` has found for this processor."""
-    asked = Choice(settings.device, settings.precision, settings.runtime, threads)
+    asked = Setup(settings.device, settings.precision, settings.runtime, threads)
     if {asked.device, asked.precision, asked.runtime} != {"auto"}:
         return asked
     tuned = kept(read_manifest(folder), settings.bundle_cache)

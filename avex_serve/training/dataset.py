@@ -19,9 +19,9 @@ import numpy as np
 
 from avex_serve.annotations.reading import (
     TABLES,
-    Annotation,
     Recordings,
     TableError,
+    TableRow,
     composed,
     read_annotations,
     recording_of,
@@ -53,7 +53,7 @@ class Recording:
 
     path: Path
     name: str  # relative to the data, with `/`
-    annotations: tuple[Annotation, ...] = ()
+    annotations: tuple[TableRow, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)  # other columns of its rows
     split: str | None = None  # "train", "test", or None where the data doesn't say
     digest: str = ""  # sha256 of the file
@@ -304,7 +304,7 @@ def _spelled(recording: Recording, labels: Sequence[str]) -> Recording:
 
 def _read_tables(
     data: Path, files: Sequence[Path], label_column: str | None, problems: list[str]
-) -> dict[Path, list[Annotation]]:
+) -> dict[Path, list[TableRow]]:
     """The rows of the tables by recording."""
     tables = [data]
     if data.is_dir():
@@ -315,7 +315,7 @@ def _read_tables(
             and not any(part.startswith(".") for part in path.relative_to(data).parts)
         ]
     known, by_place = Recordings(files), {path.resolve(): path for path in files}
-    rows: dict[Path, list[Annotation]] = defaultdict(list)
+    rows: dict[Path, list[TableRow]] = defaultdict(list)
     for table in tables:
         try:
             annotations = _read_labelled(table, label_column)
@@ -327,7 +327,7 @@ def _read_tables(
             continue  # a text of another kind, such as a README
         if is_reviewed(annotations):
             annotations = [
-                Annotation(*review.subject, {**review.fields, "decision": review.decision})
+                TableRow(*review.subject, {**review.fields, "decision": review.decision})
                 for review in current_reviews(annotations, table)
             ]
         absent: Counter[str] = Counter()
@@ -347,7 +347,7 @@ def _read_tables(
     return rows
 
 
-def _read_labelled(table: Path, label_column: str | None) -> list[Annotation]:
+def _read_labelled(table: Path, label_column: str | None) -> list[TableRow]:
     """The rows of a table; reviews without the column keep their own labels. Errors as of `read_annotations`."""
     try:
         return read_annotations(table, label_column)
@@ -359,13 +359,13 @@ def _read_labelled(table: Path, label_column: str | None) -> list[Annotation]:
         raise
 
 
-def _from_tables(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:
+def _from_tables(path: Path, root: Path, rows: Sequence[TableRow]) -> Recording:
     fields = _fields_of(path, rows)
     annotations = tuple(row for row in rows if row.label)
     return Recording(path, _relative(path, root), annotations, fields, _split_of(path, fields.get("split")))
 
 
-def _from_folders(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:
+def _from_folders(path: Path, root: Path, rows: Sequence[TableRow]) -> Recording:
     fields = _fields_of(path, rows)
     parts = path.relative_to(root).parts[:-1]
     split = fields.get("split")
@@ -375,11 +375,11 @@ def _from_folders(path: Path, root: Path, rows: Sequence[Annotation]) -> Recordi
     folder = parts[0] if parts else ""
     sign = _ABSENT if folder.startswith(_ABSENT) else ""
     names = [name.strip() for name in folder.removeprefix(sign).split(",") if name.strip()]
-    annotations = tuple(Annotation(None, 0.0, math.inf, sign + name) for name in names)
+    annotations = tuple(TableRow(None, 0.0, math.inf, sign + name) for name in names)
     return Recording(path, _relative(path, root), annotations, fields, _split_of(path, split))
 
 
-def _fields_of(path: Path, rows: Sequence[Annotation]) -> dict[str, str]:
+def _fields_of(path: Path, rows: Sequence[TableRow]) -> dict[str, str]:
     """The columns that have one value for a recording; InputError if `split` has several."""
     fields = _agreeing([row.fields for row in rows])
     if "split" not in fields and any("split" in row.fields for row in rows):

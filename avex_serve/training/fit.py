@@ -14,7 +14,6 @@ from typing import Final
 import numpy as np
 import yaml
 
-from avex_serve.annotations.table import new_folder
 from avex_serve.archive.store import Store
 from avex_serve.audio.windows import plan_windows
 from avex_serve.bundles.manifest import MANIFEST, PROBE, TRAINED_ON
@@ -37,6 +36,7 @@ from avex_serve.training.heads import Task, Trained, train
 from avex_serve.training.noise import noise_logits
 from avex_serve.training.report import Evaluation, Predictions
 from avex_serve.training.split import Split, near_duplicates, split
+from avex_serve.writing import new_folder
 
 Say = Callable[[str], None]
 _PATIENCE: Final = 30.0  # seconds for the exporter to end
