@@ -86,7 +86,7 @@ class TableError(InputError):
         self.has_times = has_times  # it may be a table of annotations whose labels are in another column
 
 
-class Annotation(NamedTuple):
+class TableRow(NamedTuple):
     """A labelled stretch of a recording, a row of a table."""
 
     file: str | None  # as the table says; None: the recording that the table is named after
@@ -101,7 +101,7 @@ class Annotation(NamedTuple):
         return self.fields.get("decision", "")
 
 
-def read_annotations(path: Path, label_column: str | None = None) -> list[Annotation]:
+def read_annotations(path: Path, label_column: str | None = None) -> list[TableRow]:
     """The annotations in a table of any of the formats.
 
     Args:
@@ -209,7 +209,7 @@ def _ending(paths: Sequence[Path], parts: Sequence[str]) -> list[Path]:
     ]
 
 
-def read_audacity(lines: Iterable[str], path: Path) -> list[Annotation]:
+def read_audacity(lines: Iterable[str], path: Path) -> list[TableRow]:
     """Audacity's label track: start, end, label. Lines of a spectral selection begin with a backslash.
 
     BirdNET-Analyzer adds the confidence to each line, which Audacity ignores.
@@ -242,7 +242,7 @@ class _Layout(NamedTuple):
     labels: Sequence[str]  # the first counts
 
 
-def _read_columns(text: str, path: Path, label_column: str | None) -> list[Annotation]:
+def _read_columns(text: str, path: Path, label_column: str | None) -> list[TableRow]:
     # Excel separates cells as a first line says that other programs write for it.
     hint, header = _SEPARATOR.match(text), text.partition("\n")[0]
     if hint is not None:
@@ -401,12 +401,12 @@ def _rejoined(cells: Sequence[str], layout: _Layout, delimiter: str, where: str)
 
 def _annotation(
     file: str | None, start: float, end: float, label: str, fields: Mapping[str, str], path: Path, number: int
-) -> Annotation:
+) -> TableRow:
     if not 0 <= start <= end:
         raise InputError(
             f"{path}, line {number}: from {start} to {end} s; expected a start of 0 or more, then the end"
         )
-    return Annotation(file, start, end, label.strip(), fields)
+    return TableRow(file, start, end, label.strip(), fields)
 
 
 def _first(names: Sequence[str], known: Sequence[str]) -> str | None:

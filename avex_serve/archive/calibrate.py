@@ -33,7 +33,7 @@ from avex_serve.writing import report_full_disk
 SAME: Final = 1e-3  # seconds: windows that share this much less with a stretch share the same with it
 
 
-class Scored(NamedTuple):
+class ScoredReview(NamedTuple):
     """A decision about a label over a stretch of a recording, and the score there."""
 
     recording: Path
@@ -201,7 +201,9 @@ class _Source(Protocol):
         ...
 
 
-def _score(source: _Source, reviews: Sequence[tuple[Path, Review]], say: Callable[[str], None]) -> list[Scored]:
+def _score(
+    source: _Source, reviews: Sequence[tuple[Path, Review]], say: Callable[[str], None]
+) -> list[ScoredReview]:
     """The reviews that are sure, with their scores; those of stretches without a window are left out."""
     by_recording: dict[Path, dict[tuple[float, float, str], Review]] = defaultdict(dict)
     missing: Counter[str] = Counter()
@@ -222,7 +224,7 @@ def _score(source: _Source, reviews: Sequence[tuple[Path, Review]], say: Callabl
             say(f"left out: {error} ({len(sure)} reviews)")
             continue
         scored += [
-            Scored(recording, review.label, review.decision == "present", score)
+            ScoredReview(recording, review.label, review.decision == "present", score)
             for review, score in zip(sure, scores, strict=True)
             if score is not None
         ]
@@ -349,7 +351,7 @@ def _score_of(review: Review, spans: np.ndarray, scores: np.ndarray) -> float | 
 
 
 def _fit(
-    request: CalibrationRequest, scored: Sequence[Scored], names: Sequence[str], activation: str, seen: int
+    request: CalibrationRequest, scored: Sequence[ScoredReview], names: Sequence[str], activation: str, seen: int
 ) -> Calibration:
     rows, columns = np.arange(len(scored)), np.array([names.index(each.label) for each in scored])
     logits, targets = np.zeros((rows.size, len(names))), np.full((rows.size, len(names)), -1, np.int8)

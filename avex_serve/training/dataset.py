@@ -19,9 +19,9 @@ import numpy as np
 
 from avex_serve.annotations.reading import (
     TABLES,
-    Annotation,
     Recordings,
     TableError,
+    TableRow,
     composed,
     read_annotations,
     recording_of,
@@ -54,7 +54,7 @@ class Recording:
 
     path: Path
     name: str  # relative to the data, with `/`
-    annotations: tuple[Annotation, ...] = ()
+    annotations: tuple[TableRow, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)  # other columns of its rows
     split: str | None = None  # "train", "test", or None where the data doesn't say
     digest: str = ""  # sha256 of the file
@@ -306,7 +306,7 @@ def _spelled(recording: Recording, labels: Sequence[str]) -> Recording:
 
 def _read_tables(
     data: Path, files: Sequence[Path], label_column: str | None, problems: list[str]
-) -> dict[Path, list[Annotation]]:
+) -> dict[Path, list[TableRow]]:
     """The rows of the tables by recording."""
     tables, sheets = [data], []
     if data.is_dir():
@@ -318,7 +318,7 @@ def _read_tables(
         tables = [path for path in inside if path.suffix.lower() in TABLES]
         sheets = [path for path in inside if path.suffix.lower() in _SHEETS]
     known, by_place = Recordings(files), {path.resolve(): path for path in files}
-    rows: dict[Path, list[Annotation]] = defaultdict(list)
+    rows: dict[Path, list[TableRow]] = defaultdict(list)
     unused: list[TableError] = []
     for table in tables:
         try:
@@ -333,7 +333,7 @@ def _read_tables(
             continue
         if is_reviewed(annotations):
             annotations = [
-                Annotation(*review.subject, {**review.fields, "decision": review.decision})
+                TableRow(*review.subject, {**review.fields, "decision": review.decision})
                 for review in current_reviews(annotations, table)
             ]
         absent: Counter[str] = Counter()
@@ -364,7 +364,7 @@ def _read_tables(
     return rows
 
 
-def _read_labelled(table: Path, label_column: str | None) -> list[Annotation]:
+def _read_labelled(table: Path, label_column: str | None) -> list[TableRow]:
     """The rows of a table; reviews without the column keep their own labels. Errors as of `read_annotations`."""
     try:
         return read_annotations(table, label_column)
@@ -376,13 +376,13 @@ def _read_labelled(table: Path, label_column: str | None) -> list[Annotation]:
         raise
 
 
-def _from_tables(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:
+def _from_tables(path: Path, root: Path, rows: Sequence[TableRow]) -> Recording:
     fields = _fields_of(path, rows)
     annotations = tuple(row for row in rows if row.label)
     return Recording(path, _relative(path, root), annotations, fields, _split_of(path, fields.get("split")))
 
 
-def _from_folders(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:
+def _from_folders(path: Path, root: Path, rows: Sequence[TableRow]) -> Recording:
     fields = _fields_of(path, rows)
     parts = path.relative_to(root).parts[:-1]
     split = fields.get("split")
@@ -392,11 +392,11 @@ def _from_folders(path: Path, root: Path, rows: Sequence[Annotation]) -> Recordi
     folder = parts[0] if parts else ""
     sign = _ABSENT if folder.startswith(_ABSENT) else ""
     names = [name.strip() for name in folder.removeprefix(sign).split(",") if name.strip()]
-    annotations = tuple(Annotation(None, 0.0, math.inf, sign + name) for name in names)
+    annotations = tuple(TableRow(None, 0.0, math.inf, sign + name) for name in names)
     return Recording(path, _relative(path, root), annotations, fields, _split_of(path, split))
 
 
-def _fields_of(path: Path, rows: Sequence[Annotation]) -> dict[str, str]:
+def _fields_of(path: Path, rows: Sequence[TableRow]) -> dict[str, str]:
     """The columns that have one value for a recording; InputError if `split` has several."""
     fields = _agreeing([row.fields for row in rows])
     if "split" not in fields and any("split" in row.fields for row in rows):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from avex_serve.annotations.reading import Annotation, read_annotations, recording_of
+from avex_serve.annotations.reading import TableRow, read_annotations, recording_of
 from avex_serve.errors import InputError, NotFoundError
 
 RAVEN = (
@@ -76,7 +76,7 @@ def test_csv_with_the_columns_of_several_programs(tmp_path, header):
 
 def test_csv_of_whole_recordings_keeps_other_columns(tmp_path):
     (found,) = read(tmp_path, "file,label,site,split\na.wav,robin,north,test\n")
-    assert found == Annotation("a.wav", 0, math.inf, "robin", found.fields)
+    assert found == TableRow("a.wav", 0, math.inf, "robin", found.fields)
     assert (found.fields["site"], found.fields["split"]) == ("north", "test")
 
 
