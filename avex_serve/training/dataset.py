@@ -491,8 +491,8 @@ def _late_problems(recordings: Sequence[Recording]) -> list[str]:
     (first, annotation), rows = late[0], "row begins" if len(late) == 1 else "rows begin"
     of = "its recording" if len(names) == 1 else f"the {len(names)} recordings"
     return [
-        f"left out: {len(late)} {rows} after the end of {of}, such as {annotation.label!r} at {annotation.start:g} s "
-        f"of {first.name}, which lasts {first.seconds:.1f} s; times are seconds from the start of the recording (in "
+        f"left out: {len(late)} {rows} after the end of {of}, such as {annotation.label!r} at "
+        f"{annotation.start:g} s of {first.name}, which lasts {first.seconds:.1f} s; times are seconds from the start of the recording (in "
         "Raven: File Offset, which counts in each file)"
     ]
 
