@@ -492,8 +492,8 @@ def _late_problems(recordings: Sequence[Recording]) -> list[str]:
     of = "its recording" if len(names) == 1 else f"the {len(names)} recordings"
     return [
         f"left out: {len(late)} {rows} after the end of {of}, such as {annotation.label!r} at "
-        f"{annotation.start:g} s of {first.name}, which lasts {first.seconds:.1f} s; times are seconds from the start of the recording (in "
-        "Raven: File Offset, which counts in each file)"
+        f"{annotation.start:g} s of {first.name}, which lasts {first.seconds:.1f} s; times are seconds from the "
+        "start of the recording (in Raven: File Offset, which counts in each file)"
     ]
 
 
