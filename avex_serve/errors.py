@@ -187,18 +187,6 @@ def quoted(path: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def report_full_disk() -> Iterator[None]:
-    """Turn errors of a disk that is full or can't be written into StorageError."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"the results can't be written: {error}; make room, and start the same command again: it computes only "
-            "what is missing"
-        ) from error
-
-
-@contextmanager
 def naming(item: str) -> Iterator[None]:
     """Make the messages of errors about an input say which item they are about, unless they name it already."""
     try:

@@ -70,7 +70,7 @@ def read_windows(folder, count):
     """The same from a file for each recording of 10 s, as `fit` stores them; and the seconds that reading takes."""
     import math
 
-    from avex_serve.annotations.reading import Annotation
+    from avex_serve.annotations.reading import TableRow
     from avex_serve.inference.backend import open_bundle
     from avex_serve.service.settings import DEMO_BUNDLE
     from avex_serve.training import Dataset, Recording, embed
@@ -90,7 +90,7 @@ def read_windows(folder, count):
                 recording = Recording(
                     Path(name),
                     name,
-                    (Annotation(None, 0.0, math.inf, label),),
+                    (TableRow(None, 0.0, math.inf, label),),
                     digest=f"{i:064x}",
                     seconds=10.0,
                     group=name,

@@ -23,3 +23,10 @@ def as_json(answer: Any) -> Any:
 def in_memory(*blocks: np.ndarray, rate: int = SAMPLE_RATE, frames: int | None = None) -> nullcontext[AudioStream]:
     """A recording of these blocks, opened; without `frames` its length is not known."""
     return nullcontext(AudioStream(blocks, rate, frames))
+
+
+def program() -> bytes:
+    """The bytes of a program that hold six frames of MPEG's layer I, as many programs do."""
+    code = np.random.default_rng(0).integers(1, 250, 120_000).astype(np.uint8).tobytes()
+    frame = b"\xff\xff\x10\xc4" + code[:28]  # of 32 bytes
+    return b"\x7fELF\2\1\1" + code[:3000] + 6 * frame + bytes(500) + code

@@ -11,9 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from avex_serve.bundles.manifest import MANIFEST, ONNX, Manifest
 from avex_serve.bundles.reading import read_bundle, sha256_of
-from avex_serve.bundles.sealing import atomic_directory, recalibrate, seal_bundle
+from avex_serve.bundles.sealing import recalibrate, seal_bundle
 from avex_serve.calibration.scales import Calibration, LabelCalibration, Scale, Threshold
 from avex_serve.evidence.cases import Case, CaseEntry, Record, this_machine, write_evidence
+from avex_serve.writing import atomic_directory
 
 SAMPLE_RATE = 16000
 WINDOW = 1600  # samples

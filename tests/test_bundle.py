@@ -12,9 +12,10 @@ import pytest
 
 from avex_serve.bundles.manifest import LABELS, MANIFEST, ONNX, ONNX_INT8, TORCHSCRIPT, Manifest
 from avex_serve.bundles.reading import parse_labels, read_bundle, read_manifest, sha256_of
-from avex_serve.bundles.sealing import atomic_directory, dump_labels, seal_bundle
+from avex_serve.bundles.sealing import dump_labels, seal_bundle
 from avex_serve.bundles.trained import read_trained_on, trained_on, write_trained_on
 from avex_serve.errors import BundleError
+from avex_serve.writing import atomic_directory
 from tests.bundles import DIM, PROBE, WINDOW, calibrated_copy, calibration, copy_bundle, replace_file
 from tests.bundles import LABELS as NAMES
 

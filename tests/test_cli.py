@@ -18,7 +18,7 @@ from avex_serve import open_bundle
 from avex_serve.audio.reader import decode
 from avex_serve.cli import main
 from avex_serve.errors import quoted
-from tests.answers import as_json
+from tests.answers import as_json, program
 from tests.bundles import LABELS, make_audio_bundle
 
 AVEX_SERVE = Path(sys.executable).with_name("avex-serve")
@@ -136,10 +136,12 @@ def test_every_fault_of_a_recording_names_it(tmp_path, audio_bundle):
     soundfile.write(tmp_path / "48 Hz.wav", np.zeros(9600), 48)
     soundfile.write(tmp_path / "blip.wav", np.zeros(1), 192000)
     (tmp_path / "a: page.mp3").write_text("<html>")
+    (tmp_path / "program.mp3").write_bytes(program())
     result = run("predict", audio_bundle, tmp_path)
     messages = result.stderr.splitlines()
-    assert (result.returncode, result.stdout, len(messages)) == (2, "", 3)
-    for message, name in zip(messages, ("'48 Hz.wav'", "'a: page.mp3'", "blip.wav"), strict=True):
+    assert (result.returncode, result.stdout, len(messages)) == (2, "", 4)
+    names = ("'48 Hz.wav'", "'a: page.mp3'", "blip.wav", "program.mp3")
+    for message, name in zip(messages, names, strict=True):
         quote = "'" if name.startswith("'") else ""
         assert message.startswith(f"avex-serve: {quote}{tmp_path}/{name.lstrip(quote)}")
 

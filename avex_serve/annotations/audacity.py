@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from avex_serve.annotations.table import Annotation, Format, Table, new_folder, one_line
+from avex_serve.annotations.table import Annotation, Format, Table, one_line
+from avex_serve.writing import new_folder
 
 MARKER = "labels.of.audacity"
 

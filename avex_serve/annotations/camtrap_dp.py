@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from avex_serve.annotations.birdnet import names
-from avex_serve.annotations.table import Annotation, Format, Recording, Table, absolute_time, new_folder
+from avex_serve.annotations.table import Annotation, Format, Recording, Table, absolute_time
+from avex_serve.writing import new_folder
 
 SPECIES: Final = re.compile(r"[A-Z][a-z-]+ [a-z-]+(?: [a-z-]+)?")  # genus, species and perhaps subspecies
 PACKAGE: Final = "datapackage.json"

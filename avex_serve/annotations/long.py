@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from avex_serve.annotations.table import Annotation, Format, Recording, Table, absolute_time, new_file, text_format
-from avex_serve.errors import report_full_disk
+from avex_serve.annotations.table import Annotation, Format, Recording, Table, absolute_time, text_format
+from avex_serve.writing import new_file, new_path
 
 # Name and type, as DuckDB calls it.
 COLUMNS: Final = {
@@ -44,21 +44,18 @@ def write_parquet(table: Table, target: Path) -> None:
     from avex_serve.database import connect, quoted
 
     rows = target.with_name(f".{target.name}.ndjson")
-    unfinished = target.with_name(f".{target.name}.unfinished")
     try:
         with new_file(rows) as file:
             write_ndjson(table, file)
         columns = ", ".join(f"'{name}': '{kind}'" for name, kind in _columns(table).items())
         about = quoted(json.dumps(table.about, ensure_ascii=False, sort_keys=True))
-        with report_full_disk(), connect() as database:
+        with new_path(target) as unfinished, connect() as database:
             database.execute(
                 f"COPY (SELECT * FROM read_ndjson({quoted(rows)}, columns = {{{columns}}})) TO "
                 f"{quoted(unfinished)} (FORMAT parquet, COMPRESSION zstd, KV_METADATA {{avex_serve: {about}}})"
             )
-            unfinished.replace(target)
     finally:
         rows.unlink(missing_ok=True)
-        unfinished.unlink(missing_ok=True)
 
 
 def _columns(table: Table) -> dict[str, str]:

@@ -73,6 +73,7 @@ _SCORED: Final = re.compile(r"(.+)(?: (?=-?\d+\.\d{4}$)|;(?=\d\.\d+$))(.+)")  # 
 _DECIMAL: Final = re.compile(r"-?\d+,\d+")
 # Hours, minutes and seconds from the start of a recording; the date is what BirdNET-Go has for none.
 _CLOCK: Final = re.compile(r"(?:0001-01-01 )?(\d+):([0-5]\d):([0-5]\d(?:\.\d*)?)")
+_SEPARATOR: Final = re.compile(r'"?sep=[^\n]"?\s*?\n', re.IGNORECASE)
 _NOTHING: Final = "nocall"  # what BirdNET-Analyzer writes for a recording without detections
 _UNREADABLE: Final = "\ufffd"  # stands for a byte that the encoding doesn't have
 
@@ -85,7 +86,7 @@ class TableError(InputError):
         self.has_times = has_times  # it may be a table of annotations whose labels are in another column
 
 
-class Annotation(NamedTuple):
+class TableRow(NamedTuple):
     """A labelled stretch of a recording, a row of a table."""
 
     file: str | None  # as the table says; None: the recording that the table is named after
@@ -100,7 +101,7 @@ class Annotation(NamedTuple):
         return self.fields.get("decision", "")
 
 
-def read_annotations(path: Path, label_column: str | None = None) -> list[Annotation]:
+def read_annotations(path: Path, label_column: str | None = None) -> list[TableRow]:
     """The annotations in a table of any of the formats.
 
     Args:
@@ -208,7 +209,7 @@ def _ending(paths: Sequence[Path], parts: Sequence[str]) -> list[Path]:
     ]
 
 
-def read_audacity(lines: Iterable[str], path: Path) -> list[Annotation]:
+def read_audacity(lines: Iterable[str], path: Path) -> list[TableRow]:
     """Audacity's label track: start, end, label. Lines of a spectral selection begin with a backslash.
 
     BirdNET-Analyzer adds the confidence to each line, which Audacity ignores.
@@ -241,14 +242,19 @@ class _Layout(NamedTuple):
     labels: Sequence[str]  # the first counts
 
 
-def _read_columns(text: str, path: Path, label_column: str | None) -> list[Annotation]:
-    header = text.partition("\n")[0]
+def _read_columns(text: str, path: Path, label_column: str | None) -> list[TableRow]:
+    # Excel separates cells as a first line says that other programs write for it.
+    hint, header = _SEPARATOR.match(text), text.partition("\n")[0]
+    if hint is not None:
+        header = text[hint.end() :].partition("\n")[0]
     delimiter = max("\t,;", key=header.count)
     # Raven knows no quotes: one at the start of a cell doesn't hide the rows behind it.
     raven = delimiter == "\t" and "begin time (s)" in header.lower()
     reader = csv.reader(
         io.StringIO(text), delimiter=delimiter, quoting=csv.QUOTE_NONE if raven else csv.QUOTE_MINIMAL
     )
+    if hint is not None:
+        next(reader)
     layout = _layout([_column(_unquoted(name)) for name in next(reader, [])], path, label_column)
     names, labels = layout.names, layout.labels
     found: list[tuple[int, dict[str, str]]] = []
@@ -395,12 +401,12 @@ def _rejoined(cells: Sequence[str], layout: _Layout, delimiter: str, where: str)
 
 def _annotation(
     file: str | None, start: float, end: float, label: str, fields: Mapping[str, str], path: Path, number: int
-) -> Annotation:
+) -> TableRow:
     if not 0 <= start <= end:
         raise InputError(
             f"{path}, line {number}: from {start} to {end} s; expected a start of 0 or more, then the end"
         )
-    return Annotation(file, start, end, label.strip(), fields)
+    return TableRow(file, start, end, label.strip(), fields)
 
 
 def _first(names: Sequence[str], known: Sequence[str]) -> str | None:

@@ -13,8 +13,8 @@ from typing import Final, Literal, NamedTuple, get_args
 
 from avex_serve.annotations.reading import (
     TABLES,
-    Annotation,
     TableError,
+    TableRow,
     decode_table,
     read_annotations,
     recording_of,
@@ -93,7 +93,7 @@ def read_reviews(path: Path) -> list[Review]:
     return list({(review.subject, review.annotator): review for review in found}.values())
 
 
-def is_reviewed(annotations: Sequence[Annotation]) -> bool:
+def is_reviewed(annotations: Sequence[TableRow]) -> bool:
     """Whether the rows of a table are reviews."""
     return bool(annotations) and any(column in annotations[0].fields for column in DECIDED)
 
@@ -109,7 +109,7 @@ def has_decisions(table: Path) -> bool:
     return any(name.strip().strip('"').lower() in DECIDED for name in re.split(r"[\t,;]", text))
 
 
-def current_reviews(annotations: Iterable[Annotation], table: Path) -> list[Review]:
+def current_reviews(annotations: Iterable[TableRow], table: Path) -> list[Review]:
     """The decisions of a table's rows that hold; errors as of `read_reviews`."""
     found: dict[tuple[Subject, str], Review] = {}
     for row in annotations:
@@ -131,7 +131,7 @@ def agreed(reviews: Iterable[Review]) -> dict[Subject, Decision]:
     return found
 
 
-def _decision(row: Annotation, table: Path) -> Decision | None:
+def _decision(row: TableRow, table: Path) -> Decision | None:
     text = next((row.fields[column] for column in DECIDED if column in row.fields), "").lower()
     if text not in WORDS:
         raise InputError(

@@ -4,16 +4,15 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
-from avex_serve.bundles.sealing import atomic_directory
-from avex_serve.errors import InputError, StorageError, report_full_disk
+from avex_serve.errors import StorageError
+from avex_serve.writing import new_file
 
 BREAKS: Final = re.compile(r"[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]")
 
@@ -124,43 +123,6 @@ def absolute_time(recording: Recording, seconds: float) -> str:
     if recording.start is None:
         return ""
     return (recording.start + timedelta(seconds=seconds)).isoformat(timespec="milliseconds")
-
-
-@contextmanager
-def new_file(target: Path) -> Iterator[TextIO]:
-    """A text file that appears at the end of the block, whole, or not at all.
-
-    Raises:
-        InputError: the target is a folder.
-        StorageError: the disk is full, or can't be written.
-    """
-    if target.is_dir():
-        raise InputError(f"{target} is a folder; this format is one file: name it, such as {target / 'table'}")
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    with report_full_disk():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with unfinished.open("w", encoding="utf-8", newline="") as file:
-                yield file
-            unfinished.replace(target)
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(target: Path, marker: str) -> Iterator[Path]:
-    """A folder that appears at the end of the block, whole, or not at all.
-
-    Raises:
-        InputError: the target is something else than a folder with the file `marker`, or an empty one.
-        StorageError: the disk is full, or can't be written.
-    """
-    with report_full_disk():
-        try:
-            with atomic_directory(target, marker=marker) as folder:
-                yield folder
-        except FileExistsError as error:
-            raise InputError(str(error)) from None
 
 
 def one_line(text: str) -> str:

@@ -22,17 +22,18 @@ from avex_serve.bundles.trained import describe_seen, trained_on
 from avex_serve.calibration.fit import RECORDINGS, TARGET, WITH_SOUND, WITHOUT_SOUND, calibrate
 from avex_serve.calibration.scales import Calibration, LabelCalibration, log_odds
 from avex_serve.database import connect, quoted
-from avex_serve.errors import AudioError, InputError, NotFoundError, TensorError, report_full_disk
+from avex_serve.errors import AudioError, InputError, NotFoundError, TensorError
 from avex_serve.inference import pipeline
 from avex_serve.inference.backend import open_bundle
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
 from avex_serve.inference.scores import activate
+from avex_serve.writing import report_full_disk
 
 SAME: Final = 1e-3  # seconds: windows that share this much less with a stretch share the same with it
 
 
-class Scored(NamedTuple):
+class ScoredReview(NamedTuple):
     """A decision about a label over a stretch of a recording, and the score there."""
 
     recording: Path
@@ -200,7 +201,9 @@ class _Source(Protocol):
         ...
 
 
-def _score(source: _Source, reviews: Sequence[tuple[Path, Review]], say: Callable[[str], None]) -> list[Scored]:
+def _score(
+    source: _Source, reviews: Sequence[tuple[Path, Review]], say: Callable[[str], None]
+) -> list[ScoredReview]:
     """The reviews that are sure, with their scores; those of stretches without a window are left out."""
     by_recording: dict[Path, dict[tuple[float, float, str], Review]] = defaultdict(dict)
     missing: Counter[str] = Counter()
@@ -221,7 +224,7 @@ def _score(source: _Source, reviews: Sequence[tuple[Path, Review]], say: Callabl
             say(f"left out: {error} ({len(sure)} reviews)")
             continue
         scored += [
-            Scored(recording, review.label, review.decision == "present", score)
+            ScoredReview(recording, review.label, review.decision == "present", score)
             for review, score in zip(sure, scores, strict=True)
             if score is not None
         ]
@@ -348,7 +351,7 @@ def _score_of(review: Review, spans: np.ndarray, scores: np.ndarray) -> float | 
 
 
 def _fit(
-    request: CalibrationRequest, scored: Sequence[Scored], names: Sequence[str], activation: str, seen: int
+    request: CalibrationRequest, scored: Sequence[ScoredReview], names: Sequence[str], activation: str, seen: int
 ) -> Calibration:
     rows, columns = np.arange(len(scored)), np.array([names.index(each.label) for each in scored])
     logits, targets = np.zeros((rows.size, len(names))), np.full((rows.size, len(names)), -1, np.int8)

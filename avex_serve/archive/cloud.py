@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from avex_serve.bundles.remote import asking, check_scheme, is_remote
+from avex_serve.bundles.remote import asking, check_scheme, connect, is_remote
 from avex_serve.errors import NotFoundError, StorageError
 
 MODIFIED: Final = ("LastModified", "updated", "mtime", "created")  # by the names that the stores give it
@@ -34,7 +34,7 @@ def find_objects(url: str) -> dict[str, Look]:
     """
     check_scheme(url)
     with asking(url):
-        store, root = _connect(url)
+        store, root = connect(url)
         found = store.glob(root, detail=True) if glob.has_magic(root) else store.find(root, detail=True)
         files = sorted(path for path, info in found.items() if info["type"] == "file")
         return {store.unstrip_protocol(path): _look(found[path]) for path in files}
@@ -48,7 +48,7 @@ def look(url: str) -> Look:
         AvexServeError: as of `avex_serve.bundles.remote.asking`.
     """
     with asking(url):
-        store, path = _connect(url)
+        store, path = connect(url)
         try:
             return _look(store.info(path))
         except FileNotFoundError:
@@ -69,7 +69,7 @@ def local_copy(path: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="avex-") as folder:
         target = os.path.join(folder, "recording")  # noqa: PTH118
         with asking(path):
-            store, source = _connect(path)
+            store, source = connect(path)
             try:
                 store.get_file(source, target)
             except FileNotFoundError:
@@ -91,7 +91,7 @@ def find_folders(url: str, marker: str) -> set[str]:
     """
     check_scheme(url)
     with asking(url):
-        store, root = _connect(url)
+        store, root = connect(url)
         root = root.rstrip("/")
         inside = {path.split("/")[-2] for path in store.glob(f"{root}/*/{marker}")}
         return inside | {""} if store.exists(f"{root}/{marker}") else inside
@@ -105,7 +105,7 @@ class Remote:
         check_scheme(url)
         self.url = url.rstrip("/")
         with asking(self.url):
-            self._store, self._root = _connect(self.url)
+            self._store, self._root = connect(self.url)
             found = self._store.find(self._root, detail=True)
         start = len(self._root.rstrip("/")) + 1
         self.files = {path[start:]: int(info["size"]) for path, info in found.items() if len(path) > start}
@@ -150,14 +150,6 @@ class Remote:
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
-
-
-def _connect(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path in it."""
-    import fsspec
-
-    store, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    return store, str(path)
 
 
 def _look(info: Mapping[str, Any]) -> Look:

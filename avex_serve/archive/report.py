@@ -48,14 +48,14 @@ class Example(NamedTuple):
 
 
 @dataclass
-class Rows:
+class ShownRows:
     """The first of many rows, and how many there are."""
 
     shown: list[Any] = field(default_factory=list)
     total: int = 0
 
     @classmethod
-    def of(cls, rows: Iterable[Any]) -> "Rows":
+    def of(cls, rows: Iterable[Any]) -> "ShownRows":
         """Rows of which all but the first `MOST_ROWS` are only counted."""
         kept = cls()
         for row in rows:
@@ -84,7 +84,7 @@ class Counts:
     timeless: int = 0  # recordings without a known start
     best: dict[Key, list[Example]] = field(default_factory=lambda: defaultdict(list))  # heaps
     highest: dict[Key, Annotation] = field(default_factory=dict)
-    empty: Rows = field(default_factory=Rows)  # paths of recordings without detections
+    empty: ShownRows = field(default_factory=ShownRows)  # paths of recordings without detections
     seconds: float = 0.0
     _seen: set[str] = field(default_factory=set)  # digests: examples of a copy would be the same
 
@@ -184,7 +184,7 @@ def make_report(store: Store, choice: Choice, examples: int) -> str:
             "not computed": len(missing),
         },
         notes=_notes(sets, scored=scored),
-        labels=Rows.of(_label_row(counts, key) for key in keys),
+        labels=ShownRows.of(_label_row(counts, key) for key in keys),
         several=len({key[1:] for key in keys}) > 1,
         calibrated=any(each.probability is not None for each in counts.highest.values()),
         grids=_grids(counts, keys),
@@ -201,12 +201,12 @@ def make_report(store: Store, choice: Choice, examples: int) -> str:
         ],
         without_examples=len(keys) - len(chosen),
         lists={
-            "failed": Rows.of(failed),
+            "failed": ShownRows.of(failed),
             "without detections": counts.empty,
-            "with warnings": Rows.of(
+            "with warnings": ShownRows.of(
                 f"{entry.path}: {warning}" for entry in entries for warning in entry.warnings if entry.path in here
             ),
-            "not computed": Rows.of(missing),
+            "not computed": ShownRows.of(missing),
         },
         choice=json.dumps(table.about["choice"], ensure_ascii=False) if table.about["choice"] else "the default",
         sets=[_described(results) for results in sets],

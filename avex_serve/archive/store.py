@@ -22,7 +22,8 @@ from avex_serve.archive.parquet import ParquetWriter, cycles, lists, plain, runs
 from avex_serve.archive.plan import ResultSet
 from avex_serve.bundles.remote import is_remote
 from avex_serve.database import connect, quoted
-from avex_serve.errors import InputError, NotFoundError, report_full_disk
+from avex_serve.errors import InputError, NotFoundError
+from avex_serve.writing import report_full_disk
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ MAX_TAGS: Final = 8  # ID3 tags in front of a recording
 MAX_CHUNKS: Final = 1000  # of a file; recorders write ten
 ALIKE: Final = 4  # frames of MP3 that follow one another, by which a stream is known
 MAX_STREAMS: Final = 1000  # of an OGG, one after another or at once
+SURE_FRAMES: Final = 32  # of MP3, one after another: other files have runs of up to 11
 MAX_METADATA: Final = 2**16  # bytes of a chunk of metadata that are kept
 METADATA: Final = (b"guan", b"wamd", b"bext", b"LIST")
 # What often follows the data, also cut: these, and tags that are no chunks.
@@ -247,13 +248,20 @@ def locate(source: Source) -> tuple[Source, str]:
         else:
             for each in FORMATS:
                 if each.pattern.match(head):
-                    return source.after(start), each.name
+                    return _checked(source.after(start), each.name)
             break
     # A recorder of streams may begin within a frame of MP3.
     found = _find_frames(source.read(start, PIECE // 16))
     if found is None:
         raise AudioError("unknown format")
-    return source.after(start + found), "MP3"
+    return _checked(source.after(start + found), "MP3", found)
+
+
+def _checked(source: Source, name: str, skipped: int = 0) -> tuple[Source, str]:
+    """A recording and its format, unless it only begins like an MP3, by the 11 bits that begin each frame."""
+    if name == "MP3" and not _is_mp3(source, skipped):
+        raise AudioError("unknown format")
+    return source, name
 
 
 def read_header(source: Source) -> tuple[Source, Header]:
@@ -264,8 +272,8 @@ def read_header(source: Source) -> tuple[Source, Header]:
     Raises:
         AudioError: an unknown format, or a header that can't be used; the message gives the reason.
     """
-    source, name = locate(source)
     try:
+        source, name = locate(source)
         if name in ("WAV", "RF64", "BW64", "W64", "AIFF", "CAF"):
             return source, _read_chunks(source, name)
         if name == "AU":
@@ -778,23 +786,64 @@ def _alike(first: bytes, other: bytes) -> bool:
     )
 
 
-def _find_frames(data: bytes) -> int | None:
-    """Where `ALIKE` frames of MP3 follow one another; None: nowhere."""
+def _find_frames(data: bytes, count: int = ALIKE) -> int | None:
+    """Where that number of frames of MP3 follow one another; None: nowhere."""
+    runs: dict[int, int] = {}  # frames that follow one another from there on
     start = data.find(b"\xff")
     while start >= 0:
-        position, found = start, 0
-        while found < ALIKE:
+        chain: list[int] = []
+        position, more = start, 0
+        while len(chain) + more < count:
             head = data[position : position + 4]
             if len(head) < 4 or head[0] != 255 or not _alike(data[start : start + 4], head):
                 break
             frame = _frame(head[1], head[2])
-            if frame is None:
+            if frame is None or (more := runs.get(position, 0)):
                 break
-            found, position = found + 1, position + frame.size
-        if found == ALIKE:
+            chain.append(position)
+            position += frame.size
+        if len(chain) + more >= count:
             return start
+        runs.update((each, len(chain) + more - index) for index, each in enumerate(chain))
         start = data.find(b"\xff", start + 1)
     return None
+
+
+def _is_mp3(source: Source, skipped: int) -> bool:
+    """Whether frames of MP3 are most of a file, or so many that they are no accident.
+
+    Executables and other data may hold a few bytes that look like frames.
+
+    Args:
+        source: the file from its first frame on.
+        skipped: bytes of other data in front of it.
+    """
+    first = source.read(0, 4)
+    if len(first) < 4 or _frame(first[1], first[2]) is None:
+        # A free bit rate or damage, of which `_mp3_info` informs.
+        return first[2:3] < b"\x10" or _find_frames(source.read(0, PIECE // 16)) is not None
+    if _mp3_info(source)[1].frames is not None:
+        return True
+    position = count = size = 0
+    other = skipped  # bytes
+    while position < source.size and count < SURE_FRAMES:
+        current().checkpoint()
+        if tag := _no_audio(source, position):
+            position += tag
+            other -= tag
+            continue
+        stop, found, _ = _walk(source, position, first, SURE_FRAMES)
+        size += stop - position
+        count += found
+        position = stop
+        if not found:
+            break
+    if count >= SURE_FRAMES or 2 * size >= source.size + other:
+        return True
+    # Damage at the beginning: a long run of the same kind follows.
+    rest = source.read(position, PIECE // 8)
+    start = _find_frames(rest, SURE_FRAMES)
+    return start is not None and _alike(first, rest[start : start + 4])
 
 
 class _Info(NamedTuple):
@@ -904,11 +953,11 @@ def _xing(first: bytes, count: int) -> bytes:
     return b""
 
 
-def _walk(source: Source, position: int, first: bytes) -> tuple[int, int, bool]:
+def _walk(source: Source, position: int, first: bytes, most: int | None = None) -> tuple[int, int, bool]:
     """Follow whole frames from there on: where they stop, how many there are, and whether the file cuts the next."""
     count = 0
     start, data = position, b""
-    while True:
+    while count != most:
         at = position - start
         if at + 4 > len(data):
             current().checkpoint()
@@ -923,6 +972,7 @@ def _walk(source: Source, position: int, first: bytes) -> tuple[int, int, bool]:
             return position, count, True
         position += frame.size
         count += 1
+    return position, count, False
 
 
 def _no_audio(source: Source, position: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from avex_serve.bundles.manifest import CARD, MANIFEST
-from avex_serve.bundles.reading import Bundle, check_files, decode_manifest
+from avex_serve.bundles.reading import Bundle, check_files, decode_manifest, sha256_of
 from avex_serve.errors import (
     AvexServeError,
     BundleError,
@@ -187,10 +187,9 @@ def _differing(api: "HfApi", repository: str, commit: str, bundle: Bundle, names
 def _arrived(found: Any, path: Path) -> bool:
     if found is None:
         return False
-    with path.open("rb") as file:
-        if found.lfs is not None:
-            return bool(found.lfs.sha256 == hashlib.file_digest(file, "sha256").hexdigest())
-        content = file.read()
+    if found.lfs is not None:
+        return bool(found.lfs.sha256 == sha256_of(path))
+    content = path.read_bytes()
     return bool(found.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
 
 

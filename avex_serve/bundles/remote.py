@@ -70,9 +70,7 @@ def is_bundle(address: str) -> bool:
         return True
     check_scheme(address)
     with asking(address):
-        import fsspec
-
-        store, root = fsspec.core.url_to_fs(address)
+        store, root = connect(address)
         return bool(store.exists(f"{root}/{MANIFEST}"))
 
 
@@ -83,6 +81,14 @@ def check_scheme(url: str, *others: str) -> str:
         expected = ", ".join(f"{each}://" for each in (*others, *STORES))
         raise InputError(f"{url}: scheme {scheme}:// is not known; expected a path, or one of {expected}")
     return STORES[scheme]
+
+
+def connect(url: str) -> tuple[Any, str]:
+    """The object store of a URL, and the path in it; ImportError if the package for it is missing."""
+    import fsspec
+
+    store, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    return store, str(path)
 
 
 @contextmanager
@@ -138,7 +144,7 @@ class ObjectStore:
 
     def find(self) -> dict[str, Files]:
         """See `Source.find`."""
-        store, root = self._connect()
+        store, root = connect(self._url)
         infos = {PurePosixPath(path).relative_to(root): info for path, info in store.find(root, detail=True).items()}
         places = {
             path.parent
@@ -157,15 +163,9 @@ class ObjectStore:
 
     def fetch(self, place: str, files: Files, folder: Path) -> None:
         """See `Source.fetch`."""
-        store, root = self._connect()
+        store, root = connect(self._url)
         for name in files:
             store.get_file(f"{root}/{place}".rstrip("/") + f"/{name}", str(folder / name))
-
-    def _connect(self) -> tuple[Any, str]:
-        import fsspec
-
-        store, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
-        return store, str(root)
 
 
 class Mirror:

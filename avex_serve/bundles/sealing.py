@@ -1,13 +1,10 @@
-"""Writing a bundle: in a temporary folder next to the target and renamed at the end, so it is complete or absent."""
+"""Writing bundles."""
 
-import contextlib
 import json
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
@@ -15,45 +12,7 @@ from avex_serve.bundles.manifest import CARD, FILE_NAME_PATTERN, MANIFEST, SCHEM
 from avex_serve.bundles.reading import Bundle, read_manifest, repeated, sha256_of
 from avex_serve.calibration.scales import Calibration
 from avex_serve.errors import BundleError
-
-_FILE_MODES: Final = 0o666  # of which the user's umask takes some
-
-
-@contextlib.contextmanager
-def atomic_directory(target: Path, *, marker: str) -> Iterator[Path]:
-    """A new folder to fill. Leaving the block moves it to `target`; an error in the block removes it.
-
-    All files get the mode that the user's umask gives.
-
-    An existing target is replaced only if it is empty or holds the file `marker`, so that a mistyped path never
-    deletes another folder. After an error, parents that were made here are removed too, unless they are in use.
-
-    Raises:
-        FileExistsError: the target, or one of its parents, is something else.
-    """
-    target = target.resolve()  # "." has no name to build a temporary one from, and a link stays a link
-    if target.exists() and not (target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))):
-        raise FileExistsError(f"{target} exists and holds no {marker}: not replaced; choose another folder")
-    missing = [parent for parent in target.parents if not parent.is_dir()]
-    if missing and missing[-1].exists():
-        raise FileExistsError(f"{missing[-1]} is a file, not a folder; choose another place for {target}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-            fresh = Path(scratch) / "new"
-            fresh.mkdir()
-            yield fresh
-            for path in fresh.rglob("*"):
-                if path.is_file():  # safetensors writes files that only their owner can read
-                    path.chmod(fresh.stat().st_mode & _FILE_MODES)
-            if target.exists():
-                target.rename(Path(scratch) / "old")
-            fresh.rename(target)
-    except BaseException:
-        for parent in missing:
-            with contextlib.suppress(OSError):  # never made, or in use by another program
-                parent.rmdir()
-        raise
+from avex_serve.writing import atomic_directory
 
 
 def seal_bundle(folder: Path, labels: Mapping[str, tuple[str, ...]], manifest: Manifest) -> Bundle:

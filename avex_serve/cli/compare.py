@@ -24,8 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the figures of both."""
     import msgspec
 
-    from avex_serve.annotations.table import new_file
     from avex_serve.training.compare import compare_reports, table
+    from avex_serve.writing import new_file
 
     comparison = compare_reports(arguments.a, arguments.b, arguments.seed)
     print(table(comparison))

@@ -35,9 +35,9 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the densities."""
     from avex_serve.annotations.reviews import read_reviews
-    from avex_serve.annotations.table import new_file
     from avex_serve.archive.density import densities_table, densities_text, read_sites, store_densities
     from avex_serve.archive.store import Store
+    from avex_serve.writing import new_file
 
     found = store_densities(
         Store(arguments.store),

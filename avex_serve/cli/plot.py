@@ -41,8 +41,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw it, and print where the picture is."""
-    from avex_serve.annotations.table import new_file
     from avex_serve.seeing import clips, pictures
+    from avex_serve.writing import new_file
 
     pictures.check_installed()
     path, start, end = arguments.recording, arguments.start, arguments.end

@@ -22,10 +22,10 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page, and print where it is."""
-    from avex_serve.annotations.table import new_file
     from avex_serve.archive.report import MOST_EXAMPLES, PAGE, make_report
     from avex_serve.archive.store import Store
     from avex_serve.seeing.pictures import check_installed
+    from avex_serve.writing import new_file
 
     check_installed()
     if not 0 <= arguments.examples <= MOST_EXAMPLES:

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _from_store(arguments: argparse.Namespace) -> "Material":
     from avex_serve.archive.report import PAGE
     from avex_serve.archive.store import Store
-    from avex_serve.review.app import Material, Scored
+    from avex_serve.review.app import Material, ScoredPool
     from avex_serve.review.book import REVIEWS, Book
     from avex_serve.review.sources import embeddings_of, list_probes, read_pool, read_scores, similarity_to
 
@@ -86,16 +86,16 @@ def _from_store(arguments: argparse.Namespace) -> "Material":
     def probes() -> list[str]:
         return [probe.name for _, probe in list_probes(Store(arguments.store), results)]
 
-    def rescore(name: str) -> Scored:
+    def rescore(name: str) -> ScoredPool:
         now = Store(arguments.store)
         for each, probe in list_probes(now, results):
             if probe.name == name:
-                return Scored(read_scores(now, pool, each, probe), probe.scale, name, probe.calibrator)
+                return ScoredPool(read_scores(now, pool, each, probe), probe.scale, name, probe.calibrator)
         raise NotFoundError(f"the run has no scores of a probe {name!r}")
 
     return Material(
         title=store.folder.resolve().name,
-        scored=Scored(pool, first.scale, first.name, first.calibrator),
+        scored=ScoredPool(pool, first.scale, first.name, first.calibrator),
         book=book,
         channel=results.identity.get("channel", "mix"),
         target_precision=arguments.target_precision,
@@ -122,7 +122,7 @@ def _retraining(arguments: argparse.Namespace, reviews: Path, probe: str, *, emb
 
 
 def _from_tables(arguments: argparse.Namespace) -> "Material":
-    from avex_serve.review.app import Material, Scored
+    from avex_serve.review.app import Material, ScoredPool
     from avex_serve.review.book import REVIEWS, Book
     from avex_serve.review.sources import read_tables
 
@@ -132,7 +132,7 @@ def _from_tables(arguments: argparse.Namespace) -> "Material":
         note(f"left out: {left_out} rows without a label, or about recordings that are not there or end before them")
     return Material(
         title=", ".join(table.name for table in tables[:3]),
-        scored=Scored(pool),
+        scored=ScoredPool(pool),
         book=Book(arguments.reviews or tables[0].resolve().parent / REVIEWS),
         target_precision=arguments.target_precision,
     )

@@ -31,7 +31,7 @@ _TURN_SECONDS: Final = 0.5  # of a measurement, at least
 _GAIN: Final = 1.05  # smaller gains are within what one machine shows from day to day
 
 
-class Choice(msgspec.Struct, frozen=True):
+class Setup(msgspec.Struct, frozen=True):
     """What runs a bundle; the names are those of `open_bundle`."""
 
     device: str
@@ -62,7 +62,7 @@ _ENGINES: Final = (
 class Measured:
     """How fast one choice answers."""
 
-    choice: Choice
+    choice: Setup
     format: str  # see `Backend.format`
     rates: tuple[float, ...]  # windows a second, of each round
 
@@ -110,7 +110,7 @@ def tune(address: str, say: Callable[[str], None]) -> Tuning:
     cores = usable_cores()
     left_out: list[str] = []
     with contextlib.ExitStack() as stack:
-        racers: list[tuple[Choice, Engine, np.ndarray]] = []
+        racers: list[tuple[Setup, Engine, np.ndarray]] = []
         for device, precision, runtime in _ENGINES:
             name = f"{device}, {precision}" + ("" if runtime == "auto" else f", {runtime}")
             say(name)
@@ -124,7 +124,7 @@ def tune(address: str, say: Callable[[str], None]) -> Tuning:
             stack.enter_context(checked)
             for threads in _counts(cores) if device == "cpu" else [cores]:
                 engine = stack.enter_context(Engine(bundle, checked.backend, threads))
-                racers.append((Choice(device, precision, runtime, threads), engine, _rows(engine)))
+                racers.append((Setup(device, precision, runtime, threads), engine, _rows(engine)))
         if not racers:
             raise VerificationError("nothing on this machine can serve the bundle:\n" + "\n".join(left_out))
         rates: list[list[float]] = [[] for _ in racers]
@@ -191,7 +191,7 @@ def _figure(rate: float) -> str:
 
 # -- what was chosen for this processor ---------------------------------------------------------------------------
 
-_Kept = dict[str, dict[str, Choice]]  # by digest of the bundle, then by processor
+_Kept = dict[str, dict[str, Setup]]  # by digest of the bundle, then by processor
 
 
 def check_folder(folder: Path) -> None:
@@ -208,7 +208,7 @@ def keep(tuning: Tuning, folder: Path) -> Path:
     return path
 
 
-def kept(bundle: Bundle, folder: Path) -> Choice | None:
+def kept(bundle: Bundle, folder: Path) -> Setup | None:
     """What was kept of a bundle for this processor, None if nothing was; InputError if the file is damaged.
 
     A folder that can't be read, such as another user's, stops no service.

@@ -23,7 +23,7 @@ from avex_serve.inference.pipeline import Query
 from avex_serve.inference.results import Classification, MergeScore, Prediction
 from avex_serve.inference.scores import Threshold, activate
 from avex_serve.scheduling.cores import usable_cores
-from avex_serve.scheduling.request import INFER, QUEUE, Model, Request, current
+from avex_serve.scheduling.request import INFER, QUEUE, ModelName, Request, current
 
 if TYPE_CHECKING:
     from avex_serve.inference.backend import Backend
@@ -89,9 +89,9 @@ class Engine:
         return self.bundle.manifest
 
     @property
-    def model(self) -> Model:
+    def model(self) -> ModelName:
         """Name and version of the bundle."""
-        return Model(self.manifest.name, self.manifest.version)
+        return ModelName(self.manifest.name, self.manifest.version)
 
     @property
     def audio_spec(self) -> AudioSpec:

@@ -263,7 +263,7 @@ def named(query: Query) -> list[str]:
     return [*(query.label or ()), *(query.threshold if isinstance(query.threshold, Mapping) else ())]
 
 
-class Found(NamedTuple):
+class AnsweredWindow(NamedTuple):
     """A window, and what is known once it has been run."""
 
     start: float  # seconds, as `end`
@@ -280,18 +280,18 @@ class Answer:
         self.heads = heads
         self._merges = query.merge is not None
 
-    def __iter__(self) -> Iterator[Found]:
+    def __iter__(self) -> Iterator[AnsweredWindow]:
         """Window by window; errors as of `stream_windows`."""
         return self._windows(early=True)
 
-    def _windows(self, *, early: bool) -> Iterator[Found]:
-        held: Found | None = None  # the last one, which the rest may have to join
+    def _windows(self, *, early: bool) -> Iterator[AnsweredWindow]:
+        held: AnsweredWindow | None = None  # the last one, which the rest may have to join
         for spans, outputs in self.rows:
             columns = [head.detect(spans, outputs, early=early) for head in self.heads]
             for (start, end), *found in zip(spans.tolist(), *columns, strict=True):
                 if held is not None:
                     yield held
-                held = Found(start, end, found)
+                held = AnsweredWindow(start, end, found)
                 if not self._merges:
                     yield held
                     held = None

@@ -146,16 +146,22 @@ class Selection:
         return scores if self.shown is None else scores[:, self.shown]
 
 
+# Where a bundle's labels are.
+LISTED: Final = "All are in GET /models/NAME, in ModelConfig over gRPC, and in `avex-serve info BUNDLE`"
+
+
 def check_labels(wanted: Collection[str] | None, labels: Collection[str]) -> None:
     """Raise NotFoundError for a label that no head has."""
-    known = set(labels) if wanted else ()
+    known = set(labels if wanted else ())
     for label in wanted or ():
         if label not in known:
             nearest = get_close_matches(label, labels, 1)
-            hint = (
-                f"did you mean {nearest[0]!r}?" if nearest else f"one of the {len(labels)} labels is {min(labels)!r}"
-            )
-            raise NotFoundError(f"no probe has the label {label[:80]!r}; {hint}")
+            hint = f"one of the {len(labels)} labels is {min(labels)!r}."
+            if nearest:
+                hint = f"did you mean {nearest[0]!r}?"
+            if "," in label and {part.strip() for part in label.split(",")} <= known:
+                hint = "name each label by an option of its own."
+            raise NotFoundError(f"no probe has the label {label[:80]!r}; {hint} {LISTED}")
 
 
 def _check_threshold(threshold: float, activation: Activation, whose: str = "") -> tuple[str, ...]:

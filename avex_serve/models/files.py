@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from avex_serve.bundles.reading import parse_labels, sha256_of
+from avex_serve.bundles.remote import STORES, connect
 from avex_serve.errors import BundleError
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,6 @@ LabelMapping = dict[str, dict[Any, Any]]
 _HUB = re.compile(
     r"hf://(?P<repository>[^/@]+/[^/@]+)(@(?P<inner>[^/]+))?/(?P<file>[^@]+?)(@(?P<outer>[^@]+))?", re.ASCII
 )
-_CLOUD = {"s3": "s3fs", "gs": "gcsfs"}  # scheme → the package that fsspec needs for it
 
 
 def resolve_file(uri: str, kind: str = "Checkpoint", *, sha256: str | None = None) -> Path:
@@ -42,7 +42,7 @@ def resolve_file(uri: str, kind: str = "Checkpoint", *, sha256: str | None = Non
     scheme = urlparse(uri).scheme if "://" in uri else ""
     if scheme == "hf":
         path = _from_hub(uri, kind)
-    elif scheme in _CLOUD:
+    elif scheme in STORES:
         path = _from_cloud(uri, scheme, kind)
     elif scheme in ("", "file"):
         if scheme and urlparse(uri).netloc not in ("", "localhost"):
@@ -63,7 +63,7 @@ def resolve_file(uri: str, kind: str = "Checkpoint", *, sha256: str | None = Non
 def with_revision(uri: str, path: Path) -> str | None:
     """The URI that `resolve_file` resolved to this path, with the hub's revision. None for local files (private)."""
     if not uri.startswith("hf://"):
-        return uri if uri.startswith(tuple(f"{scheme}://" for scheme in _CLOUD)) else None
+        return uri if uri.startswith(tuple(f"{scheme}://" for scheme in STORES)) else None
     repository, file, _ = _parse_hub(uri)
     revision = path.parts[-1 - len(Path(file).parts)]  # the hub's cache: …/snapshots/REVISION/FILE
     return f"hf://{repository}/{file}@{revision}"
@@ -137,14 +137,12 @@ def _from_hub(uri: str, kind: str) -> Path:
 
 
 def _from_cloud(uri: str, scheme: str, kind: str) -> Path:
-    import fsspec
-
     try:
-        system, remote = fsspec.core.url_to_fs(uri)
+        system, remote = connect(uri)
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"{uri} needs {_CLOUD[scheme]}, which is not installed; pip install 'avex-serve[cloud]'",
-            name=_CLOUD[scheme],
+            f"{uri} needs {STORES[scheme]}, which is not installed; pip install 'avex-serve[cloud]'",
+            name=STORES[scheme],
         ) from error
     try:
         version = system.ukey(remote)  # changes with the remote file

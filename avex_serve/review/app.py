@@ -68,7 +68,7 @@ Body = TypeVar("Body", bound=Struct)
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-class Scored(NamedTuple):
+class ScoredPool(NamedTuple):
     """Windows with the scores of a head, which have the same numbers whatever the head."""
 
     pool: Pool
@@ -82,13 +82,13 @@ class Material:
     """What is reviewed."""
 
     title: str
-    scored: Scored
+    scored: ScoredPool
     book: Book
     channel: Channel = "mix"
     target_precision: float = 0.9
     similar: Callable[[int], np.ndarray] | None = None  # (N,) of all windows to one; None: no embeddings
     probes: Callable[[], Sequence[str]] = tuple  # whose scores can be chosen
-    rescore: Callable[[str], Scored] | None = None  # the same windows with the scores of another head
+    rescore: Callable[[str], ScoredPool] | None = None  # the same windows with the scores of another head
     report: Path | None = None  # of the run; the file need not exist
     retraining: Retraining = field(
         default_factory=lambda: Retraining(

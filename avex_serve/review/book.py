@@ -14,7 +14,8 @@ from typing import Final, NamedTuple
 
 from avex_serve.annotations.reviews import COLUMNS, DECISIONS, Decision, Review, Subject, read_reviews
 from avex_serve.annotations.table import one_line
-from avex_serve.errors import InputError, NotFoundError, report_full_disk
+from avex_serve.errors import InputError, NotFoundError
+from avex_serve.writing import report_full_disk
 
 REVIEWS: Final = "reviews"  # the folder within a results store
 NAME: Final = re.compile(r"[\w][\w .-]{0,39}")  # of an annotator, and so of a file

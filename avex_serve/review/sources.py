@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avex_serve.annotations.reading import SCORES, Annotation, read_annotations, recording_of
+from avex_serve.annotations.reading import SCORES, TableRow, read_annotations, recording_of
 from avex_serve.archive.files import sites_of
 from avex_serve.archive.plan import Probe, ResultSet
 from avex_serve.archive.store import Entry, Store
@@ -176,7 +176,7 @@ def read_tables(tables: Sequence[Path]) -> tuple[Pool, int]:
         NotFoundError: no such table, or all of its rows are left out.
         InputError: not a table of annotations.
     """
-    rows: dict[str, list[Annotation]] = {}
+    rows: dict[str, list[TableRow]] = {}
     total = 0
     for table in tables:
         places: dict[str | None, str | None] = {}

@@ -8,11 +8,12 @@ from typing import Final
 
 from avex_serve.annotations import raven
 from avex_serve.annotations.reviews import COLUMNS
-from avex_serve.annotations.table import Annotation, Recording, Table, new_file
+from avex_serve.annotations.table import Annotation, Recording, Table
 from avex_serve.archive.plan import ResultSet
 from avex_serve.archive.store import Store
 from avex_serve.review.book import REVIEWS
 from avex_serve.review.pool import Pool, Suggestion
+from avex_serve.writing import new_file
 
 SUFFIXES: Final = {"csv": ".csv", "raven": ".selections.txt"}
 

@@ -104,7 +104,7 @@ class Limits:
             )
 
 
-class Span(NamedTuple):
+class StageTime(NamedTuple):
     """A stage that was measured."""
 
     stage: str
@@ -113,7 +113,7 @@ class Span(NamedTuple):
     cpu: float  # seconds that its thread computed
 
 
-class Model(NamedTuple):
+class ModelName(NamedTuple):
     """A model that worked for a request."""
 
     name: str
@@ -124,10 +124,10 @@ class Model(NamedTuple):
 class Timings:
     """What was done for a request. Threads add to it side by side: appending to a list is atomic."""
 
-    spans: list[Span] = field(default_factory=list)
+    spans: list[StageTime] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)  # rows of each batch that was inferred
-    models: list[Model] = field(default_factory=list)  # those that inferred, one entry a batch
-    audio: list[tuple[Model, float]] = field(default_factory=list)  # seconds of audio that a model has processed
+    models: list[ModelName] = field(default_factory=list)  # those that inferred, one entry a batch
+    audio: list[tuple[ModelName, float]] = field(default_factory=list)  # seconds of audio that a model has processed
 
     def totals(self) -> dict[str, float]:
         """Seconds of the request in each stage. Each moment counts for one stage at most: see `STAGES`."""
@@ -313,7 +313,7 @@ class Request:
         def end() -> None:
             # A wait ends in another thread, and takes no CPU time.
             cpu = time.thread_time() - computed if threading.get_ident() == thread else 0.0
-            self.timings.spans.append(Span(stage, start, time.perf_counter(), cpu))
+            self.timings.spans.append(StageTime(stage, start, time.perf_counter(), cpu))
 
         return end
 

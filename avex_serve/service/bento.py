@@ -12,21 +12,25 @@ import selectors
 import shutil
 import signal
 import socket
+import ssl
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from contextvars import Context, copy_context
+from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_type_hints
 
 import bentoml
 import click  # BentoML's command is made with it
 import httptools  # uvicorn reads HTTP with it
+from _bentoml_sdk.service.config import ServiceConfig
 from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.configuration.helpers import load_config_file
 from bentoml._internal.resource import system_resources
 from bentoml._internal.server.http import traffic
 from bentoml._internal.utils import circus
@@ -278,6 +282,7 @@ def _untimed(app: ASGIApp, timeout: float) -> ASGIApp:
 # -- configuration --------------------------------------------------------------------------------------------------
 
 PROXY_PORT: Final = 8000  # BentoML's default
+TOP: Final = {"version", "services"}  # of its files, since version 2
 
 
 def workers(service: str) -> int:
@@ -306,25 +311,77 @@ def http_address() -> tuple[str, int]:
     return options.get("host") or http.host.get(), options.get("port") or http.port.get()
 
 
-class HttpsFiles(NamedTuple):
-    """The files of HTTP over TLS, and the password of the key; without a certificate and a key, HTTP is plain."""
+class HttpsOptions(NamedTuple):
+    """The options of HTTP over TLS, as uvicorn gets them; without a certificate, HTTP is plain."""
 
-    certificate: Path | None
-    key: Path | None
-    client_ca: Path | None
-    password: str
+    enabled: bool = False  # by the configuration, where the certificate alone decides
+    certificate: Path | None = None
+    key: Path | None = None
+    password: str = ""
+    client_ca: Path | None = None
+    asks_clients: int = ssl.CERT_NONE  # for a certificate
+    version: int = ssl.PROTOCOL_TLS_SERVER
+    ciphers: str = "TLSv1"  # BentoML's default, which leaves those of newer versions too
 
 
-def https_files() -> HttpsFiles:
-    """The files of TLS, by the options of the running `bentoml serve` or else by its configuration."""
-    options, ssl = _options(), BentoMLContainer.ssl.get()
+def https_options() -> HttpsOptions:
+    """The options of TLS, by those of the running `bentoml serve` or else by its configuration."""
+    options, configured = _options(), BentoMLContainer.ssl.get()
+
+    def value(name: str) -> Any:
+        return options.get(f"ssl_{name}") or configured[name]
 
     def path(name: str) -> Path | None:
-        value = options.get(f"ssl_{name}") or ssl[name]
-        return Path(value) if value else None
+        return Path(value(name)) if value(name) else None
 
-    password = options.get("ssl_keyfile_password") or ssl["keyfile_password"] or ""
-    return HttpsFiles(path("certfile"), path("keyfile"), path("ca_certs"), password)
+    return HttpsOptions(
+        enabled=configured["enabled"],
+        certificate=path("certfile"),
+        key=path("keyfile"),
+        password=value("keyfile_password") or "",
+        client_ca=path("ca_certs"),
+        asks_clients=value("cert_reqs") or ssl.CERT_NONE,
+        version=value("version") or ssl.PROTOCOL_TLS_SERVER,
+        ciphers=value("ciphers") or HttpsOptions().ciphers,
+    )
+
+
+def check_names(service: str) -> None:
+    """Check the names in BentoML's file of configuration: it ignores those that it doesn't know.
+
+    A misspelt `ssl` would leave HTTP in plain text.
+
+    Args:
+        service: the class of the service, whose section may have its name.
+
+    Raises:
+        InputError: a name that is none of BentoML's.
+    """
+    if not (file := os.environ.get("BENTOML_CONFIG")):
+        return
+    configuration = load_config_file(file)
+    faults = [f"{name}; expected services." for name in configuration if name not in TOP]
+    for name, section in (configuration.get("services") or {}).items():
+        if name in get_type_hints(ServiceConfig):  # of all services
+            faults += _unknown_names({name: section}, ServiceConfig, "services.")
+        elif name != service and name.lower() == service.lower():
+            faults.append(f"services.{name}; did you mean {service}?")
+        else:
+            faults += _unknown_names(section, ServiceConfig, f"services.{name}.")
+    if faults:
+        raise InputError(f"BENTOML_CONFIG has {faults[0]} BentoML would ignore it")
+
+
+def _unknown_names(section: Mapping[str, Any], kind: Any, place: str) -> Iterator[str]:
+    """What to say of each name that is not of the kind, one of BentoML's typed dictionaries."""
+    known = get_type_hints(kind)
+    for name, value in section.items():
+        if name not in known:
+            nearest = get_close_matches(str(name), known, 1)
+            expected = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(known)}."
+            yield f"{place}{name}; {expected}"
+        elif isinstance(value, dict) and hasattr(known[name], "__required_keys__"):  # a TypedDict
+            yield from _unknown_names(value, known[name], f"{place}{name}.")
 
 
 def _options() -> dict[str, Any]:
@@ -414,7 +471,7 @@ class _Supervisor(circus.Arbiter):
         """End, once the workers have ended."""
         with ExitStack() as stack:
             # Over TLS a plain answer means nothing.
-            listening = [] if https_files().certificate else self.sockets.values()
+            listening = [] if https_options().certificate else self.sockets.values()
             waiting = list(map(stack.enter_context, _refuse_waiting(listening)))
             super().stop_controller_and_close_sockets()
             _discard(waiting, PARTING_SECONDS)

@@ -6,6 +6,7 @@ import logging
 import re
 import ssl
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Generic, Self, TypeVar
@@ -13,7 +14,7 @@ from typing import Final, Generic, Self, TypeVar
 import grpc
 
 from avex_serve.errors import AuthenticationError, InputError
-from avex_serve.service.bento import HttpsFiles
+from avex_serve.service.bento import HttpsOptions
 from avex_serve.service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -234,24 +235,60 @@ def _read(name: str, path: Path) -> bytes:
 # -- HTTP over TLS --------------------------------------------------------------------------------------------------
 
 
-def check_https(files: HttpsFiles) -> None:
-    """Check the files that BentoML's workers would read.
+def check_https(https: HttpsOptions) -> None:
+    """Check the options that BentoML's workers would get: with bad ones they would die, again and again.
 
     Raises:
-        InputError: a file that can't be read or used, or one that needs another.
+        InputError: a file or an option that can't be used, or one that has no effect without another.
     """
-    certificate, key, client_ca, password = files
+    certificate, key, client_ca = https.certificate, https.key, https.client_ca
     if certificate is None:
-        if key is not None:
-            raise InputError("--ssl-keyfile is set without --ssl-certfile; set both, or neither of them")
+        if https.enabled:
+            raise InputError("BENTOML_CONFIG enables ssl without a certificate; set certfile and keyfile")
+        for name, value in (("keyfile", key), ("ca-certs", client_ca), ("cert-reqs", https.asks_clients)):
+            if value:
+                raise InputError(f"--ssl-{name} is set without --ssl-certfile; set both, or neither of them")
         return
     _read("--ssl-certfile", certificate)
     if key is not None:
         _read("--ssl-keyfile", key)
     if client_ca is not None:
         _read("--ssl-ca-certs", client_ca)
-    if fault := _fault(certificate, key, client_ca, password):
+    if fault := _fault(certificate, key, client_ca, https.password):
         raise InputError(
             f"--ssl-certfile, --ssl-keyfile or --ssl-ca-certs can't be used ({fault}); expected a certificate chain "
             "and its key, in PEM, and --ssl-keyfile-password if the key has one"
         )
+    if https.asks_clients not in list(ssl.VerifyMode):
+        raise InputError(f"--ssl-cert-reqs is {https.asks_clients}; {_ASKED}")
+    if https.asks_clients and client_ca is None:
+        raise InputError(
+            f"--ssl-cert-reqs is {https.asks_clients} without --ssl-ca-certs, which sign the clients' certificates; "
+            "set both, or neither of them"
+        )
+    if client_ca is not None and not https.asks_clients:
+        raise InputError(f"--ssl-ca-certs is set, and clients are not asked for a certificate; {_ASKED}")
+    if not _is_of_servers(https.version):
+        raise InputError(
+            f"--ssl-version is {https.version}, which no server can use; leave it out for TLS 1.2 and newer"
+        )
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).set_ciphers(https.ciphers)
+    except ssl.SSLError:
+        raise InputError(
+            f"--ssl-ciphers is {https.ciphers!r}, which OpenSSL doesn't know; expected a list such as "
+            "ECDHE+AESGCM:ECDHE+CHACHA20, or leave it out"
+        ) from None
+
+
+_ASKED: Final = "expected --ssl-cert-reqs 2 (each client shows one), 1 (if it has one), or 0 without --ssl-ca-certs"
+
+
+def _is_of_servers(version: int) -> bool:
+    """Whether a number of Python's protocols (``ssl.PROTOCOL_…``) makes a context that accepts connections."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # those for one version of TLS
+        try:
+            return ssl.SSLContext(version).protocol != ssl.PROTOCOL_TLS_CLIENT
+        except (ValueError, OverflowError):
+            return False

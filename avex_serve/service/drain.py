@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any, Final
 
 from avex_serve.errors import ShuttingDownError
@@ -53,7 +54,10 @@ class Drain:
         Args:
             announce: called at the beginning, when `draining` is already set.
         """
-        loop = asyncio.get_running_loop()
+        loop, context = (
+            asyncio.get_running_loop(),
+            copy_context(),
+        )  # a signal may interrupt a request, in its context
 
         def handle(number: int, frame: Any) -> None:
             if self.draining:  # the second signal: the server ends in its own way
@@ -63,7 +67,7 @@ class Drain:
             # Closing waits for threads, and a thread may never end. This timer needs neither the event loop nor
             # Python: it prints where every thread is, and ends the process.
             faulthandler.dump_traceback_later(self._seconds + CLOSING_SECONDS, exit=True)
-            loop.call_soon_threadsafe(begin, number)
+            loop.call_soon_threadsafe(begin, number, context=context)
 
         def begin(number: int) -> None:
             self._task = loop.create_task(self._end(number, announce))

@@ -40,7 +40,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.repository import CHANGES
-from avex_serve.scheduling.request import STAGES, Model, Request
+from avex_serve.scheduling.request import STAGES, ModelName, Request
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Metrics:
         changes = Counter("avex_bundle_changes", "Bundles since the start.", ["change"], registry=registry)
         self._changes = {change: changes.labels(change) for change in CHANGES}
         self._noted = dict.fromkeys(CHANGES, 0)
-        self._known: set[Model] = set()
+        self._known: set[ModelName] = set()
 
     @contextmanager
     def in_progress(self, transport: str) -> Iterator[None]:
@@ -181,11 +181,11 @@ class Metrics:
             self._changes[change].inc(count - self._noted[change])
             self._noted[change] = count
 
-    def _bounded(self, model: Model) -> Model:
+    def _bounded(self, model: ModelName) -> ModelName:
         """The model, or `OTHER` once there are too many."""
         if len(self._known) < MAX_MODELS:
             self._known.add(model)
-        return model if model in self._known else Model(OTHER, OTHER)
+        return model if model in self._known else ModelName(OTHER, OTHER)
 
     def text(self) -> bytes:
         """The metrics of all workers in Prometheus' text format."""

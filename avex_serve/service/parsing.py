@@ -3,6 +3,7 @@
 This is the only place that decodes them. Limits on a document are checked here, before it is decoded.
 """
 
+import codecs
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from avex_serve.scheduling.request import current
 Value = TypeVar("Value")
 
 _NOT_FINITE: Final = re.compile(rb"[\[,:\s]-?(NaN|Infinity)\b")
+
+_MARKS: Final = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as editors on Windows write them
 
 MAX_MEMBERS: Final = 2**12  # names in a JSON document: each makes values that take many times its bytes
 MAX_PARAMETER: Final = 256  # bytes of a parameter, unless it is a text
@@ -57,6 +60,7 @@ def document(kind: type[Value], data: bytes, *, strict: bool = True) -> Value:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         hint = "" if found in (None, JSON) else f"; it is {found}"
         hint += ". Send recordings to /predict" if found in (RECORDING, FORM) else ""
+        hint += "; write it as UTF-8 without a byte order mark" if data.startswith(_MARKS) else ""
         hint += "; JSON has no NaN or Infinity" if found == JSON and _NOT_FINITE.search(data) else ""
         raise InputError(f"the body is not valid JSON: {error}{hint}") from None
     except RecursionError:
@@ -94,7 +98,7 @@ def value(name: str, given: object, kind: Any) -> Any:
     if isinstance(given, str) and given.startswith("{") and Mapping in {get_origin(part) for part in get_args(kind)}:
         with suppress(msgspec.DecodeError):
             number = msgspec.json.decode(given)
-    elif isinstance(given, str | bool):
+    elif isinstance(given, str):
         for convert in {int, float} & {kind, *get_args(kind)}:
             with suppress(ValueError):
                 number = convert(given)
@@ -102,6 +106,10 @@ def value(name: str, given: object, kind: Any) -> Any:
         return msgspec.convert(number, kind, strict=False)
     except msgspec.ValidationError as error:
         expected = _plain(error).partition(", got")[0].removesuffix(" or null")  # which stands for the default
+        if Mapping in {get_origin(part) for part in get_args(kind)}:
+            expected = 'expected a number, or JSON of numbers by label such as {"robin": 0.7}'
+        elif isinstance(given, list):
+            expected = "expected a list of texts alone"
         if words := [each for part in (kind, *get_args(kind)) for each in get_args(part) if isinstance(each, str)]:
             expected = f"expected {', '.join([*['a whole number'] * (int in get_args(kind)), *words])}"
         raise InputError(f"{name[:QUOTED]} is {_shortened(given)}; {expected}") from None
@@ -122,6 +130,8 @@ def query(given: Mapping[str, object], names: Collection[str]) -> Query:
             nearest = get_close_matches(name[:QUOTED], names, 1)
             hint = f"did you mean {nearest[0]}? " if nearest else ""
             raise InputError(f"unknown option {name[:QUOTED]!r}; {hint}known: {', '.join(names)}")
+    if any(name in SEVERAL and given[name] == [] for name in given):
+        raise InputError("label is an empty list; expected one label or more, or none of this option for all labels")
     listed = {name: _listed(text) for name, text in given.items() if name in SEVERAL and isinstance(text, str)}
     return Query(**{name: value(name, each, _query_types()[name]) for name, each in {**given, **listed}.items()})
 
@@ -191,7 +201,7 @@ def _plain(error: msgspec.ValidationError) -> str:
 
 def _shortened(given: object) -> str:
     # A list may be a whole recording: its type is enough.
-    text = type(given).__name__ if isinstance(given, list | dict) else repr(given)
+    text = {list: "a list", dict: "an object", bool: str(given).lower()}.get(type(given)) or repr(given)
     return text if len(text) <= QUOTED else text[:QUOTED] + "…"
 
 

@@ -33,7 +33,7 @@ from avex_serve.bundles.reading import read_manifest
 from avex_serve.bundles.remote import Mirror, is_remote
 from avex_serve.errors import AvexServeError, InputError, StorageError
 from avex_serve.evidence.first import open_checked
-from avex_serve.evidence.tuning import Choice, kept
+from avex_serve.evidence.tuning import Setup, kept
 from avex_serve.inference import pipeline
 from avex_serve.inference.engine import Engine
 from avex_serve.inference.pipeline import Query
@@ -254,6 +254,7 @@ class AvexService:
             fetch(settings.start_empty)
             if not settings.start_empty:
                 check_any(roots)
+            bento.check_names(AvexService.name)
             bento.http_configuration()
             bento.close_control_port()
             _check_workers(settings)
@@ -261,7 +262,7 @@ class AvexService:
             _check_disk()
             Keys.from_settings(settings)
             server_credentials(settings)
-            check_https(bento.https_files())
+            check_https(bento.https_options())
         except AvexServeError as error:
             if _at_import.log_format == "json":
                 logger.critical("can't start: %s", error)
@@ -315,9 +316,9 @@ class AvexService:
         await to_thread.run_sync(front.telemetry.close)
 
 
-def _choose(folder: Path, settings: Settings, threads: int) -> Choice:
+def _choose(folder: Path, settings: Settings, threads: int) -> Setup:
     """What runs a bundle: as set or, where all is left open, as ``avex-serve tune`` has found for this processor."""
-    asked = Choice(settings.device, settings.precision, settings.runtime, threads)
+    asked = Setup(settings.device, settings.precision, settings.runtime, threads)
     if {asked.device, asked.precision, asked.runtime} != {"auto"}:
         return asked
     tuned = kept(read_manifest(folder), settings.bundle_cache)

@@ -19,9 +19,9 @@ import numpy as np
 
 from avex_serve.annotations.reading import (
     TABLES,
-    Annotation,
     Recordings,
     TableError,
+    TableRow,
     composed,
     read_annotations,
     recording_of,
@@ -41,6 +41,7 @@ SPLITS: Final = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _ABSENT: Final = "-"  # in front of a label: the sound is known to be absent
+_SHEETS: Final = (".xlsx", ".xlsm", ".xls", ".ods")
 _SAME: Final = 0.05  # seconds: spans of reviews may be rounded
 _UNREVIEWED: Final = -2
 _MISSPELLED: Final = 0.85  # how alike labels are, from 0 to 1, of which one may be a misspelling of the other
@@ -53,7 +54,7 @@ class Recording:
 
     path: Path
     name: str  # relative to the data, with `/`
-    annotations: tuple[Annotation, ...] = ()
+    annotations: tuple[TableRow, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)  # other columns of its rows
     split: str | None = None  # "train", "test", or None where the data doesn't say
     digest: str = ""  # sha256 of the file
@@ -180,6 +181,7 @@ def read_dataset(
     recordings = _scanned(recordings, problems)
     recordings = _grouped(recordings, group_by)
     recordings = _joined(recordings, problems)
+    problems += _late_problems(recordings)
     problems += _piece_problems(recordings)
     problems += _label_problems(recordings, known, ignored, foreign=labels is not None)
     return Dataset(known, tuple(recordings), ignored, fully_annotated, tuple(problems))
@@ -304,18 +306,20 @@ def _spelled(recording: Recording, labels: Sequence[str]) -> Recording:
 
 def _read_tables(
     data: Path, files: Sequence[Path], label_column: str | None, problems: list[str]
-) -> dict[Path, list[Annotation]]:
+) -> dict[Path, list[TableRow]]:
     """The rows of the tables by recording."""
-    tables = [data]
+    tables, sheets = [data], []
     if data.is_dir():
-        tables = [
+        inside = [
             path
             for path in sorted(data.rglob("*"))
-            if path.suffix.lower() in TABLES
-            and not any(part.startswith(".") for part in path.relative_to(data).parts)
+            if not any(part.startswith((".", "~$")) for part in path.relative_to(data).parts)
         ]
+        tables = [path for path in inside if path.suffix.lower() in TABLES]
+        sheets = [path for path in inside if path.suffix.lower() in _SHEETS]
     known, by_place = Recordings(files), {path.resolve(): path for path in files}
-    rows: dict[Path, list[Annotation]] = defaultdict(list)
+    rows: dict[Path, list[TableRow]] = defaultdict(list)
+    unused: list[TableError] = []
     for table in tables:
         try:
             annotations = _read_labelled(table, label_column)
@@ -324,10 +328,12 @@ def _read_tables(
                 raise
             if error.has_times:
                 problems.append(f"left out: {error}; --label-column names the column with the labels")
-            continue  # a text of another kind, such as a README
+            elif table.suffix.lower() != ".txt":  # such as a README
+                unused.append(error)
+            continue
         if is_reviewed(annotations):
             annotations = [
-                Annotation(*review.subject, {**review.fields, "decision": review.decision})
+                TableRow(*review.subject, {**review.fields, "decision": review.decision})
                 for review in current_reviews(annotations, table)
             ]
         absent: Counter[str] = Counter()
@@ -343,11 +349,22 @@ def _read_tables(
                 absent[name] += 1
             else:
                 rows[found].append(annotation)
-        problems += [f"{table.name} annotates {name}, which is not there ({n} rows)" for name, n in absent.items()]
+        unnamed = "; a table without a column file is about the recording of its name"
+        problems += [
+            f"{table.name} annotates {name}, which is not there ({n} rows)"
+            + (unnamed if all(annotation.file is None for annotation in annotations) else "")
+            for name, n in absent.items()
+        ]
+    annotated = any(row.label for found in rows.values() for row in found)
+    if unused and not (annotated and rows.keys() >= {*files}):  # else they come with the tables of a program
+        more = len(unused) - 1
+        such = ("", "; so is 1 other table", f"; so are {more} other tables")[min(more, 2)]
+        problems.append(f"left out: {unused[0]}{such}")
+    problems += [f"left out: {path} is a spreadsheet; save it as a table (in Excel: CSV UTF-8)" for path in sheets]
     return rows
 
 
-def _read_labelled(table: Path, label_column: str | None) -> list[Annotation]:
+def _read_labelled(table: Path, label_column: str | None) -> list[TableRow]:
     """The rows of a table; reviews without the column keep their own labels. Errors as of `read_annotations`."""
     try:
         return read_annotations(table, label_column)
@@ -359,13 +376,13 @@ def _read_labelled(table: Path, label_column: str | None) -> list[Annotation]:
         raise
 
 
-def _from_tables(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:
+def _from_tables(path: Path, root: Path, rows: Sequence[TableRow]) -> Recording:
     fields = _fields_of(path, rows)
     annotations = tuple(row for row in rows if row.label)
     return Recording(path, _relative(path, root), annotations, fields, _split_of(path, fields.get("split")))
 
 
-def _from_folders(path: Path, root: Path, rows: Sequence[Annotation]) -> Recording:
+def _from_folders(path: Path, root: Path, rows: Sequence[TableRow]) -> Recording:
     fields = _fields_of(path, rows)
     parts = path.relative_to(root).parts[:-1]
     split = fields.get("split")
@@ -375,11 +392,11 @@ def _from_folders(path: Path, root: Path, rows: Sequence[Annotation]) -> Recordi
     folder = parts[0] if parts else ""
     sign = _ABSENT if folder.startswith(_ABSENT) else ""
     names = [name.strip() for name in folder.removeprefix(sign).split(",") if name.strip()]
-    annotations = tuple(Annotation(None, 0.0, math.inf, sign + name) for name in names)
+    annotations = tuple(TableRow(None, 0.0, math.inf, sign + name) for name in names)
     return Recording(path, _relative(path, root), annotations, fields, _split_of(path, split))
 
 
-def _fields_of(path: Path, rows: Sequence[Annotation]) -> dict[str, str]:
+def _fields_of(path: Path, rows: Sequence[TableRow]) -> dict[str, str]:
     """The columns that have one value for a recording; InputError if `split` has several."""
     fields = _agreeing([row.fields for row in rows])
     if "split" not in fields and any("split" in row.fields for row in rows):
@@ -458,6 +475,26 @@ def _joined(recordings: Sequence[Recording], problems: list[str]) -> list[Record
         else:
             pairs.append((recording.group, twin.group))
     return list(together(recordings, pairs))
+
+
+def _late_problems(recordings: Sequence[Recording]) -> list[str]:
+    """A sentence if annotations begin after the end of their recording, so that no window has them."""
+    late = [
+        (each, annotation)
+        for each in recordings
+        for annotation in each.annotations
+        if annotation.start > 0 and annotation.start >= each.seconds
+    ]
+    if not late:
+        return []
+    names = {each.name for each, _ in late}
+    (first, annotation), rows = late[0], "row begins" if len(late) == 1 else "rows begin"
+    of = "its recording" if len(names) == 1 else f"the {len(names)} recordings"
+    return [
+        f"left out: {len(late)} {rows} after the end of {of}, such as {annotation.label!r} at "
+        f"{annotation.start:g} s of {first.name}, which lasts {first.seconds:.1f} s; times are seconds from the "
+        "start of the recording (in Raven: File Offset, which counts in each file)"
+    ]
 
 
 def _piece_problems(recordings: Sequence[Recording]) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from avex_serve.bundles.manifest import PROBE, Activation
 from avex_serve.bundles.trained import trained_on
 from avex_serve.calibration.scales import log_odds
-from avex_serve.errors import InputError, report_full_disk
+from avex_serve.errors import InputError
 from avex_serve.evidence.first import open_checked
 from avex_serve.inference.scores import activate
 from avex_serve.training.dataset import LabelOptions
@@ -19,6 +19,7 @@ from avex_serve.training.files import can_make_page, write_report
 from avex_serve.training.noise import noise_logits
 from avex_serve.training.page import PAGE
 from avex_serve.training.report import Evaluation, Predictions, report
+from avex_serve.writing import report_full_disk
 
 
 @dataclass(frozen=True)

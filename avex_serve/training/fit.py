@@ -14,7 +14,6 @@ from typing import Final
 import numpy as np
 import yaml
 
-from avex_serve.annotations.table import new_folder
 from avex_serve.archive.store import Store
 from avex_serve.audio.windows import plan_windows
 from avex_serve.bundles.manifest import MANIFEST, PROBE, TRAINED_ON
@@ -37,8 +36,10 @@ from avex_serve.training.heads import Task, Trained, train
 from avex_serve.training.noise import noise_logits
 from avex_serve.training.report import Evaluation, Predictions
 from avex_serve.training.split import Split, near_duplicates, split
+from avex_serve.writing import new_folder
 
 Say = Callable[[str], None]
+_WITHOUT: Final = "add recordings without the sound, such as a folder noise, or decisions that are absent"
 _PATIENCE: Final = 30.0  # seconds for the exporter to end
 
 
@@ -196,7 +197,12 @@ def fit_windows(
         seed: of all random choices.
         target_precision: of the thresholds.
         say: is called with the progress.
+
+    Raises:
+        InputError: no label has windows with it and windows without it.
     """
+    if not ((windows.targets == 1).any(axis=0) & (windows.targets == 0).any(axis=0)).any():
+        raise InputError(f"no label has both windows with it and windows without it; {_WITHOUT}")
     windows, copies = _keep_copies_together(windows)
     parts = _split(windows, seed)
     task = Task(config, tuple(labels), windows.outputs, windows.targets, windows.groups)
@@ -370,6 +376,8 @@ def _empty_parts(dataset: Dataset, windows: Windows, parts: Split) -> list[str]:
         has = windows.targets[:, i] == 1
         if not has.any():
             found.append(f"{label}: no window shares enough with an annotation; see --min-overlap")
+        elif not (windows.targets[:, i] == 0).any():
+            found.append(f"{label}: no window is without it, so nothing can be learned; {_WITHOUT}")
         elif not parts.trains_on_all:
             train, test = parts.parts[0]
             found += [

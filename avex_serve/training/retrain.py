@@ -11,12 +11,10 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from avex_serve.annotations.table import new_file
 from avex_serve.archive.plan import Probe, ResultSet
 from avex_serve.archive.run import Progress, classify
 from avex_serve.archive.store import Entry, Store
 from avex_serve.bundles.manifest import TRAINED_ON
-from avex_serve.bundles.sealing import atomic_directory
 from avex_serve.bundles.trained import read_trained_on
 from avex_serve.calibration.fit import TARGET
 from avex_serve.calibration.scales import Calibration, log_odds
@@ -33,6 +31,7 @@ from avex_serve.training.files import can_make_page, write_report
 from avex_serve.training.fit import FitRequest, fit_probe, run_exporter
 from avex_serve.training.report import EVALUATION, Predictions, report
 from avex_serve.training.scores import SCORES, Scores, read_scores
+from avex_serve.writing import atomic_directory, new_file
 
 BUNDLE: Final = "bundle"
 EVERY: Final = 0.1  # of the recordings, after which the progress is said

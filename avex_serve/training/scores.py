@@ -11,9 +11,10 @@ import numpy as np
 
 from avex_serve.archive.parquet import ParquetWriter, cycles, plain, runs
 from avex_serve.database import connect, quoted
-from avex_serve.errors import InputError, NotFoundError, report_full_disk
+from avex_serve.errors import InputError, NotFoundError
 from avex_serve.training.embed import Windows
 from avex_serve.training.report import Predictions, join
+from avex_serve.writing import report_full_disk
 
 SCORES: Final = "evaluation.parquet"
 _ROWS: Final = 2**20  # of a group of rows

@@ -35,7 +35,7 @@ from avex_serve.bundles.manifest import (
     TensorSpec,
 )
 from avex_serve.bundles.reading import Bundle
-from avex_serve.bundles.sealing import atomic_directory, seal_bundle
+from avex_serve.bundles.sealing import seal_bundle
 from avex_serve.bundles.trained import write_trained_on
 from avex_serve.errors import AudioError, ExportError, InputError
 from avex_serve.evidence.cases import write_evidence
@@ -43,6 +43,7 @@ from avex_serve.evidence.verify import TOLERANCE, table
 from avex_serve.inference.backend import Backend
 from avex_serve.inference.onnx import OnnxBackend
 from avex_serve.inference.torch import TorchBackend
+from avex_serve.writing import atomic_directory
 
 _BUNDLES = Path("export") / "bundles"
 

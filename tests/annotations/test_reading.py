@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from avex_serve.annotations.reading import Annotation, read_annotations, recording_of
+from avex_serve.annotations.reading import TableRow, read_annotations, recording_of
 from avex_serve.errors import InputError, NotFoundError
 
 RAVEN = (
@@ -44,6 +44,14 @@ def test_raven_of_several_files_without_offsets_is_refused(tmp_path):
         read(tmp_path, text)
 
 
+@pytest.mark.parametrize("hint", ["sep=;\n", "sep=;\r\n", '"sep=;"\n', "SEP=;\n"])
+def test_a_first_line_for_excel_is_no_header(tmp_path, hint):
+    text = f"{hint}file;start;end;label\na.wav;0,5;2;robin, sings\n"
+    assert rows(read(tmp_path, text)) == [("a.wav", 0.5, 2, "robin, sings")]
+    with pytest.raises(InputError, match="line 3: 'x' is not a time"):
+        read(tmp_path, f"{hint}file;start;end;label\na.wav;x;2;robin\n")
+
+
 def test_audacity(tmp_path):
     text = "0.500000\t1.250000\trobin\n\\\t3000\t5000\n2\t2\tcall note\n"
     assert rows(read(tmp_path, text, "dawn.txt")) == [(None, 0.5, 1.25, "robin"), (None, 2, 2, "call note")]
@@ -68,7 +76,7 @@ def test_csv_with_the_columns_of_several_programs(tmp_path, header):
 
 def test_csv_of_whole_recordings_keeps_other_columns(tmp_path):
     (found,) = read(tmp_path, "file,label,site,split\na.wav,robin,north,test\n")
-    assert found == Annotation("a.wav", 0, math.inf, "robin", found.fields)
+    assert found == TableRow("a.wav", 0, math.inf, "robin", found.fields)
     assert (found.fields["site"], found.fields["split"]) == ("north", "test")
 
 

@@ -242,6 +242,33 @@ def test_an_mp3_is_read_to_its_end(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("seconds", [0.3, 4])
+def test_an_mp3_within_other_data(seconds):
+    """As of a recorder that began within a frame, or that lost a part: frames are most of it, or a long run."""
+    wave = WAVE[: int(seconds * RATE)]
+    data = encode("MP3", wave=wave, rate=16000)
+    count = containers._frame(data[1], data[2]).size
+    plain = data[count:]  # without the frame that counts the others
+    whole, stream = read(plain)
+    assert stream.warnings == []
+    noise = np.random.default_rng(0).integers(0, 255, 300_000).astype(np.uint8).tobytes()
+    for other in (noise[:500] + plain, plain[7:], bytes(50_000) + plain, plain + b"TAG" + bytes(125)):
+        again, stream = read(other)
+        assert abs(again.size - whole.size) <= 2 * 1152
+        assert stream.warnings == []
+    cut, stream = read(plain[: len(plain) // 2])
+    assert cut.size > 0.3 * whole.size
+    assert "its last frame is cut" in stream.warnings[0]
+    if seconds == 4:
+        for other in (noise[:60_000] + plain + noise, plain[:1000] + noise[:20_000] + plain[1000:]):
+            again, stream = read(other)
+            assert again.size > 0
+            assert "the recording ends early" in stream.warnings[0]
+    else:
+        with pytest.raises(AudioError, match="unknown format"):
+            read(noise[:30_000] + plain + noise)
+
+
 def test_a_file_that_ends_within_a_tag():
     tag = b"ID3\4\0\0\0\0\x20\0" + bytes(4096)
     for data in (tag, (tag + encode("MP3", rate=16000))[:3000]):

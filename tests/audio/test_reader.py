@@ -13,6 +13,7 @@ import soxr
 import avex_serve
 from avex_serve.audio.reader import RATES, decode, resample, resample_blocks, resampled_size
 from avex_serve.errors import AudioError, InputError, NotFoundError
+from tests.answers import program
 
 CONTAINERS = {
     "WAV": ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"],
@@ -172,6 +173,9 @@ BAD = {
     "text": (b"this is no audio", "can't be decoded"),
     "long text": (b"no audio here either, only words. " * 1000, "can't be decoded"),
     "json": (b'{"audio": [0, 1]}', "can't be decoded"),
+    "a program": (program(), "unknown format"),
+    "a program behind a tag": (TAG + program(), "unknown format"),
+    "text in UTF-16": ("no audio here either".encode("utf-16") * 100, "unknown format"),
     "null bytes": (bytes(5000), "holds nothing but zeros"),
     "cut in the RIFF header": (
         GOOD[:10],

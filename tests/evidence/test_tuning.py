@@ -8,7 +8,7 @@ import pytest
 
 from avex_serve.cli import main
 from avex_serve.evidence import tuning
-from avex_serve.evidence.tuning import Choice, Measured, Tuning, keep, kept
+from avex_serve.evidence.tuning import Measured, Setup, Tuning, keep, kept
 from avex_serve.inference.onnx import OnnxBackend
 from tests.bundles import make_audio_bundle, make_embedding_bundle, proven
 from tests.service.conftest import running_server
@@ -77,7 +77,7 @@ def made(bundle, **rates):
     from avex_serve.bundles.reading import read_bundle
 
     runtimes = {"onnx": "auto", "openvino": "openvino"}
-    measured = [Measured(Choice("cpu", "float32", runtimes[name], 2), name, rates[name]) for name in rates]
+    measured = [Measured(Setup("cpu", "float32", runtimes[name], 2), name, rates[name]) for name in rates]
     return Tuning(read_bundle(bundle), measured, measured[0], [])
 
 
@@ -99,7 +99,7 @@ def test_what_is_kept_is_of_the_bundle_and_the_processor(bundle, tmp_path, monke
     chosen = made(bundle, onnx=(1.0,), openvino=(2.0,))
     path = keep(chosen, tmp_path / "cache")
     keep(made(other, onnx=(1.0,)), tmp_path / "cache")
-    assert kept(chosen.bundle, tmp_path / "cache") == Choice("cpu", "float32", "openvino", 2)
+    assert kept(chosen.bundle, tmp_path / "cache") == Setup("cpu", "float32", "openvino", 2)
     assert [each.name for each in path.parent.iterdir()] == ["tuned.json"]
     machine = tuning.this_machine()
     monkeypatch.setattr(tuning, "this_machine", lambda: msgspec.structs.replace(machine, cpu="another"))

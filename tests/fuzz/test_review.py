@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from avex_serve.page.assets import STATIC
 from avex_serve.review import app
-from avex_serve.review.app import Material, Scored, make_app, make_routes
+from avex_serve.review.app import Material, ScoredPool, make_app, make_routes
 from avex_serve.review.book import Book
 from avex_serve.review.pool import Pool, Sound
 from avex_serve.review.retraining import Retraining
@@ -61,7 +61,7 @@ def material(folder):
     )
     return Material(
         title="fuzz",
-        scored=Scored(pool),
+        scored=ScoredPool(pool),
         book=Book(folder / "run" / "reviews"),
         similar=lambda window: -np.abs(np.arange(10) - window),
         report=folder / "run" / "report.html",

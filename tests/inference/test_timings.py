@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from avex_serve.audio.reader import decode
-from avex_serve.scheduling.request import STAGES, Request, Span, Timings, answering
+from avex_serve.scheduling.request import STAGES, Request, StageTime, Timings, answering
 from tests.bundles import SAMPLE_RATE, WINDOW
 from tests.service.conftest import encode
 
@@ -34,11 +34,11 @@ def test_each_moment_counts_for_one_stage():
     work = Timings()
     work.spans.extend(
         [
-            Span("queue", 0.0, 2.0, 0.0),
-            Span("decode", 1.0, 4.0, 2.5),
-            Span("infer", 3.0, 6.0, 3.0),  # two threads, side by side
-            Span("infer", 3.5, 7.0, 3.0),
-            Span("infer", 9.0, 9.0, 0.0),
+            StageTime("queue", 0.0, 2.0, 0.0),
+            StageTime("decode", 1.0, 4.0, 2.5),
+            StageTime("infer", 3.0, 6.0, 3.0),  # two threads, side by side
+            StageTime("infer", 3.5, 7.0, 3.0),
+            StageTime("infer", 9.0, 9.0, 0.0),
         ]
     )
     assert work.totals() == {"queue": 1.0, "decode": 2.0, "infer": 4.0}
@@ -49,7 +49,7 @@ def test_a_recording_of_hours_is_summed_at_once():
     """The event loop does it: tens of thousands of spans must not stop it for a tenth of a second."""
     work, random = Timings(), np.random.default_rng(0)
     for start in random.uniform(0, 1000, 20_000).tolist():
-        work.spans.append(Span(str(random.choice(STAGES)), start, start + random.exponential(0.01), 0.001))
+        work.spans.append(StageTime(str(random.choice(STAGES)), start, start + random.exponential(0.01), 0.001))
     edges = sorted({time for span in work.spans for time in (span.start, span.end)})
     running, expected = Counter(), Counter()
     changes = sorted([(s.start, 1, s.stage) for s in work.spans] + [(s.end, -1, s.stage) for s in work.spans])

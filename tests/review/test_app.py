@@ -13,7 +13,7 @@ from avex_serve.annotations.reviews import read_reviews
 from avex_serve.archive.report import REVIEW
 from avex_serve.errors import NotFoundError
 from avex_serve.page.assets import POLICY
-from avex_serve.review.app import Material, Scored, make_app
+from avex_serve.review.app import Material, ScoredPool, make_app
 from avex_serve.review.book import Book
 from avex_serve.review.pool import Pool, Queue, Sound
 
@@ -45,7 +45,7 @@ def material(tmp_path):
     )
     return Material(
         title="season",
-        scored=Scored(pool),
+        scored=ScoredPool(pool),
         book=Book(tmp_path / "reviews"),
         similar=lambda window: -np.abs(np.arange(30) - window),
     )
@@ -252,7 +252,7 @@ def test_the_same_windows_with_other_scores(client, material):
     def rescore(name):
         if name != "new":
             raise NotFoundError(f"no scores of {name!r}")
-        return Scored(pool.with_scores(["robin"], [(seen, scores[seen])], 0.0), "logits", "new")
+        return ScoredPool(pool.with_scores(["robin"], [(seen, scores[seen])], 0.0), "logits", "new")
 
     material.rescore, material.probes = rescore, lambda: ["old", "new"]
     assert client.get("/api/start").json()["probes"] == ["old", "new"]

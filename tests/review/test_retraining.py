@@ -244,6 +244,9 @@ def test_from_the_page(browser, season, retrained, tmp_path, monkeypatch, cache)
             report = popup.value
             assert report.text_content("h1").startswith("Evaluation of")
             assert report.evaluate("[...document.images].every((each) => each.naturalWidth > 0)")
+            report.set_viewport_size({"width": 1200, "height": 800})
+            tables = "[...document.querySelectorAll('.wide')]"
+            assert report.evaluate(f"{tables}.every((each) => each.scrollWidth <= each.clientWidth)")
             assert report.evaluate("document.styleSheets[0].cssRules.length > 0")
             check_accessible(report)
             report.close()

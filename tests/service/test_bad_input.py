@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
 
+from tests.answers import program
 from tests.bundles import DIM, WINDOW
 from tests.service.conftest import encode
 
@@ -33,6 +34,8 @@ BAD_AUDIO = {
     "truncated header": WAV[:20],
     "no samples": WAV[:44],
     "not audio": b"this is no audio",
+    "a program": program(),
+    "text in UTF-16": "this is no audio".encode("utf-16"),
     "a url": b"http://127.0.0.1:9/a.wav",
     "a quoted url": b'"http://127.0.0.1:9/a.wav"',
     "a path": b"/etc/passwd",

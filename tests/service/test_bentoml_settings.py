@@ -1,10 +1,13 @@
 """BentoML's section `http` of BENTOML_CONFIG holds for our routes too, or stops the start."""
 
+import re
 import subprocess
 
 import pytest
 import yaml
 
+from avex_serve.errors import InputError
+from avex_serve.service.bento import check_names
 from tests.service.conftest import SERVICE, free_ports, running_server, serve_command, server_environment
 
 ORIGIN, KEY = "http://localhost:5173", "a-key"
@@ -74,13 +77,51 @@ def test_the_id_of_the_span_is_sent(tmp_path, audio_bundle, wav):
         assert "x-bentoml-trace-id" not in server.get("/livez").headers, "probes have no span"
 
 
+def section(**settings):
+    return {"services": {"AvexService": settings}}
+
+
+@pytest.mark.parametrize(
+    ("document", "fault"),
+    [
+        (section(sll={"enabled": True}), "services.AvexService.sll; did you mean ssl?"),
+        (section(ssl={"enabled": True, "certfle": "x"}), "services.AvexService.ssl.certfle; did you mean certfile?"),
+        (section(http={"cors": {"enabld": True}}), "services.AvexService.http.cors.enabld; did you mean enabled?"),
+        ({"services": {"Avexservice": {"workers": 2}}}, "services.Avexservice; did you mean AvexService?"),
+        ({"services": {"http": {"prot": 80}}}, "services.http.prot; did you mean port?"),
+        ({"services": {"sll": {"enabled": True}}}, "services.sll.enabled; expected one of traffic, "),
+        ({"api_server": {"ssl": {"enabled": True}}}, "api_server; expected services."),
+    ],
+    ids=lambda value: value.split(";")[0] if isinstance(value, str) else "",
+)
+def test_names_that_bentoml_would_ignore(tmp_path, monkeypatch, document, fault):
+    """A misspelt `ssl` would leave HTTP in plain text."""
+    (tmp_path / "bentoml.yaml").write_text(yaml.safe_dump(document))
+    monkeypatch.setenv("BENTOML_CONFIG", str(tmp_path / "bentoml.yaml"))
+    with pytest.raises(InputError, match=re.escape(fault)):
+        check_names("AvexService")
+
+
+def test_names_that_bentoml_knows(tmp_path, monkeypatch):
+    tracing = {"exporter_type": "otlp", "otlp": {"protocol": "http", "http": {"headers": {"any": "name"}}}}
+    known = section(http={"port": 80, "cors": CORS}, tracing=tracing, resources={"cpu": 1}, workers=2)
+    known["services"] |= {"Another": {"traffic": {"concurrency": 3}}, "ssl": {"enabled": False}}
+    for document in (known, {"version": 2}, {"services": None}):
+        (tmp_path / "bentoml.yaml").write_text(yaml.safe_dump(document))
+        monkeypatch.setenv("BENTOML_CONFIG", str(tmp_path / "bentoml.yaml"))
+        check_names("AvexService")
+    monkeypatch.delenv("BENTOML_CONFIG")
+    check_names("AvexService")
+
+
 @pytest.mark.parametrize(
     ("http", "message"),
     [
+        ({"prot": 80}, "services.AvexService.http.prot; did you mean port?"),
         ({"proxy_port": 9000}, "sets http.proxy_port to 9000"),
         ({"cors": {"enabled": True}}, "enables http.cors without an origin"),
     ],
-    ids=["proxy port", "no origin"],
+    ids=["misspelt", "proxy port", "no origin"],
 )
 def test_settings_without_effect_stop_the_start(tmp_path, audio_bundle, http, message):
     http_port, grpc_port = free_ports(2)

@@ -179,6 +179,25 @@ def test_manifests_fit_the_schemas(path, version):
         kubernetes_validate.validate(document, version, strict=True)
 
 
+def pods():
+    """The manifests' pods, by the name of their file."""
+    for path in (*MANIFESTS, ROOT / "deploy" / "kserve" / "inference-service.yaml"):
+        for document in documents(path):
+            spec = document["spec"]
+            if pod := spec.get("predictor") or spec.get("template", {}).get("spec"):
+                yield pytest.param(pod, id=path.name)
+
+
+@pytest.mark.parametrize("pod", list(pods()))
+def test_pods_run_what_was_tried_and_write_what_was_allowed(pod):
+    for container in (*pod["containers"], *pod.get("initContainers", ())):
+        # Kubernetes refuses the placeholder: nobody runs an image that they didn't choose.
+        assert container["image"].endswith(":VERSION@sha256:DIGEST")
+    for volume in pod["volumes"]:
+        if "emptyDir" in volume:
+            assert "sizeLimit" in volume["emptyDir"], volume["name"]
+
+
 def test_schemas_refuse_what_is_wrong():
     (deployment,) = documents(ROOT / "deploy" / "kubernetes" / "deployment.yaml")
     deployment["spec"]["template"]["spec"]["terminationGracePeriod"] = 45

@@ -203,6 +203,35 @@ def test_thread_that_never_ends():
         assert "in <listcomp>" in process.stderr.read()  # where the thread is
 
 
+INTERRUPTED = """
+import asyncio, signal
+from contextvars import ContextVar
+from avex_serve.service.drain import Drain
+
+request = ContextVar("request", default="of no request")
+
+async def handle():
+    request.set("of a request")
+    signal.raise_signal(signal.SIGTERM)  # Python handles it here
+
+async def main():
+    ended = asyncio.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    Drain(0.1).on_signals(lambda: print(request.get()))
+    await asyncio.create_task(handle())
+    await ended.wait()
+
+asyncio.run(main())
+"""
+
+
+def test_signal_that_interrupts_a_request():
+    """The log would show the line of the shutdown with the id of that request."""
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout == "of no request\n"
+
+
 def test_worker_without_supervisor(tmp_path, audio_bundle):
     """Workers whose supervisor was killed end, too."""
     with running_server(tmp_path, AVEX_BUNDLE=str(audio_bundle), AVEX_DRAIN_SECONDS="1") as server:

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import socket
+import ssl
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2
 
 from avex_serve.errors import AuthenticationError, InputError
-from avex_serve.service.bento import HttpsFiles
+from avex_serve.service.bento import HttpsOptions
 from avex_serve.service.credentials import Keys, check_https, server_credentials
 from avex_serve.service.settings import Settings
 from tests.clients import until
@@ -226,6 +227,9 @@ def test_http_over_tls(tmp_path, certificates, audio_bundle, predict):
             httpx.get(f"http://{server.http}/livez")
 
 
+PLAIN = {"certfile": "server.pem", "keyfile": "server.key"}
+
+
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
@@ -243,31 +247,52 @@ def test_http_over_tls(tmp_path, certificates, audio_bundle, predict):
         ({"certfile": "server.pem", "keyfile": "locked.key"}, "can't be used .*--ssl-keyfile-password"),
         ({"certfile": "server.pem", "keyfile": "locked.key", "keyfile_password": "wrong"}, "can't be used"),
         ({"certfile": "server.pem", "keyfile": "server.key", "ca_certs": "locked.key"}, "can't be used"),
+        ({"ca_certs": "ca.pem"}, "--ssl-ca-certs is set without --ssl-certfile"),
+        ({"cert_reqs": 2}, "--ssl-cert-reqs is set without --ssl-certfile"),
+        ({"enabled": True}, "enables ssl without a certificate"),
+        (PLAIN | {"ca_certs": "ca.pem"}, "--ssl-ca-certs is set, and clients are not asked .*--ssl-cert-reqs 2"),
+        (PLAIN | {"cert_reqs": 2}, "--ssl-cert-reqs is 2 without --ssl-ca-certs"),
+        (PLAIN | {"cert_reqs": 7, "ca_certs": "ca.pem"}, "--ssl-cert-reqs is 7; expected --ssl-cert-reqs 2"),
+        (PLAIN | {"version": 99}, "--ssl-version is 99, which no server can use"),
+        (PLAIN | {"version": 10**30}, "--ssl-version is 10+, which no server can use"),
+        (PLAIN | {"version": int(ssl.PROTOCOL_TLS_CLIENT)}, "--ssl-version is 16, which no server can use"),
+        (PLAIN | {"ciphers": "NOSUCH"}, "--ssl-ciphers is 'NOSUCH', which OpenSSL doesn't know"),
     ],
-    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_certificates_of_http_that_can_not_be_used(certificates, files, reason):
     lock_key(certificates)
     with pytest.raises(InputError, match=reason) as caught:
-        check_https(https_files(certificates, files))
+        check_https(https_options(certificates, files))
     assert "wrong" not in str(caught.value)
 
 
 def test_certificates_of_http_that_can_be_used(certificates):
     lock_key(certificates)
-    plain = {"certfile": "server.pem", "keyfile": "server.key"}
     locked = {"certfile": "server.pem", "keyfile": "locked.key", "keyfile_password": "secret"}
     both = certificates / "both.pem"
     both.write_bytes((certificates / "server.pem").read_bytes() + (certificates / "server.key").read_bytes())
-    for files in ({}, plain, plain | {"ca_certs": "ca.pem"}, locked, {"certfile": "both.pem"}):
-        check_https(https_files(certificates, files))
+    asked = {"ca_certs": "ca.pem", "cert_reqs": 2}
+    newer = {"version": int(ssl.PROTOCOL_TLSv1_2), "ciphers": "ECDHE+AESGCM:ECDHE+CHACHA20"}
+    for options in ({}, PLAIN, PLAIN | asked, PLAIN | newer, locked, {"certfile": "both.pem"}):
+        check_https(https_options(certificates, options))
 
 
-def https_files(folder, files):
-    names = ("certfile", "keyfile", "ca_certs")
-    return HttpsFiles(
-        *(folder / files[name] if name in files else None for name in names), files.get("keyfile_password", "")
-    )
+def https_options(folder, options):
+    paths = {
+        field: folder / options[name]
+        for field, name in (("certificate", "certfile"), ("key", "keyfile"), ("client_ca", "ca_certs"))
+        if name in options
+    }
+    others = {
+        field: options[name]
+        for field, name in (
+            *(("password", "keyfile_password"), ("asks_clients", "cert_reqs")),
+            *((each, each) for each in ("enabled", "version", "ciphers")),
+        )
+        if name in options
+    }
+    return HttpsOptions(**paths, **others)
 
 
 def lock_key(folder):
@@ -287,6 +312,28 @@ def test_service_does_not_start_with_a_bad_certificate_of_http(tmp_path, audio_b
         variables["BENTOML_CONFIG"] = str(tmp_path / "bentoml.yaml")
     message = refused_start(tmp_path, *options, **variables)
     assert "--ssl-certfile: nowhere.pem can't be read: No such file or directory" in message
+
+
+@pytest.mark.parametrize(("option", "value"), [("version", "99"), ("ciphers", "NOSUCH")], ids=["version", "ciphers"])
+@pytest.mark.parametrize("by", ["option", "configuration"])
+def test_service_does_not_start_with_tls_that_nobody_can_use(
+    tmp_path, audio_bundle, certificates, option, value, by
+):
+    """Its workers would die of it, again and again, each with a traceback."""
+    files = {name: str(certificates / name) for name in ("server.pem", "server.key")}
+    variables, options = {"AVEX_BUNDLE": str(audio_bundle)}, ()
+    if by == "option":
+        options = ("--ssl-certfile", files["server.pem"], "--ssl-keyfile", files["server.key"])
+        options += (f"--ssl-{option}", value)
+    else:
+        ssl_section = f"enabled: true, certfile: {files['server.pem']}, keyfile: {files['server.key']}"
+        (tmp_path / "bentoml.yaml").write_text(
+            f"services: {{AvexService: {{ssl: {{{ssl_section}, {option}: {value}}}}}}}\n"
+        )
+        variables["BENTOML_CONFIG"] = str(tmp_path / "bentoml.yaml")
+    message = refused_start(tmp_path, *options, **variables)
+    assert message.count("\n") == 1
+    assert f"--ssl-{option} is " in message
 
 
 def test_channels_that_are_not_trusted(server, certificates):

@@ -165,6 +165,18 @@ def test_numbers_that_json_lacks(audio_server, number):
         ("GET", "/v2/models", 404, "did you mean /v2/models/{name};"),
         ("POST", "/predict/a.wav", 404, "no /predict/a.wav here"),
         ("POST", "/PREDICT", 404, "did you mean /predict;"),
+        (
+            "POST",
+            "/v1/models/tiny:predict",
+            404,
+            "/v2/models/{name}/infer, of the Open Inference Protocol, or /predict",
+        ),
+        ("POST", "/v1/models/tiny/versions/1:predict", 404, "did you mean /v2/models/{name}/infer,"),
+        ("GET", "/v1/models/tiny", 404, "did you mean /v2/models/{name};"),
+        ("GET", "/v1/models", 404, "did you mean /v2/repository/index;"),
+        ("POST", "/predictions/tiny", 404, "did you mean /predict;"),
+        ("POST", "/invocations", 404, "did you mean /predict;"),
+        ("GET", "/ping", 404, "did you mean /livez;"),
         ("GET", "/labels", 404, "did you mean /models/{name};"),
         ("GET", "/v2/models/tiny/labels", 404, "did you mean /models/{name};"),
         ("GET", "/openapi.json", 404, "did you mean /docs.json;"),
@@ -369,6 +381,14 @@ def test_parameters_that_change_nothing_are_named(audio_server):
     (of_scores,) = ask(infer_json(BASE64, threshold=0.3))
     assert of_scores == "parameters for detections were ignored: 'threshold'; ask for the output 'detections'"
     assert ask({**infer_json(BASE64, threshold=0.3), "outputs": [{"name": "detections"}]}) == []
+    (twice,) = ask({**infer_json(BASE64, probe="linear"), "output": [], "model_version": "0"})
+    assert twice.startswith("unknown fields were ignored: 'output', 'model_version'; known: id, inputs, outputs,")
+    assert "options belong in parameters, the version in the path" in twice
+    of_tensors = {**infer_json(BASE64), "outputs": [{"name": "scores", "class_count": 2}]}
+    of_tensors["inputs"][0] |= {"rate": 8000, "parameters": {"sample_rate": 8000}}
+    fields, parameters = ask(of_tensors)
+    assert fields.startswith("unknown fields were ignored: 'inputs.rate', 'outputs.class_count'; known: id,")
+    assert parameters.startswith("unknown parameters of inputs and outputs were ignored: 'sample_rate'; known:")
     misplaced = {**infer_json(BASE64), "outputs": [{"name": "detections", "parameters": {"top_k": 1}}]}
     misplaced["inputs"][0]["parameters"] = {"overlap": 0.05, "content_type": "audio/wav"}
     said = "parameters of inputs and outputs were ignored: 'overlap', 'top_k'; send them as those of the request"
@@ -380,6 +400,75 @@ def test_parameters_that_change_nothing_are_named(audio_server):
     with grpc.insecure_channel(audio_server.grpc) as channel:
         answer = rpc(channel)(request, timeout=30)
     assert json.loads(answer.parameters["warnings"].string_param) == [said]
+
+
+TRUTHS = ["threshold", "top_k", "overlap", "hop", "channel", "merge"]
+
+
+@pytest.mark.parametrize("name", TRUTHS)
+def test_a_truth_value_is_no_number(audio_server, name):
+    """It counted as 1."""
+    body = {**infer_json(BASE64, **{name: True}), "outputs": [{"name": "detections"}]}
+    assert error(audio_server.post(INFER, json=body)).startswith(f"{name} is true; expected")
+    request = service_pb2.ModelInferRequest(model_name="tiny")
+    request.inputs.add(name="waveform", datatype="BYTES", shape=[1]).contents.bytes_contents.append(WAV)
+    request.parameters[name].bool_param = True
+    with grpc.insecure_channel(audio_server.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        rpc(channel)(request, timeout=30)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details().startswith(f"{name} is true; expected")
+    assert f"{name} is 'true'; expected" in error(audio_server.post("/predict", params={name: "true"}, content=WAV))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("threshold", "{robin: 0.7}", 'expected a number, or JSON of numbers by label such as {"robin": 0.7}'),
+        ("threshold", {"a": "high"}, "threshold is an object; expected a number, or JSON of numbers by label"),
+        ("label", ["a", 1], "label is a list; expected a list of texts alone"),
+        ("label", [], "label is an empty list; expected one label or more"),
+    ],
+)
+def test_options_of_the_wrong_kind(audio_server, name, value, expected):
+    body = {**infer_json(BASE64, **{name: value}), "outputs": [{"name": "detections"}]}
+    assert expected in error(audio_server.post(INFER, json=body))
+
+
+def test_null_stands_for_the_default(audio_server):
+    names = [
+        "overlap",
+        "hop",
+        "final_clip",
+        "channel",
+        "probe",
+        "threshold",
+        "top_k",
+        "label",
+        "merge",
+        "merge_score",
+    ]
+    plain, null = (
+        audio_server.post(INFER, json={**infer_json(BASE64, **options), "outputs": [{"name": "detections"}]}).json()
+        for options in ({}, dict.fromkeys(names))
+    )
+    assert null == plain
+
+
+@pytest.mark.parametrize("options", ["label=nix", "label=nix&format=csv", 'threshold={"nix": 0.5}'])
+def test_an_unknown_label_says_where_the_labels_are(audio_server, options):
+    said = error(audio_server.post(f"/predict?{options}", content=WAV), 404)
+    where = "All are in GET /models/NAME, in ModelConfig over gRPC, and in `avex-serve info BUNDLE`"
+    assert said.startswith("no probe has the label 'nix'; ")
+    assert said.endswith(where)
+    labels = audio_server.client.get("/models/tiny").json()["probes"][0]["labels"]
+    joined = error(audio_server.post("/predict", params={"label": ",".join(labels[:2])}, content=WAV), 404)
+    assert "; name each label by an option of its own. All are in" in joined
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_with_a_byte_order_mark(audio_server, encoding):
+    said = error(audio_server.post(INFER, content=json.dumps(infer_json(BASE64)).encode(encoding)))
+    assert said.endswith("; write it as UTF-8 without a byte order mark")
 
 
 def test_a_warning_of_all_recordings_is_given_once(audio_server):

@@ -120,6 +120,18 @@ def test_annotations_outside_of_a_recording_are_cut(tmp_path):
     assert targets_of(read_dataset(tmp_path), "a.wav") == {"robin": [-1, -1, -1, 1], "wren": [-1, -1, -1, 0]}
 
 
+def test_rows_behind_the_end_of_a_recording_are_counted(tmp_path):
+    """Their times count in a sequence of files, or are milliseconds; they would be lost without a word."""
+    write(tmp_path / "a.wav")
+    write(tmp_path / "b.wav")
+    table(tmp_path, "a.wav,1,2,robin\na.wav,6.5,9,robin\nb.wav,61,62,robin\na.wav,7,7,wren\nb.wav,1,2,wren\n")
+    (found,) = (problem for problem in read_dataset(tmp_path).problems if "after the end" in problem)
+    assert found.startswith("left out: 2 rows begin after the end of the 2 recordings, such as ")
+    assert "'wren' at 7 s of a.wav, which lasts 7.0 s" in found
+    table(tmp_path, "a.wav,1,2,robin\na.wav,6.9,90,robin\nb.wav,1,2,wren\n")
+    assert "after the end" not in str(read_dataset(tmp_path).problems)
+
+
 def test_fully_annotated_takes_recordings_without_annotations(tmp_path):
     for name in ("a.wav", "b.wav"):
         write(tmp_path / name)
@@ -319,6 +331,31 @@ def test_tables_with_labels_in_another_column_are_named(tmp_path):
     assert read_dataset(tmp_path, label_column="call").labels == ("robin",)
     (tmp_path / "b.txt").write_text("0\t2\twren\n")
     assert [problem for problem in read_dataset(tmp_path).problems if "a.Table.1" in problem]
+
+
+def test_tables_that_can_not_be_used_are_named(tmp_path):
+    """A CSV with columns in another language, and the workbook that it was saved from."""
+    write(tmp_path / "a.wav")
+    (tmp_path / "labels.csv").write_text("Datei;Anfang;Ende;Art\na.wav;0,5;2;robin\n")
+    (tmp_path / "labels.xlsx").write_bytes(b"PK\x03\x04\0\0")
+    (tmp_path / "~$labels.xlsx").write_bytes(b"Ana")
+    with pytest.raises(
+        InputError, match=r"has no labels: .*labels\.csv .* it has datei, anfang.*xlsx is a spreadsheet"
+    ):
+        read_dataset(tmp_path)
+    with pytest.raises(
+        InputError, match=r"annotates labels, which is not there \(1 rows\); a table without a column"
+    ):
+        read_dataset(tmp_path, label_column="Art")
+    (tmp_path / "weather.csv").write_text("day,rain\n1,2\n")
+    write(tmp_path / "b.wav")
+    (tmp_path / "b.txt").write_text("0\t2\trobin\n")
+    found = [problem for problem in read_dataset(tmp_path).problems if problem.startswith("left out")]
+    assert len(found) == 3
+    assert "labels.csv is no table of annotations" in found[0]
+    assert found[0].endswith("ende, art; so is 1 other table")
+    assert found[2].startswith("left out: 1 of 2 recordings")
+    assert found[1].endswith("labels.xlsx is a spreadsheet; save it as a table (in Excel: CSV UTF-8)")
 
 
 def test_labels_and_names_that_look_the_same_are_the_same(tmp_path):

@@ -388,6 +388,19 @@ def test_a_label_of_one_recording_is_not_evaluated(data, cache, tmp_path):
     assert figures.warning == "no windows with the sound could be evaluated: no figures"
 
 
+def test_a_class_alone_is_refused(data, tmp_path, cache, capsys):
+    """The folder above the classes was given, or the clips without the sound are missing."""
+    (tmp_path / "mine" / "clips").mkdir(parents=True)
+    for i in range(6):
+        shutil.copy(data / LABELS[0] / f"{i:02}.wav", tmp_path / "mine" / "clips")
+    assert main(["fit", str(tmp_path / "mine"), "--check"]) == 0
+    assert "problem: clips: no window is without it, so nothing can be learned" in capsys.readouterr().out
+    command = ["fit", str(tmp_path / "mine"), "--output", str(tmp_path / "probe"), "--cache", str(cache)]
+    assert main(command) == 2
+    assert "no label has both windows with it and windows without it; add recordings" in capsys.readouterr().err
+    assert not (tmp_path / "probe").exists()
+
+
 def test_a_split_of_the_data_is_used(data, cache, tmp_path):
     rows = [f"{label}/{i:02}.wav,{'test' if i % 3 == 0 else 'train'}" for label in LABELS for i in range(RECORDINGS)]
     rows += [f"noise/{i:02}.wav,{'test' if i % 3 == 0 else 'train'}" for i in range(RECORDINGS)]

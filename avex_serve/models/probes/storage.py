@@ -21,7 +21,7 @@ from torch import nn
 
 from avex_serve.bundles.manifest import LABELS, PROBE, Activation
 from avex_serve.bundles.reading import check_labels, parse_labels
-from avex_serve.bundles.sealing import atomic_directory, dump_labels
+from avex_serve.bundles.sealing import dump_labels
 from avex_serve.configs import ModelSpec, ProbeConfig
 from avex_serve.models.base_model import Backbone, ModelBase, adapt
 from avex_serve.models.checkpoints import (
@@ -38,6 +38,7 @@ from avex_serve.models.probes.base import Probe, Shape
 from avex_serve.models.probes.utils.factory import build_probe_from_config
 from avex_serve.models.utils.load import find_entry, load_model
 from avex_serve.models.utils.registry import ModelEntry, build_model_from_spec, get_entry
+from avex_serve.writing import atomic_directory
 
 logger = logging.getLogger(__name__)
 

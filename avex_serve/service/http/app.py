@@ -56,7 +56,7 @@ class Endpoint(NamedTuple):
     operation: dict[str, Any] | None  # for the OpenAPI document; None: it leaves the endpoint out
 
 
-class Found(NamedTuple):
+class Routed(NamedTuple):
     """What answers a request."""
 
     route: str  # the template of its path, or `OTHER`
@@ -77,21 +77,21 @@ class Routes:
         # Of Starlette's routes the paths and methods are used, and never what they call.
         self._routes = [(Route(each.path, bentoml, methods=each.methods), each) for each in ENDPOINTS]
 
-    def find(self, front: Front, scope: Scope) -> Found:
+    def find(self, front: Front, scope: Scope) -> Routed:
         """What answers the request."""
         path: str = scope["path"]
         route, endpoint, child, match = self._match(scope)
         if route is None or endpoint is None:
             if path.endswith("/") and self._match({**scope, "path": path.rstrip("/")})[0] is not None:
-                return Found(OTHER, _leave_out_slash)
-            return Found(OTHER, _refuse_path if path.startswith("/v2/") else self._ask_bentoml)
+                return Routed(OTHER, _leave_out_slash)
+            return Routed(OTHER, _refuse_path if path.startswith("/v2/") else self._ask_bentoml)
         name = OTHER if endpoint.operation is None else endpoint.path
         if match is not Match.FULL:
-            return Found(name, partial(_refuse_method, route))
+            return Routed(name, partial(_refuse_method, route))
         public = scope["method"] != "POST" and page.is_public(front, endpoint.path, scope)
         scope.update(child)
         handler = endpoint.handler
-        return Found(name, self._bentoml if handler is None else partial(_answer, handler, front), public)
+        return Routed(name, self._bentoml if handler is None else partial(_answer, handler, front), public)
 
     def _match(self, scope: Scope) -> tuple[Route | None, Endpoint | None, Scope, Match]:
         """The row of the table with this path, if there is one with this method too."""
@@ -125,6 +125,11 @@ async def _answer(handler: Handler, front: Front, scope: Scope, receive: Receive
 
 # Words of paths that other services have, and the path here.
 ELSEWHERE: Final = (
+    (re.compile(r"^/v1/models/.+:\w+$"), "/v2/models/{name}/infer, of the Open Inference Protocol, or /predict"),
+    (re.compile(r"^/v1/models/."), "/v2/models/{name}"),
+    (re.compile(r"^/v1/models/?$"), "/v2/repository/index"),
+    (re.compile(r"^/(predictions|invocations)\b"), "/predict"),
+    (re.compile(r"^/ping$"), "/livez"),
     (re.compile(r"(labels?|classes|species)$"), about.DESCRIPTION),
     (re.compile(r"openapi|swagger|redoc|^/docs"), "/docs.json"),
 )
@@ -400,7 +405,7 @@ async def _model_config(front: Front, request: Request) -> Response:
 async def _infer(front: Front, request: Request) -> Response:
     body = await _read_body(request)
 
-    def infer() -> json.Body:
+    def infer() -> json.ResponseBody:
         with _model(front, request) as model:
             length = request.headers.get(json.JSON_LENGTH)
             asked = json.parse_request(body, length, request.query_params.keys())

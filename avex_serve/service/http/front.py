@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Final
 
 from opentelemetry import trace
@@ -25,7 +25,7 @@ from avex_serve.errors import (
 from avex_serve.scheduling.request import LATE, Request
 from avex_serve.service import bento
 from avex_serve.service.front import OTHER, QUIET, Front, known
-from avex_serve.service.http.app import Found, Routes
+from avex_serve.service.http.app import Routed, Routes
 from avex_serve.service.telemetry import REQUEST_ID, Exchange
 
 CONTROL: Final = "/v2/repository/"  # the start of paths whose POST needs no engine
@@ -42,13 +42,17 @@ class HttpFront:
 
         Args:
             app: BentoML's application.
-            front: returns the worker's front.
+            front: returns the worker's front, once the service has started.
         """
         self._app = app
-        self._front = front
+        self._find_front = front
         self._routes = Routes(app)
         cors, self._sends_trace_id = bento.http_configuration()
         self._cors = None if cors is None else CORSMiddleware(app, **cors)
+
+    @cached_property
+    def _front(self) -> Front:
+        return self._find_front()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -70,7 +74,7 @@ class HttpFront:
             await http_refusal(error, OTHER)(scope, receive, send)  # a fault before or in the recording
 
     async def _record(self, scope: Scope, receive: Receive, send: Send) -> None:
-        front, headers = self._front(), Headers(scope=scope)
+        front, headers = self._front, Headers(scope=scope)
         found = self._routes.find(front, scope)
         # Percent-encoded, as sent: no character in it can forge a line of the log.
         path = scope.get("raw_path", b"").decode("ascii", "replace")
@@ -111,7 +115,7 @@ class HttpFront:
         return headers
 
     async def _answer(
-        self, front: Front, found: Found, request: Request, scope: Scope, receive: Receive, send: Send
+        self, front: Front, found: Routed, request: Request, scope: Scope, receive: Receive, send: Send
     ) -> None:
         settings, path, headers = front.settings, scope["path"], Headers(scope=scope)
         body = Body(request, receive, settings.max_body_bytes, settings.read_timeout_seconds)

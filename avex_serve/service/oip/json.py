@@ -65,7 +65,7 @@ class JsonRequest(NamedTuple):
     binary: frozenset[str] | None  # outputs wanted in binary; None: all
 
 
-class Body(NamedTuple):
+class ResponseBody(NamedTuple):
     """The body of a response."""
 
     content: bytes
@@ -84,8 +84,9 @@ def parse_request(body: bytes, json_length: str | None, options: Collection[str]
         InputError: a body that is not such a request.
     """
     split = _split(body, json_length)
+    document = body[:split]
     try:
-        request = parsing.document(_Request, body[:split], strict=False)
+        request = parsing.document(_Request, document, strict=False)
     except InputError as error:
         if json_length is None and "trailing characters" in str(error):
             raise InputError(f"{error}; if these are binary tensors, send the header {JSON_LENGTH}") from None
@@ -117,6 +118,7 @@ def parse_request(body: bytes, json_length: str | None, options: Collection[str]
             given=tuple(asked),
             misplaced=protocol.find_misplaced([*of_inputs, *(parameters for _, parameters in outputs)]),
             options=tuple(options),
+            unknown=_unknown_fields(document),
         ),
         request.id,
         _wanted_in_binary(asked, outputs),
@@ -133,7 +135,7 @@ def parse_control_request(body: bytes) -> dict[str, Any]:
     return parsing.parameters(parsing.document(_ControlRequest, body or b"{}", strict=False).parameters)
 
 
-def dump_answer(model: protocol.Model, request: JsonRequest, answer: protocol.InferAnswer) -> Body:
+def dump_answer(model: protocol.Model, request: JsonRequest, answer: protocol.InferAnswer) -> ResponseBody:
     """The body of the response."""
     outputs, tensors = [], []
     for name, tensor in answer.outputs.items():
@@ -155,7 +157,17 @@ def dump_answer(model: protocol.Model, request: JsonRequest, answer: protocol.In
     if answer.parameters:
         document["parameters"] = answer.parameters
     head = msgspec.json.encode({**document, "outputs": outputs})
-    return Body(b"".join([head, *tensors]), len(head) if tensors else None)
+    return ResponseBody(b"".join([head, *tensors]), len(head) if tensors else None)
+
+
+def _unknown_fields(document: bytes) -> tuple[str, ...]:
+    """The names that a request, its inputs and its outputs don't have, such as ``output`` or ``inputs.rate``."""
+    fields = parsing.document(dict[str, msgspec.Raw], document)
+    unknown = dict.fromkeys(name for name in fields if name not in _Request.__struct_fields__)
+    for name, kind in (("inputs", _Input), ("outputs", _Output)):
+        for tensor in parsing.document(list[dict[str, msgspec.Raw]], bytes(fields.get(name, b"[]"))):
+            unknown |= dict.fromkeys(f"{name}.{each}" for each in tensor if each not in kind.__struct_fields__)
+    return tuple(unknown)
 
 
 def _split(body: bytes, json_length: str | None) -> int:

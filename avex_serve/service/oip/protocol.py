@@ -89,11 +89,12 @@ SPAN_BYTES: Final = 512  # of memory for the start and end of a window as text; 
 RECORDING_PARAMETERS: Final = ("overlap", "hop", "final_clip", "channel")
 DETECTION_PARAMETERS: Final = ("threshold", "top_k", "label", "merge", "merge_score")
 PARAMETERS: Final = (*RECORDING_PARAMETERS, "probe", *DETECTION_PARAMETERS)
-# Those that Triton's clients add by themselves, or that JSON's messages use.
+# Those that clients of the protocol add by themselves, or that its messages use.
 EXPECTED: Final = frozenset(
-    ("binary_data_output", "headers", "priority", "sequence_end", "sequence_id", "sequence_start", "timeout",
-     "triton_enable_empty_final_response")
+    ("binary_data", "binary_data_output", "binary_data_size", "classification", "content_type", "headers",
+     "priority", "sequence_end", "sequence_id", "sequence_start", "timeout", "triton_enable_empty_final_response")
 )  # fmt: skip
+FIELDS: Final = "id, inputs, outputs, parameters, and of these name, shape, datatype, data, parameters"
 NAMED: Final = 4  # of them that a warning names, the unknown ones
 DETECTIONS: Final = "detections"
 FINAL: Final = "triton_final_response"
@@ -147,7 +148,8 @@ class InferRequest:
     outputs: list[RequestedOutput]  # none: all
     query: Query
     given: tuple[str, ...] = ()  # names of its parameters
-    misplaced: tuple[str, ...] = ()  # names of parameters of requests that its inputs and outputs have
+    misplaced: tuple[str, ...] = ()  # names of parameters of its inputs and outputs that have no meaning there
+    unknown: tuple[str, ...] = ()  # names of fields that its JSON has and the protocol lacks
     options: tuple[str, ...] = ()  # names in the URL's query, which mean nothing here
 
 
@@ -540,14 +542,16 @@ def parse_output(name: str, parameters: dict[str, Any]) -> RequestedOutput:
     return RequestedOutput(name, parsing.value("classification", count, Annotated[int, Meta(ge=0)]))
 
 
-def find_misplaced(tensors: Iterable[Collection[str]]) -> tuple[str, ...]:
-    """The names of request parameters among the parameters of inputs and outputs, where they mean nothing."""
-    return tuple(name for name in PARAMETERS if any(name in parameters for parameters in tensors))
+def find_misplaced(tensors: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """The names of parameters of inputs and outputs that mean nothing there."""
+    names = dict.fromkeys(name for parameters in tensors for name in parameters)
+    return tuple(name for name in names if name not in EXPECTED)
 
 
 def parse_parameters(parameters: Mapping[str, Any]) -> Query:
     """The query that request parameters describe; InputError for values of another type."""
-    return parsing.query({name: parameters[name] for name in PARAMETERS if name in parameters}, PARAMETERS)
+    given = {name: parameters[name] for name in PARAMETERS if parameters.get(name) is not None}
+    return parsing.query(given, PARAMETERS)
 
 
 def _unused(request: InferRequest, tensor: InputTensor) -> list[str]:
@@ -560,11 +564,19 @@ def _unused(request: InferRequest, tensor: InputTensor) -> list[str]:
     of_recordings = [] if isinstance(tensor.data, list) else given(RECORDING_PARAMETERS)
     detects = any(output.name == DETECTIONS for output in request.outputs)
     of_detections = [] if detects else given(DETECTION_PARAMETERS)
+    misplaced = [name for name in request.misplaced if name in PARAMETERS]
+    without_meaning = [name for name in request.misplaced if name not in PARAMETERS]
     faults = (
+        (
+            "unknown fields",
+            request.unknown,
+            f"known: {FIELDS}; options belong in parameters, the version in the path",
+        ),
         ("unknown parameters", unknown, f"known: {', '.join(PARAMETERS)}"),
         ("parameters for recordings", of_recordings, f"the input is {tensor.datatype}, not {BYTES}"),
         ("parameters for detections", of_detections, f"ask for the output {DETECTIONS!r}"),
-        ("parameters of inputs and outputs", request.misplaced, "send them as those of the request"),
+        ("parameters of inputs and outputs", misplaced, "send them as those of the request"),
+        ("unknown parameters of inputs and outputs", without_meaning, "known: binary_data_size, classification"),
         ("options in the URL", request.options, "send parameters in the request"),
     )
     return [f"{what} were ignored: {_named(names)}; {hint}" for what, names, hint in faults if names]
